@@ -1,0 +1,131 @@
+// SPDX-License-Identifier: Apache-2.0
+// The language that algorithms are written in: a coroutine that yields steps over element ranges. It knows no
+// element type, operator, transport or clock. Per rank, every element ends as if the steps had run one after
+// another in the text's order; the plan (plan.hpp) finds out which of them may overlap.
+#pragma once
+
+#include <coroutine>
+#include <cstddef>
+#include <cstdint>
+#include <exception>
+#include <string_view>
+#include <utility>
+
+namespace tally::inline v0 {
+
+using Rank = int;
+
+/// `value` modulo n, also for negative values.
+constexpr int wrap(int value, int n) { return ((value % n) + n) % n; }
+
+enum class Buffer : std::uint8_t { input, output, scratch };
+
+/// `count` elements of a buffer, from element `first` on.
+struct Range {
+  Buffer buffer = Buffer::output;
+  std::size_t first = 0, count = 0;
+};
+
+enum class Verb : std::uint8_t { send, receive, receive_combine, copy, combine };
+/// On which side of the accumulator the other value stands: right is acc . x, left is x . acc.
+enum class Side : std::uint8_t { right, left };
+
+struct Step {
+  Verb verb;
+  Side side;
+  Rank peer;         // -1 for local steps
+  Range from, to;    // receive_combine: `from` is the accumulator
+  std::size_t count() const { return verb == Verb::receive ? to.count : from.count; }
+};
+
+inline Step send(Rank to, Range what) { return {Verb::send, {}, to, what, {}}; }
+inline Step receive(Rank from, Range where) { return {Verb::receive, {}, from, {}, where}; }
+/// to = acc . incoming, so that an interior rank need not copy its input first.
+inline Step receive_combine(Rank from, Range acc, Range to, Side side = Side::right) {
+  return {Verb::receive_combine, side, from, acc, to};
+}
+/// acc = acc . incoming
+inline Step receive_combine(Rank from, Range acc, Side side = Side::right) {
+  return receive_combine(from, acc, acc, side);
+}
+inline Step copy(Range from, Range to) { return {Verb::copy, {}, -1, from, to}; }
+/// to = to . from
+inline Step combine(Range from, Range to, Side side = Side::right) { return {Verb::combine, side, -1, from, to}; }
+
+/// The generator. `while (const Step* step = steps.next())` reads it once.
+class Steps {
+ public:
+  struct promise_type {
+    Step now{};
+    Steps get_return_object() { return Steps{std::coroutine_handle<promise_type>::from_promise(*this)}; }
+    std::suspend_always initial_suspend() noexcept { return {}; }
+    std::suspend_always final_suspend() noexcept { return {}; }
+    std::suspend_always yield_value(const Step& step) noexcept {
+      now = step;
+      return {};
+    }
+    void return_void() noexcept {}
+    void unhandled_exception() { throw; }
+  };
+
+  explicit Steps(std::coroutine_handle<promise_type> handle) : handle_(handle) {}
+  Steps(Steps&& other) noexcept : handle_(std::exchange(other.handle_, nullptr)) {}
+  Steps& operator=(Steps&& other) noexcept {
+    std::swap(handle_, other.handle_);
+    return *this;
+  }
+  ~Steps() {
+    if (handle_) handle_.destroy();
+  }
+  /// The next step, or null at the end. The pointer is good until the next call.
+  const Step* next() {
+    handle_.resume();
+    return handle_.done() ? nullptr : &handle_.promise().now;
+  }
+
+ private:
+  std::coroutine_handle<promise_type> handle_;
+};
+
+/// A buffer cut into n blocks whose sizes differ by one at most, the larger ones first. Indices wrap modulo n.
+class Chunks {
+ public:
+  Chunks(Buffer buffer, std::size_t count, int n)
+      : buffer_(buffer), n_(n), small_(count / static_cast<std::size_t>(n)), large_(count % static_cast<std::size_t>(n)) {}
+  Range operator[](int i) const {
+    const auto block = static_cast<std::size_t>(wrap(i, n_));
+    return {buffer_, begin(block), begin(block + 1) - begin(block)};
+  }
+  /// Blocks first..last-1; no wrapping.
+  Range blocks(int first, int last) const {
+    const auto lo = begin(static_cast<std::size_t>(first)), hi = begin(static_cast<std::size_t>(last));
+    return {buffer_, lo, hi - lo};
+  }
+  Range all() const { return blocks(0, n_); }
+  std::size_t count() const { return begin(static_cast<std::size_t>(n_)); }
+
+ private:
+  std::size_t begin(std::size_t block) const { return block * small_ + (block < large_ ? block : large_); }
+
+  Buffer buffer_;
+  int n_;
+  std::size_t small_, large_;
+};
+
+/// The order in which an algorithm folds the ranks' values; the checker proves it.
+enum class Folding : std::uint8_t {
+  cyclic,  // consecutive ranks, wrapping around, from any rank on: needs a commutative operator
+  fixed,   // rank order, one bracketing for all algorithms that declare it:
+           // fold(lo, hi) = fold(lo, mid) . fold(mid, hi), mid = lo + the largest power of two below hi - lo
+};
+
+/// What an algorithm is told. `in` and `out` are cut into n blocks; where both are the same memory the engine
+/// resolves that, the text is the same.
+struct Shape {
+  Rank me;
+  int n;
+  Rank root;
+  Chunks in, out;
+};
+
+}  // namespace tally::inline v0
