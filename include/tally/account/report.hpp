@@ -1,0 +1,184 @@
+// SPDX-License-Identifier: Apache-2.0
+// What every call hands back: 128 bytes of time and traffic. Energy and blame are looked up in the ledger by
+// sequence number, because they do not fit and, for real meters, are not known yet when the call returns.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <iomanip>
+#include <mutex>
+#include <ostream>
+#include <sstream>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#include "../energy/model.hpp"
+#include "states.hpp"
+
+namespace tally::inline v0 {
+
+struct Report;
+
+namespace detail {
+
+/// What a ledger can tell about one recent operation.
+struct ReportSource {
+  virtual ~ReportSource() = default;
+  struct Extra {
+    nanoseconds slept{};
+    std::vector<Blame> blame;
+  };
+  /// False if the operation is no longer among the recent ones.
+  virtual bool find(std::uint32_t sequence, Extra& extra) const = 0;
+  virtual const ModelMeter& meter() const = 0;
+  virtual std::string_view algorithm_name(std::uint8_t index) const = 0;
+  virtual std::string_view transport_name() const = 0;
+};
+
+/// Reports outlive communicators, so they hold a number instead of a pointer.
+class ReportSources {
+ public:
+  static ReportSources& all() {
+    static ReportSources& instance = *new ReportSources;  // never destroyed: reports may be read during exit
+    return instance;
+  }
+  std::uint64_t add(const ReportSource* source) {
+    const std::lock_guard lock(mutex_);
+    for (std::size_t i = 0; i < entries_.size(); ++i)
+      if (!entries_[i].source) return entries_[i].source = source, handle(i);
+    entries_.push_back({source, 1});
+    return handle(entries_.size() - 1);
+  }
+  void remove(std::uint64_t handle) {
+    const std::lock_guard lock(mutex_);
+    Entry& entry = entries_[static_cast<std::uint32_t>(handle)];
+    entry.source = nullptr;
+    ++entry.generation;
+  }
+  /// f(source) under the lock, or nothing if the source is gone.
+  template <class F>
+  void with(std::uint64_t handle, F&& f) {
+    const std::lock_guard lock(mutex_);
+    const std::size_t i = static_cast<std::uint32_t>(handle);
+    if (i < entries_.size() && entries_[i].source && entries_[i].generation == handle >> 32) f(*entries_[i].source);
+  }
+
+ private:
+  struct Entry {
+    const ReportSource* source;
+    std::uint32_t generation;
+  };
+  std::uint64_t handle(std::size_t i) const { return (static_cast<std::uint64_t>(entries_[i].generation) << 32) | i; }
+  std::mutex mutex_;
+  std::vector<Entry> entries_;
+};
+
+}  // namespace detail
+
+/// The account of one call on one rank. elapsed is exactly the sum of the nine parts. energy(), idle_energy()
+/// and blame() know the communicator's last 256 operations; call them from the thread that uses it.
+struct Report {
+  nanoseconds elapsed{};  // from the call to its result being usable here
+  nanoseconds exposed{};  // of it, time the caller was blocked
+  nanoseconds copy{}, reduce{}, codec{}, protocol{};
+  nanoseconds wait_arrival{}, wait_transfer{}, wait_credit{}, wait_local{}, undriven{};
+  std::uint64_t bytes_sent = 0, bytes_received = 0;  // payload
+  std::uint64_t bytes_wire = 0;                      // moved for the payload sent, headers and padding included
+  std::uint64_t ledger = 0;                          // handle for the functions below
+  std::uint32_t sequence = 0;                        // of the operation on its communicator, from 1 on
+  std::int16_t last_arrival = -1;                    // the rank that came last, -1 where the operation cannot know
+  std::uint8_t algorithm = 0, flags = 0;
+
+  nanoseconds busy() const { return copy + reduce + codec + protocol; }
+  nanoseconds idle() const { return wait_arrival + wait_transfer + wait_credit + wait_local; }
+
+  /// Joules of this rank's core during the call; NaN where nothing can be said.
+  Quantity energy() const {
+    return look_up([&](const ModelMeter& meter, nanoseconds slept) { return meter.joules(busy() + idle() - slept, slept); });
+  }
+  /// Of them, joules while waiting.
+  Quantity idle_energy() const {
+    return look_up([&](const ModelMeter& meter, nanoseconds slept) { return meter.joules(idle() - slept, slept); });
+  }
+  /// The ranks waited for, worst first. Sums per cause equal wait_arrival, wait_transfer and wait_credit.
+  std::vector<Blame> blame() const {
+    detail::ReportSource::Extra extra;
+    detail::ReportSources::all().with(ledger, [&](const detail::ReportSource& source) { source.find(sequence, extra); });
+    return extra.blame;
+  }
+  std::string algorithm_name() const {
+    std::string name;
+    detail::ReportSources::all().with(ledger, [&](const detail::ReportSource& source) { name = source.algorithm_name(algorithm); });
+    return name;
+  }
+  std::string transport_name() const {
+    std::string name;
+    detail::ReportSources::all().with(ledger, [&](const detail::ReportSource& source) { name = source.transport_name(); });
+    return name;
+  }
+
+ private:
+  template <class F>
+  Quantity look_up(F&& f) const {
+    Quantity result;
+    detail::ReportSources::all().with(ledger, [&](const detail::ReportSource& source) {
+      detail::ReportSource::Extra extra;
+      if (source.find(sequence, extra)) result = f(source.meter(), extra.slept);
+    });
+    return result;
+  }
+};
+static_assert(sizeof(Report) == 128 && std::is_trivially_copyable_v<Report>);
+
+namespace detail {
+
+/// Three significant digits and a unit, e.g. "1.25 ms".
+inline std::string scaled(double value, const char* const* units, double base, std::size_t count, double first = 1.0) {
+  value /= first;
+  std::size_t i = 0;
+  while (i + 1 < count && std::abs(value) >= base) value /= base, ++i;
+  std::ostringstream out;
+  out << std::fixed << std::setprecision(std::abs(value) >= 100 || (value == std::floor(value) && std::abs(value) < 1e15 && base == 1024) ? 0 : std::abs(value) >= 10 ? 1 : 2) << value << ' ' << units[i];
+  return out.str();
+}
+inline std::string time_text(nanoseconds t) {
+  static constexpr const char* units[] = {"ns", "us", "ms", "s"};
+  return scaled(static_cast<double>(t.count()), units, 1000, 4);
+}
+inline std::string bytes_text(std::uint64_t bytes) {
+  static constexpr const char* units[] = {"B", "KiB", "MiB", "GiB", "TiB"};
+  return scaled(static_cast<double>(bytes), units, 1024, 5);
+}
+inline std::string joules_text(const Quantity& q) {
+  if (!q.known()) return "unknown J";
+  static constexpr const char* units[] = {"nJ", "uJ", "mJ", "J", "kJ"};
+  std::size_t i = 0;
+  double scale = 1e-9;
+  while (i + 1 < std::size(units) && std::abs(q.value) / scale >= 1000) scale *= 1000, ++i;
+  std::ostringstream out;
+  out << std::setprecision(3) << q.value / scale << " +- " << std::setprecision(2) << q.sigma / scale << ' ' << units[i];
+  return out.str();
+}
+
+}  // namespace detail
+
+/// One line: time, busy and idle, who was late, joules with error and source.
+inline std::ostream& operator<<(std::ostream& out, const Report& r) {
+  using detail::time_text;
+  out << '#' << r.sequence << ' ' << r.algorithm_name() << '/' << r.transport_name() << ": " << time_text(r.elapsed) << " (busy " << time_text(r.busy()) << ", idle " << time_text(r.idle());
+  if (r.idle() > nanoseconds{0}) {
+    out << ": arrival " << time_text(r.wait_arrival) << ", transfer " << time_text(r.wait_transfer);
+    if (r.wait_credit > nanoseconds{0}) out << ", credit " << time_text(r.wait_credit);
+    if (r.wait_local > nanoseconds{0}) out << ", local " << time_text(r.wait_local);
+  }
+  out << "), ";
+  if (r.last_arrival >= 0) out << "last was rank " << r.last_arrival << ", ";
+  out << "sent " << detail::bytes_text(r.bytes_sent);
+  const Quantity energy = r.energy();
+  out << ", " << detail::joules_text(energy);
+  if (energy.known()) out << " (" << name_of(energy.provenance) << "), of them idle " << detail::joules_text(r.idle_energy());
+  return out;
+}
+
+}  // namespace tally::inline v0

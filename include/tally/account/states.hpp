@@ -1,0 +1,101 @@
+// SPDX-License-Identifier: Apache-2.0
+// The exact partition of an operation's time. The driving thread is always in one state; leaving it books the
+// ticks since the last switch, so the parts add up to the whole by construction.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <string_view>
+#include <vector>
+
+#include "../clock.hpp"
+#include "../types.hpp"
+
+namespace tally::inline v0 {
+
+enum class State : std::uint8_t {
+  copy,           // bytes moved by this thread
+  reduce,         // bytes combined by this thread
+  codec,          // compressed and decompressed
+  protocol,       // headers, matching, bookkeeping, and frames short enough to travel with their header
+  wait_arrival,   // a rank came late to the operation
+  wait_transfer,  // data was on its way
+  wait_credit,    // the receiver had no room
+  wait_local,     // something of this rank itself was not ready
+  undriven,       // nobody drove the operation
+};
+inline constexpr std::size_t state_count = 9;
+
+constexpr std::string_view name_of(State state) {
+  constexpr std::string_view names[] = {"copy", "reduce", "codec", "protocol", "wait_arrival", "wait_transfer", "wait_credit", "wait_local", "undriven"};
+  return names[static_cast<std::size_t>(state)];
+}
+
+/// What one rank made this one wait.
+struct Blame {
+  Rank rank = -1;
+  nanoseconds arrival{}, transfer{}, credit{};
+  nanoseconds total() const { return arrival + transfer + credit; }
+};
+
+/// Collects one operation's ticks. Waits are kept per rank and cause, so that blame adds up to the waits exactly.
+class Stopwatch {
+ public:
+  explicit Stopwatch(int n) : waits_(static_cast<std::size_t>(n)), is_blamed_(static_cast<std::size_t>(n)) { blamed_.reserve(waits_.size()); }
+
+  void start(Ticks now) {
+    mark_ = now;
+    state_ = State::protocol;
+    ticks_.fill(0);
+    slept_ = 0;
+    for (const Rank r : blamed_) {
+      waits_[static_cast<std::size_t>(r)] = {};
+      is_blamed_[static_cast<std::size_t>(r)] = false;
+    }
+    blamed_.clear();
+  }
+  State state() const { return state_; }
+  void enter(State state, Ticks now) {
+    ticks_[static_cast<std::size_t>(state_)] += now - mark_;
+    mark_ = now;
+    state_ = state;
+  }
+  /// Books [mark, until] of a wait on `rank` and moves the mark; nothing if `until` is not later.
+  void blame(Rank rank, State cause, Ticks until) {
+    if (until <= mark_) return;
+    const auto r = static_cast<std::size_t>(rank);
+    if (!is_blamed_[r]) {
+      is_blamed_[r] = true;
+      blamed_.push_back(rank);
+    }
+    (cause == State::wait_arrival ? waits_[r].arrival : cause == State::wait_transfer ? waits_[r].transfer : waits_[r].credit) += until - mark_;
+    mark_ = until;
+  }
+  /// Leaves a wait that blame() has booked up to the mark.
+  void resume(State state) { state_ = state; }
+  void slept(Ticks ticks) { slept_ += ticks; }
+
+  Ticks mark() const { return mark_; }
+  Ticks slept() const { return slept_; }
+  /// Ticks of the states that have no one to blame.
+  const std::array<Ticks, state_count>& ticks() const { return ticks_; }
+  const std::vector<Rank>& blamed() const { return blamed_; }
+  Blame blame_of(Rank rank, const Clock& clock) const {
+    const Waits& w = waits_[static_cast<std::size_t>(rank)];
+    return {rank, clock.to_ns(w.arrival), clock.to_ns(w.transfer), clock.to_ns(w.credit)};
+  }
+
+ private:
+  struct Waits {
+    Ticks arrival = 0, transfer = 0, credit = 0;
+  };
+  Ticks mark_ = 0, slept_ = 0;
+  State state_ = State::protocol;
+  std::array<Ticks, state_count> ticks_{};
+  std::vector<Waits> waits_;
+  std::vector<char> is_blamed_;
+  std::vector<Rank> blamed_;
+};
+
+}  // namespace tally::inline v0

@@ -1,0 +1,305 @@
+// SPDX-License-Identifier: Apache-2.0
+// How ranks that were started separately find each other: the environment says who they are, and on one host
+// rank 0 hands out the shared memory over an abstract Unix socket named after job and user. No file is made.
+#pragma once
+
+#include <sys/socket.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <bit>
+#include <cerrno>
+#include <chrono>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "communicator.hpp"
+#include "options.hpp"
+#include "transport/shm.hpp"
+#include "transport/thread.hpp"
+
+namespace tally::inline v0 {
+
+/// Who this process is.
+struct JobInfo {
+  Rank rank = 0;
+  int size = 1;
+  std::string job;       // the same for all ranks, different from other jobs of this user on this host
+  std::string launcher;  // where this was read from, for error texts
+};
+
+namespace detail {
+
+/// An engine for rank `me` over `memory`.
+inline Communicator make_communicator(std::shared_ptr<SlotMemory> memory, Rank me, const Options& options) {
+  auto transport = std::make_unique<SlotTransport>(std::move(memory), me);
+  std::unique_ptr<AnyEngine> engine;
+  if (options.accounting) engine = std::make_unique<Engine<SlotTransport, Timed>>(std::move(transport), Clock::host(), options.meter);
+  else engine = std::make_unique<Engine<SlotTransport, Unaccounted>>(std::move(transport), Clock::host(), ModelMeter{false, 0, 0});
+  return {std::move(engine), options.timeout, options.algorithms};
+}
+
+/// Launchers by the variables they set: rank, size, ranks on this host, job.
+inline JobInfo job_from_environment() {
+  struct Launcher {
+    const char *name, *rank, *size, *local_size;
+    std::initializer_list<const char*> job;
+  };
+  static const Launcher launchers[] = {
+      {"tally", "TALLY_RANK", "TALLY_SIZE", nullptr, {"TALLY_JOB"}},
+      {"Open MPI", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", {"OMPI_MCA_ess_base_jobid", "PMIX_NAMESPACE"}},
+      {"MPICH", "PMI_RANK", "PMI_SIZE", "MPI_LOCALNRANKS", {"PMI_JOBID"}},
+      {"torchrun", "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", {"TORCHELASTIC_RUN_ID", "MASTER_PORT"}},
+      {"Slurm", "SLURM_PROCID", "SLURM_NTASKS", nullptr, {"SLURM_JOB_ID", "SLURM_STEP_ID"}},
+  };
+  for (const Launcher& l : launchers) {
+    const auto size = environment_number<int>(l.size, 1, 1 << 15);
+    if (!environment(l.rank)) {
+      if (size && l.rank == launchers[0].rank) throw Error(Errc::invalid_argument, "TALLY_SIZE is set but TALLY_RANK is not");
+      continue;
+    }
+    if (!size) {
+      if (l.rank == launchers[0].rank) throw Error(Errc::invalid_argument, "TALLY_RANK is set but TALLY_SIZE is not");
+      continue;
+    }
+    JobInfo info{*environment_number<int>(l.rank, 0, *size - 1), *size, "", l.name};
+    if (l.local_size)
+      if (const auto local = environment_number<int>(l.local_size, 1, 1 << 15); local && *local != *size)
+        throw Error(Errc::unsupported, std::string(l.name) + " started " + std::to_string(*size) + " ranks, " + std::to_string(*local) + " of them on this host; shared memory connects one host only");
+    for (const char* name : l.job)
+      if (const auto part = environment(name)) info.job += std::string(*part) + ".";
+    // Without a name of the job, ranks of one job share their parent: the launcher's daemon, or a shell.
+    if (info.job.empty()) info.job = "parent" + std::to_string(::getppid());
+    return info;
+  }
+  return {0, 1, "", "nobody"};
+}
+
+/// A connected Unix socket that moves whole records and one descriptor, up to a deadline.
+class Connection {
+ public:
+  using Instant = std::chrono::steady_clock::time_point;
+  explicit Connection(FileDescriptor socket) : socket_(std::move(socket)) {}
+
+  bool wait(short events, Instant deadline) const {
+    const auto left = std::chrono::duration_cast<std::chrono::milliseconds>(deadline - std::chrono::steady_clock::now()).count();
+    pollfd event{socket_.get(), events, 0};
+    return ::poll(&event, 1, static_cast<int>(std::clamp<std::int64_t>(left, 0, 1 << 30))) > 0;
+  }
+  int get() const { return socket_.get(); }
+  ucred peer() const {
+    ucred credentials{};
+    socklen_t length = sizeof credentials;
+    if (::getsockopt(socket_.get(), SOL_SOCKET, SO_PEERCRED, &credentials, &length) != 0) throw Error(Errc::protocol, "cannot tell who connected: " + errno_text(errno));
+    return credentials;
+  }
+  bool send(const void* data, std::size_t bytes, int descriptor = -1) const {
+    iovec part{const_cast<void*>(data), bytes};
+    msghdr message{};
+    message.msg_iov = &part;
+    message.msg_iovlen = 1;
+    alignas(cmsghdr) char control[CMSG_SPACE(sizeof(int))] = {};
+    if (descriptor >= 0) {
+      message.msg_control = control;
+      message.msg_controllen = sizeof control;
+      cmsghdr* header = CMSG_FIRSTHDR(&message);
+      header->cmsg_level = SOL_SOCKET;
+      header->cmsg_type = SCM_RIGHTS;
+      header->cmsg_len = CMSG_LEN(sizeof(int));
+      std::memcpy(CMSG_DATA(header), &descriptor, sizeof descriptor);
+    }
+    return ::sendmsg(socket_.get(), &message, MSG_NOSIGNAL) == static_cast<ssize_t>(bytes);
+  }
+  /// Exactly one record of `bytes`; false on anything else.
+  bool receive(void* data, std::size_t bytes, FileDescriptor* descriptor, Instant deadline) const {
+    if (!wait(POLLIN, deadline)) return false;
+    iovec part{data, bytes};
+    msghdr message{};
+    alignas(cmsghdr) char control[CMSG_SPACE(sizeof(int))] = {};
+    message.msg_iov = &part;
+    message.msg_iovlen = 1;
+    message.msg_control = control;
+    message.msg_controllen = sizeof control;
+    const ssize_t got = ::recvmsg(socket_.get(), &message, MSG_CMSG_CLOEXEC);
+    if (const cmsghdr* header = got < 0 ? nullptr : CMSG_FIRSTHDR(&message); header && header->cmsg_type == SCM_RIGHTS) {
+      int fd = -1;
+      std::memcpy(&fd, CMSG_DATA(header), sizeof fd);
+      FileDescriptor received(fd);
+      if (descriptor) *descriptor = std::move(received);
+    }
+    return got == static_cast<ssize_t>(bytes) && !(message.msg_flags & MSG_TRUNC);
+  }
+
+ private:
+  FileDescriptor socket_;
+};
+
+/// What each rank says first. Rank 0 compares it with its own before any mapping is used.
+struct Hello {
+  std::uint64_t magic = 0x796c6c6174ull;  // "tally", so other byte orders differ
+  std::uint64_t layout = 0;
+  std::int32_t rank = 0, size = 0;
+  std::uint8_t accounting = 0, tsc = 0, unused[6] = {};
+};
+struct Welcome {
+  std::uint32_t accepted = 0;
+  char text[508] = {};
+};
+
+class Rendezvous {
+ public:
+  Rendezvous(const JobInfo& job, const Options& options) : job_(job), options_(options), layout_(job.size, options.slots), deadline_(std::chrono::steady_clock::now() + options.timeout) {
+    static std::atomic<unsigned> count{0};  // several init() in one process meet one after another
+    name_ = "tally/" + std::to_string(::getuid()) + "/" + job.job + "/" + std::to_string(count++);
+    if (name_.size() >= sizeof(sockaddr_un::sun_path) - 1) name_ = "tally/" + std::to_string(::getuid()) + "/" + std::to_string(hash_text(name_));
+  }
+
+  std::shared_ptr<ShmMemory> meet() { return job_.rank == 0 ? host() : join(); }
+
+ private:
+  Hello hello() const {
+    Hello mine;
+    mine.layout = layout_.hash();
+    mine.rank = job_.rank;
+    mine.size = job_.size;
+    mine.accounting = options_.accounting;
+    mine.tsc = Clock::host().is_tsc();
+    return mine;
+  }
+  FileDescriptor socket() const {
+    FileDescriptor fd(::socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0));
+    if (!fd) throw Error(Errc::no_resources, "no descriptor for a socket: " + errno_text(errno));
+    return fd;
+  }
+  std::pair<sockaddr_un, socklen_t> address() const {
+    sockaddr_un address{};
+    address.sun_family = AF_UNIX;
+    std::memcpy(address.sun_path + 1, name_.data(), name_.size());  // a leading 0: abstract
+    return {address, static_cast<socklen_t>(offsetof(sockaddr_un, sun_path) + 1 + name_.size())};
+  }
+
+  /// What is wrong with a rank that said hello; empty if nothing.
+  std::string refuse(const Hello& theirs, const std::vector<std::unique_ptr<Connection>>& joined) const {
+    const Hello mine = hello();
+    const std::string them = "rank " + std::to_string(theirs.rank);
+    if (theirs.magic != mine.magic) return "a process of another byte order or version connected";
+    if (theirs.size != mine.size) return "ranks disagree on size: rank 0 says " + std::to_string(mine.size) + ", " + them + " says " + std::to_string(theirs.size);
+    if (theirs.rank <= 0 || theirs.rank >= mine.size) return them + " is not one of " + std::to_string(mine.size);
+    if (joined[static_cast<std::size_t>(theirs.rank)]) return "two processes say that they are " + them;
+    if (theirs.accounting != mine.accounting) return "accounting is on at some ranks and off at others (rank 0: " + std::string(mine.accounting ? "on" : "off") + ", " + them + " not)";
+    if (theirs.tsc != mine.tsc) return them + " and rank 0 use different clocks";
+    if (theirs.layout != mine.layout) return them + " and rank 0 have different slot settings or versions of the library";
+    return {};
+  }
+
+  std::shared_ptr<ShmMemory> host() {
+    FileDescriptor listener = socket();
+    const auto [where, length] = address();
+    if (::bind(listener.get(), reinterpret_cast<const sockaddr*>(&where), length) != 0)
+      throw Error(errno == EADDRINUSE ? Errc::invalid_argument : Errc::no_resources,
+                  "rank 0 cannot listen as job '" + job_.job + "': " + (errno == EADDRINUSE ? "another rank 0 of that job runs; set TALLY_JOB to a name of your own" : errno_text(errno)));
+    if (::listen(listener.get(), job_.size) != 0) throw Error(Errc::no_resources, "rank 0 cannot listen: " + errno_text(errno));
+    const Connection door(std::move(listener));
+
+    auto file = std::make_shared<ShmFile>();
+    auto memory = std::make_shared<ShmMemory>(file, layout_, 0, 0);
+    std::vector<std::unique_ptr<Connection>> joined(static_cast<std::size_t>(job_.size));
+    std::vector<pid_t> pids(joined.size(), ::getpid());
+    std::string problem;
+    for (int missing = job_.size - 1; missing > 0 && problem.empty();) {
+      if (!door.wait(POLLIN, deadline_)) {
+        for (Rank r = 1; r < job_.size; ++r)
+          if (!joined[static_cast<std::size_t>(r)]) problem += (problem.empty() ? "" : ", ") + std::to_string(r);
+        problem = "ranks that did not appear within the deadline: " + problem;
+        break;
+      }
+      auto guest = std::make_unique<Connection>(FileDescriptor(::accept4(door.get(), nullptr, nullptr, SOCK_CLOEXEC)));
+      if (guest->get() < 0 || guest->peer().uid != ::getuid()) continue;
+      Hello theirs;
+      // A guest says hello at once or not at all: one that hangs must not keep the others out.
+      const auto soon = std::min(deadline_, std::chrono::steady_clock::now() + std::chrono::seconds(2));
+      if (!guest->receive(&theirs, sizeof theirs, nullptr, soon)) continue;
+      problem = refuse(theirs, joined);
+      const auto r = static_cast<std::size_t>(theirs.rank);
+      if (!problem.empty()) {
+        tell(*guest, problem);
+        break;
+      }
+      pids[r] = guest->peer().pid;
+      joined[r] = std::move(guest);
+      --missing;
+    }
+    if (!problem.empty()) {
+      for (const auto& guest : joined)
+        if (guest) tell(*guest, problem);
+      throw Error(problem.find("deadline") != problem.npos ? Errc::timeout : Errc::mismatch, problem, {0, -1, 0, {}});
+    }
+    for (const auto& guest : joined) {
+      if (!guest) continue;
+      Welcome welcome;
+      welcome.accepted = 1;
+      guest->send(&welcome, sizeof welcome, file->get());
+      guest->send(pids.data(), pids.size() * sizeof(pid_t));
+    }
+    file->watch(pids);
+    return memory;
+  }
+
+  std::shared_ptr<ShmMemory> join() {
+    const auto [where, length] = address();
+    std::unique_ptr<Connection> host;
+    while (!host) {
+      FileDescriptor fd = socket();
+      if (::connect(fd.get(), reinterpret_cast<const sockaddr*>(&where), length) == 0) host = std::make_unique<Connection>(std::move(fd));
+      else if (std::chrono::steady_clock::now() > deadline_) throw Error(Errc::timeout, "rank " + std::to_string(job_.rank) + ": rank 0 of job '" + job_.job + "' did not appear within the deadline", {job_.rank, 0, 0, {}});
+      else std::this_thread::sleep_for(std::chrono::milliseconds(2));
+    }
+    if (host->peer().uid != ::getuid()) throw Error(Errc::protocol, "another user answers as rank 0 of job '" + job_.job + "'");
+    const Hello mine = hello();
+    Welcome welcome;
+    FileDescriptor fd;
+    if (!host->send(&mine, sizeof mine) || !host->receive(&welcome, sizeof welcome, &fd, deadline_))
+      throw Error(Errc::peer_lost, "rank 0 of job '" + job_.job + "' went away while rank " + std::to_string(job_.rank) + " joined", {job_.rank, 0, 0, {}});
+    welcome.text[sizeof welcome.text - 1] = 0;
+    if (!welcome.accepted) throw Error(Errc::mismatch, welcome.text, {job_.rank, 0, 0, {}});
+    std::vector<pid_t> pids(static_cast<std::size_t>(job_.size));
+    if (!host->receive(pids.data(), pids.size() * sizeof(pid_t), nullptr, deadline_) || !fd) throw Error(Errc::protocol, "rank 0 sent no shared memory", {job_.rank, 0, 0, {}});
+    if (pids[static_cast<std::size_t>(job_.rank)] != ::getpid()) throw Error(Errc::unsupported, "ranks run in different process id namespaces, so they cannot watch each other", {job_.rank, 0, 0, {}});
+    auto file = std::make_shared<ShmFile>(std::move(fd));
+    file->watch(pids);
+    return std::make_shared<ShmMemory>(file, layout_, 0, job_.rank);
+  }
+  static void tell(const Connection& guest, const std::string& problem) {
+    Welcome refusal;
+    problem.copy(refusal.text, sizeof refusal.text - 1);
+    guest.send(&refusal, sizeof refusal);
+  }
+
+  JobInfo job_;
+  Options options_;
+  SlotLayout layout_;
+  Connection::Instant deadline_;
+  std::string name_;
+};
+
+}  // namespace detail
+
+/// The communicator of all ranks that were started together: by mpirun, srun, torchrun, by hand with TALLY_RANK,
+/// TALLY_SIZE and TALLY_JOB, or one rank alone. Arguments are defaults that the environment overrides.
+inline Communicator init(const Options& defaults = {}) {
+  const Options options = Options::from_environment(defaults);
+  const JobInfo job = detail::job_from_environment();
+  if (job.size == 1) {
+    options.expect_transport("thread", "alone in their process");
+    return detail::make_communicator(std::make_shared<ThreadMemory>(SlotLayout(1, options.slots)), 0, options);
+  }
+  options.expect_transport("shm", "processes of one host");
+  return detail::make_communicator(detail::Rendezvous(job, options).meet(), job.rank, options);
+}
+
+}  // namespace tally::inline v0

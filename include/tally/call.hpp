@@ -1,0 +1,88 @@
+// SPDX-License-Identifier: Apache-2.0
+// One call of a collective as the engine sees it: no element type, only bytes, a fold and a layout. And its
+// fingerprint, which travels in the first frame to each peer, so that calls that do not match are named.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <string_view>
+
+#include "reduce.hpp"
+#include "steps.hpp"
+#include "types.hpp"
+
+namespace tally::inline v0 {
+
+struct AlgorithmRef {
+  std::string_view name;
+  Steps (*generate)(Shape) = nullptr;
+  std::uint8_t code = 0;  // 6 bits, the same on all ranks
+};
+
+struct Call {
+  Layout layout;
+  AlgorithmRef algorithm;
+  const std::byte* input = nullptr;
+  std::byte* output = nullptr;
+  ElementType type = ElementType::none;
+  std::uint16_t grain = 1;  // sizeof the element
+  std::uint16_t operator_code = 0;
+  Fold fold;
+  void (*finish)(void* data, std::size_t count, int n) = nullptr;  // applied to the result, for mean
+  nanoseconds timeout{};
+
+  /// Bytes of the larger of input and output: the size that algorithms are chosen and accounts kept by.
+  std::size_t bytes() const { return std::max(layout.input_count(), layout.output_count()) * grain; }
+};
+
+namespace detail {
+
+/// operation 6, type 6, operator 12, root 16, algorithm 6, flags 2, count (hashed) 16 bits.
+struct Fingerprint {
+  Operation operation{};
+  ElementType type{};
+  std::uint16_t op = 0, root = 0;
+  std::uint8_t algorithm = 0;
+  std::uint16_t count_hash = 0;
+
+  static constexpr std::uint16_t hash_count(std::size_t count) { return static_cast<std::uint16_t>((count * 0x9e3779b97f4a7c15u) >> 48); }
+  static Fingerprint of(const Call& call) {
+    return {call.layout.operation, call.type, call.operator_code, static_cast<std::uint16_t>(call.layout.root), call.algorithm.code, hash_count(call.layout.count)};
+  }
+  constexpr std::uint64_t pack() const {
+    return static_cast<std::uint64_t>(operation) << 58 | static_cast<std::uint64_t>(type) << 52 | static_cast<std::uint64_t>(op & 0xfff) << 40 |
+           static_cast<std::uint64_t>(root) << 24 | static_cast<std::uint64_t>(algorithm & 0x3f) << 18 | count_hash;
+  }
+  static constexpr Fingerprint unpack(std::uint64_t bits) {
+    return {static_cast<Operation>(bits >> 58),           static_cast<ElementType>(bits >> 52 & 0x3f), static_cast<std::uint16_t>(bits >> 40 & 0xfff),
+            static_cast<std::uint16_t>(bits >> 24 & 0xffff), static_cast<std::uint8_t>(bits >> 18 & 0x3f), static_cast<std::uint16_t>(bits & 0xffff)};
+  }
+};
+
+inline constexpr std::string_view algorithm_names[] = {"auto", "ring", "tree", "recursive_doubling", "one_shot"};
+
+/// 6 bits that name an algorithm to peers.
+constexpr std::uint8_t algorithm_code(std::string_view name) {
+  for (std::uint8_t i = 1; i < std::size(algorithm_names); ++i)
+    if (algorithm_names[i] == name) return i;
+  return static_cast<std::uint8_t>(16 + hash_text(name) % 48);
+}
+
+/// e.g. "reduce(float32 x 100, sum, root 2, tree)". `count` is exact only where the fingerprint's hash agrees.
+inline std::string describe(std::uint64_t bits, std::uint64_t count) {
+  const Fingerprint f = Fingerprint::unpack(bits);
+  if (f.operation == Operation::none) return "nothing";
+  std::string text(name_of(f.operation));
+  const std::string algorithm = f.algorithm < std::size(algorithm_names) ? std::string(algorithm_names[f.algorithm]) : "user algorithm #" + std::to_string(f.algorithm);
+  if (f.operation == Operation::barrier) return text + "(" + algorithm + ")";
+  text += "(" + std::string(name_of(f.type)) + " x " + (Fingerprint::hash_count(count) == f.count_hash ? std::to_string(count) : "another count");
+  if (reduces(f.operation)) text += ", " + operator_text(f.op);
+  if (has_root(f.operation)) text += ", root " + std::to_string(f.root);
+  return text + ", " + algorithm + ")";
+}
+
+}  // namespace detail
+
+}  // namespace tally::inline v0

@@ -1,0 +1,151 @@
+// SPDX-License-Identifier: Apache-2.0
+// Which algorithm runs: by type where the caller names one, else by name from the environment, else by size and
+// rank count. The choice is a pure function of its arguments, so all ranks make the same one.
+#pragma once
+
+#include <concepts>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "algorithms/direct.hpp"
+#include "algorithms/recursive.hpp"
+#include "algorithms/ring.hpp"
+#include "algorithms/tree.hpp"
+#include "call.hpp"
+#include "error.hpp"
+
+namespace tally::inline v0 {
+
+/// Algorithm A can do operation O. A barrier is an all_reduce of one byte.
+template <class A, Operation O>
+inline constexpr bool offers = false;
+template <class A>
+  requires requires(Shape s) { { A::all_reduce(s) } -> std::same_as<Steps>; }
+inline constexpr bool offers<A, Operation::all_reduce> = true;
+template <class A>
+  requires requires(Shape s) { { A::all_reduce(s) } -> std::same_as<Steps>; }
+inline constexpr bool offers<A, Operation::barrier> = true;
+template <class A>
+  requires requires(Shape s) { { A::reduce(s) } -> std::same_as<Steps>; }
+inline constexpr bool offers<A, Operation::reduce> = true;
+template <class A>
+  requires requires(Shape s) { { A::broadcast(s) } -> std::same_as<Steps>; }
+inline constexpr bool offers<A, Operation::broadcast> = true;
+template <class A>
+  requires requires(Shape s) { { A::all_gather(s) } -> std::same_as<Steps>; }
+inline constexpr bool offers<A, Operation::all_gather> = true;
+template <class A>
+  requires requires(Shape s) { { A::reduce_scatter(s) } -> std::same_as<Steps>; }
+inline constexpr bool offers<A, Operation::reduce_scatter> = true;
+
+/// A type with a `name` and a static generator for the operation; users' own types count.
+template <class A, Operation O>
+concept Algorithm = offers<A, O> && requires { { A::name } -> std::convertible_to<std::string_view>; };
+
+template <class A, Operation O>
+  requires Algorithm<A, O>
+constexpr AlgorithmRef algorithm_ref() {
+  constexpr std::uint8_t code = detail::algorithm_code(A::name);
+  if constexpr (O == Operation::all_reduce || O == Operation::barrier) return {A::name, A::all_reduce, code};
+  else if constexpr (O == Operation::reduce) return {A::name, A::reduce, code};
+  else if constexpr (O == Operation::broadcast) return {A::name, A::broadcast, code};
+  else if constexpr (O == Operation::all_gather) return {A::name, A::all_gather, code};
+  else return {A::name, A::reduce_scatter, code};
+}
+
+namespace detail {
+
+template <Operation O, class... As>
+constexpr AlgorithmRef find_among(std::string_view name) {
+  AlgorithmRef found;
+  const auto look = [&]<class A>(std::type_identity<A>) {
+    if constexpr (Algorithm<A, O>)
+      if (A::name == name) found = algorithm_ref<A, O>();
+  };
+  (look(std::type_identity<As>{}), ...);
+  return found;
+}
+template <Operation O>
+constexpr AlgorithmRef find_builtin(std::string_view name) {
+  return find_among<O, Ring, Tree, RecursiveDoubling, OneShot>(name);
+}
+
+}  // namespace detail
+
+/// The built-in algorithm of that name for the operation; without a generator if there is none.
+constexpr AlgorithmRef find_algorithm(Operation operation, std::string_view name) {
+  switch (operation) {
+    case Operation::all_reduce: return detail::find_builtin<Operation::all_reduce>(name);
+    case Operation::barrier: return detail::find_builtin<Operation::barrier>(name);
+    case Operation::reduce: return detail::find_builtin<Operation::reduce>(name);
+    case Operation::broadcast: return detail::find_builtin<Operation::broadcast>(name);
+    case Operation::all_gather: return detail::find_builtin<Operation::all_gather>(name);
+    case Operation::reduce_scatter: return detail::find_builtin<Operation::reduce_scatter>(name);
+    case Operation::none: break;
+  }
+  return {};
+}
+/// Names of the built-in algorithms that can do the operation.
+inline std::vector<std::string_view> algorithms_for(Operation operation) {
+  std::vector<std::string_view> names;
+  for (const std::string_view name : detail::algorithm_names)
+    if (find_algorithm(operation, name).generate) names.push_back(name);
+  return names;
+}
+
+/// TALLY_ALGORITHM: a name for every operation that offers it, or "all_reduce=ring,broadcast=tree".
+class AlgorithmOverrides {
+ public:
+  AlgorithmOverrides() = default;
+  explicit AlgorithmOverrides(std::string_view text) {
+    while (!text.empty()) {
+      const std::string_view item = text.substr(0, text.find(','));
+      text.remove_prefix(std::min(text.size(), item.size() + 1));
+      parse(item);
+    }
+  }
+  const AlgorithmRef& of(Operation operation) const { return chosen_[static_cast<std::size_t>(operation)]; }
+
+ private:
+  void parse(std::string_view item) {
+    const std::size_t equals = item.find('=');
+    const std::string_view name = equals == item.npos ? item : item.substr(equals + 1);
+    const std::string_view only = equals == item.npos ? "" : item.substr(0, equals);
+    bool found = name == "auto";
+    for (const Operation operation : all_operations) {
+      if (!only.empty() && name_of(operation) != only) continue;
+      const AlgorithmRef algorithm = find_algorithm(operation, name);
+      if (!algorithm.generate) continue;
+      chosen_[static_cast<std::size_t>(operation)] = algorithm;
+      found = true;
+    }
+    if (found) return;
+    std::string known;
+    for (const Operation operation : all_operations) {
+      known += known.empty() ? " " : "; ";
+      known += std::string(name_of(operation)) + ":";
+      for (const std::string_view each : algorithms_for(operation)) known += " " + std::string(each);
+    }
+    throw Error(Errc::invalid_argument, "TALLY_ALGORITHM has '" + std::string(item) + "', which names no algorithm (known are" + known + ", or auto)");
+  }
+  AlgorithmRef chosen_[std::size(all_operations) + 1];
+};
+
+/// The default. Small data pays for latency: as few rounds as possible. Large data pays for bytes.
+constexpr AlgorithmRef choose_algorithm(Operation operation, std::size_t bytes, int n) {
+  const bool small = bytes <= 8192;
+  switch (operation) {
+    case Operation::all_reduce:
+      if (n == 2) return algorithm_ref<RecursiveDoubling, Operation::all_reduce>();
+      if (small) return n <= 8 ? algorithm_ref<OneShot, Operation::all_reduce>() : algorithm_ref<RecursiveDoubling, Operation::all_reduce>();
+      return algorithm_ref<Ring, Operation::all_reduce>();
+    case Operation::barrier: return n <= 8 ? algorithm_ref<OneShot, Operation::barrier>() : algorithm_ref<RecursiveDoubling, Operation::barrier>();
+    case Operation::reduce: return n <= 3 && small ? algorithm_ref<OneShot, Operation::reduce>() : algorithm_ref<Tree, Operation::reduce>();
+    case Operation::broadcast: return n <= 3 && small ? algorithm_ref<OneShot, Operation::broadcast>() : algorithm_ref<Tree, Operation::broadcast>();
+    case Operation::all_gather: return small ? algorithm_ref<OneShot, Operation::all_gather>() : algorithm_ref<Ring, Operation::all_gather>();
+    default: return small || n == 2 ? algorithm_ref<OneShot, Operation::reduce_scatter>() : algorithm_ref<Ring, Operation::reduce_scatter>();
+  }
+}
+
+}  // namespace tally::inline v0

@@ -1,0 +1,230 @@
+// SPDX-License-Identifier: Apache-2.0
+// The collectives as the user sees them: spans, operators and reports. Everything here checks arguments, turns
+// them into one untyped call and hands it to the engine.
+#pragma once
+
+#include <chrono>
+#include <concepts>
+#include <cstddef>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <ranges>
+#include <span>
+#include <string>
+#include <type_traits>
+#include <utility>
+
+#include "choose.hpp"
+#include "engine.hpp"
+
+namespace tally::inline v0 {
+
+/// Per call, e.g. `comm.all_reduce(data, tally::sum, {.timeout = 2s})`.
+struct CallOptions {
+  std::optional<nanoseconds> timeout;  // default: the communicator's
+};
+
+/// Chosen by size, unless TALLY_ALGORITHM says otherwise.
+struct Auto {};
+
+template <class R>
+using ValueOf = std::ranges::range_value_t<R>;
+
+/// Contiguous memory of elements: std::span, std::vector, std::array, ...
+template <class R>
+concept Elements = std::ranges::contiguous_range<R> && std::ranges::sized_range<R> && Element<ValueOf<R>>;
+template <class R>
+concept WritableElements = Elements<R> && !std::is_const_v<std::remove_reference_t<std::ranges::range_reference_t<R>>>;
+template <class In, class Out>
+concept SameElements = Elements<In> && WritableElements<Out> && std::same_as<ValueOf<In>, ValueOf<Out>>;
+
+/// A group of ranks that call the same operations in the same order. One thread uses a communicator at a time;
+/// abort() may be called from any. Every operation throws tally::Error on bad arguments (before anything is sent),
+/// on mismatched calls, on a peer's death and at its deadline; after such a failure in the middle of an operation
+/// the communicator refuses further use with the same error. Destruction is local and never waits.
+class Communicator {
+ public:
+  Communicator(std::unique_ptr<AnyEngine> engine, nanoseconds timeout, AlgorithmOverrides overrides = {})
+      : engine_(std::move(engine)), timeout_(timeout), overrides_(std::move(overrides)) {}
+
+  Rank rank() const { return engine_->rank(); }
+  int size() const { return engine_->size(); }
+
+  /// data = fold of all ranks' data, on every rank. Same count everywhere.
+  template <class A = Auto, WritableElements Data, Reduction<ValueOf<Data>> Op>
+  Report all_reduce(Data&& data, const Op& op, const CallOptions& options = {}) {
+    return fold<A, Operation::all_reduce, ValueOf<Data>>(arguments("data", data), arguments("data", data), std::ranges::size(data), op, 0, options);
+  }
+  /// out = fold of all ranks' in. in and out have the same count and do not overlap (or are the same span).
+  template <class A = Auto, class In, class Out, Reduction<ValueOf<In>> Op>
+    requires SameElements<In, Out>
+  Report all_reduce(In&& in, Out&& out, const Op& op, const CallOptions& options = {}) {
+    expect_count("out", std::ranges::size(out), std::ranges::size(in));
+    return fold<A, Operation::all_reduce, ValueOf<In>>(arguments("in", in), arguments("out", out), std::ranges::size(in), op, 0, options);
+  }
+
+  /// out on `root` = fold of all ranks' in; other ranks' out is not touched and may be empty.
+  template <class A = Auto, class In, class Out, Reduction<ValueOf<In>> Op>
+    requires SameElements<In, Out>
+  Report reduce(In&& in, Out&& out, const Op& op, Rank root, const CallOptions& options = {}) {
+    expect_root(root);
+    if (rank() == root) expect_count("out", std::ranges::size(out), std::ranges::size(in));
+    const Memory<true> result = rank() == root ? arguments("out", out) : Memory<true>{nullptr, 0, "out"};
+    return fold<A, Operation::reduce, ValueOf<In>>(arguments("in", in), result, std::ranges::size(in), op, root, options);
+  }
+
+  /// data = root's data, on every rank.
+  template <class A = Auto, WritableElements Data>
+  Report broadcast(Data&& data, Rank root, const CallOptions& options = {}) {
+    expect_root(root);
+    return move<A, Operation::broadcast, ValueOf<Data>>({nullptr, 0, "in"}, arguments("data", data), std::ranges::size(data), root, options);
+  }
+
+  /// out = every rank's in, in rank order: out is size() times as long. In place: in is this rank's block of out.
+  template <class A = Auto, class In, class Out>
+    requires SameElements<In, Out>
+  Report all_gather(In&& in, Out&& out, const CallOptions& options = {}) {
+    expect_count("out", std::ranges::size(out), product(std::ranges::size(in)));
+    return move<A, Operation::all_gather, ValueOf<In>>(arguments("in", in), arguments("out", out), std::ranges::size(in), 0, options);
+  }
+
+  /// out = this rank's block of the fold of all ranks' in: in is size() times as long. In place: out is this rank's block of in.
+  template <class A = Auto, class In, class Out, Reduction<ValueOf<In>> Op>
+    requires SameElements<In, Out>
+  Report reduce_scatter(In&& in, Out&& out, const Op& op, const CallOptions& options = {}) {
+    expect_count("in", std::ranges::size(in), product(std::ranges::size(out)));
+    return fold<A, Operation::reduce_scatter, ValueOf<In>>(arguments("in", in), arguments("out", out), std::ranges::size(out), op, 0, options);
+  }
+
+  /// Returns when every rank has called it.
+  template <class A = Auto>
+  Report barrier(const CallOptions& options = {}) {
+    std::byte token{};
+    const Memory<true> memory{&token, 1, "token"};
+    return start<A, Operation::barrier, unsigned char>({&token, 1, "token"}, memory, 1, fold_of<unsigned char>(max), 0, nullptr, 0, options);
+  }
+
+  /// Collective. A communicator of the same ranks whose operations are independent of this one's.
+  Communicator duplicate() {
+    std::uint64_t token = 0;
+    std::string problem;
+    if (rank() == 0) {
+      try {
+        token = engine_->reserve();
+      } catch (const Error& error) {
+        problem = error.text();
+      }
+    }
+    broadcast(std::span(&token, 1), 0);
+    std::unique_ptr<AnyEngine> engine;
+    if (token != 0) {
+      try {
+        engine = engine_->open(token);
+      } catch (const Error& error) {
+        problem = error.text();
+      }
+    }
+    int opened = engine ? 1 : 0;
+    all_reduce(std::span(&opened, 1), min);
+    if (rank() == 0 && token != 0) engine_->release(token);
+    if (!opened) throw Error(Errc::no_resources, "duplicate: " + (problem.empty() ? "another rank could not open it" : problem), {rank(), -1, 0, {}});
+    return {std::move(engine), timeout_, overrides_};
+  }
+
+  /// Ends the current and all further operations of this communicator on every rank. From any thread; never waits.
+  void abort(const std::string& why = {}) { engine_->abort(why); }
+
+  /// The deadline of calls that name none.
+  nanoseconds timeout() const { return timeout_; }
+  void set_timeout(nanoseconds timeout) { timeout_ = positive(timeout); }
+
+  const Ledger& ledger() const { return engine_->ledger(); }
+  /// What the transport has moved since the communicator was made.
+  TransportCounters counters() const { return engine_->counters(); }
+
+ private:
+  template <bool Writable>
+  struct Memory {
+    std::conditional_t<Writable, std::byte*, const std::byte*> data = nullptr;
+    std::size_t bytes = 0;
+    const char* name = "";
+    operator Memory<false>() const { return {data, bytes, name}; }
+  };
+  template <class R>
+  static auto arguments(const char* name, R& range) {
+    constexpr bool writable = WritableElements<R&>;
+    using Byte = std::conditional_t<writable, std::byte, const std::byte>;
+    const std::size_t bytes = std::ranges::size(range) * sizeof(ValueOf<R>);
+    auto* data = reinterpret_cast<Byte*>(std::ranges::data(range));
+    if (!data && bytes > 0) throw Error(Errc::invalid_argument, std::string(name) + " is null but has " + std::to_string(std::ranges::size(range)) + " elements");
+    return Memory<writable>{data, bytes, name};
+  }
+
+  /// Operations that combine.
+  template <class A, Operation O, class T, class Op>
+  Report fold(Memory<false> in, Memory<true> out, std::size_t count, const Op& op, Rank root, const CallOptions& options) {
+    void (*finish)(void*, std::size_t, int) = nullptr;
+    if constexpr (std::same_as<Op, Mean>) finish = detail::divide<T>;
+    return start<A, O, T>(in, out, count, fold_of<T>(op), detail::operator_code<Op>(), finish, root, options);
+  }
+  /// Operations that only move.
+  template <class A, Operation O, class T>
+  Report move(Memory<false> in, Memory<true> out, std::size_t count, Rank root, const CallOptions& options) {
+    return start<A, O, T>(in, out, count, {}, 0, nullptr, root, options);
+  }
+  template <class A, Operation O, class T>
+  Report start(Memory<false> in, Memory<true> out, std::size_t count, Fold fold, std::uint16_t op, void (*finish)(void*, std::size_t, int), Rank root, const CallOptions& options) {
+    Call call;
+    call.layout = {O, rank(), size(), root, count, in_place(O, in, out)};
+    call.input = in.data;
+    call.output = out.data;
+    call.type = element_type<T>();
+    call.grain = sizeof(T);
+    call.operator_code = op;
+    call.fold = fold;
+    call.finish = finish;
+    call.timeout = options.timeout ? positive(*options.timeout) : timeout_;
+    if constexpr (std::same_as<A, Auto>) {
+      call.algorithm = overrides_.of(O);
+      if (!call.algorithm.generate) call.algorithm = choose_algorithm(O, call.bytes(), size());
+    } else {
+      static_assert(Algorithm<A, O>, "this algorithm does not offer this operation");
+      call.algorithm = algorithm_ref<A, O>();
+    }
+    return engine_->run(call);
+  }
+
+  /// In place is: the same span, or this rank's block of the larger one. Any other overlap is an error.
+  bool in_place(Operation operation, Memory<false> in, Memory<false> out) const {
+    if (in.bytes == 0 || out.bytes == 0) return false;
+    const std::less<> before;
+    if (!before(in.data, out.data + out.bytes) || !before(out.data, in.data + in.bytes)) return false;
+    const std::size_t mine = static_cast<std::size_t>(rank()) * std::min(in.bytes, out.bytes);
+    const std::byte* const expected_in = out.data + (operation == Operation::all_gather ? mine : 0);
+    const std::byte* const expected_out = in.data + (operation == Operation::reduce_scatter ? mine : 0);
+    if (in.data == expected_in || (operation == Operation::reduce_scatter && out.data == expected_out)) return true;
+    throw Error(Errc::invalid_argument, std::string(name_of(operation)) + ": in and out overlap without being in place");
+  }
+  std::size_t product(std::size_t count) const {
+    std::size_t total = 0;
+    if (__builtin_mul_overflow(count, static_cast<std::size_t>(size()), &total)) throw Error(Errc::invalid_argument, std::to_string(count) + " elements times " + std::to_string(size()) + " ranks overflow");
+    return total;
+  }
+  void expect_count(const char* name, std::size_t count, std::size_t expected) const {
+    if (count != expected) throw Error(Errc::invalid_argument, std::string(name) + " has " + std::to_string(count) + " elements, expected " + std::to_string(expected));
+  }
+  void expect_root(Rank root) const {
+    if (root < 0 || root >= size()) throw Error(Errc::invalid_argument, "root " + std::to_string(root) + " is not a rank: there are " + std::to_string(size()));
+  }
+  static nanoseconds positive(nanoseconds timeout) {
+    if (timeout <= nanoseconds{0}) throw Error(Errc::invalid_argument, "a timeout must be longer than 0, not " + std::to_string(timeout.count()) + " ns");
+    return timeout;
+  }
+
+  std::unique_ptr<AnyEngine> engine_;
+  nanoseconds timeout_;
+  AlgorithmOverrides overrides_;
+};
+
+}  // namespace tally::inline v0

@@ -1,0 +1,390 @@
+// SPDX-License-Identifier: Apache-2.0
+// Runs a call: plans its algorithm (once per layout, then from a cache), posts all its network steps, and keeps
+// the watermarks that say how far each step may go. Streaming, overlap of steps and hazards all follow from the
+// plan; in the steady state nothing is allocated and the only lock-like thing is a load.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstring>
+#include <exception>
+#include <memory>
+#include <new>
+#include <optional>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "account/ledger.hpp"
+#include "call.hpp"
+#include "plan.hpp"
+#include "progress.hpp"
+#include "transport/concept.hpp"
+
+namespace tally::inline v0 {
+
+/// What communicators see: one virtual call per operation hides which transport and accounting are at work.
+class AnyEngine {
+ public:
+  virtual ~AnyEngine() = default;
+  virtual Report run(const Call& call) = 0;
+  virtual void abort(const std::string& why) = 0;  // from any thread
+  virtual Rank rank() const = 0;
+  virtual int size() const = 0;
+  virtual const Ledger& ledger() const = 0;
+  virtual TransportCounters counters() const = 0;
+  // Duplicating: rank 0 reserves, all open the token, rank 0 releases it.
+  virtual std::uint64_t reserve() = 0;
+  virtual std::unique_ptr<AnyEngine> open(std::uint64_t token) = 0;
+  virtual void release(std::uint64_t token) = 0;
+};
+
+template <Transport T, class Accounting = Timed>
+class Engine final : public AnyEngine {
+ public:
+  Engine(std::unique_ptr<T> transport, const Clock& clock, ModelMeter model)
+      : transport_(std::move(transport)), clock_(clock), ledger_(transport_->size(), transport_->rank(), transport_->name(), model), progress_(*transport_, clock) {}
+  ~Engine() override { transport_->leave(); }
+
+  Rank rank() const override { return transport_->rank(); }
+  int size() const override { return transport_->size(); }
+  const Ledger& ledger() const override { return ledger_; }
+  TransportCounters counters() const override { return transport_->counters(); }
+  std::uint64_t reserve() override { return transport_->reserve(); }
+  std::unique_ptr<AnyEngine> open(std::uint64_t token) override { return std::make_unique<Engine>(transport_->open(token), clock_, ledger_.meter()); }
+  void release(std::uint64_t token) override { transport_->release(token); }
+
+  void abort(const std::string& why) override {
+    transport_->abort({Errc::aborted, rank(), -1, "rank " + std::to_string(rank()) + " aborted the communicator" + (why.empty() ? "" : ": " + why)});
+  }
+
+  Report run(const Call& call) override {
+    if (failed_) throw *failed_;
+    progress_.start(call.timeout);
+    Report report;
+    report.sequence = ++sequence_;
+    const TransportCounters before = transport_->counters();
+    try {
+      if (transport_->aborted()) raise_abort();
+      prepare(call);
+      start(call);
+      while (remaining_ > 0) {
+        if (local_.empty()) progress_.turn(*this);
+        else {
+          run_local();
+          progress_.poll(*this);
+        }
+      }
+      if (call.finish && call.layout.output_count() > 0) {
+        progress_.enter(State::reduce);
+        call.finish(call.output, call.layout.output_count(), size());
+      }
+    } catch (...) {
+      fail(call, report);
+      throw;
+    }
+    transport_->publish({sequence_, fingerprint_, call.layout.count, false, false});
+    progress_.finish(report);
+    account(report, before, call);
+    return report;
+  }
+
+  // For Progress (see ProgressClient).
+
+  void check(const Transfer& t, const FrameInfo& frame) {
+    const auto ahead = static_cast<std::int32_t>(frame.operation - t.operation);
+    if (ahead != 0) raise_out_of_step(t.peer, frame, ahead);
+    if (frame.has_fingerprint && frame.fingerprint != fingerprint_) raise_mismatch(t.peer, frame.fingerprint);
+    // Calls that agree send equal lengths, unless the algorithm itself is wrong.
+    if (frame.first != (t.done == 0) || frame.bytes > t.bytes - t.done || frame.last != (frame.bytes == t.bytes - t.done) || frame.bytes % t.grain != 0)
+      raise(Errc::mismatch, t.peer, "rank " + std::to_string(t.peer) + " sends a message of another length than " + describe_step(t.step) + " expects (" + std::to_string(t.bytes) + " bytes)");
+  }
+
+  void moved(Transfer& t) {
+    if (!t.pending) --remaining_;
+    propagate(t.step);
+  }
+
+  void check_peers() {
+    for (Rank r = 0; r < size(); ++r) {
+      const RankStatus status = transport_->status(r);
+      if (r != rank() && status.inside && status.sequence == sequence_ && status.fingerprint != fingerprint_) raise_mismatch(r, status.fingerprint);
+    }
+  }
+  Rank first_lost() {
+    for (const Transfer& t : prepared_->transfers)
+      if (needs_peer(t) && transport_->liveness(t.peer) != Liveness::alive) return t.peer;
+    return -1;
+  }
+  [[noreturn]] void raise_lost(Rank peer) {
+    const bool left = transport_->liveness(peer) == Liveness::left;
+    raise(left ? Errc::peer_left : Errc::peer_lost, peer,
+          "rank " + std::to_string(peer) + (left ? " left the communicator" : " died") + " while " + missing() + "; " + last_seen());
+  }
+  [[noreturn]] void raise_timeout(nanoseconds waited) {
+    raise(Errc::timeout, first_missing(), missing() + " after " + detail::time_text(waited) + "; " + last_seen());
+  }
+  [[noreturn]] void raise_abort() {
+    const AbortNotice notice = transport_->abort_notice();
+    throw Error(notice.code, notice.text, {rank(), notice.peer >= 0 ? notice.peer : notice.rank, sequence_, {}});
+  }
+
+ private:
+  /// Everything about a call that does not change from one call with this layout to the next.
+  struct Prepared {
+    Plan plan;
+    std::vector<Transfer> transfers;  // one per step; local steps use the watermarks too
+    std::vector<std::size_t> ready;   // at the start
+    std::vector<char> queued;         // local steps: in local_
+    LedgerRow* row = nullptr;
+  };
+  struct Key {
+    Layout layout;
+    std::size_t grain = 0;
+    Steps (*generate)(Shape) = nullptr;
+    friend bool operator==(const Key&, const Key&) = default;
+  };
+  struct KeyHash {
+    std::size_t operator()(const Key& key) const {
+      std::uint64_t h = static_cast<std::uint64_t>(key.layout.operation) + 31 * static_cast<std::uint64_t>(key.layout.root) + (key.layout.in_place ? 17 : 0);
+      h = h * 0x9e3779b97f4a7c15u + key.layout.count;
+      h = h * 0x9e3779b97f4a7c15u + key.grain;
+      return static_cast<std::size_t>(h * 0x9e3779b97f4a7c15u + reinterpret_cast<std::uintptr_t>(key.generate));
+    }
+  };
+  struct Scratch {
+    std::byte* data = nullptr;
+    std::size_t bytes = 0;
+    Scratch() = default;
+    Scratch(const Scratch&) = delete;
+    Scratch& operator=(const Scratch&) = delete;
+    ~Scratch() { ::operator delete(data, std::align_val_t{64}); }
+    void grow(std::size_t needed) {
+      if (needed <= bytes) return;
+      std::byte* larger = static_cast<std::byte*>(::operator new(needed, std::align_val_t{64}, std::nothrow));
+      if (!larger) throw Error(Errc::no_resources, "no memory for " + std::to_string(needed) + " bytes of scratch");
+      ::operator delete(data, std::align_val_t{64});
+      data = larger;
+      bytes = needed;
+    }
+  };
+  static constexpr std::size_t cache_limit = std::size_t{16} << 20;  // bytes of plans kept
+  static constexpr std::size_t local_slice = std::size_t{64} << 10;  // a local step lets the network go on after this
+
+  void prepare(const Call& call) {
+    fingerprint_ = detail::Fingerprint::of(call).pack();
+    const Key key{call.layout, call.grain, call.algorithm.generate};
+    if (!prepared_ || !(key == key_)) {
+      key_ = key;
+      prepared_ = nullptr;
+      prepared_ = &lookup(key, call);
+    }
+    scratch_.grow(prepared_->plan.scratch());
+  }
+
+  Prepared& lookup(const Key& key, const Call& call) {
+    if (const auto found = cache_.find(key); found != cache_.end()) return found->second;
+    if (cached_bytes_ > cache_limit) {
+      cache_.clear();
+      cached_bytes_ = 0;
+    }
+    Prepared prepared{Plan(call.algorithm.generate(call.layout.shape()), call.layout, call.grain), {}, {}, {}, nullptr};
+    const Plan& plan = prepared.plan;
+    prepared.transfers.resize(plan.steps().size());
+    prepared.queued.resize(plan.steps().size());
+    for (std::uint32_t i = 0; i < plan.steps().size(); ++i) {
+      const PlannedStep& step = plan.steps()[i];
+      Transfer& t = prepared.transfers[i];
+      t.bytes = step.count();
+      t.step = i;
+      t.peer = step.peer;
+      t.grain = call.grain;
+      t.side = step.side;
+      t.is_send = step.verb == Verb::send;
+      t.fold = step.verb == Verb::receive_combine || step.verb == Verb::combine ? &fold_ : nullptr;
+      prepared.ready.push_back(plan.ready(i, [](std::size_t) { return std::size_t{0}; }));
+    }
+    local_.reserve(plan.steps().size());
+    prepared.row = &ledger_.row(call.layout.operation, call.bytes(), call.algorithm.name);
+    cached_bytes_ += plan.bytes_held() + prepared.transfers.size() * sizeof(Transfer);
+    return cache_.emplace(key, std::move(prepared)).first->second;
+  }
+
+  void start(const Call& call) {
+    transport_->publish({sequence_, fingerprint_, call.layout.count, true, false});
+    fold_ = call.fold;
+    local_.clear();
+    const Lateness arrival = progress_.arrival();
+    const auto lane = static_cast<std::uint16_t>(sequence_ % static_cast<unsigned>(transport_->lanes()));
+    remaining_ = prepared_->transfers.size();
+    for (std::uint32_t i = 0; i < prepared_->transfers.size(); ++i) {
+      const PlannedStep& step = prepared_->plan.steps()[i];
+      Transfer& t = prepared_->transfers[i];
+      t.from = address(call, step.from);
+      t.to = const_cast<std::byte*>(address(call, step.to));  // plans never write the input
+      t.ready = prepared_->ready[i];
+      t.done = 0;
+      t.operation = sequence_;
+      t.fingerprint = fingerprint_;
+      t.lane = lane;
+      t.inherited = t.late = arrival;
+      prepared_->queued[i] = 0;
+      if (step.peer >= 0) transport_->post(t);
+      else if (t.ready > 0) queue_local(i);
+    }
+  }
+  const std::byte* address(const Call& call, const Range& range) const {
+    const std::byte* base = range.buffer == Buffer::input ? call.input : range.buffer == Buffer::output ? call.output : scratch_.data;
+    return base ? base + range.first : nullptr;
+  }
+
+  void queue_local(std::uint32_t i) {
+    if (prepared_->queued[i]) return;
+    prepared_->queued[i] = 1;
+    local_.push_back(i);
+  }
+  /// One slice of each local step that can go on.
+  void run_local() {
+    for (std::size_t n = local_.size(); n > 0; --n) {
+      const std::uint32_t i = local_.front();
+      local_.erase(local_.begin());
+      prepared_->queued[i] = 0;
+      Transfer& t = prepared_->transfers[i];
+      const std::size_t bytes = std::min(t.ready - t.done, local_slice - local_slice % t.grain);
+      const std::byte* from = t.from + t.done;
+      std::byte* to = t.to + t.done;
+      if (bytes > local_inline) progress_.enter(t.fold ? State::reduce : State::copy);
+      if (!t.fold) std::memmove(to, from, bytes);
+      else if (t.side == Side::right) (*t.fold)(to, to, from, bytes);
+      else (*t.fold)(to, from, to, bytes);
+      t.done += bytes;
+      if (t.done == t.bytes) --remaining_;
+      else if (t.done < t.ready) queue_local(i);
+      propagate(i);
+    }
+  }
+  static constexpr std::size_t local_inline = 80;
+
+  /// Step i moved: whoever waits for it may go further, and inherits what it was late by.
+  void propagate(std::uint32_t i) {
+    const PlannedStep& step = prepared_->plan.steps()[i];
+    const Transfer& moved = prepared_->transfers[i];
+    for (std::uint32_t d = step.first_dependent; d < step.first_dependent + step.dependents; ++d) {
+      const std::uint32_t j = prepared_->plan.dependents()[d];
+      Transfer& t = prepared_->transfers[j];
+      if constexpr (Accounting::timed) {
+        t.inherited.raise(moved.late);
+        t.late.raise(moved.late);
+      }
+      t.ready = prepared_->plan.ready(j, [&](std::size_t k) { return prepared_->transfers[k].done; });
+      if (t.peer < 0 && t.ready > t.done) queue_local(j);
+    }
+  }
+
+  void account(Report& report, const TransportCounters& before, const Call& call) {
+    const TransportCounters& after = transport_->counters();
+    report.bytes_sent = after.bytes_sent - before.bytes_sent;
+    report.bytes_received = after.bytes_received - before.bytes_received;
+    report.bytes_wire = report.bytes_sent + after.overhead_sent - before.overhead_sent;
+    report.ledger = ledger_.handle();
+    if (!prepared_) return;
+    report.algorithm = prepared_->row->algorithm;
+    ledger_.book(*prepared_->row, report, call.bytes(), progress_.watch(), clock_);
+  }
+
+  // Failure: everything pending is withdrawn, the other ranks are told, and this communicator refuses further use.
+
+  void fail(const Call& call, Report& report) {
+    Rank peer = -1;
+    State cause = State::wait_transfer;
+    if (prepared_) {
+      peer = first_missing();
+      if (peer >= 0 && transport_->status(peer).sequence < sequence_) cause = State::wait_arrival;
+      for (Transfer& t : prepared_->transfers) transport_->cancel(t);
+    }
+    try {
+      throw;
+    } catch (const Error& error) {
+      failed_.emplace(error);
+    } catch (const std::exception& error) {
+      failed_.emplace(Errc::aborted, "rank " + std::to_string(rank()) + ": exception during " + describe_call() + ": " + error.what(), ErrorContext{rank(), rank(), sequence_, {}});
+    } catch (...) {
+      failed_.emplace(Errc::aborted, "rank " + std::to_string(rank()) + ": exception during " + describe_call(), ErrorContext{rank(), rank(), sequence_, {}});
+    }
+    transport_->abort({failed_->errc(), rank(), failed_->peer(), std::string(failed_->text())});  // the first notice wins
+    transport_->publish({sequence_, fingerprint_, call.layout.count, false, false});
+    progress_.finish_failed(report, peer, cause);
+    account(report, transport_->counters(), call);
+    if (prepared_) ++prepared_->row->failed;
+  }
+
+  bool needs_peer(const Transfer& t) const { return t.pending && (t.bytes == 0 || t.ready > t.done); }
+  Rank first_missing() const {
+    for (const Transfer& t : prepared_->transfers)
+      if (needs_peer(t)) return t.peer;
+    return -1;
+  }
+  std::string missing() const {
+    std::string from, room;
+    std::vector<Rank> named;
+    for (const Transfer& t : prepared_->transfers) {
+      if (!needs_peer(t)) continue;
+      const Rank key = t.is_send ? -1 - t.peer : t.peer;
+      if (std::find(named.begin(), named.end(), key) != named.end()) continue;
+      named.push_back(key);
+      std::string& list = t.is_send ? room : from;
+      list += (list.empty() ? "rank " : ", rank ") + std::to_string(t.peer);
+    }
+    std::string text = "rank " + std::to_string(rank()) + " in " + describe_call();
+    if (!from.empty()) text += " waits for data from " + from;
+    if (!room.empty()) text += (from.empty() ? " waits" : " and") + std::string(" for room at ") + room;
+    return text;
+  }
+  std::string describe_call() const { return detail::describe(fingerprint_, key_.layout.count) + " #" + std::to_string(sequence_); }
+  std::string describe_step(std::uint32_t i) const { return "step " + std::to_string(i) + " of " + describe_call(); }
+  std::string last_seen() const {
+    std::string text = "last seen:";
+    for (Rank r = 0; r < size(); ++r) {
+      const RankStatus s = transport_->status(r);
+      text += (r ? "; rank " : " rank ") + std::to_string(r);
+      if (s.left) text += " left after #" + std::to_string(s.sequence);
+      else if (s.sequence == 0) text += " has called nothing";
+      else text += (s.inside ? " in " : " after ") + detail::describe(s.fingerprint, s.count) + " #" + std::to_string(s.sequence);
+    }
+    return text;
+  }
+
+  [[noreturn]] void raise(Errc code, Rank peer, const std::string& text) {
+    throw Error(code, text, {rank(), peer, sequence_, progress_.waited()});
+  }
+  [[noreturn]] void raise_mismatch(Rank peer, std::uint64_t theirs) {
+    const RankStatus status = transport_->status(peer);
+    raise(Errc::mismatch, peer, "operation #" + std::to_string(sequence_) + ": rank " + std::to_string(rank()) + " called " + detail::describe(fingerprint_, key_.layout.count) + ", rank " +
+                                    std::to_string(peer) + " called " + detail::describe(theirs, status.count));
+  }
+  [[noreturn]] void raise_out_of_step(Rank peer, const FrameInfo& frame, std::int32_t ahead) {
+    const RankStatus status = transport_->status(peer);
+    const std::string theirs = frame.has_fingerprint ? detail::describe(frame.fingerprint, status.count) + " " : "operation ";
+    raise(Errc::mismatch, peer,
+          "rank " + std::to_string(rank()) + " in " + describe_call() + " expects data from rank " + std::to_string(peer) + ", which " +
+              (ahead > 0 ? "has sent none for it and went on to " : "still has some unread from ") + theirs + "#" + std::to_string(frame.operation));
+  }
+
+  std::unique_ptr<T> transport_;
+  Clock clock_;
+  Ledger ledger_;
+  Progress<T, Accounting> progress_;
+  std::unordered_map<Key, Prepared, KeyHash> cache_;
+  std::size_t cached_bytes_ = 0;
+  Prepared* prepared_ = nullptr;
+  Key key_;
+  Scratch scratch_;
+  Fold fold_;
+  std::vector<std::uint32_t> local_;
+  std::size_t remaining_ = 0;
+  std::uint64_t fingerprint_ = 0;
+  std::uint32_t sequence_ = 0;
+  std::optional<Error> failed_;
+};
+
+}  // namespace tally::inline v0

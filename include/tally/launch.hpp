@@ -1,0 +1,275 @@
+// SPDX-License-Identifier: Apache-2.0
+// Starts ranks on this machine and waits for them, so that a first program needs no launcher. Ranks are forked
+// processes, or threads on request. The first rank that fails ends the others, and its error is thrown here.
+#pragma once
+
+#include <dirent.h>
+#include <signal.h>
+#include <sys/prctl.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <chrono>
+#include <concepts>
+#include <cstdio>
+#include <cstring>
+#include <exception>
+#include <functional>
+#include <iostream>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "bootstrap.hpp"
+
+namespace tally::inline v0 {
+
+enum class RankKind : std::uint8_t { processes, threads };
+inline constexpr RankKind processes = RankKind::processes;
+inline constexpr RankKind threads = RankKind::threads;
+
+namespace detail {
+
+/// How a rank ended, in a form that fits through a pipe.
+struct RankFailure {
+  Errc code = Errc::rank_failed;
+  ErrorContext context;
+  char text[3000] = {};
+  void set_text(std::string_view what) { text[what.copy(text, sizeof text - 1)] = 0; }
+
+  static RankFailure current(Rank rank) {
+    RankFailure failure;
+    failure.context.rank = rank;
+    try {
+      throw;
+    } catch (const Error& error) {
+      failure.code = error.errc();
+      failure.context = error.context();
+      failure.context.rank = rank;
+      failure.set_text(error.text());
+    } catch (const std::exception& error) {
+      failure.set_text(error.what());
+    } catch (...) {
+      failure.set_text("an exception that is no std::exception");
+    }
+    return failure;
+  }
+  /// Consequences of another rank's failure: only reported if there is no cause.
+  bool is_consequence() const { return code == Errc::aborted || code == Errc::peer_lost || code == Errc::peer_left; }
+};
+
+/// The cause of a failed job: the first failure that is not a mere consequence of another.
+inline void rethrow_cause(const std::vector<RankFailure>& in_order) {
+  if (in_order.empty()) return;
+  const RankFailure* cause = &in_order.front();
+  for (const RankFailure& failure : in_order)
+    if (!failure.is_consequence()) {
+      cause = &failure;
+      break;
+    }
+  throw Error(cause->code, "rank " + std::to_string(cause->context.rank) + ": " + cause->text, cause->context);
+}
+
+inline void throw_if_unread(const SlotMemory& memory) {
+  const SlotMemory::Unread unread = memory.unread();
+  if (unread.from < 0) return;
+  throw Error(Errc::mismatch,
+              "rank " + std::to_string(unread.from) + " sent rank " + std::to_string(unread.to) + " data in " + describe(unread.fingerprint, memory.rank_line(unread.from).count.load()) + " #" +
+                  std::to_string(unread.operation) + " that nobody received: the ranks called different operations",
+              {unread.from, unread.to, unread.operation, {}});
+}
+
+/// Runs f as one rank. A failure is told to the other ranks before it goes on.
+template <class F>
+void run_rank(const std::shared_ptr<SlotMemory>& memory, Rank me, const Options& options, F& f) {
+  Communicator comm = make_communicator(memory, me, options);
+  try {
+    f(comm);
+  } catch (const std::exception& error) {
+    comm.abort(error.what());
+    throw;
+  } catch (...) {
+    comm.abort("an exception");
+    throw;
+  }
+}
+
+template <class F>
+void launch_threads(int n, F& f, const Options& options) {
+  options.expect_transport("thread", "threads");
+  const std::shared_ptr<SlotMemory> memory = std::make_shared<ThreadMemory>(SlotLayout(n, options.slots));
+  std::vector<RankFailure> failures;
+  std::mutex failing;
+  {
+    std::vector<std::jthread> ranks;
+    try {
+      for (Rank r = 0; r < n; ++r)
+        ranks.emplace_back([&, r] {
+          try {
+            run_rank(memory, r, options, f);
+          } catch (...) {
+            const RankFailure failure = RankFailure::current(r);
+            const std::lock_guard lock(failing);
+            failures.push_back(failure);
+          }
+        });
+    } catch (const std::system_error& error) {
+      const auto started = static_cast<Rank>(ranks.size());
+      SlotTransport(memory, started).abort({Errc::no_resources, started, -1, "rank " + std::to_string(started) + " could not be started: " + error.what()});
+    }
+  }
+  rethrow_cause(failures);
+  throw_if_unread(*memory);
+}
+
+inline int running_threads() {
+  int count = 0;
+  DIR* tasks = ::opendir("/proc/self/task");
+  if (!tasks) return 1;
+  while (const dirent* entry = ::readdir(tasks)) count += entry->d_name[0] != '.';
+  ::closedir(tasks);
+  return count;
+}
+
+/// The forked ranks. Whatever happens, none outlives this object.
+class Children {
+ public:
+  struct Child {
+    pid_t pid = -1;
+    FileDescriptor process, pipe;
+    bool ended = false;
+  };
+  ~Children() {
+    for (Child& child : children_)
+      if (!child.ended) {
+        ::kill(child.pid, SIGKILL);
+        ::waitpid(child.pid, nullptr, 0);
+      }
+  }
+  void add(Child child) { children_.push_back(std::move(child)); }
+
+  /// Waits for all; a while after the first failure it ends those that are left. Failures in order of their time.
+  std::vector<RankFailure> wait() {
+    using Clock = std::chrono::steady_clock;
+    std::vector<RankFailure> failures;
+    std::optional<Clock::time_point> patience;
+    for (std::size_t left = children_.size(); left > 0;) {
+      std::vector<pollfd> events;
+      for (const Child& child : children_)
+        if (!child.ended) events.push_back({child.process.get(), POLLIN, 0});
+      int timeout = -1;
+      if (patience) timeout = static_cast<int>(std::max<std::int64_t>(0, std::chrono::duration_cast<std::chrono::milliseconds>(*patience - Clock::now()).count()));
+      if (::poll(events.data(), events.size(), timeout) == 0) {
+        for (Child& child : children_)
+          if (!child.ended) ::kill(child.pid, SIGKILL), child.ended = true, ::waitpid(child.pid, nullptr, 0);
+        break;
+      }
+      for (std::size_t r = 0; r < children_.size(); ++r) {
+        Child& child = children_[r];
+        int status = 0;
+        if (child.ended || ::waitpid(child.pid, &status, WNOHANG) != child.pid) continue;
+        child.ended = true;
+        --left;
+        if (WIFEXITED(status) && WEXITSTATUS(status) == 0) continue;
+        failures.push_back(why(static_cast<Rank>(r), child, status));
+        if (!patience) patience = Clock::now() + std::chrono::seconds(1);
+      }
+    }
+    return failures;
+  }
+
+ private:
+  static RankFailure why(Rank rank, const Child& child, int status) {
+    RankFailure failure;
+    pollfd event{child.pipe.get(), POLLIN, 0};
+    if (::poll(&event, 1, 0) > 0 && ::read(child.pipe.get(), &failure, sizeof failure) == static_cast<ssize_t>(sizeof failure)) {
+      failure.text[sizeof failure.text - 1] = 0;
+      return failure;
+    }
+    failure = {};
+    failure.context.rank = rank;
+    failure.set_text(WIFSIGNALED(status) ? "killed by signal " + std::to_string(WTERMSIG(status)) + " (" + ::strsignal(WTERMSIG(status)) + ")"
+                                         : "exited with status " + std::to_string(WEXITSTATUS(status)));
+    return failure;
+  }
+  std::vector<Child> children_;
+};
+
+/// The rest of a forked rank's life.
+template <class F>
+[[noreturn]] void live_as_rank(Rank me, int n, const std::shared_ptr<ShmFile>& file, const SlotLayout& layout, const FileDescriptor& pipe, pid_t parent, F& f, const Options& options) {
+  ::prctl(PR_SET_PDEATHSIG, SIGKILL);
+  if (::getppid() != parent) ::_exit(1);  // it died before that took effect
+  int status = 1;
+  try {
+    const auto memory = std::make_shared<ShmMemory>(file, layout, 0, me);
+    while (memory->header().ready.load() == 0) futex_wait(memory->header().ready, 0, std::chrono::milliseconds(50));
+    std::vector<pid_t> pids;
+    for (Rank r = 0; r < n; ++r) pids.push_back(static_cast<pid_t>(memory->rank_line(r).pid.load()));
+    file->watch(pids);
+    run_rank(memory, me, options, f);
+    status = 0;
+  } catch (...) {
+    const RankFailure failure = RankFailure::current(me);
+    [[maybe_unused]] const ssize_t written = ::write(pipe.get(), &failure, sizeof failure);
+  }
+  std::fflush(nullptr);
+  std::cout.flush();
+  ::_exit(status);
+}
+
+template <class F>
+void launch_processes(int n, F& f, const Options& options) {
+  options.expect_transport("shm", "processes of one host");
+  if (const int count = running_threads(); count > 1)
+    throw Error(Errc::unsupported, "launch() would fork while " + std::to_string(count - 1) + " other threads run, which is not safe; launch before starting them, or use tally::threads");
+  const SlotLayout layout(n, options.slots);
+  const auto file = std::make_shared<ShmFile>();
+  const ShmMemory memory(file, layout, 0, -1);
+  Clock::host();  // calibrated once, for all
+  std::cout.flush();
+  std::cerr.flush();
+  std::fflush(nullptr);
+
+  Children children;
+  const pid_t parent = ::getpid();
+  for (Rank r = 0; r < n; ++r) {
+    int ends[2];
+    if (::pipe2(ends, O_CLOEXEC) != 0) throw Error(Errc::no_resources, "no descriptors to start rank " + std::to_string(r) + ": " + errno_text(errno));
+    FileDescriptor read_end(ends[0]), write_end(ends[1]);
+    const pid_t pid = ::fork();
+    if (pid < 0) throw Error(Errc::no_resources, "cannot start rank " + std::to_string(r) + " (fork): " + errno_text(errno));
+    if (pid == 0) live_as_rank(r, n, file, layout, write_end, parent, f, options);
+    Children::Child child;
+    child.pid = pid;
+    child.process = FileDescriptor(static_cast<int>(::syscall(SYS_pidfd_open, pid, 0)));
+    child.pipe = std::move(read_end);
+    const bool watched = static_cast<bool>(child.process);
+    children.add(std::move(child));
+    if (!watched) throw Error(Errc::no_resources, "no descriptor to watch rank " + std::to_string(r) + " (pidfd_open): " + errno_text(errno));
+    memory.rank_line(r).pid.store(static_cast<std::uint32_t>(pid));
+  }
+  memory.header().ready.store(1);
+  futex_wake(memory.header().ready);
+  rethrow_cause(children.wait());
+  throw_if_unread(memory);
+}
+
+}  // namespace detail
+
+/// Runs f(comm) as n ranks on this machine and returns when all have ended. Ranks are forked processes (nothing
+/// they change is seen here; refused while other threads run), or tally::threads. Throws the first failure of a
+/// rank, with its rank; the others are ended. Options are defaults that the environment overrides.
+template <std::invocable<Communicator&> F>
+void launch(int n, F f, RankKind kind = processes, const Options& defaults = {}) {
+  if (n < 1 || n > 1 << 15) throw Error(Errc::invalid_argument, "cannot launch " + std::to_string(n) + " ranks: there must be 1 to 32768");
+  const Options options = Options::from_environment(defaults);
+  if (kind == RankKind::threads) detail::launch_threads(n, f, options);
+  else detail::launch_processes(n, f, options);
+}
+
+}  // namespace tally::inline v0

@@ -1,0 +1,86 @@
+// SPDX-License-Identifier: Apache-2.0
+// Everything that can be set about a communicator, from arguments or, once at init, from the environment.
+#pragma once
+
+#include <charconv>
+#include <chrono>
+#include <cmath>
+#include <cstdlib>
+#include <limits>
+#include <optional>
+#include <string>
+#include <string_view>
+
+#include "choose.hpp"
+#include "energy/model.hpp"
+#include "error.hpp"
+#include "transport/slots.hpp"
+
+namespace tally::inline v0 {
+
+namespace detail {
+
+inline std::optional<std::string_view> environment(const char* name) {
+  const char* value = std::getenv(name);
+  return value && *value ? std::optional<std::string_view>(value) : std::nullopt;
+}
+/// A number from the environment, wholly parsed and in [least, most], or an error that names the variable.
+template <class N>
+std::optional<N> environment_number(const char* name, N least, N most) {
+  const auto text = environment(name);
+  if (!text) return std::nullopt;
+  N value{};
+  const auto [end, error] = std::from_chars(text->data(), text->data() + text->size(), value);
+  if (error != std::errc{} || end != text->data() + text->size() || !(value >= least && value <= most))
+    throw Error(Errc::invalid_argument, std::string(name) + "='" + std::string(*text) + "' is not a number from " + std::to_string(least) + " to " + std::to_string(most));
+  return value;
+}
+
+}  // namespace detail
+
+struct Options {
+  nanoseconds timeout = std::chrono::seconds(60);  // deadline of every call that names none
+  bool accounting = true;
+  ModelMeter meter;
+  SlotOptions slots;
+  AlgorithmOverrides algorithms;
+  std::string transport;  // empty: whatever fits
+
+  /// `defaults`, changed by what the environment says: TALLY_TIMEOUT (seconds), TALLY_ACCOUNTING (on, off),
+  /// TALLY_METER (model, none), TALLY_MODEL_BUSY_WATTS, TALLY_MODEL_IDLE_WATTS (per core), TALLY_ALGORITHM,
+  /// TALLY_TRANSPORT (shm, thread), TALLY_SLOTS, TALLY_SLOT_BYTES, TALLY_SLOT_BUDGET (bytes).
+  static Options from_environment(Options defaults) {
+    using detail::environment, detail::environment_number;
+    Options o = std::move(defaults);
+    if (const auto s = environment_number<double>("TALLY_TIMEOUT", 1e-6, 1e9)) o.timeout = nanoseconds(static_cast<std::int64_t>(*s * 1e9));
+    if (const auto v = environment("TALLY_ACCOUNTING")) o.accounting = one_of("TALLY_ACCOUNTING", *v, "off", "on");
+    if (const auto v = environment("TALLY_METER")) o.meter.enabled = one_of("TALLY_METER", *v, "none", "model");
+    if (const auto w = environment_number<double>("TALLY_MODEL_BUSY_WATTS", 0, 1e6)) o.meter.busy_watts = *w;
+    if (const auto w = environment_number<double>("TALLY_MODEL_IDLE_WATTS", 0, 1e6)) o.meter.idle_watts = *w;
+    if (const auto v = environment("TALLY_ALGORITHM")) o.algorithms = AlgorithmOverrides(*v);
+    if (const auto v = environment("TALLY_TRANSPORT")) {
+      one_of("TALLY_TRANSPORT", *v, "shm", "thread");
+      o.transport = *v;
+    }
+    if (const auto n = environment_number<int>("TALLY_SLOTS", 1, 4096)) o.slots.slots = *n;
+    if (const auto n = environment_number<std::size_t>("TALLY_SLOT_BYTES", 128, std::size_t{1} << 30)) o.slots.slot_bytes = *n;
+    if (const auto n = environment_number<std::size_t>("TALLY_SLOT_BUDGET", 4096, std::size_t{1} << 40)) o.slots.budget = *n;
+    return o;
+  }
+  static Options from_environment() { return from_environment(Options{}); }
+
+  /// The transport that connects these ranks, or an error if another one was asked for.
+  void expect_transport(std::string_view possible, std::string_view ranks) const {
+    if (transport.empty() || transport == possible) return;
+    throw Error(Errc::invalid_argument, "transport '" + transport + "' does not connect ranks that are " + std::string(ranks) + "; '" + std::string(possible) + "' does");
+  }
+
+ private:
+  static bool one_of(const char* name, std::string_view value, std::string_view no, std::string_view yes) {
+    if (value == yes) return true;
+    if (value == no) return false;
+    throw Error(Errc::invalid_argument, std::string(name) + "='" + std::string(value) + "' is unknown; it may be " + std::string(no) + " or " + std::string(yes));
+  }
+};
+
+}  // namespace tally::inline v0

@@ -1,0 +1,236 @@
+// SPDX-License-Identifier: Apache-2.0
+// The one loop that waits. It polls the transport; where something moved, it books the time; where nothing did,
+// it works out who is late, climbs the waiting ladder, and gives up at the deadline, on an abort, or when a peer
+// that is needed is gone. All idle time, blame, deadlines and liveness of all transports are measured here.
+#pragma once
+
+#include <algorithm>
+#include <chrono>
+#include <cstdint>
+#include <limits>
+
+#include "account/report.hpp"
+#include "account/states.hpp"
+#include "clock.hpp"
+#include "transport/concept.hpp"
+#include "wait.hpp"
+
+namespace tally::inline v0 {
+
+/// Accounting policies. Unaccounted reads no clock before the first stalled poll and sends no times.
+struct Timed {
+  static constexpr bool timed = true;
+};
+struct Unaccounted {
+  static constexpr bool timed = false;
+};
+
+/// What drives operations through Progress: it knows what is pending and how to describe it.
+template <class C>
+concept ProgressClient = requires(C& client, Transfer& transfer, const FrameInfo& frame, Rank rank, Liveness liveness, nanoseconds waited) {
+  client.check(transfer, frame);         // throws if the frame is not what the transfer expects
+  client.moved(transfer);                // see Probe
+  client.check_peers();                  // throws if other ranks are seen in a call that does not match
+  { client.first_lost() } -> std::same_as<Rank>;  // a rank that is gone and still needed, or -1
+  client.raise_lost(rank);               // these three throw
+  client.raise_timeout(waited);
+  client.raise_abort();
+};
+
+template <Transport T, class Accounting>
+class Progress {
+ public:
+  Progress(T& transport, const Clock& clock)
+      : transport_(transport), clock_(clock), watch_(transport.size()), ladder_(transport.crowded()), check_interval_(clock.to_ticks(std::chrono::milliseconds(20))) {}
+
+  /// An operation begins: the clock's first reading.
+  void start(nanoseconds timeout) {
+    timeout_ = timeout;
+    waiting_ = heard_ = false;
+    deadline_ = 0;
+    if constexpr (Accounting::timed) {
+      arrival_ = now_ = clock_.now();
+      watch_.start(now_);
+    } else {
+      arrival_ = now_ = 0;
+    }
+    latest_ = {arrival_, transport_.rank()};
+  }
+
+  /// One poll; if nothing moved, one step of waiting.
+  template <ProgressClient C>
+  void turn(C& client) {
+    if (poll(client)) return;
+    if (!waiting_) begin_wait();
+    else wait(client);
+  }
+  template <ProgressClient C>
+  bool poll(C& client) {
+    ProbeOf<C> probe{*this, client};
+    if (!transport_.poll(probe)) return false;
+    if (waiting_) end_wait();  // nothing from outside ended it: it was this rank's own doing
+    return true;
+  }
+
+  /// Local work of more than a header's payload is booked as what it is.
+  void enter(State state) {
+    if constexpr (Accounting::timed)
+      if (watch_.state() != state) watch_.enter(state, now_ = clock_.now());
+  }
+  Lateness arrival() const { return {arrival_, transport_.rank()}; }
+
+  /// An operation ends, by success or, with the rank to blame for an unfinished wait, by failure.
+  void finish(Report& report) {
+    if constexpr (!Accounting::timed) return;
+    if (waiting_) end_wait();
+    watch_.enter(State::protocol, clock_.now());
+    write(report);
+  }
+  void finish_failed(Report& report, Rank missing, State cause) {
+    if constexpr (!Accounting::timed) return;
+    const Ticks now = clock_.now();
+    if (waiting_ && missing >= 0 && missing != transport_.rank()) {
+      watch_.blame(missing, cause, now);
+      watch_.resume(State::protocol);
+    }
+    watch_.enter(State::protocol, now);
+    waiting_ = false;
+    write(report);
+  }
+  const Stopwatch& watch() const { return watch_; }
+  /// Since start(); for error texts.
+  nanoseconds waited() const { return clock_.to_ns(clock_.now() - (Accounting::timed ? arrival_ : first_stall_)); }
+
+ private:
+  template <class C>
+  struct ProbeOf {
+    Progress& progress;
+    C& client;
+    void arrived(Transfer& t, const FrameInfo& frame) {
+      client.check(t, frame);
+      progress.heard(t, frame.times, State::wait_transfer);
+    }
+    void credited(Transfer& t, const FrameTimes& times) { progress.heard(t, times, State::wait_credit); }
+    void copying() { progress.enter(State::copy); }
+    void reducing() { progress.enter(State::reduce); }
+    void moved(Transfer& t) { client.moved(t); }
+    FrameTimes stamp(const Transfer& t) const { return progress.stamp(t.late); }
+    FrameTimes credit_stamp(const Transfer& t) const { return progress.stamp(t.inherited); }
+  };
+
+  static constexpr Ticks age_unit = 32;
+  static constexpr std::uint32_t age_limit = std::numeric_limits<std::uint32_t>::max();
+
+  FrameTimes stamp(const Lateness& late) const {
+    if constexpr (!Accounting::timed) return {};
+    const Ticks sent_at = std::max(now_, late.until);
+    return {sent_at, age(sent_at - arrival_), age(sent_at - late.until), static_cast<std::uint16_t>(late.culprit)};
+  }
+  static std::uint32_t age(Ticks ticks) { return static_cast<std::uint32_t>(std::min<Ticks>(ticks / age_unit, age_limit)); }
+
+  /// A frame or a credit of t's peer is here. If it ended a wait, the wait is split: until the peer arrived; until
+  /// whoever the peer depended on arrived; and the rest, in which bytes or room were on their way.
+  void heard(Transfer& t, const FrameTimes& times, State rest) {
+    if constexpr (!Accounting::timed) {
+      waiting_ = false;
+      return;
+    }
+    heard_ = true;
+    const Ticks arrived = times.sent_at - std::min<Ticks>(times.sent_at, Ticks{times.arrive_age} * age_unit);
+    const Ticks late_by = times.late_age == age_limit ? 0 : Ticks{times.late_age} * age_unit;
+    const Ticks late_until = std::max(arrived, times.sent_at - std::min(times.sent_at, late_by));
+    const Rank culprit = times.culprit < transport_.size() ? times.culprit : t.peer;  // never trust a peer's index
+    if (waiting_) {
+      const Rank me = transport_.rank();
+      watch_.blame(t.peer, State::wait_arrival, std::min(arrived, now_));
+      if (culprit != me) watch_.blame(culprit, State::wait_arrival, std::min(late_until, now_));
+      else watch_.blame(t.peer, State::wait_transfer, std::min(late_until, now_));
+      watch_.blame(t.peer, rest, now_);
+      watch_.resume(State::protocol);
+      waiting_ = false;
+    }
+    const Lateness late{late_until, culprit};
+    t.late.raise(late);
+    latest_.raise(late);
+  }
+
+  void begin_wait() {
+    waiting_ = true;
+    now_ = clock_.now();
+    if constexpr (Accounting::timed) watch_.enter(State::wait_local, now_);
+    wait_began_ = now_;
+    ladder_.restart();
+    if (deadline_ == 0) {
+      first_stall_ = now_;
+      deadline_ = (Accounting::timed ? arrival_ : now_) + clock_.to_ticks(timeout_);
+      next_check_ = now_ + check_interval_;
+    }
+  }
+  void end_wait() {
+    if constexpr (Accounting::timed) watch_.enter(State::protocol, now_);
+    waiting_ = false;
+  }
+
+  /// `now_` is always the end of the last poll that found nothing: a wait ends there, and the poll that finds
+  /// something is work.
+  template <ProgressClient C>
+  void wait(C& client) {
+    const bool park = ladder_.climb(clock_.to_ns(now_ - wait_began_));
+    if (transport_.aborted()) client.raise_abort();
+    now_ = clock_.now();
+    if (park && now_ < deadline_) {
+      sleep(client);
+      if (!waiting_) return;
+    }
+    if (now_ < next_check_) return;
+    next_check_ = now_ + check_interval_;
+    client.check_peers();
+    if (const Rank lost = client.first_lost(); lost >= 0) {
+      if (poll(client)) return;  // it may have sent everything before it went
+      client.raise_lost(lost);
+    }
+    if (now_ >= deadline_) client.raise_timeout(clock_.to_ns(now_ - deadline_) + timeout_);
+  }
+
+  template <ProgressClient C>
+  void sleep(C& client) {
+    const nanoseconds limit = std::min<nanoseconds>(std::chrono::milliseconds(25), clock_.to_ns(deadline_ - now_));
+    const Ticks before = now_;
+    transport_.park(limit, [&] { return poll(client) || transport_.aborted(); });
+    if (!waiting_) return;
+    now_ = clock_.now();
+    if constexpr (Accounting::timed) watch_.slept(now_ - before);
+  }
+
+  void write(Report& r) const {
+    const auto& ticks = watch_.ticks();
+    const auto part = [&](State state) { return clock_.to_ns(ticks[static_cast<std::size_t>(state)]); };
+    r.protocol = part(State::protocol);
+    if (ticks[static_cast<std::size_t>(State::protocol)] != watch_.mark() - arrival_) {
+      r.copy = part(State::copy);
+      r.reduce = part(State::reduce);
+      r.wait_local = part(State::wait_local);
+      for (const Rank rank : watch_.blamed()) {
+        const Blame blame = watch_.blame_of(rank, clock_);
+        r.wait_arrival += blame.arrival;
+        r.wait_transfer += blame.transfer;
+        r.wait_credit += blame.credit;
+      }
+    }
+    r.elapsed = r.busy() + r.idle();
+    r.exposed = r.elapsed;
+    r.last_arrival = static_cast<std::int16_t>(heard_ || transport_.size() == 1 ? latest_.culprit : -1);
+  }
+
+  T& transport_;
+  Clock clock_;
+  Stopwatch watch_;
+  Ladder ladder_;
+  Ticks check_interval_;
+  nanoseconds timeout_{};
+  Ticks arrival_ = 0, now_ = 0, deadline_ = 0, next_check_ = 0, wait_began_ = 0, first_stall_ = 0;
+  Lateness latest_;
+  bool waiting_ = false, heard_ = false;
+};
+
+}  // namespace tally::inline v0

@@ -1,0 +1,185 @@
+// SPDX-License-Identifier: Apache-2.0
+// Operators and the loops that apply them to memory. One kernel per (type, operator), called through a pointer,
+// is all that depends on element types below the communicator; everything else moves bytes.
+#pragma once
+
+#include <concepts>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <string>
+#include <string_view>
+#include <type_traits>
+#include <utility>
+
+#include "types.hpp"
+
+namespace tally::inline v0 {
+
+namespace detail {
+
+/// Integers are added and multiplied as unsigned, so that overflow wraps and is defined.
+template <Number T>
+constexpr auto wide(T x) {
+  if constexpr (std::is_floating_point_v<T>) return x;
+  else if constexpr (sizeof(T) < sizeof(unsigned)) return static_cast<unsigned>(x);
+  else return static_cast<std::make_unsigned_t<T>>(x);
+}
+
+}  // namespace detail
+
+// The built-in operators. Each has a form for one pair of numbers and one for GNU vectors of them.
+struct Sum {
+  static constexpr std::string_view name = "sum";
+  template <Number T>
+  constexpr T operator()(T a, T b) const {
+    return static_cast<T>(detail::wide(a) + detail::wide(b));
+  }
+  template <class V>
+  static V vector(V a, V b) { return a + b; }
+};
+struct Prod {
+  static constexpr std::string_view name = "prod";
+  template <Number T>
+  constexpr T operator()(T a, T b) const {
+    return static_cast<T>(detail::wide(a) * detail::wide(b));
+  }
+  template <class V>
+  static V vector(V a, V b) { return a * b; }
+};
+/// The smaller value; of two equal ones the left. A NaN on the right is ignored, one on the left stays.
+struct Min {
+  static constexpr std::string_view name = "min";
+  template <Number T>
+  constexpr T operator()(T a, T b) const { return b < a ? b : a; }
+  template <class V>
+  static V vector(V a, V b) { return b < a ? b : a; }
+};
+struct Max {
+  static constexpr std::string_view name = "max";
+  template <Number T>
+  constexpr T operator()(T a, T b) const { return a < b ? b : a; }
+  template <class V>
+  static V vector(V a, V b) { return a < b ? b : a; }
+};
+/// The sum, divided by the number of ranks at the end. Floating-point types only.
+struct Mean : Sum {
+  static constexpr std::string_view name = "mean";
+};
+
+inline constexpr Sum sum{};
+inline constexpr Prod prod{};
+inline constexpr Min min{};
+inline constexpr Max max{};
+inline constexpr Mean mean{};
+
+/// Marks a callable `T(T, T)` as commutative and associative, which is what the algorithms here need.
+template <class F>
+struct Commutative {
+  F function;
+  template <class T>
+  constexpr T operator()(T a, T b) const { return function(a, b); }
+};
+template <class F>
+constexpr Commutative<F> commutative(F function) { return {std::move(function)}; }
+
+/// Specialise for operator types of your own, or use commutative().
+template <class Op>
+inline constexpr bool is_commutative = false;
+template <class F>
+inline constexpr bool is_commutative<Commutative<F>> = true;
+
+template <class Op>
+inline constexpr bool is_builtin = std::same_as<Op, Sum> || std::same_as<Op, Prod> || std::same_as<Op, Min> || std::same_as<Op, Max> || std::same_as<Op, Mean>;
+
+/// What all_reduce and its relatives take: a built-in operator (mean: floating point only), or a callable that
+/// takes and returns T and is marked commutative.
+template <class Op, class T>
+concept Reduction = Number<T> && ((is_builtin<Op> && (!std::same_as<Op, Mean> || std::floating_point<T>)) ||
+                                  (is_commutative<Op> && std::is_invocable_r_v<T, const Op&, T, T>));
+
+/// to = left . right over `bytes` bytes of whole elements. Memory may be unaligned; `to` may be `left` or `right`.
+struct Fold {
+  using Function = void (*)(const void* op, std::byte* to, const std::byte* left, const std::byte* right, std::size_t bytes);
+  Function function = nullptr;
+  const void* op = nullptr;
+  void operator()(std::byte* to, const std::byte* left, const std::byte* right, std::size_t bytes) const { function(op, to, left, right, bytes); }
+};
+
+namespace detail {
+
+template <class T>
+T load(const std::byte* from) {
+  T value;
+  std::memcpy(&value, from, sizeof value);
+  return value;
+}
+
+template <class Op, class V>
+void fold_vectors(std::byte*& to, const std::byte*& left, const std::byte*& right, std::size_t& bytes) {
+  constexpr std::size_t step = 4 * sizeof(V);
+  for (; bytes >= step; bytes -= step, to += step, left += step, right += step) {
+    V a[4], b[4];  // all loads before any store: `to` may be one of the sources
+    for (std::size_t i = 0; i < 4; ++i) a[i] = load<V>(left + i * sizeof(V)), b[i] = load<V>(right + i * sizeof(V));
+    for (std::size_t i = 0; i < 4; ++i) {
+      const V r = Op::vector(a[i], b[i]);
+      std::memcpy(to + i * sizeof(V), &r, sizeof r);
+    }
+  }
+}
+
+template <class T, class Op>
+void fold_elements(const void* op, std::byte* to, const std::byte* left, const std::byte* right, std::size_t bytes) {
+  if constexpr (is_builtin<Op> && !std::same_as<T, long double>) {
+    // Sums and products wrap, so they are done on unsigned vectors, which have the same bits.
+    using Unsigned = typename std::conditional_t<std::is_integral_v<T>, std::make_unsigned<T>, std::type_identity<T>>::type;
+    using Lane = std::conditional_t<std::same_as<Op, Min> || std::same_as<Op, Max>, T, Unsigned>;
+    typedef Lane V __attribute__((vector_size(16)));
+    fold_vectors<Op, V>(to, left, right, bytes);
+  }
+  const Op& f = *static_cast<const Op*>(op);
+  for (std::size_t i = 0; i + sizeof(T) <= bytes; i += sizeof(T)) {
+    const T r = f(load<T>(left + i), load<T>(right + i));
+    std::memcpy(to + i, &r, sizeof r);
+  }
+}
+
+/// data /= n, for mean.
+template <std::floating_point T>
+void divide(void* data, std::size_t count, int n) {
+  T* values = static_cast<T*>(data);
+  for (std::size_t i = 0; i < count; ++i) values[i] /= static_cast<T>(n);
+}
+
+/// FNV-1a: the same on every rank of a job.
+constexpr std::uint64_t hash_text(std::string_view text) {
+  std::uint64_t hash = 0xcbf29ce484222325u;
+  for (const char c : text) hash = (hash ^ static_cast<unsigned char>(c)) * 0x100000001b3u;
+  return hash;
+}
+template <class T>
+constexpr std::string_view type_text() { return __PRETTY_FUNCTION__; }
+
+/// 12 bits that name an operator to peers: built-in ones by table, callables by a hash of their type.
+template <class Op>
+constexpr std::uint16_t operator_code() {
+  if constexpr (std::same_as<Op, Sum>) return 1;
+  else if constexpr (std::same_as<Op, Prod>) return 2;
+  else if constexpr (std::same_as<Op, Min>) return 3;
+  else if constexpr (std::same_as<Op, Max>) return 4;
+  else if constexpr (std::same_as<Op, Mean>) return 5;
+  else return static_cast<std::uint16_t>(16 + hash_text(type_text<Op>()) % 4080);
+}
+inline std::string operator_text(std::uint16_t code) {
+  constexpr std::string_view names[] = {"", "sum", "prod", "min", "max", "mean"};
+  return code < std::size(names) ? std::string(names[code]) : "user operator #" + std::to_string(code);
+}
+
+}  // namespace detail
+
+template <Number T, class Op>
+Fold fold_of(const Op& op) {
+  return {&detail::fold_elements<T, Op>, &op};
+}
+
+}  // namespace tally::inline v0

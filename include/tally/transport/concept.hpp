@@ -1,0 +1,123 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a transport is: something that moves bytes of posted transfers between ranks and never blocks. A transfer
+// is owned by whoever posts it and linked into the transport's queues, so posting allocates nothing.
+#pragma once
+
+#include <concepts>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <string_view>
+
+#include "../clock.hpp"
+#include "../error.hpp"
+#include "../reduce.hpp"
+#include "../types.hpp"
+
+namespace tally::inline v0 {
+
+/// Who is to blame for something not happening earlier, and until when: the rank that came last, and its arrival.
+struct Lateness {
+  Ticks until = 0;
+  Rank culprit = 0;
+  void raise(const Lateness& other) {
+    if (other.until > until) *this = other;
+  }
+};
+
+/// What every frame and every credit says about its sender (see account/states.hpp). Ages are in units of 32 ticks and saturate.
+struct FrameTimes {
+  Ticks sent_at = 0;
+  std::uint32_t arrive_age = 0, late_age = 0;
+  std::uint16_t culprit = 0;
+};
+
+/// One side of one message. `ready` and `done` are watermarks in bytes: the owner raises ready, the transport done.
+struct Transfer {
+  const std::byte* from = nullptr;  // send: the source. receive: the accumulator if there is a fold
+  std::byte* to = nullptr;          // receive: the destination
+  std::size_t bytes = 0, ready = 0, done = 0;
+  const Fold* fold = nullptr;  // receive: how to combine, null to copy
+  std::uint64_t fingerprint = 0;
+  std::uint32_t operation = 0;  // sequence number, low bits
+  std::uint32_t step = 0;       // for the owner
+  Rank peer = 0;
+  std::uint16_t lane = 0;
+  std::uint16_t grain = 1;  // bytes that are never split
+  Side side = Side::right;
+  bool is_send = false;
+  bool pending = false;  // posted, and not yet complete or cancelled
+  Lateness inherited;    // what this transfer's dependencies were late by
+  Lateness late;         // the same and what its own frames or credits were late by
+  Transfer* next = nullptr;
+};
+
+/// What a frame's header claims, already checked against the transport's own limits.
+struct FrameInfo {
+  std::uint32_t operation = 0;
+  std::uint64_t fingerprint = 0;  // only where has_fingerprint
+  bool has_fingerprint = false, first = false, last = false;  // first, last of its message
+  std::size_t bytes = 0;
+  FrameTimes times;
+};
+
+/// What a rank says about itself, for other ranks' errors.
+struct RankStatus {
+  std::uint64_t sequence = 0, fingerprint = 0, count = 0;
+  bool inside = false, left = false;
+};
+
+enum class Liveness : std::uint8_t { alive, left, dead };
+
+struct AbortNotice {
+  Errc code = Errc::aborted;
+  Rank rank = -1, peer = -1;
+  std::string text;
+};
+
+/// Cumulative since creation; payload only.
+struct TransportCounters {
+  std::uint64_t bytes_sent = 0, bytes_received = 0, messages_sent = 0, messages_received = 0, frames_sent = 0, overhead_sent = 0;
+};
+
+/// A probe is told what happens inside poll(), so that time is booked rightly and dependents move on at once.
+template <class P>
+concept Probe = requires(P& probe, Transfer& transfer, const FrameInfo& frame, const FrameTimes& times) {
+  probe.arrived(transfer, frame);                                // a frame of this transfer is here; may throw
+  probe.credited(transfer, times);                               // a send that had no room has room again
+  probe.copying();                                               // from here on, until told otherwise, bytes are copied
+  probe.reducing();                                              // ... or combined
+  probe.moved(transfer);                                         // done was raised; !pending if that was all
+  { probe.stamp(transfer) } -> std::same_as<FrameTimes>;         // for a frame
+  { probe.credit_stamp(transfer) } -> std::same_as<FrameTimes>;  // for a credit
+};
+
+/// Transports. Within a (lane, peer, direction) transfers complete in the order they were posted, and the k-th send
+/// meets the peer's k-th receive, which must have the same size.
+template <class T>
+concept Transport = requires(T& t, const T& c, Transfer& transfer, RankStatus status, AbortNotice notice, nanoseconds limit, Rank rank) {
+  { c.rank() } -> std::same_as<Rank>;
+  { c.size() } -> std::same_as<int>;
+  { c.lanes() } -> std::same_as<int>;
+  { c.name() } -> std::convertible_to<std::string_view>;
+  { c.counters() } -> std::convertible_to<TransportCounters>;
+  t.post(transfer);
+  t.cancel(transfer);  // on return the transport will not touch its memory again
+  // poll(probe): moves what can move; true if anything did
+  t.publish(status);
+  { c.status(rank) } -> std::same_as<RankStatus>;
+  { t.liveness(rank) } -> std::same_as<Liveness>;
+  t.abort(notice);
+  { c.aborted() } -> std::same_as<bool>;
+  { c.abort_notice() } -> std::same_as<AbortNotice>;
+  // park(limit, recheck): sleeps until a peer may have moved, an abort, or the limit
+  { c.crowded() } -> std::same_as<bool>;
+  t.leave();
+  // A second transport between the same ranks: rank 0 reserves it, all open the token, then rank 0 releases it.
+  { t.reserve() } -> std::same_as<std::uint64_t>;
+  { t.open(std::uint64_t{}) } -> std::same_as<std::unique_ptr<T>>;
+  t.release(std::uint64_t{});
+};
+
+}  // namespace tally::inline v0

@@ -1,0 +1,153 @@
+// SPDX-License-Identifier: Apache-2.0
+// Slots in a memfd shared by processes of one host. The file has no name, so nothing can be left behind; it is
+// sealed against shrinking, so no peer can turn a load into SIGBUS. A communicator's slots are a region of the
+// file: duplicates append regions, and the last rank to leave a region gives its pages back.
+#pragma once
+
+#include <fcntl.h>
+#include <poll.h>
+#include <sys/mman.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <cerrno>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "slots.hpp"
+
+namespace tally::inline v0 {
+
+namespace detail {
+
+inline std::string errno_text(int error) { return std::generic_category().message(error); }
+
+class FileDescriptor {
+ public:
+  explicit FileDescriptor(int fd = -1) : fd_(fd) {}
+  FileDescriptor(FileDescriptor&& other) noexcept : fd_(std::exchange(other.fd_, -1)) {}
+  FileDescriptor& operator=(FileDescriptor&& other) noexcept {
+    std::swap(fd_, other.fd_);
+    return *this;
+  }
+  ~FileDescriptor() {
+    if (fd_ >= 0) ::close(fd_);
+  }
+  int get() const { return fd_; }
+  explicit operator bool() const { return fd_ >= 0; }
+
+ private:
+  int fd_;
+};
+
+}  // namespace detail
+
+/// The job's file and the means to see whether its processes live.
+class ShmFile {
+ public:
+  ShmFile() : fd_(::memfd_create("tally", MFD_CLOEXEC | MFD_ALLOW_SEALING)) {
+    if (!fd_) throw Error(Errc::no_resources, "no descriptor for shared memory (memfd_create): " + detail::errno_text(errno));
+    ::fcntl(fd_.get(), F_ADD_SEALS, F_SEAL_SHRINK);
+  }
+  /// A file received from another process.
+  explicit ShmFile(detail::FileDescriptor fd) : fd_(std::move(fd)) {
+    const int seals = ::fcntl(fd_.get(), F_GET_SEALS);
+    if (seals < 0 || !(seals & F_SEAL_SHRINK)) throw Error(Errc::protocol, "the shared memory received is not a sealed memfd");
+  }
+  int get() const { return fd_.get(); }
+
+  /// Makes the file at least this long.
+  void grow(std::size_t bytes) {
+    rlimit limit{};
+    // Past this limit the kernel sends SIGXFSZ before it returns an error.
+    if (::getrlimit(RLIMIT_FSIZE, &limit) == 0 && limit.rlim_cur != RLIM_INFINITY && limit.rlim_cur < bytes)
+      throw Error(Errc::no_resources, "shared memory of " + std::to_string(bytes) + " bytes exceeds the file size limit (ulimit -f) of " + std::to_string(limit.rlim_cur));
+    struct stat info {};
+    if (::fstat(fd_.get(), &info) == 0 && static_cast<std::size_t>(info.st_size) >= bytes) return;
+    if (::ftruncate(fd_.get(), static_cast<off_t>(bytes)) == 0) return;
+    const int error = errno;  // another rank may have made it longer meanwhile
+    if (::fstat(fd_.get(), &info) == 0 && static_cast<std::size_t>(info.st_size) >= bytes) return;
+    throw Error(Errc::no_resources, "no memory for " + std::to_string(bytes) + " bytes of shared memory: " + detail::errno_text(error));
+  }
+
+  /// Adds a region at the end and returns where it begins.
+  std::uint64_t append(std::size_t bytes) {
+    const std::lock_guard lock(appending_);
+    struct stat info {};
+    ::fstat(fd_.get(), &info);
+    grow(static_cast<std::size_t>(info.st_size) + bytes);
+    return static_cast<std::uint64_t>(info.st_size);
+  }
+
+  /// From here on `runs` can tell. The pids are as this process sees them.
+  void watch(const std::vector<pid_t>& pids) {
+    for (const pid_t pid : pids) {
+      detail::FileDescriptor process(pid == ::getpid() ? -1 : static_cast<int>(::syscall(SYS_pidfd_open, pid, 0)));
+      if (!process && pid != ::getpid() && errno != ESRCH)
+        throw Error(Errc::no_resources, "no descriptor to watch process " + std::to_string(pid) + " (pidfd_open): " + detail::errno_text(errno));
+      gone_.push_back(pid != ::getpid() && !process);
+      processes_.push_back(std::move(process));
+    }
+  }
+  bool runs(Rank r) {
+    const auto i = static_cast<std::size_t>(r);
+    if (i >= processes_.size()) return true;
+    if (gone_[i] || !processes_[i]) return !gone_[i];
+    pollfd event{processes_[i].get(), POLLIN, 0};
+    if (::poll(&event, 1, 0) > 0) gone_[i] = true;
+    return !gone_[i];
+  }
+
+ private:
+  detail::FileDescriptor fd_;
+  std::mutex appending_;
+  std::vector<detail::FileDescriptor> processes_;
+  std::vector<char> gone_;
+};
+
+class ShmMemory final : public SlotMemory {
+ public:
+  /// Maps the region at `offset`. `me` is -1 for an onlooker, who does not count among those who leave.
+  ShmMemory(std::shared_ptr<ShmFile> file, const SlotLayout& layout, std::size_t offset, Rank me) : SlotMemory(layout), file_(std::move(file)), offset_(offset), me_(me) {
+    file_->grow(offset + mapped());
+    void* base = ::mmap(nullptr, mapped(), PROT_READ | PROT_WRITE, MAP_SHARED, file_->get(), static_cast<off_t>(offset));
+    if (base == MAP_FAILED) throw Error(Errc::no_resources, "cannot map " + std::to_string(mapped()) + " bytes of shared memory: " + detail::errno_text(errno));
+    base_ = static_cast<std::byte*>(base);
+  }
+  ~ShmMemory() override {
+    const bool last = me_ >= 0 && header().departed.fetch_add(1) + 1 == static_cast<std::uint32_t>(layout().size());
+    ::munmap(base_, mapped());
+    if (last) ::fallocate(file_->get(), FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, static_cast<off_t>(offset_), static_cast<off_t>(mapped()));
+  }
+
+  std::string_view name() const override { return "shm"; }
+  bool runs(Rank r) override { return file_->runs(r); }
+  const std::shared_ptr<ShmFile>& file() const { return file_; }
+
+  std::uint64_t reserve() override {
+    // Offsets only grow and regions are never reused, so a rank that left late cannot harm a new communicator.
+    return file_->append(mapped());
+  }
+  std::shared_ptr<SlotMemory> open(std::uint64_t token, Rank me) override { return std::make_shared<ShmMemory>(file_, layout(), token, me); }
+  void release(std::uint64_t) override {}
+
+ private:
+  std::size_t mapped() const {
+    const auto page = static_cast<std::size_t>(::sysconf(_SC_PAGESIZE));
+    return (layout().bytes() + page - 1) / page * page;
+  }
+
+  std::shared_ptr<ShmFile> file_;
+  std::size_t offset_;
+  Rank me_;
+};
+
+}  // namespace tally::inline v0

@@ -1,0 +1,501 @@
+// SPDX-License-Identifier: Apache-2.0
+// Moves bytes through memory that all ranks can load and store: per ordered pair of ranks a ring of slots,
+// written by one and read by the other, with sequence numbers that only grow, so there are no locks and no
+// resets. A slot is two adjacent cache lines: a short payload travels with its header (16 bytes in the first
+// line, 80 in both), a longer one in the slot's payload block. Where the memory comes from and how a dead rank
+// is noticed is the business of SlotMemory: transport/thread.hpp and transport/shm.hpp.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <bit>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "../wait.hpp"
+#include "concept.hpp"
+
+namespace tally::inline v0 {
+
+/// Sizes that all ranks must agree on.
+struct SlotOptions {
+  int lanes = 1;
+  std::size_t budget = std::size_t{64} << 20;  // bytes for all slots of one communicator on this host
+  int slots = 16;                              // per ordered pair; fewer where the budget demands it
+  std::size_t slot_bytes = 16 << 10;           // likewise
+};
+
+namespace detail {
+
+inline constexpr std::size_t line = 64;
+inline constexpr std::uint32_t slot_protocol = 1;  // raise when anything below changes its meaning
+
+struct alignas(2 * line) Slot {
+  static constexpr std::size_t inline_bytes = 80;
+  std::atomic<std::uint64_t> sequence;  // k + 1 once frame k is complete
+  std::uint64_t fingerprint;
+  std::uint64_t sent_at;
+  std::uint32_t arrive_age, late_age;
+  std::uint32_t operation, bytes;
+  std::uint16_t culprit;
+  std::uint8_t flags, unused[5];
+  std::byte payload[inline_bytes];
+};
+static_assert(sizeof(Slot) == 2 * line && offsetof(Slot, payload) == 48, "16 bytes of payload share the header's line");
+enum SlotFlag : std::uint8_t { flag_first = 1, flag_last = 2, flag_fingerprint = 4 };
+
+struct Credit {
+  std::uint64_t sent_at;
+  std::uint32_t arrive_age, late_age;
+  std::uint16_t culprit, unused[7];
+};
+static_assert(sizeof(Credit) == 32);
+
+struct alignas(line) RankLine {
+  std::atomic<std::uint64_t> sequence, fingerprint, count;
+  std::atomic<std::uint32_t> inside, left, pid, unused;
+  alignas(line) std::atomic<std::uint32_t> parked;  // loaded by every sender: never shares a line with what changes per call
+};
+static_assert(sizeof(RankLine) == 2 * line && offsetof(RankLine, parked) == line);
+
+struct alignas(line) SlotHeader {
+  std::atomic<std::uint32_t> ready, fences, departed;
+  alignas(line) std::atomic<std::uint32_t> abort;  // 0 none, 1 being written, 2 written
+  std::int32_t abort_code, abort_rank, abort_peer;
+  char abort_text[2048];
+};
+
+}  // namespace detail
+
+/// Where everything lies. A pure function of the rank count and the options: nothing of it is read from shared memory.
+class SlotLayout {
+ public:
+  SlotLayout(int n, SlotOptions options) : n_(n), lanes_(options.lanes), slots_(std::bit_floor(static_cast<unsigned>(std::max(options.slots, 1)))), slot_bytes_(round(options.slot_bytes)) {
+    if (options.lanes < 1 || options.lanes > 1024) throw Error(Errc::invalid_argument, "lanes must be 1 to 1024, not " + std::to_string(options.lanes));
+    while (bytes() > options.budget && (slots_ > 1 || slot_bytes_ > 128)) {
+      if (slots_ > 8 || slot_bytes_ <= 1024) slots_ = std::max(1u, slots_ / 2), slot_bytes_ = slots_ == 1 ? round(slot_bytes_ / 2) : slot_bytes_;
+      else slot_bytes_ = round(slot_bytes_ / 2);
+    }
+    if (bytes() > options.budget)
+      throw Error(Errc::no_resources, std::to_string(n) + " ranks need " + std::to_string(bytes()) + " bytes for slots, the budget is " + std::to_string(options.budget));
+  }
+  int size() const { return n_; }
+  int lanes() const { return lanes_; }
+  unsigned slots() const { return slots_; }
+  std::size_t slot_bytes() const { return slot_bytes_; }
+
+  std::size_t rank_line(Rank r) const { return sizeof(detail::SlotHeader) + static_cast<std::size_t>(r) * sizeof(detail::RankLine); }
+  /// The ring that `from` writes and `to` reads.
+  std::size_t ring(int lane, Rank from, Rank to) const {
+    const auto n = static_cast<std::size_t>(n_);
+    const std::size_t pair = static_cast<std::size_t>(from) * (n - 1) + static_cast<std::size_t>(to < from ? to : to - 1);
+    return rings() + (static_cast<std::size_t>(lane) * n * (n - 1) + pair) * ring_bytes();
+  }
+  // Within a ring: slots, payload blocks, the reader's counter in a line of its own, the reader's credits.
+  std::size_t payloads() const { return slots_ * sizeof(detail::Slot); }
+  std::size_t consumed() const { return payloads() + slots_ * slot_bytes_; }
+  std::size_t credits() const { return consumed() + detail::line; }
+  std::size_t ring_bytes() const { return (credits() + slots_ * sizeof(detail::Credit) + 2 * detail::line - 1) / (2 * detail::line) * (2 * detail::line); }
+  std::size_t bytes() const {
+    const auto n = static_cast<std::size_t>(n_);
+    return rings() + static_cast<std::size_t>(lanes_) * n * (n - 1) * ring_bytes();
+  }
+  /// What two processes must agree on before they use the same mapping.
+  std::uint64_t hash() const {
+    return detail::hash_text("tally slots " + std::to_string(detail::slot_protocol) + " " + std::to_string(n_) + " " + std::to_string(lanes_) + " " +
+                             std::to_string(slots_) + " " + std::to_string(slot_bytes_) + " " + std::to_string(bytes()));
+  }
+
+ private:
+  static std::size_t round(std::size_t bytes) { return std::max<std::size_t>(128, bytes / 128 * 128); }
+  std::size_t rings() const { return (rank_line(n_) + 4095) / 4096 * 4096; }
+
+  int n_, lanes_;
+  unsigned slots_;
+  std::size_t slot_bytes_;
+};
+
+/// Zeroed memory that all ranks can load and store, laid out by `layout`.
+class SlotMemory {
+ public:
+  explicit SlotMemory(const SlotLayout& layout) : layout_(layout) {}
+  virtual ~SlotMemory() = default;
+  SlotMemory(const SlotMemory&) = delete;
+  SlotMemory& operator=(const SlotMemory&) = delete;
+
+  const SlotLayout& layout() const { return layout_; }
+  std::byte* base() const { return base_; }
+  detail::SlotHeader& header() const { return *reinterpret_cast<detail::SlotHeader*>(base_); }
+  detail::RankLine& rank_line(Rank r) const { return *reinterpret_cast<detail::RankLine*>(base_ + layout_.rank_line(r)); }
+
+  virtual std::string_view name() const = 0;
+  /// Whether the rank's process (or thread) still runs; whether it said goodbye is in its line.
+  virtual bool runs(Rank) = 0;
+  /// A second memory like this one. Rank 0 reserves it and tells the others the token, each of them opens it,
+  /// and when all have, rank 0 releases the token.
+  virtual std::uint64_t reserve() = 0;
+  virtual std::shared_ptr<SlotMemory> open(std::uint64_t token, Rank me) = 0;
+  virtual void release(std::uint64_t token) = 0;
+
+  /// Rings that hold frames nobody read: after all ranks have left, a sign of mismatched calls.
+  struct Unread {
+    Rank from = -1, to = -1;
+    std::uint32_t operation = 0;
+    std::uint64_t fingerprint = 0;
+  };
+  Unread unread() const {
+    for (int lane = 0; lane < layout_.lanes(); ++lane)
+      for (Rank from = 0; from < layout_.size(); ++from)
+        for (Rank to = 0; to < layout_.size(); ++to) {
+          if (from == to) continue;
+          std::byte* ring = base_ + layout_.ring(lane, from, to);
+          const std::uint64_t consumed = reinterpret_cast<std::atomic<std::uint64_t>*>(ring + layout_.consumed())->load();
+          const auto& slot = reinterpret_cast<detail::Slot*>(ring)[consumed & (layout_.slots() - 1)];
+          if (slot.sequence.load() == consumed + 1) return {from, to, slot.operation, slot.fingerprint};
+        }
+    return {};
+  }
+
+ protected:
+  std::byte* base_ = nullptr;
+
+ private:
+  SlotLayout layout_;
+};
+
+class SlotTransport {
+ public:
+  SlotTransport(std::shared_ptr<SlotMemory> memory, Rank me)
+      : memory_(std::move(memory)), layout_(memory_->layout()), me_(me), mask_(layout_.slots() - 1),
+        endpoints_(static_cast<std::size_t>(layout_.lanes() * layout_.size())), line_(&memory_->rank_line(me)), header_(&memory_->header()) {
+    sending_.reserve(endpoints_.size());
+    receiving_.reserve(endpoints_.size());
+    for (int lane = 0; lane < lanes(); ++lane)
+      for (Rank peer = 0; peer < size(); ++peer) {
+        if (peer == me) continue;
+        Endpoint& e = endpoint(lane, peer);
+        e.out = ring(lane, me, peer);
+        e.in = ring(lane, peer, me);
+        e.peer_parked = &memory_->rank_line(peer).parked;
+      }
+    if (!AsymmetricBarrier::register_process()) header_->fences.store(1);
+    fences_ = header_->fences.load() != 0;
+    crowded_ = size() > usable_cores();
+  }
+  SlotTransport(const SlotTransport&) = delete;
+  SlotTransport& operator=(const SlotTransport&) = delete;
+
+  Rank rank() const { return me_; }
+  int size() const { return layout_.size(); }
+  int lanes() const { return layout_.lanes(); }
+  std::string_view name() const { return memory_->name(); }
+  const TransportCounters& counters() const { return counters_; }
+  bool crowded() const { return crowded_; }
+  /// Payloads up to this size are part of the header's two lines.
+  static constexpr std::size_t inline_bytes() { return detail::Slot::inline_bytes; }
+
+  void post(Transfer& t) {
+    Endpoint& e = endpoint(t.lane, t.peer);
+    t.pending = true;
+    t.next = nullptr;
+    Queue& queue = t.is_send ? e.sends : e.receives;
+    if (queue.tail) queue.tail->next = &t;
+    else {
+      queue.head = &t;
+      (t.is_send ? sending_ : receiving_).push_back(&e);
+    }
+    queue.tail = &t;
+  }
+
+  void cancel(Transfer& t) {
+    if (!t.pending) return;
+    Endpoint& e = endpoint(t.lane, t.peer);
+    Queue& queue = t.is_send ? e.sends : e.receives;
+    Transfer* before = nullptr;
+    for (Transfer* x = queue.head; x && x != &t; x = x->next) before = x;
+    (before ? before->next : queue.head) = t.next;
+    if (queue.tail == &t) queue.tail = before;
+    t.pending = false;
+    if (!queue.head) std::erase(t.is_send ? sending_ : receiving_, &e);
+  }
+
+  /// At most one frame per peer and direction, so that no peer starves another.
+  template <Probe P>
+  bool poll(P& probe) {
+    bool moved = false;
+    for (std::size_t i = 0; i < sending_.size();) {
+      Endpoint& e = *sending_[i];
+      if (advance_send(e, probe)) {
+        moved = true;
+        if (!e.sends.head) {
+          drop(sending_, i);
+          continue;
+        }
+      }
+      ++i;
+    }
+    for (std::size_t i = 0; i < receiving_.size();) {
+      Endpoint& e = *receiving_[i];
+      if (advance_receive(e, probe)) {
+        moved = true;
+        if (!e.receives.head) {
+          drop(receiving_, i);
+          continue;
+        }
+      }
+      ++i;
+    }
+    return moved;
+  }
+
+  void publish(const RankStatus& status) {
+    line_->sequence.store(status.sequence, std::memory_order_relaxed);
+    line_->fingerprint.store(status.fingerprint, std::memory_order_relaxed);
+    line_->count.store(status.count, std::memory_order_relaxed);
+    line_->inside.store(status.inside, std::memory_order_release);
+  }
+  RankStatus status(Rank r) const {
+    const detail::RankLine& l = memory_->rank_line(r);
+    const bool inside = l.inside.load(std::memory_order_acquire) != 0;
+    return {l.sequence.load(std::memory_order_relaxed), l.fingerprint.load(std::memory_order_relaxed), l.count.load(std::memory_order_relaxed), inside,
+            l.left.load(std::memory_order_relaxed) != 0};
+  }
+  Liveness liveness(Rank r) {
+    if (memory_->rank_line(r).left.load(std::memory_order_acquire)) return Liveness::left;
+    return memory_->runs(r) ? Liveness::alive : Liveness::dead;
+  }
+
+  /// The first notice wins. Callable from any thread.
+  void abort(const AbortNotice& notice) {
+    std::uint32_t none = 0;
+    if (header_->abort.compare_exchange_strong(none, 1)) {
+      header_->abort_code = static_cast<int>(notice.code);
+      header_->abort_rank = notice.rank;
+      header_->abort_peer = notice.peer;
+      const std::size_t length = std::min(notice.text.size(), sizeof header_->abort_text - 1);
+      std::memcpy(header_->abort_text, notice.text.data(), length);
+      header_->abort_text[length] = 0;
+      header_->abort.store(2);
+    }
+    wake_all();
+  }
+  bool aborted() const { return header_->abort.load(std::memory_order_relaxed) != 0; }
+  AbortNotice abort_notice() const {
+    // Who writes a notice may die over it: do not wait for ever.
+    for (int i = 0; header_->abort.load(std::memory_order_acquire) == 1 && i < 1000; ++i) std::this_thread::sleep_for(std::chrono::microseconds(100));
+    if (header_->abort.load(std::memory_order_acquire) != 2) return {Errc::aborted, -1, -1, "a rank died while it was aborting the communicator"};
+    const std::size_t length = ::strnlen(header_->abort_text, sizeof header_->abort_text);
+    return {static_cast<Errc>(header_->abort_code), header_->abort_rank, header_->abort_peer, std::string(header_->abort_text, length)};
+  }
+
+  /// Sleeps until a peer moved something for or by this rank, an abort, or the limit. `recheck` runs once between
+  /// the announcement and the sleep; true from it cancels the sleep.
+  template <class Recheck>
+  void park(nanoseconds limit, Recheck&& recheck) {
+    struct Announcement {
+      std::atomic<std::uint32_t>& parked;
+      explicit Announcement(std::atomic<std::uint32_t>& word) : parked(word) { parked.store(1, std::memory_order_relaxed); }
+      ~Announcement() { parked.store(0, std::memory_order_relaxed); }
+    } announcement(line_->parked);
+    if (fences_) std::atomic_thread_fence(std::memory_order_seq_cst);
+    else AsymmetricBarrier::heavy();
+    if (!recheck()) futex_wait(line_->parked, 1, limit);
+  }
+
+  std::uint64_t reserve() { return memory_->reserve(); }
+  std::unique_ptr<SlotTransport> open(std::uint64_t token) { return std::make_unique<SlotTransport>(memory_->open(token, me_), me_); }
+  void release(std::uint64_t token) { memory_->release(token); }
+
+  /// Goodbye: peers that still need something of this rank get an error instead of waiting.
+  void leave() {
+    line_->left.store(1);
+    wake_all();
+  }
+
+ private:
+  struct Ring {
+    detail::Slot* slots = nullptr;
+    std::byte* payloads = nullptr;
+    std::atomic<std::uint64_t>* consumed = nullptr;
+    detail::Credit* credits = nullptr;
+  };
+  struct Queue {
+    Transfer *head = nullptr, *tail = nullptr;
+    void pop() {
+      head->pending = false;
+      head = head->next;
+      if (!head) tail = nullptr;
+    }
+  };
+  struct Endpoint {
+    Ring out, in;
+    std::atomic<std::uint32_t>* peer_parked = nullptr;
+    Queue sends, receives;
+    std::uint64_t sent = 0, credit = 0;  // frames sent, and known to be consumed
+    std::uint64_t received = 0;
+    std::size_t taken = 0;        // bytes of the frame at the head that are consumed
+    std::uint32_t operation = 0;  // of the last frame sent
+    bool starved = false;         // the head of sends found no room
+    bool seen = false;            // the frame at the head has been announced
+  };
+
+  Endpoint& endpoint(int lane, Rank peer) { return endpoints_[static_cast<std::size_t>(lane * size() + peer)]; }
+  Ring ring(int lane, Rank from, Rank to) const {
+    std::byte* base = memory_->base() + layout_.ring(lane, from, to);
+    return {reinterpret_cast<detail::Slot*>(base), base + layout_.payloads(), reinterpret_cast<std::atomic<std::uint64_t>*>(base + layout_.consumed()),
+            reinterpret_cast<detail::Credit*>(base + layout_.credits())};
+  }
+  static void drop(std::vector<Endpoint*>& list, std::size_t i) {
+    list[i] = list.back();
+    list.pop_back();
+  }
+  void wake(const Endpoint& e) {
+    if (fences_) std::atomic_thread_fence(std::memory_order_seq_cst);
+    if (e.peer_parked->load(std::memory_order_relaxed) != 0 && e.peer_parked->exchange(0) != 0) futex_wake(*e.peer_parked);
+  }
+  void wake_all() {
+    std::atomic_thread_fence(std::memory_order_seq_cst);
+    for (Rank r = 0; r < size(); ++r) {
+      std::atomic<std::uint32_t>& parked = memory_->rank_line(r).parked;
+      parked.store(0);
+      futex_wake(parked);
+    }
+  }
+
+  template <Probe P>
+  bool advance_send(Endpoint& e, P& probe) {
+    Transfer& t = *e.sends.head;
+    if (t.done == t.ready && t.bytes != 0) return false;
+    if (e.sent - e.credit > mask_) {
+      e.credit = e.out.consumed->load(std::memory_order_acquire);
+      if (e.sent - e.credit > mask_) {
+        // More than all slots in use is nonsense from a broken peer; it is never room.
+        e.starved = true;
+        return false;
+      }
+      if (e.starved) {
+        const detail::Credit& c = e.out.credits[e.sent & mask_];
+        probe.credited(t, FrameTimes{c.sent_at, c.arrive_age, c.late_age, c.culprit});
+        e.starved = false;
+      }
+    }
+    const std::uint64_t index = e.sent & mask_;
+    detail::Slot& slot = e.out.slots[index];
+    const std::size_t remaining = t.ready - t.done;
+    std::size_t bytes = remaining;
+    if (bytes > layout_.slot_bytes()) bytes = layout_.slot_bytes() - layout_.slot_bytes() % t.grain;
+    const std::byte* from = t.from + t.done;
+    if (bytes <= 8) copy_small(slot.payload, from, bytes);
+    else if (bytes <= detail::Slot::inline_bytes) std::memcpy(slot.payload, from, bytes);
+    else {
+      probe.copying();
+      std::memcpy(e.out.payloads + index * layout_.slot_bytes(), from, bytes);
+    }
+    std::uint8_t flags = t.done == 0 ? detail::flag_first : 0;
+    t.done += bytes;
+    if (t.done == t.bytes) flags |= detail::flag_last;
+    if (e.operation != t.operation || e.sent == 0) {
+      e.operation = t.operation;
+      slot.fingerprint = t.fingerprint;
+      flags |= detail::flag_fingerprint;
+    }
+    const FrameTimes times = probe.stamp(t);
+    slot.sent_at = times.sent_at;
+    slot.arrive_age = times.arrive_age;
+    slot.late_age = times.late_age;
+    slot.culprit = times.culprit;
+    slot.operation = t.operation;
+    slot.bytes = static_cast<std::uint32_t>(bytes);
+    slot.flags = flags;
+    slot.sequence.store(++e.sent, std::memory_order_release);
+    wake(e);
+
+    counters_.bytes_sent += bytes;
+    counters_.messages_sent += flags & detail::flag_first;
+    ++counters_.frames_sent;
+    counters_.overhead_sent += bytes <= detail::Slot::inline_bytes ? sizeof(detail::Slot) - bytes : sizeof(detail::Slot);
+    if (t.done == t.bytes) e.sends.pop();
+    probe.moved(t);
+    return true;
+  }
+
+  template <Probe P>
+  bool advance_receive(Endpoint& e, P& probe) {
+    Transfer& t = *e.receives.head;
+    if (t.done == t.ready && t.bytes != 0) return false;
+    const std::uint64_t index = e.received & mask_;
+    const detail::Slot& slot = e.in.slots[index];
+    if (slot.sequence.load(std::memory_order_acquire) != e.received + 1) return false;
+    const std::size_t bytes = slot.bytes;
+    if (!e.seen) {
+      if (bytes > layout_.slot_bytes()) broken(t, bytes);
+      probe.arrived(t, FrameInfo{slot.operation, slot.fingerprint, (slot.flags & detail::flag_fingerprint) != 0, (slot.flags & detail::flag_first) != 0,
+                                 (slot.flags & detail::flag_last) != 0, bytes, FrameTimes{slot.sent_at, slot.arrive_age, slot.late_age, slot.culprit}});
+      e.seen = true;
+      counters_.messages_received += slot.flags & detail::flag_first;
+    }
+    const std::size_t take = std::min(bytes - std::min(bytes, e.taken), t.ready - t.done);
+    if (take > 0) {
+      const bool in_slot = bytes <= detail::Slot::inline_bytes;
+      const std::byte* in = (in_slot ? slot.payload : e.in.payloads + index * layout_.slot_bytes()) + e.taken;
+      std::byte* to = t.to + t.done;
+      if (!t.fold) {
+        if (!in_slot) probe.copying();
+        std::memcpy(to, in, take);
+      } else {
+        if (!in_slot) probe.reducing();
+        const std::byte* acc = t.from + t.done;
+        if (t.side == Side::right) (*t.fold)(to, acc, in, take);
+        else (*t.fold)(to, in, acc, take);
+      }
+      t.done += take;
+      e.taken += take;
+      counters_.bytes_received += take;
+    }
+    if (e.taken >= bytes) {
+      const FrameTimes times = probe.credit_stamp(t);
+      detail::Credit& credit = e.in.credits[index];
+      credit.sent_at = times.sent_at;
+      credit.arrive_age = times.arrive_age;
+      credit.late_age = times.late_age;
+      credit.culprit = times.culprit;
+      e.taken = 0;
+      e.seen = false;
+      e.in.consumed->store(++e.received, std::memory_order_release);
+      wake(e);
+      if (t.done == t.bytes) e.receives.pop();
+    }
+    probe.moved(t);
+    return true;
+  }
+
+  /// memcpy of a length the compiler cannot see is a call; the shortest messages are worth a branch.
+  static void copy_small(std::byte* to, const std::byte* from, std::size_t bytes) {
+    if (bytes == 8) std::memcpy(to, from, 8);
+    else if (bytes == 4) std::memcpy(to, from, 4);
+    else std::memcpy(to, from, bytes);
+  }
+  [[noreturn]] void broken(const Transfer& t, std::size_t bytes) const {
+    throw Error(Errc::protocol, "rank " + std::to_string(t.peer) + " announced a frame of " + std::to_string(bytes) + " bytes, slots hold " + std::to_string(layout_.slot_bytes()),
+                {me_, t.peer, t.operation, {}});
+  }
+
+  std::shared_ptr<SlotMemory> memory_;
+  SlotLayout layout_;
+  Rank me_;
+  std::uint64_t mask_;
+  std::vector<Endpoint> endpoints_;
+  std::vector<Endpoint*> sending_, receiving_;  // those with transfers pending
+  detail::RankLine* line_;
+  detail::SlotHeader* header_;
+  TransportCounters counters_;
+  bool fences_ = false, crowded_ = false;
+};
+
+}  // namespace tally::inline v0

@@ -1,0 +1,87 @@
+// SPDX-License-Identifier: Apache-2.0
+// How a rank waits: spin, pause, then sleep in the kernel; where ranks outnumber cores it yields at once.
+// And how it sleeps without missing a wake-up: the sleeper announces itself, then makes every core's stores
+// visible (membarrier), so that senders need no fence of their own.
+#pragma once
+
+#include <linux/futex.h>
+#include <linux/membarrier.h>
+#include <sched.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <cerrno>
+#include <chrono>
+#include <climits>
+#include <cstdint>
+
+#include "types.hpp"
+
+namespace tally::inline v0 {
+
+inline void cpu_pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+inline void futex_wait(std::atomic<std::uint32_t>& word, std::uint32_t while_equal, nanoseconds at_most) {
+  const auto seconds = std::chrono::duration_cast<std::chrono::seconds>(at_most);
+  const timespec limit{seconds.count(), (at_most - seconds).count()};
+  ::syscall(SYS_futex, &word, FUTEX_WAIT, while_equal, &limit, nullptr, 0);
+}
+inline void futex_wake(std::atomic<std::uint32_t>& word) { ::syscall(SYS_futex, &word, FUTEX_WAKE, INT_MAX, nullptr, nullptr, 0); }
+
+/// A heavy barrier on the sleeper's side that pairs with a plain load on the senders' side. Works between
+/// processes when all of them have registered.
+class AsymmetricBarrier {
+ public:
+  /// False where the kernel has none; then senders must fence.
+  static bool register_process() {
+    return ::syscall(SYS_membarrier, MEMBARRIER_CMD_REGISTER_GLOBAL_EXPEDITED, 0, 0) == 0;
+  }
+  static void heavy() {
+    std::atomic_thread_fence(std::memory_order_seq_cst);
+    ::syscall(SYS_membarrier, MEMBARRIER_CMD_GLOBAL_EXPEDITED, 0, 0);
+  }
+};
+
+/// Cores this process may run on.
+inline int usable_cores() {
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof set, &set) != 0) return static_cast<int>(sysconf(_SC_NPROCESSORS_ONLN));
+  return CPU_COUNT(&set);
+}
+
+/// Decides how to spend the next moment of a wait. Spinning costs the waiter's core, sleeping costs the wake-up
+/// (some 10 us): up to about twice that it spins.
+class Ladder {
+ public:
+  explicit Ladder(bool crowded) : crowded_(crowded) {}
+  void restart() { turns_ = 0; }
+  /// Pauses for a moment; true if the caller should park instead.
+  bool climb(nanoseconds waited) {
+    ++turns_;
+    if (crowded_) {
+      if (turns_ <= 2) return false;
+      if (turns_ > max_yields) return true;
+      sched_yield();
+      return false;
+    }
+    if (waited > park_after) return true;
+    if (waited > pause_after) cpu_pause();
+    return false;
+  }
+
+ private:
+  static constexpr nanoseconds pause_after{2'000}, park_after{50'000};
+  static constexpr int max_yields = 64;
+  bool crowded_;
+  int turns_ = 0;
+};
+
+}  // namespace tally::inline v0
