@@ -38,9 +38,12 @@ namespace detail {
 /// An engine for rank `me` over `memory`.
 inline Communicator make_communicator(std::shared_ptr<SlotMemory> memory, Rank me, const Options& options) {
   auto transport = std::make_unique<SlotTransport>(std::move(memory), me);
+  ModelMeter meter = options.meter;
+  meter.enabled = meter.enabled && options.accounting;
+  meter.cores_per_rank = std::min(1.0, static_cast<double>(usable_cores()) / transport->size());
   std::unique_ptr<AnyEngine> engine;
-  if (options.accounting) engine = std::make_unique<Engine<SlotTransport, Timed>>(std::move(transport), Clock::host(), options.meter);
-  else engine = std::make_unique<Engine<SlotTransport, Unaccounted>>(std::move(transport), Clock::host(), ModelMeter{false, 0, 0});
+  if (options.accounting) engine = std::make_unique<Engine<SlotTransport, Timed>>(std::move(transport), Clock::host(), meter);
+  else engine = std::make_unique<Engine<SlotTransport, Unaccounted>>(std::move(transport), Clock::host(), meter);
   return {std::move(engine), options.timeout, options.algorithms};
 }
 
@@ -288,6 +291,9 @@ class Rendezvous {
 };
 
 }  // namespace detail
+
+/// Whether a launcher (mpirun, srun, torchrun, TALLY_RANK) started this process as one of several ranks.
+inline bool launched() { return detail::job_from_environment().size > 1; }
 
 /// The communicator of all ranks that were started together: by mpirun, srun, torchrun, by hand with TALLY_RANK,
 /// TALLY_SIZE and TALLY_JOB, or one rank alone. Arguments are defaults that the environment overrides.

@@ -7,8 +7,9 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <deque>
 #include <string>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "plan.hpp"
@@ -41,8 +42,8 @@ class Checker {
     for (Rank r = 0; r < n_; ++r)
       for (std::size_t i = 0; i < at(r).done.size(); ++i) work_.push_back({r, i});
     while (!work_.empty()) {
-      const auto [r, i] = work_.front();
-      work_.pop_front();
+      const auto [r, i] = work_.back();
+      work_.pop_back();
       advance(r, i);
       if (!problem_.empty()) return problem_;
     }
@@ -55,8 +56,6 @@ class Checker {
       if (std::string problem = wrong_result(r); !problem.empty()) return problem;
     return {};
   }
-
-  std::size_t units_sent(Rank r) const { return ranks_[static_cast<std::size_t>(r)].plan[0].units_sent(); }
 
  private:
   // A value is what was folded into it: a hash of the bracketed expression, and a sum of the leaves' random keys,
@@ -291,7 +290,7 @@ class Checker {
   int n_;
   std::vector<RankState> ranks_;
   std::vector<Pair> pairs_;
-  std::deque<std::pair<Rank, std::size_t>> work_;
+  std::vector<std::pair<Rank, std::size_t>> work_;  // steps that may be able to move
   std::string problem_;
 };
 

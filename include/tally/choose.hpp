@@ -123,9 +123,8 @@ class AlgorithmOverrides {
     if (found) return;
     std::string known;
     for (const Operation operation : all_operations) {
-      known += known.empty() ? " " : "; ";
-      known += std::string(name_of(operation)) + ":";
-      for (const std::string_view each : algorithms_for(operation)) known += " " + std::string(each);
+      known.append(known.empty() ? " " : "; ").append(name_of(operation)).append(":");
+      for (const std::string_view each : algorithms_for(operation)) known.append(" ").append(each);
     }
     throw Error(Errc::invalid_argument, "TALLY_ALGORITHM has '" + std::string(item) + "', which names no algorithm (known are" + known + ", or auto)");
   }

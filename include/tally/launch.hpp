@@ -74,7 +74,9 @@ inline void rethrow_cause(const std::vector<RankFailure>& in_order) {
   throw Error(cause->code, "rank " + std::to_string(cause->context.rank) + ": " + cause->text, cause->context);
 }
 
+/// After all ranks succeeded: calls that only send cannot notice by themselves that nobody received.
 inline void throw_if_unread(const SlotMemory& memory) {
+  if (memory.header().abort.load() != 0) return;  // an operation failed, and its error was caught
   const SlotMemory::Unread unread = memory.unread();
   if (unread.from < 0) return;
   throw Error(Errc::mismatch,

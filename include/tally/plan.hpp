@@ -40,7 +40,7 @@ class Plan {
     Spaces spaces;
     while (const Step* next = steps.next()) {
       check(*next);
-      if (copies_onto_itself(*next)) continue;
+      if (does_nothing(*next)) continue;
       add(spaces, *next, conflicts);
     }
     link();
@@ -101,10 +101,11 @@ class Plan {
       default: return {2, range.first, range.count};
     }
   }
-  bool copies_onto_itself(const Step& step) const {
-    if (step.verb != Verb::copy) return false;
+  /// Local steps without elements, and copies of a range onto itself, as in-place calls have them.
+  bool does_nothing(const Step& step) const {
+    if (step.verb != Verb::copy && step.verb != Verb::combine) return false;
     const Place from = place(step.from), to = place(step.to);
-    return from.count == 0 || (from.space == to.space && from.first == to.first);
+    return from.count == 0 || (step.verb == Verb::copy && from.space == to.space && from.first == to.first);
   }
 
   void check(const Step& step) const {

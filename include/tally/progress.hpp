@@ -41,7 +41,7 @@ template <Transport T, class Accounting>
 class Progress {
  public:
   Progress(T& transport, const Clock& clock)
-      : transport_(transport), clock_(clock), watch_(transport.size()), ladder_(transport.crowded()), check_interval_(clock.to_ticks(std::chrono::milliseconds(20))) {}
+      : transport_(transport), clock_(clock), watch_(transport.size()), ladder_(transport.crowded()), check_interval_(clock.to_ticks(std::chrono::milliseconds(20))), off_core_(clock.to_ticks(std::chrono::microseconds(10))) {}
 
   /// An operation begins: the clock's first reading.
   void start(nanoseconds timeout) {
@@ -175,9 +175,13 @@ class Progress {
   /// something is work.
   template <ProgressClient C>
   void wait(C& client) {
+    const Ticks before = now_;
     const bool park = ladder_.climb(clock_.to_ns(now_ - wait_began_));
     if (transport_.aborted()) client.raise_abort();
     now_ = clock_.now();
+    // A pause is short: if this took long, the core was given to someone else.
+    if constexpr (Accounting::timed)
+      if (now_ - before > off_core_) watch_.slept(now_ - before);
     if (park && now_ < deadline_) {
       sleep(client);
       if (!waiting_) return;
@@ -226,7 +230,7 @@ class Progress {
   Clock clock_;
   Stopwatch watch_;
   Ladder ladder_;
-  Ticks check_interval_;
+  Ticks check_interval_, off_core_;
   nanoseconds timeout_{};
   Ticks arrival_ = 0, now_ = 0, deadline_ = 0, next_check_ = 0, wait_began_ = 0, first_stall_ = 0;
   Lateness latest_;

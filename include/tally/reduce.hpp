@@ -115,16 +115,24 @@ T load(const std::byte* from) {
   return value;
 }
 
+template <class V>
+void store(std::byte* to, V value) {
+  std::memcpy(to, &value, sizeof value);
+}
+
+/// Unrolled by hand, because compilers at -O2 do not. All loads come before any store: `to` may be a source.
 template <class Op, class V>
 void fold_vectors(std::byte*& to, const std::byte*& left, const std::byte*& right, std::size_t& bytes) {
-  constexpr std::size_t step = 4 * sizeof(V);
+  constexpr std::size_t v = sizeof(V), step = 4 * v;
   for (; bytes >= step; bytes -= step, to += step, left += step, right += step) {
-    V a[4], b[4];  // all loads before any store: `to` may be one of the sources
-    for (std::size_t i = 0; i < 4; ++i) a[i] = load<V>(left + i * sizeof(V)), b[i] = load<V>(right + i * sizeof(V));
-    for (std::size_t i = 0; i < 4; ++i) {
-      const V r = Op::vector(a[i], b[i]);
-      std::memcpy(to + i * sizeof(V), &r, sizeof r);
-    }
+    const V a = Op::vector(load<V>(left), load<V>(right));
+    const V b = Op::vector(load<V>(left + v), load<V>(right + v));
+    const V c = Op::vector(load<V>(left + 2 * v), load<V>(right + 2 * v));
+    const V d = Op::vector(load<V>(left + 3 * v), load<V>(right + 3 * v));
+    store(to, a);
+    store(to + v, b);
+    store(to + 2 * v, c);
+    store(to + 3 * v, d);
   }
 }
 

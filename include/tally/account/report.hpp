@@ -3,7 +3,8 @@
 // sequence number, because they do not fit and, for real meters, are not known yet when the call returns.
 #pragma once
 
-#include <array>
+#include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <iomanip>
 #include <mutex>
@@ -133,22 +134,27 @@ static_assert(sizeof(Report) == 128 && std::is_trivially_copyable_v<Report>);
 
 namespace detail {
 
-/// Three significant digits and a unit, e.g. "1.25 ms".
-inline std::string scaled(double value, const char* const* units, double base, std::size_t count, double first = 1.0) {
-  value /= first;
-  std::size_t i = 0;
-  while (i + 1 < count && std::abs(value) >= base) value /= base, ++i;
+/// Three significant digits.
+inline std::string digits(double value) {
+  const double size = std::abs(value);
   std::ostringstream out;
-  out << std::fixed << std::setprecision(std::abs(value) >= 100 || (value == std::floor(value) && std::abs(value) < 1e15 && base == 1024) ? 0 : std::abs(value) >= 10 ? 1 : 2) << value << ' ' << units[i];
+  out << std::fixed << std::setprecision(value == std::floor(value) || size >= 100 ? 0 : size >= 10 ? 1 : 2) << value;
   return out.str();
+}
+/// e.g. "1.25 ms": the largest unit in which the value is at least 1.
+template <std::size_t N>
+std::string scaled(double value, const char* const (&units)[N], double base) {
+  std::size_t i = 0;
+  while (i + 1 < N && std::abs(value) >= base) value /= base, ++i;
+  return digits(value) + ' ' + units[i];
 }
 inline std::string time_text(nanoseconds t) {
   static constexpr const char* units[] = {"ns", "us", "ms", "s"};
-  return scaled(static_cast<double>(t.count()), units, 1000, 4);
+  return scaled(static_cast<double>(t.count()), units, 1000);
 }
 inline std::string bytes_text(std::uint64_t bytes) {
   static constexpr const char* units[] = {"B", "KiB", "MiB", "GiB", "TiB"};
-  return scaled(static_cast<double>(bytes), units, 1024, 5);
+  return scaled(static_cast<double>(bytes), units, 1024);
 }
 inline std::string joules_text(const Quantity& q) {
   if (!q.known()) return "unknown J";
@@ -156,9 +162,7 @@ inline std::string joules_text(const Quantity& q) {
   std::size_t i = 0;
   double scale = 1e-9;
   while (i + 1 < std::size(units) && std::abs(q.value) / scale >= 1000) scale *= 1000, ++i;
-  std::ostringstream out;
-  out << std::setprecision(3) << q.value / scale << " +- " << std::setprecision(2) << q.sigma / scale << ' ' << units[i];
-  return out.str();
+  return digits(q.value / scale) + " +- " + digits(q.sigma / scale) + ' ' + units[i];
 }
 
 }  // namespace detail

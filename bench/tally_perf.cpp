@@ -1,0 +1,549 @@
+// SPDX-License-Identifier: Apache-2.0
+// Time, bandwidth, correctness and cost of one collective over a range of sizes, in the columns of nccl-tests.
+// Ranks are started here, or by a launcher (mpirun, torchrun, TALLY_RANK). Idle time, waits and joules are the
+// library's own account of the timed calls, so that reading them costs those calls nothing.
+#include <sys/mman.h>
+
+#include <CLI/CLI.hpp>
+#include <array>
+#include <fstream>
+#include <iostream>
+#include <nlohmann/json.hpp>
+#include <tally/tally.hpp>
+
+#include "exact.hpp"
+#include "measure.hpp"
+
+namespace {
+
+using Json = nlohmann::ordered_json;
+using bench::Reduce;
+using tally::Operation;
+
+constexpr double unknown = std::numeric_limits<double>::quiet_NaN();
+
+struct Settings {
+  int ranks = 2;
+  Operation op = Operation::all_reduce;
+  std::string transport = "shm", algorithm = "auto", type = "f32", reduce_name = "sum", json;
+  Reduce reduce = Reduce::sum;
+  std::size_t least = 8, most = std::size_t{64} << 20, factor = 2;
+  int root = 0;
+  bool in_place = true;
+  bool pin = false;
+  int iterations = 0;  // 0: as many as fit into `seconds`
+  int warmup = 10;
+  double seconds = 0.2;
+  std::string launcher;  // who started the ranks; empty: this program does
+};
+
+/// One size's results, over all ranks.
+struct Row {
+  std::size_t bytes = 0, count = 0;
+  std::string algorithm;
+  double min_us = 0, median_us = 0, p99_us = 0, algbw = 0, busbw = 0;
+  std::uint64_t wrong = 0;
+  double idle_fraction = unknown, wait_arrival_us = unknown, wait_transfer_us = unknown, energy_j = unknown, idle_energy_j = unknown;
+  std::string provenance = "unknown";
+  int iterations = 0;
+};
+
+// ---- one rank's part of a measurement ----
+
+/// What the ledger says about one operation so far. It is a sum of times, so parts of a run are differences.
+struct Account {
+  double calls = 0, elapsed = 0, idle = 0, arrival = 0, transfer = 0, energy = 0, idle_energy = 0;
+  tally::Provenance provenance = tally::Provenance::none;
+
+  static Account of(const tally::Ledger& ledger, Operation operation) {
+    Account a;
+    for (const tally::LedgerRow& row : ledger.rows()) {
+      if (row.operation != operation) continue;
+      a.calls += static_cast<double>(row.calls);
+      a.elapsed += static_cast<double>(row.elapsed.count());
+      a.idle += static_cast<double>(row.idle().count());
+      a.arrival += static_cast<double>(row.wait_arrival.count());
+      a.transfer += static_cast<double>(row.wait_transfer.count());
+      const tally::Quantity energy = ledger.energy(row);
+      a.energy += energy.value;
+      a.idle_energy += ledger.idle_energy(row).value;
+      a.provenance = energy.provenance;
+    }
+    return a;
+  }
+};
+
+/// Calls one operation on buffers of one size, and knows what comes out.
+template <class T, class Op>
+class Collective {
+ public:
+  Collective(tally::Communicator& comm, const Settings& settings, std::size_t count)
+      : comm_(comm), s_(settings), count_(count), block_(count / static_cast<std::size_t>(comm.size())), first_(count * sizeof(T)), second_(apart() ? count * sizeof(T) : 0) {
+    in_ = whole_in_ = first_.as<T>(count);
+    out_ = whole_out_ = apart() ? second_.as<T>(count) : in_;
+    const std::size_t mine = static_cast<std::size_t>(comm.rank()) * block_;
+    if (s_.op == Operation::all_gather) in_ = s_.in_place ? whole_out_.subspan(mine, block_) : whole_in_.first(block_);
+    if (s_.op == Operation::reduce_scatter) out_ = s_.in_place ? whole_in_.subspan(mine, block_) : whole_out_.first(block_);
+  }
+
+  tally::Report call() {
+    switch (s_.op) {
+      case Operation::all_reduce: return s_.in_place ? comm_.all_reduce(in_, Op{}) : comm_.all_reduce(in_, out_, Op{});
+      case Operation::reduce: return comm_.reduce(in_, out_, Op{}, s_.root);
+      case Operation::broadcast: return comm_.broadcast(in_, s_.root);
+      case Operation::all_gather: return comm_.all_gather(in_, out_);
+      case Operation::reduce_scatter: return comm_.reduce_scatter(in_, out_, Op{});
+      default: return comm_.barrier();
+    }
+  }
+
+  /// Fresh inputs; outputs that were not written afterwards count as wrong.
+  void fill(int turn) {
+    std::fill(whole_out_.begin(), whole_out_.end(), T{125});
+    input(comm_.rank(), turn).fill(in_);
+  }
+  std::uint64_t count_wrong(int turn) const {
+    const int n = comm_.size();
+    switch (s_.op) {
+      case Operation::all_reduce: return result(turn).count_wrong(out_);
+      case Operation::reduce: return comm_.rank() == s_.root ? result(turn).count_wrong(out_) : 0;
+      case Operation::broadcast: return input(s_.root, turn).count_wrong(out_);
+      case Operation::reduce_scatter: return result(turn).count_wrong(out_, static_cast<std::size_t>(comm_.rank()) * block_);
+      case Operation::all_gather: {
+        std::uint64_t wrong = 0;
+        for (int r = 0; r < n; ++r) wrong += input(r, turn).count_wrong(out_.subspan(static_cast<std::size_t>(r) * block_, block_));
+        return wrong;
+      }
+      default: return 0;
+    }
+  }
+  /// Zeros stay what they are under every operator, however often a call in place is repeated.
+  void settle() {
+    std::fill(whole_in_.begin(), whole_in_.end(), T{});
+    std::fill(whole_out_.begin(), whole_out_.end(), T{});
+  }
+
+ private:
+  bool apart() const { return !s_.in_place && s_.op != Operation::broadcast && s_.op != Operation::barrier; }
+  bench::Pattern<T> input(int rank, int turn) const { return bench::Pattern<T>::input(s_.reduce, comm_.size(), rank, turn); }
+  bench::Pattern<T> result(int turn) const { return bench::Pattern<T>::result(s_.reduce, comm_.size(), turn); }
+
+  tally::Communicator& comm_;
+  const Settings& s_;
+  std::size_t count_, block_;
+  bench::Memory first_, second_;
+  std::span<T> in_, out_, whole_in_, whole_out_;
+};
+
+/// Bytes on the busiest link per byte of data, as nccl-tests has it.
+double bus_factor(Operation operation, int n) {
+  const double others = static_cast<double>(n - 1) / n;
+  if (operation == Operation::all_reduce) return 2 * others;
+  if (operation == Operation::all_gather || operation == Operation::reduce_scatter) return others;
+  return 1;
+}
+
+template <class T, class Op>
+class Measurement {
+ public:
+  Measurement(tally::Communicator& comm, tally::Communicator& control, const Settings& settings) : comm_(comm), control_(control), s_(settings) {}
+
+  Row run(std::size_t count) {
+    Collective<T, Op> collective(comm_, s_, count);
+    Row row;
+    row.count = count;
+    row.bytes = count * sizeof(T);
+    row.wrong += check(collective, 0) + check(collective, 1);
+    collective.settle();
+    for (int i = 0; i < s_.warmup; ++i) collective.call();
+    row.algorithm = collective.call().algorithm_name();
+
+    const double call_us = estimate(collective);
+    row.iterations = s_.iterations > 0 ? s_.iterations : static_cast<int>(std::clamp(s_.seconds * 1e6 / call_us, 5.0, 1e7));
+    const int batch = calls_per_sample(row, call_us);
+    control_.barrier();
+    const Account before = Account::of(comm_.ledger(), s_.op);
+    const std::vector<double> samples = timed(collective, row.iterations, batch);
+    const Account after = Account::of(comm_.ledger(), s_.op);
+
+    double times[3] = {bench::quantile(samples, 0), bench::quantile(samples, 0.5), bench::quantile(samples, 0.99)};
+    control_.all_reduce(times, tally::max);  // the slowest rank's
+    row.min_us = times[0];
+    row.median_us = times[1];
+    row.p99_us = times[2];
+    row.algbw = static_cast<double>(row.bytes) / row.median_us * 1e-3;
+    row.busbw = row.algbw * bus_factor(s_.op, comm_.size());
+    add_costs(row, before, after);
+    row.wrong += check(collective, 2);
+    control_.all_reduce(std::span(&row.wrong, 1), tally::sum);
+    return row;
+  }
+
+ private:
+  static std::uint64_t check(Collective<T, Op>& collective, int turn) {
+    collective.fill(turn);
+    collective.call();
+    return collective.count_wrong(turn);
+  }
+
+  /// Microseconds per call, roughly, the same on all ranks; more warm-up.
+  double estimate(Collective<T, Op>& collective) {
+    for (int calls = 1;; calls *= 2) {
+      control_.barrier();
+      double us = timed(collective, calls, calls).front();
+      control_.all_reduce(std::span(&us, 1), tally::max);
+      if (us * calls > 5000 || calls >= 1 << 18) return us;
+    }
+  }
+  /// From 64 KiB on, a clock read is negligible and each call is a sample. Below, a sample is the mean of as many
+  /// calls as fill 50 us, but there are at least 20 samples.
+  int calls_per_sample(const Row& row, double call_us) const {
+    if (row.bytes >= 64 << 10) return 1;
+    return std::clamp(static_cast<int>(50 / call_us), 1, std::max(1, row.iterations / 20));
+  }
+  std::vector<double> timed(Collective<T, Op>& collective, int calls, int batch) {
+    std::vector<double> samples;
+    samples.reserve(static_cast<std::size_t>(calls / batch + 1));
+    double begin = bench::seconds_now();
+    for (int left = calls; left > 0; left -= batch) {
+      const int many = std::min(batch, left);
+      for (int i = 0; i < many; ++i) collective.call();
+      const double end = bench::seconds_now();
+      samples.push_back((end - begin) / many * 1e6);
+      begin = end;
+    }
+    return samples;
+  }
+
+  /// Waits are means over calls and ranks; joules are of one call, all ranks together.
+  void add_costs(Row& row, const Account& before, const Account& after) {
+    const double calls = after.calls - before.calls;
+    double sums[] = {after.elapsed - before.elapsed, after.idle - before.idle, after.arrival - before.arrival, after.transfer - before.transfer, after.energy - before.energy, after.idle_energy - before.idle_energy};
+    auto provenance = static_cast<std::uint8_t>(after.provenance);
+    control_.all_reduce(sums, tally::sum);
+    control_.all_reduce(std::span(&provenance, 1), tally::min);
+    if (calls <= 0 || sums[0] <= 0) return;  // accounting is off
+    const double rank_calls = calls * comm_.size();
+    row.idle_fraction = sums[1] / sums[0];
+    row.wait_arrival_us = sums[2] / rank_calls * 1e-3;
+    row.wait_transfer_us = sums[3] / rank_calls * 1e-3;
+    row.provenance = name_of(static_cast<tally::Provenance>(provenance));
+    if (static_cast<tally::Provenance>(provenance) == tally::Provenance::none) return;
+    row.energy_j = sums[4] / calls;
+    row.idle_energy_j = sums[5] / calls;
+  }
+
+  tally::Communicator& comm_;
+  tally::Communicator& control_;
+  const Settings& s_;
+};
+
+// ---- output ----
+
+/// The table, and JSON lines where asked for. Only rank 0 has one.
+class Output {
+ public:
+  explicit Output(const Settings& settings) : s_(settings), table_(s_.json == "-" ? std::cerr : std::cout), json_(s_.json == "-" ? std::cout : file_) {
+    if (s_.json.empty() || s_.json == "-") return;
+    file_.open(s_.json);
+    if (!file_) throw CLI::ValidationError("--json", "cannot write '" + s_.json + "'");
+  }
+  void header(int ranks, const std::string& placement) {
+    placement_ = placement;
+    table_ << "# machine    " << bench::machine_line() << '\n'
+           << "# ranks      " << ranks << (s_.transport == "thread" ? " threads" : " processes") << (s_.launcher.empty() ? "" : " started by " + s_.launcher) << '\n'
+           << "# operation  " << name_of(s_.op) << ", " << (s_.op == Operation::barrier ? "no data" : s_.in_place ? "in place" : "out of place") << '\n'
+           << "# transport  " << s_.transport << '\n'
+           << "# algorithm  " << s_.algorithm << '\n'
+           << "# placement  " << placement << '\n'
+           << "# time of the slowest rank; idle and waits are means over calls and ranks; joules per call of all ranks together\n"
+           << "#\n"
+           << line({"#", "", "", "", "", "", "min", "median", "p99", "algbw", "busbw", "", "idle", "arrival", "transfer", "energy", ""}) << '\n'
+           << line({"#   size(B)", "count", "type", "redop", "root", "algorithm", "(us)", "(us)", "(us)", "(GB/s)", "(GB/s)", "#wrong", "(%)", "(us)", "(us)", "(J)", "provenance"}) << std::endl;
+  }
+  void row(const Row& r, int ranks) {
+    const bool rooted = has_root(s_.op);
+    char joules[32] = "-";
+    if (std::isfinite(r.energy_j)) std::snprintf(joules, sizeof joules, "%.2e", r.energy_j);
+    table_ << line({std::to_string(r.bytes), std::to_string(r.count), s_.type, s_.reduce_name, rooted ? std::to_string(s_.root) : "-1", r.algorithm, bench::cell(r.min_us), bench::cell(r.median_us),
+                    bench::cell(r.p99_us), bench::cell(r.algbw), bench::cell(r.busbw), std::to_string(r.wrong), bench::cell(100 * r.idle_fraction), bench::cell(r.wait_arrival_us),
+                    bench::cell(r.wait_transfer_us), joules, r.provenance})
+           << std::endl;
+    rows_ += 1;
+    busbw_ += r.busbw;
+    wrong_ += r.wrong;
+    if (!s_.json.empty()) json_ << json_of(r, ranks).dump() << std::endl;
+  }
+  void footer() const {
+    table_ << "# wrong values: " << wrong_ << (wrong_ == 0 ? " OK" : " FAILED") << '\n';
+    if (rows_ > 0) table_ << "# mean bus bandwidth: " << bench::cell(busbw_ / rows_) << " GB/s" << std::endl;
+  }
+
+ private:
+  static std::string line(const std::array<std::string, 17>& cells) {
+    static constexpr std::array widths{11, 10, 5, 6, 5, 19, 9, 9, 9, 8, 8, 7, 7, 9, 9, 10, 11};
+    std::string text;
+    for (std::size_t i = 0; i < cells.size(); ++i) {
+      const auto width = static_cast<std::size_t>(widths[i]);
+      const std::string padding(width > cells[i].size() ? width - cells[i].size() : 0, ' ');
+      const bool left = i == 0 && cells[i].starts_with('#');  // a comment begins with its mark
+      text += left ? cells[i] + padding : " " + padding + cells[i];
+      if (left) text += ' ';
+    }
+    return text;
+  }
+  Json json_of(const Row& r, int ranks) const {
+    const auto number = [](double x) { return std::isfinite(x) ? Json(x) : Json(nullptr); };
+    return {{"op", name_of(s_.op)},
+            {"transport", s_.transport},
+            {"algorithm", r.algorithm},
+            {"ranks", ranks},
+            {"bytes", r.bytes},
+            {"type", s_.type},
+            {"reduce", s_.reduce_name},
+            {"placement", placement_},
+            {"time_us", {{"min", number(r.min_us)}, {"median", number(r.median_us)}, {"p99", number(r.p99_us)}}},
+            {"algbw_gbs", number(r.algbw)},
+            {"busbw_gbs", number(r.busbw)},
+            {"wrong", r.wrong},
+            {"idle_fraction", number(r.idle_fraction)},
+            {"energy_j", number(r.energy_j)},
+            {"idle_energy_j", number(r.idle_energy_j)},
+            {"provenance", r.provenance},
+            {"wait_arrival_us", number(r.wait_arrival_us)},
+            {"wait_transfer_us", number(r.wait_transfer_us)},
+            {"in_place", s_.in_place},
+            {"iterations", r.iterations}};
+  }
+
+  const Settings& s_;
+  std::ofstream file_;
+  std::ostream& table_;
+  std::ostream& json_;
+  std::string placement_;
+  int rows_ = 0;
+  double busbw_ = 0;
+  std::uint64_t wrong_ = 0;
+};
+
+// ---- one rank's life ----
+
+/// Where the ranks may run, as they find it themselves after pinning.
+std::string placement(tally::Communicator& comm, const Settings& s, bool pinned) {
+  std::array<std::uint8_t, 64> mine{};
+  const std::string cores = bench::core_list(bench::allowed_cores());
+  std::copy_n(cores.begin(), std::min(cores.size(), mine.size() - 1), mine.begin());
+  std::vector<std::uint8_t> all(mine.size() * static_cast<std::size_t>(comm.size()));
+  comm.all_gather(mine, all);
+  int everyone = pinned ? 1 : 0;
+  comm.all_reduce(std::span(&everyone, 1), tally::min);
+  std::vector<std::string> texts;
+  for (std::size_t at = 0; at < all.size(); at += mine.size()) texts.emplace_back(reinterpret_cast<const char*>(&all[at]));
+  const bool same = std::all_of(texts.begin(), texts.end(), [&](const std::string& text) { return text == texts.front(); });
+  std::string list;
+  for (const std::string& text : texts) list += (list.empty() ? "" : " | ") + text;
+  if (s.pin && everyone) return "pinned, by rank, to core " + list;
+  const std::string why = s.pin ? "not pinned (refused), " : s.launcher.empty() ? "not pinned, " : "as started, ";
+  return why + (same ? "all on cores " + texts.front() : "by rank on cores " + list);
+}
+
+template <class T>
+std::vector<std::size_t> counts_of(const Settings& s, int n) {
+  if (s.op == Operation::barrier) return {0};
+  const std::size_t unit = s.op == Operation::all_gather || s.op == Operation::reduce_scatter ? static_cast<std::size_t>(n) : 1;
+  std::vector<std::size_t> counts;
+  for (std::size_t bytes = s.least; bytes <= s.most;) {
+    const std::size_t count = std::max<std::size_t>(bytes / sizeof(T) / unit, 1) * unit;
+    if (counts.empty() || counts.back() != count) counts.push_back(count);
+    if (__builtin_mul_overflow(bytes, s.factor, &bytes)) break;
+  }
+  return counts;
+}
+
+/// All sizes with one type and operator; the number of wrong values.
+template <class T, class Op>
+std::uint64_t measure_all(tally::Communicator& comm, const Settings& s, Output* output) {
+  tally::Communicator control = comm.duplicate();  // so that the account of `comm` is of the measured calls only
+  const std::vector<int> cores = bench::allowed_cores();
+  const bool pinned = s.pin && !cores.empty() && bench::pin_to(cores[static_cast<std::size_t>(comm.rank()) % cores.size()]);
+  const std::string where = placement(control, s, pinned);
+  if (output) output->header(comm.size(), where);
+  const bench::Progress progress(output != nullptr);
+  Measurement<T, Op> measurement(comm, control, s);
+  std::uint64_t wrong = 0;
+  for (const std::size_t count : counts_of<T>(s, comm.size())) {
+    progress.show(std::string(name_of(s.op)) + " of " + bench::size_text(count * sizeof(T)) + " ...");
+    const Row row = measurement.run(count);
+    progress.clear();
+    wrong += row.wrong;
+    if (output) output->row(row, comm.size());
+  }
+  if (output) output->footer();
+  return wrong;
+}
+
+template <class T>
+std::uint64_t measure_type(tally::Communicator& comm, const Settings& s, Output* output) {
+  switch (s.reduce) {
+    case Reduce::prod: return measure_all<T, tally::Prod>(comm, s, output);
+    case Reduce::min: return measure_all<T, tally::Min>(comm, s, output);
+    case Reduce::max: return measure_all<T, tally::Max>(comm, s, output);
+    case Reduce::mean:
+      if constexpr (std::floating_point<T>) return measure_all<T, tally::Mean>(comm, s, output);
+      [[fallthrough]];  // refused with the arguments
+    default: return measure_all<T, tally::Sum>(comm, s, output);
+  }
+}
+
+struct NamedType {
+  const char* name;
+  bool floating;
+  std::uint64_t (*measure)(tally::Communicator&, const Settings&, Output*);
+};
+constexpr std::array types{NamedType{"i8", false, measure_type<std::int8_t>},   NamedType{"i16", false, measure_type<std::int16_t>}, NamedType{"i32", false, measure_type<std::int32_t>},
+                           NamedType{"i64", false, measure_type<std::int64_t>}, NamedType{"u8", false, measure_type<std::uint8_t>},  NamedType{"u16", false, measure_type<std::uint16_t>},
+                           NamedType{"u32", false, measure_type<std::uint32_t>}, NamedType{"u64", false, measure_type<std::uint64_t>}, NamedType{"f32", true, measure_type<float>},
+                           NamedType{"f64", true, measure_type<double>}};
+const NamedType* find_type(const std::string& name) {
+  const auto found = std::find_if(types.begin(), types.end(), [&](const NamedType& t) { return name == t.name; });
+  return found == types.end() ? nullptr : &*found;
+}
+
+// ---- arguments ----
+
+constexpr std::array<std::pair<const char*, Reduce>, 5> reductions{{{"sum", Reduce::sum}, {"prod", Reduce::prod}, {"min", Reduce::min}, {"max", Reduce::max}, {"mean", Reduce::mean}}};
+
+/// Throws CLI::ParseError with one line on anything that makes no sense.
+void parse(int argc, char** argv, CLI::App& app, Settings& s) {
+  std::string op = "all_reduce", least = "8", most = "64M";
+  app.footer("Sizes take suffixes K, M, G (powers of 1024). For all_gather and reduce_scatter the size is that of the larger side.\n"
+             "Times are of the slowest rank. From 64 KiB on every call is a sample, below the mean of a batch of calls.\n"
+             "Exit status: 0, 1 if any value was wrong or a rank failed, 2 for bad arguments.");
+  app.option_defaults()->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);
+  CLI::Option* ranks = app.add_option("-n,--ranks", s.ranks, "number of ranks to start [2]; a launcher's number under mpirun, torchrun or TALLY_RANK");
+  app.add_option("--op", op, "all_reduce, reduce, broadcast, all_gather, reduce_scatter or barrier")->capture_default_str();
+  app.add_option("--transport", s.transport, "shm (ranks are processes) or thread")->capture_default_str();
+  app.add_option("--algorithm", s.algorithm, "auto, ring, tree, recursive_doubling, one_shot")->capture_default_str();
+  app.add_option("-b,--min", least, "smallest size in bytes")->capture_default_str();
+  app.add_option("-e,--max", most, "largest size")->capture_default_str();
+  app.add_option("-f,--factor", s.factor, "from size to size")->capture_default_str();
+  app.add_option("--type", s.type, "i8, i16, i32, i64, u8, u16, u32, u64, f32 or f64")->capture_default_str();
+  CLI::Option* reduce = app.add_option("--reduce", s.reduce_name, "sum, prod, min, max, or mean (floating point only)")->capture_default_str();
+  app.add_option("--root", s.root, "of reduce and broadcast")->capture_default_str();
+  CLI::Option* place = app.add_flag("--in-place,!--out-of-place", s.in_place, "use one buffer (the default) or two; broadcast has only one");
+  app.add_option("--iterations", s.iterations, "timed calls per size; default: what fits into --seconds");
+  app.add_option("--seconds", s.seconds, "time for the timed calls of one size")->capture_default_str();
+  app.add_option("--warmup", s.warmup, "calls before timing begins, besides those that estimate the time")->capture_default_str();
+  CLI::Option* pin = app.add_flag("--pin,!--no-pin", s.pin, "keep rank r on the r-th usable core, or not; default: if there are as many cores as ranks and no launcher");
+  app.add_option("--json", s.json, "also JSON lines to this file; '-': to stdout, and the table to stderr");
+  app.parse(argc, argv);
+
+  const auto require = [](bool good, const char* option, const std::string& why) {
+    if (!good) throw CLI::ValidationError(option, why);
+  };
+  const tally::JobInfo job = tally::detail::job_from_environment();
+  if (job.launcher != "nobody") {
+    s.launcher = job.launcher;
+    require(ranks->count() == 0 || s.ranks == job.size, "-n", job.launcher + " started " + std::to_string(job.size) + " ranks, not " + std::to_string(s.ranks));
+    s.ranks = job.size;
+    if (job.size == 1 && s.transport == "shm") s.transport = "thread";  // what one rank alone gets
+  }
+  require(s.ranks >= 1 && s.ranks <= 1 << 15, "-n", "there must be 1 to 32768 ranks");
+  const auto operation = std::find_if(std::begin(tally::all_operations), std::end(tally::all_operations), [&](Operation o) { return name_of(o) == op; });
+  require(operation != std::end(tally::all_operations), "--op", "unknown operation '" + op + "'; there are all_reduce, reduce, broadcast, all_gather, reduce_scatter, barrier");
+  s.op = *operation;
+  require(s.transport == "shm" || s.transport == "thread", "--transport", "unknown transport '" + s.transport + "'; there are shm and thread");
+  require(s.launcher.empty() || job.size == 1 || s.transport == "shm", "--transport", "ranks started by " + s.launcher + " are processes; only shm connects them");
+  if (s.algorithm != "auto" && !tally::find_algorithm(s.op, s.algorithm).generate) {
+    std::string offered;
+    for (const std::string_view name : tally::algorithms_for(s.op)) offered += (offered.empty() ? "" : ", ") + std::string(name);
+    throw CLI::ValidationError("--algorithm", "'" + s.algorithm + "' does not offer " + op + "; these do: " + offered);
+  }
+  const NamedType* type = find_type(s.type);
+  require(type, "--type", "unknown type '" + s.type + "'; there are i8 to i64, u8 to u64, f32, f64");
+  if (tally::reduces(s.op)) {
+    const auto found = std::find_if(reductions.begin(), reductions.end(), [&](const auto& r) { return s.reduce_name == r.first; });
+    require(found != reductions.end(), "--reduce", "unknown operator '" + s.reduce_name + "'; there are sum, prod, min, max, mean");
+    s.reduce = found->second;
+    require(s.reduce != Reduce::mean || type->floating, "--reduce", "mean needs a floating-point type, not " + s.type);
+  } else {
+    require(reduce->count() == 0, "--reduce", op + " does not reduce");
+    s.reduce = Reduce::none;
+    s.reduce_name = "none";
+  }
+  const auto low = bench::parse_size(least), high = bench::parse_size(most);
+  require(low && *low > 0, "-b", "'" + least + "' is no size of 1 byte or more");
+  require(high && *high > 0, "-e", "'" + most + "' is no size of 1 byte or more");
+  require(*low <= *high, "-b", least + " is more than -e " + most);
+  s.least = *low;
+  s.most = *high;
+  require(s.factor >= 2, "-f", "the factor must be 2 or more");
+  require(s.root >= 0 && s.root < s.ranks, "--root", std::to_string(s.root) + " is not a rank: there are " + std::to_string(s.ranks));
+  require(s.op != Operation::broadcast || place->count() == 0 || s.in_place, "--out-of-place", "broadcast has only one buffer");
+  require(s.iterations >= 0, "--iterations", "must not be negative");
+  require(s.warmup >= 0, "--warmup", "must not be negative");
+  require(s.seconds > 0 && s.seconds <= 3600, "--seconds", "must be more than 0 and at most 3600");
+  if (pin->count() == 0) s.pin = s.launcher.empty() && static_cast<std::size_t>(s.ranks) <= bench::allowed_cores().size();
+}
+
+/// A number that ranks in other processes can leave behind.
+class SharedCount {
+ public:
+  SharedCount() : value_(static_cast<std::uint64_t*>(::mmap(nullptr, sizeof(std::uint64_t), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0))) {
+    if (value_ == MAP_FAILED) throw std::bad_alloc();
+  }
+  ~SharedCount() { ::munmap(value_, sizeof *value_); }
+  SharedCount(const SharedCount&) = delete;
+  SharedCount& operator=(const SharedCount&) = delete;
+  std::uint64_t& operator*() const { return *value_; }
+
+ private:
+  std::uint64_t* value_;
+};
+
+std::uint64_t run(const Settings& s) {
+  tally::Options options;
+  options.transport = s.transport;
+  if (s.algorithm != "auto") options.algorithms = tally::AlgorithmOverrides(std::string(name_of(s.op)) + "=" + s.algorithm);
+  const NamedType& type = *find_type(s.type);
+  if (!s.launcher.empty()) {
+    tally::Communicator comm = tally::init(options);
+    std::optional<Output> output;
+    if (comm.rank() == 0) output.emplace(s);
+    return type.measure(comm, s, output ? &*output : nullptr);
+  }
+  Output output(s);
+  const SharedCount wrong;
+  tally::launch(
+      s.ranks,
+      [&](tally::Communicator& comm) {
+        const std::uint64_t mine = type.measure(comm, s, comm.rank() == 0 ? &output : nullptr);
+        if (comm.rank() == 0) *wrong = mine;
+      },
+      s.transport == "thread" ? tally::threads : tally::processes, options);
+  return *wrong;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  CLI::App app{"Measures one collective of tally over a range of sizes: time, bandwidth, correctness, idle time and joules."};
+  Settings settings;
+  const auto end = [](const std::string& why, int status) {
+    std::cerr << "tally_perf: " << why.substr(0, why.find('\n')) << '\n';
+    return status;
+  };
+  try {
+    parse(argc, argv, app, settings);
+    return run(settings) == 0 ? 0 : 1;
+  } catch (const CLI::CallForHelp&) {
+    std::cout << app.help();
+    return 0;
+  } catch (const CLI::ParseError& error) {
+    return end(error.what(), 2);
+  } catch (const tally::Error& error) {
+    return end(error.what(), error.errc() == tally::Errc::invalid_argument ? 2 : 1);
+  } catch (const std::exception& error) {
+    return end(error.what(), 1);
+  }
+}

@@ -1,0 +1,382 @@
+// SPDX-License-Identifier: Apache-2.0
+// The account: exact partition, arrival told apart from transfer, blame, ledger, joules. Lateness is injected and
+// compared with what the test itself measured on the host's monotonic clock.
+#include <catch2/catch.hpp>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cmath>
+#include <cstdlib>
+#include <iostream>
+#include <memory>
+#include <new>
+#include <numeric>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include <tally/tally.hpp>
+
+using namespace tally;
+using namespace std::chrono_literals;
+
+// Counts this program's allocations, to show that operations make none.
+static std::atomic<std::size_t> allocations{0};
+[[gnu::noinline]] void* operator new(std::size_t bytes) {
+  ++allocations;
+  if (void* memory = std::malloc(bytes ? bytes : 1)) return memory;
+  throw std::bad_alloc();
+}
+[[gnu::noinline]] void operator delete(void* memory) noexcept { std::free(memory); }
+[[gnu::noinline]] void operator delete(void* memory, std::size_t) noexcept { std::free(memory); }
+
+namespace {
+
+void expect(bool ok, const std::string& what) {
+  if (!ok) throw std::runtime_error("expected: " + what);
+}
+std::int64_t now_ns() { return static_cast<std::int64_t>(Clock::monotonic()); }
+
+/// I1, I2, I3 of one report.
+void expect_exact(const Report& r, Rank me) {
+  const nanoseconds sum = r.copy + r.reduce + r.codec + r.protocol + r.wait_arrival + r.wait_transfer + r.wait_credit + r.wait_local + r.undriven;
+  expect(sum == r.elapsed, "the parts add up to elapsed, to the nanosecond");
+  for (const nanoseconds part : {r.copy, r.reduce, r.codec, r.protocol, r.wait_arrival, r.wait_transfer, r.wait_credit, r.wait_local, r.undriven}) expect(part >= 0ns, "no part is negative");
+  expect(r.exposed >= 0ns && r.exposed <= r.elapsed, "0 <= exposed <= elapsed");
+  Blame total;
+  for (const Blame& b : r.blame()) {
+    expect(b.rank != me, "nobody blames himself");
+    total.arrival += b.arrival;
+    total.transfer += b.transfer;
+    total.credit += b.credit;
+  }
+  expect(total.arrival == r.wait_arrival && total.transfer == r.wait_transfer && total.credit == r.wait_credit, "blame adds up to the waits");
+}
+
+struct Repetition {
+  Report report;
+  std::int64_t posted = 0, ended = 0;
+};
+
+/// One all_reduce in which `late` sleeps first; the lateness of `late` against this rank, by the test's own clock.
+template <class A>
+Repetition late_once(Communicator& comm, Rank late, nanoseconds sleep, std::vector<float>& data, std::vector<std::int64_t>& posts) {
+  comm.barrier();
+  if (comm.rank() == late) std::this_thread::sleep_for(sleep);
+  Repetition r;
+  r.posted = now_ns();
+  r.report = comm.all_reduce<A>(data, max);
+  r.ended = now_ns();
+  posts.resize(static_cast<std::size_t>(comm.size()));
+  comm.all_gather(std::span(&r.posted, 1), posts);
+  return r;
+}
+
+nanoseconds blamed_arrival(const Report& r, Rank rank) {
+  for (const Blame& b : r.blame())
+    if (b.rank == rank) return b.arrival;
+  return 0ns;
+}
+
+template <class A>
+void two_ranks_idle_truth(Communicator& comm, std::size_t count) {
+  constexpr int repetitions = 10;
+  for (const Rank late : {0, 1}) {
+    std::vector<float> data(count, 1.0f);
+    std::vector<std::int64_t> posts;
+    int good = 0;
+    std::string seen;
+    late_once<A>(comm, late, 1ms, data, posts);  // first touch of data and slots
+    for (int i = 0; i < repetitions; ++i) {
+      const Repetition r = late_once<A>(comm, late, 4ms + i * 2ms, data, posts);
+      expect_exact(r.report, comm.rank());
+      expect(r.report.elapsed <= nanoseconds(r.ended - r.posted), "elapsed is within what the caller measured");
+      expect(r.report.last_arrival == late, "last_arrival is the late rank, on every rank");
+      const nanoseconds lateness(posts[static_cast<std::size_t>(late)] - r.posted);  // 0 on the late rank itself
+      const nanoseconds error = r.report.wait_arrival - lateness;
+      const bool blamed_right = comm.rank() == late || blamed_arrival(r.report, late) == r.report.wait_arrival;
+      good += std::abs(error.count()) < 500'000 && blamed_right;
+      seen += " " + std::to_string(error.count());
+    }
+    expect(good >= repetitions - 1, std::string(A::name) + ", " + std::to_string(count) + " floats: wait_arrival within 0.5 ms of the lateness in 9 of 10; errors in ns:" + seen);
+  }
+}
+
+void idle_truth(Communicator& comm) {
+  for (const std::size_t count : {std::size_t{1}, std::size_t{1} << 20}) {
+    two_ranks_idle_truth<Ring>(comm, count);
+    two_ranks_idle_truth<Tree>(comm, count);
+    two_ranks_idle_truth<RecursiveDoubling>(comm, count);
+    two_ranks_idle_truth<OneShot>(comm, count);
+  }
+}
+
+/// More ranks than cores: others' time on the cores counts too, so arrival and transfer are asserted together.
+template <class A>
+void crowded_idle_truth(Communicator& comm, std::size_t count, bool print) {
+  constexpr int repetitions = 4;
+  for (Rank late = 0; late < comm.size(); late += comm.size() - 1) {
+    std::vector<float> data(count, 1.0f);
+    std::vector<std::int64_t> posts;
+    late_once<A>(comm, late, 1ms, data, posts);
+    nanoseconds arrival{}, transfer{}, lateness_sum{};
+    for (int i = 0; i < repetitions; ++i) {
+      const Repetition r = late_once<A>(comm, late, 30ms, data, posts);
+      expect_exact(r.report, comm.rank());
+      expect(r.report.last_arrival == late, "last_arrival is the late rank, on every rank, with " + std::string(A::name));
+      const nanoseconds lateness(posts[static_cast<std::size_t>(late)] - r.posted);
+      arrival += r.report.wait_arrival;
+      transfer += r.report.wait_transfer + r.report.wait_credit;
+      lateness_sum += lateness;
+      if (comm.rank() == late) continue;
+      // Nobody else is late by more than scheduling, so the waits can exceed the lateness only by the call's own length.
+      expect(r.report.idle() + r.report.busy() >= lateness, "the call lasted at least as long as the rank was late");
+      expect(r.report.wait_arrival + r.report.wait_transfer + r.report.wait_credit >= lateness - 20ms, "most of the lateness was waited");
+      expect(blamed_arrival(r.report, late) >= lateness / 2, "blame goes to the late rank, not to a neighbour");
+    }
+    if (print && comm.rank() == (late == 0 ? 1 : 0))
+      std::cout << A::name << ", " << comm.size() << " ranks, " << count << " floats, rank " << late << " late by " << lateness_sum.count() / repetitions / 1000 << " us: arrival "
+                << arrival.count() / repetitions / 1000 << " us, transfer " << transfer.count() / repetitions / 1000 << " us\n";
+  }
+}
+void crowded(Communicator& comm) {
+  for (const std::size_t count : {std::size_t{1}, std::size_t{300'000}}) {
+    crowded_idle_truth<Ring>(comm, count, true);
+    crowded_idle_truth<Tree>(comm, count, true);
+    crowded_idle_truth<RecursiveDoubling>(comm, count, true);
+    crowded_idle_truth<OneShot>(comm, count, true);
+  }
+}
+
+}  // namespace
+
+TEST_CASE("idle truth: two processes", "[processes]") { launch(2, idle_truth); }
+TEST_CASE("idle truth: two threads") { launch(2, idle_truth, threads); }
+TEST_CASE("idle truth: more processes than cores", "[processes]") { launch(usable_cores() + 2, crowded); }
+TEST_CASE("idle truth: more threads than cores") { launch(usable_cores() + 3, crowded, threads); }
+
+TEST_CASE("blame is transitive: in a ring, rank 3 waits for rank 2 but blames rank 0") {
+  launch(4, [](Communicator& comm) {
+    std::vector<float> data(4, 1.0f);
+    std::vector<std::int64_t> posts;
+    for (int i = 0; i < 5; ++i) {
+      const Repetition r = late_once<Ring>(comm, 0, 40ms, data, posts);
+      if (comm.rank() == 0) continue;
+      expect(blamed_arrival(r.report, 0) >= 20ms, "rank 0 is blamed by everyone");
+      for (Rank other = 1; other < 4; ++other) expect(blamed_arrival(r.report, other) < 20ms, "and nobody else is");
+    }
+  }, threads);
+}
+
+namespace {
+
+/// A transport whose rank 1 looks at its slots only every so often: a slow link, as its peers and itself see it.
+class SlowLink {
+ public:
+  SlowLink(std::unique_ptr<SlotTransport> inner, nanoseconds period) : inner_(std::move(inner)), period_(period) {}
+  Rank rank() const { return inner_->rank(); }
+  int size() const { return inner_->size(); }
+  int lanes() const { return inner_->lanes(); }
+  std::string_view name() const { return "slow"; }
+  const TransportCounters& counters() const { return inner_->counters(); }
+  bool crowded() const { return false; }
+  void post(Transfer& t) { inner_->post(t); }
+  void cancel(Transfer& t) { inner_->cancel(t); }
+  template <Probe P>
+  bool poll(P& probe) {
+    if (rank() == 1 && period_ > 0ns) {
+      const std::int64_t now = now_ns();
+      if (now < next_) return false;
+      next_ = now + period_.count();
+    }
+    return inner_->poll(probe);
+  }
+  void publish(const RankStatus& status) { inner_->publish(status); }
+  RankStatus status(Rank r) const { return inner_->status(r); }
+  Liveness liveness(Rank r) { return inner_->liveness(r); }
+  void abort(const AbortNotice& notice) { inner_->abort(notice); }
+  bool aborted() const { return inner_->aborted(); }
+  AbortNotice abort_notice() const { return inner_->abort_notice(); }
+  template <class F>
+  void park(nanoseconds, F&& recheck) { recheck(); }
+  void leave() { inner_->leave(); }
+  std::uint64_t reserve() { return 0; }
+  std::unique_ptr<SlowLink> open(std::uint64_t) { return nullptr; }
+  void release(std::uint64_t) {}
+
+ private:
+  std::unique_ptr<SlotTransport> inner_;
+  nanoseconds period_;
+  std::int64_t next_ = 0;
+};
+
+Report slow_broadcast(nanoseconds period, int slots) {
+  SlotOptions options;
+  options.slots = slots;
+  options.slot_bytes = 1024;
+  const auto memory = std::make_shared<ThreadMemory>(SlotLayout(2, options));
+  std::vector<Report> reports(2);
+  {
+    std::vector<std::jthread> ranks;
+    for (Rank r = 0; r < 2; ++r)
+      ranks.emplace_back([&, r] {
+        auto engine = std::make_unique<Engine<SlowLink>>(std::make_unique<SlowLink>(std::make_unique<SlotTransport>(memory, r), period), Clock::host(), ModelMeter{});
+        Communicator comm(std::move(engine), 60s);
+        std::vector<char> data(20 * 1024);
+        comm.barrier();
+        comm.barrier();
+        reports[static_cast<std::size_t>(r)] = comm.broadcast<Tree>(data, 0);
+        expect_exact(reports[static_cast<std::size_t>(r)], r);
+        comm.barrier();
+      });
+  }
+  return reports[1];
+}
+
+}  // namespace
+
+TEST_CASE("a slow link is transfer, not arrival") {
+  for (const int slots : {2, 16}) {  // with 16, more than 10 frames queue on the link
+    const Report slow = slow_broadcast(2ms, slots);
+    CAPTURE(slots, slow.wait_transfer.count(), slow.wait_arrival.count());
+    CHECK(slow.wait_transfer + slow.wait_credit > 20ms);  // 20 frames, 2 ms each
+    CHECK(slow.wait_arrival < slow.wait_transfer / 4);
+  }
+}
+
+TEST_CASE("failed operations are booked, exactly too") {
+  launch(2, [](Communicator& comm) {
+    std::vector<int> data(10, 1);
+    comm.all_reduce<Ring>(data, sum);
+    if (comm.rank() == 1) {
+      std::this_thread::sleep_for(300ms);
+      return;
+    }
+    try {
+      comm.all_reduce<Ring>(data, sum, {.timeout = 50ms});
+      expect(false, "a timeout");
+    } catch (const Error& error) {
+      expect(error.errc() == Errc::timeout, "a timeout");
+    }
+    const LedgerRow& row = comm.ledger().rows().front();
+    expect(row.calls == 2 && row.failed == 1, "two calls, one failed");
+    expect(row.elapsed == row.busy() + row.idle() + row.undriven, "exact with a failure in it");
+    expect(row.wait_arrival >= 40ms && row.worst() == 1, "waiting for rank 1, which never arrived");
+  }, threads);
+}
+
+TEST_CASE("the ledger sums what the reports say, in constant memory") {
+  launch(3, [](Communicator& comm) {
+    std::vector<float> data(5000, 1.0f);
+    nanoseconds elapsed{}, arrival{}, busy{};
+    std::vector<Blame> peers(3);
+    std::uint64_t sent = 0;
+    for (int i = 0; i < 500; ++i) {
+      const Report r = comm.all_reduce(data, max);
+      elapsed += r.elapsed;
+      busy += r.busy();
+      arrival += r.wait_arrival;
+      sent += r.bytes_sent;
+      for (const Blame& b : r.blame()) {
+        Blame& sum = peers[static_cast<std::size_t>(b.rank)];
+        sum.arrival += b.arrival, sum.transfer += b.transfer, sum.credit += b.credit;
+      }
+    }
+    const Ledger& ledger = comm.ledger();
+    expect(ledger.rows().size() == 1, "one operation, one size, one algorithm");
+    const LedgerRow& row = ledger.rows().front();
+    expect(row.calls == 500 && row.elapsed == elapsed && row.busy() == busy && row.wait_arrival == arrival && row.bytes_sent == sent, "sums");
+    expect(row.bytes == 500 * 20'000 && row.size_class == 15, "size class up to 32 KiB");
+    for (std::size_t p = 0; p < 3; ++p) {
+      expect(ledger.by_peer()[p].total() == peers[p].total() && row.waited_for[p] == peers[p].total(), "blame per peer");
+    }
+    std::ostringstream text;
+    text << ledger << comm.all_reduce(data, max);
+    expect(text.str().find("all_reduce") != std::string::npos && text.str().find("32 KiB") != std::string::npos && text.str().find("modelled") != std::string::npos, "a table");
+  }, threads);
+}
+
+TEST_CASE("the steady state allocates nothing", "[processes]") {
+  launch(2, [](Communicator& comm) {
+    std::vector<float> small(2, 1.0f), large(100'000, 1.0f), out(100'000);
+    const auto work = [&] {
+      for (int i = 0; i < 50; ++i) {
+        comm.all_reduce(small, max);
+        comm.all_reduce(large, max);
+        comm.all_reduce<OneShot>(std::span<const float>(large), std::span(out), max);
+        comm.broadcast(large, 1);
+        comm.barrier();
+      }
+    };
+    work();
+    const std::size_t before = allocations;
+    work();
+    const std::size_t made = allocations - before;
+    expect(made == 0, "no allocation in 250 operations");
+  });
+}
+
+TEST_CASE("joules are modelled, bounded, and unknown where there is no model") {
+  Options options;
+  options.meter.busy_watts = 10;
+  options.meter.idle_watts = 2;
+  launch(2, [](Communicator& comm) {
+    std::vector<float> data(1000, 1.0f);
+    comm.barrier();
+    if (comm.rank() == 1) std::this_thread::sleep_for(60ms);
+    const Report r = comm.all_reduce(data, max);
+    const Quantity energy = r.energy(), idle = r.idle_energy();
+    expect(energy.provenance == Provenance::modelled && idle.provenance == Provenance::modelled, "always marked modelled");
+    const double seconds = std::chrono::duration<double>(r.elapsed).count();
+    expect(energy.value <= 10 * seconds * 1.0001 && energy.value >= 2 * seconds * 0.9999, "between idle and busy watts");
+    expect(energy.lower < energy.value && energy.value < energy.upper && energy.sigma > 0, "an error and bounds");
+    expect(idle.value <= energy.value, "idle is part of the whole");
+    // Rank 0 waits 60 ms, nearly all of it asleep: at most half of what spinning would have cost.
+    if (comm.rank() == 0) expect(idle.value < 0.5 * 10 * seconds && idle.value > 0, "sleeping costs idle watts");
+    const Quantity both = energy + idle;
+    expect(both.known() && !(energy + Quantity{}).known(), "a sum is worth its least part");
+  }, processes, options);
+  options.meter.enabled = false;
+  launch(2, [](Communicator& comm) {
+    std::vector<float> data(10, 1.0f);
+    const Report r = comm.all_reduce(data, max);
+    expect(std::isnan(r.energy().value) && std::isnan(r.idle_energy().value) && r.energy().provenance == Provenance::none, "unknown is NaN");
+    std::ostringstream text;
+    text << r << comm.ledger();
+    expect(text.str().find("unknown J") != std::string::npos && text.str().find("nan") == std::string::npos, "unknown in print");
+  }, processes, options);
+}
+
+TEST_CASE("reports outlive their communicator") {
+  Report kept;
+  launch(1, [&](Communicator& comm) {
+    std::vector<int> data{1};
+    for (int i = 0; i < 300; ++i) {
+      const Report r = comm.all_reduce(data, sum);
+      if (i == 0) kept = r;
+    }
+    expect(!kept.energy().known(), "only the last 256 operations are known");
+    kept = comm.all_reduce(data, sum);
+    expect(kept.energy().known(), "a recent one is");
+  }, threads);
+  CHECK(std::isnan(kept.energy().value));
+  CHECK(kept.blame().empty());
+  CHECK(kept.elapsed > 0ns);
+  std::ostringstream text;
+  text << kept;
+  CHECK(text.str().find("unknown J") != std::string::npos);
+}
+
+TEST_CASE("without accounting there are no times") {
+  Options options;
+  options.accounting = false;
+  launch(2, [](Communicator& comm) {
+    std::vector<float> data(100'000, 1.0f);
+    const Report r = comm.all_reduce(data, sum);
+    expect(data[7] == 2.0f, "the sum");
+    expect(r.elapsed == 0ns && r.idle() == 0ns && r.bytes_sent > 0 && !r.energy().known(), "no times, but bytes");
+  }, threads, options);
+}

@@ -1,0 +1,260 @@
+// SPDX-License-Identifier: Apache-2.0
+// Proves every algorithm with the step checker, for all rank and element counts that matter, and proves the
+// checker: algorithms and plans that were damaged on purpose must be found out.
+#include <catch2/catch.hpp>
+
+#include <algorithm>
+#include <set>
+#include <string>
+#include <vector>
+
+#include <tally/check.hpp>
+#include <tally/choose.hpp>
+
+using namespace tally;
+
+namespace {
+
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+constexpr int most_ranks = 20;  // sanitizers are 10 times slower and the checker's own memory use is the same for more
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
+constexpr int most_ranks = 20;
+#else
+constexpr int most_ranks = 64;
+#endif
+#else
+constexpr int most_ranks = 64;
+#endif
+
+std::set<std::size_t> counts(int n) {
+  const auto m = static_cast<std::size_t>(n);
+  std::set<std::size_t> result{0, 1, m - 1, m, m + 1, 3 * m + 1};
+  if (n <= 12)
+    for (std::size_t c = 0; c <= 3 * m + 1; ++c) result.insert(c);
+  return result;
+}
+
+template <class A, Operation O>
+void prove(Folding folding) {
+  for (int n = 1; n <= most_ranks; ++n)
+    for (const std::size_t count : counts(n))
+      for (const bool in_place : {false, true}) {
+        const std::set<Rank> roots = has_root(O) ? std::set<Rank>{0, n / 2, n - 1} : std::set<Rank>{0};
+        for (const Rank root : roots) {
+          const std::string problem = check({{O, 0, n, root, count, in_place}, folding}, algorithm_ref<A, O>().generate);
+          if (problem.empty()) continue;
+          FAIL(A::name << " " << name_of(O) << ", " << n << " ranks, " << count << " elements, root " << root << (in_place ? ", in place: " : ": ") << problem);
+        }
+      }
+  SUCCEED();
+}
+
+}  // namespace
+
+TEST_CASE("ring is proven") {
+  prove<Ring, Operation::all_reduce>(Ring::folding);
+  prove<Ring, Operation::all_gather>(Ring::folding);
+  prove<Ring, Operation::reduce_scatter>(Ring::folding);
+}
+TEST_CASE("tree is proven") {
+  prove<Tree, Operation::all_reduce>(Tree::folding);
+  prove<Tree, Operation::reduce>(Tree::reduce_folding);
+  prove<Tree, Operation::broadcast>(Tree::folding);
+}
+TEST_CASE("recursive doubling is proven") {
+  prove<RecursiveDoubling, Operation::all_reduce>(RecursiveDoubling::folding);
+  prove<RecursiveDoubling, Operation::all_gather>(RecursiveDoubling::folding);
+}
+TEST_CASE("one-shot is proven") {
+  prove<OneShot, Operation::all_reduce>(OneShot::folding);
+  prove<OneShot, Operation::reduce>(OneShot::folding);
+  prove<OneShot, Operation::broadcast>(OneShot::folding);
+  prove<OneShot, Operation::all_gather>(OneShot::folding);
+  prove<OneShot, Operation::reduce_scatter>(OneShot::folding);
+}
+TEST_CASE("tree reduces to root 0 in the fixed order") {
+  for (int n = 1; n <= most_ranks; ++n) CHECK(check({{Operation::reduce, 0, n, 0, 3}, Folding::fixed}, Tree::reduce) == "");
+}
+
+TEST_CASE("the checker knows the declared order") {
+  // Ring folds in cyclic order, which is not the fixed one as soon as a chunk starts elsewhere than at rank 0.
+  CHECK(check({{Operation::all_reduce, 0, 2, 0, 4}, Folding::fixed}, Ring::all_reduce) != "");
+  CHECK(check({{Operation::all_reduce, 0, 5, 0, 10}, Folding::fixed}, Ring::all_reduce) != "");
+  CHECK(check({{Operation::reduce, 0, 4, 1, 1}, Folding::fixed}, Tree::reduce) != "");
+}
+
+namespace {
+
+struct Subject {
+  std::string name;
+  Operation operation;
+  Folding folding;
+  Steps (*generate)(Shape);
+};
+const std::vector<Subject> subjects = {
+    {"ring all_reduce", Operation::all_reduce, Folding::cyclic, Ring::all_reduce},
+    {"ring all_gather", Operation::all_gather, Folding::cyclic, Ring::all_gather},
+    {"ring reduce_scatter", Operation::reduce_scatter, Folding::cyclic, Ring::reduce_scatter},
+    {"tree all_reduce", Operation::all_reduce, Folding::fixed, Tree::all_reduce},
+    {"tree reduce", Operation::reduce, Folding::fixed, Tree::reduce},
+    {"tree broadcast", Operation::broadcast, Folding::fixed, Tree::broadcast},
+    {"doubling all_reduce", Operation::all_reduce, Folding::fixed, RecursiveDoubling::all_reduce},
+    {"doubling all_gather", Operation::all_gather, Folding::fixed, RecursiveDoubling::all_gather},
+    {"one-shot all_reduce", Operation::all_reduce, Folding::fixed, OneShot::all_reduce},
+    {"one-shot reduce_scatter", Operation::reduce_scatter, Folding::fixed, OneShot::reduce_scatter},
+    {"one-shot all_gather", Operation::all_gather, Folding::fixed, OneShot::all_gather},
+};
+
+bool touches(const Step& a, const Step& b, const Layout& layout) {
+  struct Use {
+    int space;
+    std::size_t first, end;
+    bool write;
+  };
+  const Placement placement = layout.placement();
+  const auto uses = [&](const Step& s) {
+    std::vector<Use> result;
+    const auto add = [&](const Range& r, bool write) {
+      if (r.count == 0) return;
+      const std::size_t shift = r.buffer == Buffer::input ? placement.input_first : r.buffer == Buffer::output ? placement.output_first : 0;
+      const int space = r.buffer == Buffer::input || (r.buffer == Buffer::output && placement.shared) ? 0 : r.buffer == Buffer::output ? 1 : 2;
+      result.push_back({space, r.first + shift, r.first + shift + r.count, write});
+    };
+    if (s.verb != Verb::receive) add(s.from, false);
+    if (s.verb != Verb::send) add(s.to, true);
+    if (s.verb == Verb::copy && result.size() == 2 && result[0].space == result[1].space && result[0].first == result[1].first) result.clear();  // onto itself
+    return result;
+  };
+  for (const Use& x : uses(a))
+    for (const Use& y : uses(b))
+      if (x.space == y.space && x.first < y.end && y.first < x.end && (x.write || y.write)) return true;
+  return false;
+}
+/// The same queue of messages: their order is what matching goes by.
+bool same_queue(const Step& a, const Step& b) { return a.peer >= 0 && a.peer == b.peer && (a.verb == Verb::send) == (b.verb == Verb::send); }
+bool same_range(const Range& a, const Range& b) { return a.buffer == b.buffer && a.first == b.first && a.count == b.count; }
+
+}  // namespace
+
+// The element count makes all chunks non-empty and unequal, so that no mutation is harmless by accident.
+TEST_CASE("swapping two neighbouring steps is caught unless they are independent") {
+  int caught = 0;
+  for (const Subject& subject : subjects)
+    for (int n = 2; n <= 9; ++n)
+      for (const bool in_place : {false, true}) {
+        const CheckRequest request{{subject.operation, 0, n, 0, static_cast<std::size_t>(2 * n + 1), in_place}, subject.folding};
+        const auto texts = read_steps(subject.generate, request.layout);
+        for (std::size_t r = 0; r < texts.size(); ++r)
+          for (std::size_t i = 0; i + 1 < texts[r].size(); ++i) {
+            const Step &a = texts[r][i], &b = texts[r][i + 1];
+            Layout layout = request.layout;
+            layout.me = static_cast<Rank>(r);
+            const bool twins = same_queue(a, b) && same_range(a.from, b.from) && same_range(a.to, b.to);
+            if (twins || (!same_queue(a, b) && !touches(a, b, layout))) continue;
+            auto mutated = texts;
+            std::swap(mutated[r][i], mutated[r][i + 1]);
+            INFO(subject.name << ", " << n << " ranks, rank " << r << ", steps " << i << " and " << i + 1 << (in_place ? ", in place" : ""));
+            CHECK(check(request, mutated) != "");
+            ++caught;
+          }
+      }
+  CHECK(caught > 1000);
+}
+
+TEST_CASE("folding on the wrong side is caught") {
+  int caught = 0;
+  for (const Subject& subject : subjects)
+    for (int n = 2; n <= 9; ++n) {
+      const CheckRequest request{{subject.operation, 0, n, 0, static_cast<std::size_t>(2 * n + 1), true}, subject.folding};
+      const auto texts = read_steps(subject.generate, request.layout);
+      for (std::size_t r = 0; r < texts.size(); ++r)
+        for (std::size_t i = 0; i < texts[r].size(); ++i) {
+          if (texts[r][i].verb != Verb::receive_combine && texts[r][i].verb != Verb::combine) continue;
+          // The fold that completes a ring is cyclic either way: x . (rest) and (rest) . x.
+          const auto is_fold = [](const Step& s) { return s.verb == Verb::receive_combine; };
+          if (subject.folding == Folding::cyclic && std::none_of(texts[r].begin() + static_cast<std::ptrdiff_t>(i) + 1, texts[r].end(), is_fold)) continue;
+          auto mutated = texts;
+          mutated[r][i].side = mutated[r][i].side == Side::left ? Side::right : Side::left;
+          INFO(subject.name << ", " << n << " ranks, rank " << r << ", step " << i);
+          CHECK(check(request, mutated) != "");
+          ++caught;
+        }
+    }
+  CHECK(caught > 300);
+}
+
+TEST_CASE("a lost step, a wrong peer and a wrong range are caught") {
+  for (const Subject& subject : subjects)
+    for (int n = 3; n <= 6; ++n) {
+      const CheckRequest request{{subject.operation, 0, n, 0, static_cast<std::size_t>(2 * n + 1), true}, subject.folding};
+      const auto texts = read_steps(subject.generate, request.layout);
+      for (std::size_t r = 0; r < texts.size(); ++r)
+        for (std::size_t i = 0; i < texts[r].size(); ++i) {
+          INFO(subject.name << ", " << n << " ranks, rank " << r << ", step " << i);
+          const Step& step = texts[r][i];
+          if (step.verb == Verb::copy && same_range(step.from, step.to)) continue;
+          if (step.verb == Verb::copy && step.from.buffer == Buffer::input) continue;  // in place: onto itself
+          auto mutated = texts;
+          mutated[r].erase(mutated[r].begin() + static_cast<std::ptrdiff_t>(i));
+          CHECK(check(request, mutated) != "");
+          if (step.peer >= 0) {
+            mutated = texts;
+            do mutated[r][i].peer = wrap(mutated[r][i].peer + 1, n);
+            while (mutated[r][i].peer == static_cast<Rank>(r));
+            CHECK(check(request, mutated) != "");
+          }
+          if (step.count() > 1 && step.verb == Verb::send) {
+            mutated = texts;
+            mutated[r][i].from.first += 1;
+            mutated[r][i].from.count -= 1;
+            CHECK(check(request, mutated) != "");
+          }
+        }
+    }
+}
+
+TEST_CASE("dropping a class of conflicts is caught") {
+  // Which classes an algorithm has at all, found by hand; each must be missed when it is dropped.
+  const auto problem = [](Operation operation, Folding folding, Steps (*generate)(Shape), unsigned dropped, int n, bool in_place) {
+    return check({{operation, 0, n, 0, static_cast<std::size_t>(2 * n + 1), in_place}, folding, all_conflicts & ~dropped}, generate);
+  };
+  for (int n = 4; n <= 9; ++n) {
+    CAPTURE(n);
+    for (const Subject& subject : subjects) {
+      CAPTURE(subject.name);
+      CHECK(problem(subject.operation, subject.folding, subject.generate, 0, n, true) == "");
+      const bool gathers_directly = subject.name == "one-shot all_gather";  // sends its input, receives elsewhere: no conflicts
+      if (!gathers_directly) CHECK(problem(subject.operation, subject.folding, subject.generate, read_after_write, n, true) != "");
+    }
+    CHECK(problem(Operation::all_reduce, Folding::cyclic, Ring::all_reduce, write_after_read, n, true) != "");
+    CHECK(problem(Operation::all_reduce, Folding::fixed, RecursiveDoubling::all_reduce, write_after_read, n, true) != "");
+    CHECK(problem(Operation::all_reduce, Folding::fixed, OneShot::all_reduce, write_after_read, n, true) != "");
+    CHECK(problem(Operation::all_reduce, Folding::fixed, Tree::all_reduce, write_after_read, n, true) != "");
+    CHECK(problem(Operation::all_reduce, Folding::cyclic, Ring::all_reduce, write_after_write, n, true) != "");
+  }
+}
+
+TEST_CASE("illegal steps are refused with their place") {
+  const auto problem = [](auto text) { return check({{Operation::all_reduce, 0, 2, 0, 4}, Folding::fixed}, std::vector<std::vector<Step>>{{text}, {}}); };
+  const Range data{Buffer::output, 0, 4};
+  CHECK(problem(send(2, data)).find("peer 2 is not another rank") != std::string::npos);
+  CHECK(problem(send(0, data)).find("peer 0 is not another rank") != std::string::npos);
+  CHECK(problem(send(-1, data)).find("not another rank") != std::string::npos);
+  CHECK(problem(send(1, Range{Buffer::output, 2, 3})).find("outside of a buffer of 4") != std::string::npos);
+  CHECK(problem(send(1, Range{Buffer::output, static_cast<std::size_t>(-1), 3})).find("outside") != std::string::npos);
+  CHECK(problem(receive(1, Range{Buffer::input, 0, 4})).find("must not be written") != std::string::npos);
+  CHECK(problem(copy(data, Range{Buffer::scratch, 0, 3})).find("differ in length") != std::string::npos);
+  CHECK(problem(combine(Range{Buffer::scratch, 0, 3}, Range{Buffer::scratch, 1, 3})).find("overlap") != std::string::npos);
+}
+
+TEST_CASE("rings move the least data possible") {
+  for (int n = 2; n <= 16; ++n) {
+    const std::size_t count = 12 * static_cast<std::size_t>(n);
+    const Layout layout{Operation::all_reduce, 1, n, 0, count, true};
+    const Plan plan(Ring::all_reduce(layout.shape()), layout, sizeof(float));
+    CHECK(plan.units_sent() == 2 * (count / static_cast<std::size_t>(n)) * static_cast<std::size_t>(n - 1) * sizeof(float));
+    CHECK(plan.units_received() == plan.units_sent());
+    CHECK(plan.messages_sent() == 2 * static_cast<std::size_t>(n - 1));
+  }
+}

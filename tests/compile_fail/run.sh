@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# A misuse must not compile, and the compiler must give the reason that its file expects (a regular expression: GCC
+# and Clang word it differently). Without TALLY_MISUSE the same file compiles, so it is that line that fails.
+# usage: run.sh FILE INCLUDE CXX
+set -euo pipefail
+file=$1 include=$2 cxx=$3
+export LC_ALL=C
+options=(-std=c++20 -I"$include" -Wall -Wextra -Werror -fsyntax-only)
+if ! "$cxx" --version | grep -q clang; then options+=(-fconcepts-diagnostics-depth=4); fi
+compile() { "$cxx" "${options[@]}" "$@" "$file" 2>&1; }
+
+expected=$(sed -n 's|^// expect: ||p' "$file")
+[[ -n $expected ]] || { echo "$file expects nothing"; exit 1; }
+if ! output=$(compile); then
+  echo "$output"
+  echo "does not compile without the misuse either"
+  exit 1
+fi
+if output=$(compile -DTALLY_MISUSE); then
+  echo "the misuse compiles"
+  exit 1
+fi
+if ! grep -E "$expected" <<<"$output"; then
+  echo "$output"
+  echo "the misuse does not compile, but the compiler does not say: $expected"
+  exit 1
+fi

@@ -1,0 +1,112 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# What the headers may include, and other rules about the tree. A header includes from lower layers, and from its
+# own layer only what is named here.
+# usage: layers.sh [ROOT]
+set -euo pipefail
+root=$(cd "${1:-$(dirname "${BASH_SOURCE[0]}")/..}" && pwd)
+cd "$root/include/tally"
+
+layers=(
+  "error types steps plan check algorithms/*"
+  "clock wait reduce transport/* energy/* account/*"
+  "call progress engine choose options"
+  "communicator bootstrap launch"
+  "tally"
+)
+# Header: what it may include of its own layer. Siblings in algorithms/, transport/ and energy/ stay apart.
+exceptions=(
+  "types: steps"
+  "plan: error steps types"
+  "check: error steps types plan"
+  "algorithms/*: steps"
+  "transport/concept: clock reduce"
+  "transport/slots: clock wait reduce transport/concept"
+  "transport/thread: transport/slots"
+  "transport/shm: transport/slots"
+  "energy/model: energy/meter"
+  "account/states: clock"
+  "account/report: account/states energy/model"
+  "account/ledger: account/report"
+  "engine: call progress"
+  "choose: call"
+  "options: choose"
+  "bootstrap: communicator"
+  "launch: bootstrap"
+)
+longest=650
+top_level="CMakeLists.txt include examples bench tests cmake LICENSE README.md"
+
+failures=0
+fail() { echo "$*"; failures=$((failures + 1)); }
+shopt -s globstar
+headers=(**/*.hpp)
+((${#headers[@]} > 1)) || { echo "no headers in $PWD"; exit 1; }
+
+# The layer of a header named without .hpp, or -1.
+layer_of() {
+  local i pattern
+  set -f
+  for i in "${!layers[@]}"; do
+    for pattern in ${layers[i]}; do
+      # shellcheck disable=SC2053
+      if [[ $1 == $pattern ]]; then set +f; layer=$i; return; fi
+    done
+  done
+  set +f
+  layer=-1
+}
+excepted() {
+  local line pattern
+  for line in "${exceptions[@]}"; do
+    pattern=${line%%:*}
+    # shellcheck disable=SC2053
+    if [[ $1 == $pattern && " ${line#*:} " == *" $2 "* ]]; then return 0; fi
+  done
+  return 1
+}
+
+edges=
+for header in "${headers[@]}"; do
+  name=${header%.hpp}
+  layer_of "$name"
+  own=$layer
+  ((own >= 0)) || fail "$header has no layer: name it in tests/layers.sh"
+
+  while read -r included; do
+    [[ -n $included ]] || continue
+    # In #include "...", relative to the header.
+    target=$(realpath -m --relative-to=. "$(dirname "$header")/$included")
+    [[ -f $target ]] || { fail "$header includes $included, which is not a header of include/tally"; continue; }
+    edges+="$header $target"$'\n'
+    layer_of "${target%.hpp}"
+    if ((layer > own)); then
+      fail "$header (layer $own) includes $target of a higher layer ($layer)"
+    elif ((layer == own)) && ! excepted "$name" "${target%.hpp}"; then
+      fail "$header includes $target of its own layer ($own): no exception allows that"
+    fi
+  done < <(grep -oP '^\s*#\s*include\s*"\K[^"]+' "$header" || true)
+
+  if others=$(grep -nE '^\s*#\s*include\s*<[^>]*/' "$header" | grep -vE '<(sys|linux)/'); then
+    fail "$header includes what is neither the standard library, Linux nor relative to it: $others"
+  fi
+  grep -qx '#pragma once' "$header" || fail "$header has no #pragma once"
+  [[ $(head -n 1 "$header") == "// SPDX-License-Identifier: Apache-2.0" ]] || fail "$header does not begin with the SPDX line"
+  if macros=$(grep -nP '^\s*#\s*define\s+(?!TALLY_)' "$header"); then fail "$header defines a macro that does not begin with TALLY_: $macros"; fi
+  lines=$(grep -c '' "$header")
+  ((lines <= longest)) || fail "$header has $lines lines, more than $longest"
+done
+
+cycle=$(tsort <<<"$edges" 2>&1 >/dev/null) || fail "the includes are cyclic: $(grep -o '[a-z_/]*\.hpp' <<<"$cycle" | tr '\n' ' ')"
+
+cd "$root"
+if files=$(git -c safe.directory='*' ls-files 2>/dev/null) && [[ -n $files ]]; then
+  for entry in $(cut -d/ -f1 <<<"$files" | sort -u); do
+    [[ $entry == .* || " $top_level " == *" $entry "* ]] || fail "$entry does not belong at the top level"
+  done
+else
+  echo "not a git checkout: the top level is not checked"
+fi
+
+((failures == 0)) || { echo "$failures rules broken"; exit 1; }
+echo "${#headers[@]} headers in ${#layers[@]} layers: all rules kept"

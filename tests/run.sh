@@ -1,0 +1,78 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# Builds and runs all tests, from any folder and on a bare Debian 12: installs what is missing, then runs four
+# configurations in build/: all with GCC, the test programs under ASan+UBSan and under TSan, all tests with Clang 14.
+# usage: tests/run.sh [--fast] [arguments of ctest]     --fast: the first configuration only
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+fast=
+if [[ ${1:-} == --fast ]]; then
+  fast=yes
+  shift
+fi
+ctest_arguments=("$@")
+
+missing=()
+for tool in g++ cmake make; do
+  command -v "$tool" >/dev/null || missing+=("$tool")
+done
+[[ -n $fast ]] || command -v clang++-14 >/dev/null || missing+=(clang-14)
+[[ -e /usr/include/catch2/catch.hpp ]] || missing+=(catch2)
+[[ -e /usr/include/CLI/CLI.hpp ]] || missing+=(libcli11-dev)
+[[ -e /usr/include/nlohmann/json.hpp ]] || missing+=(nlohmann-json3-dev)
+if ((${#missing[@]})); then
+  as_root=()
+  if ((EUID != 0)); then
+    command -v sudo >/dev/null || { echo "run.sh: please install, as root: ${missing[*]}" >&2; exit 2; }
+    as_root=(sudo)
+  fi
+  echo "run.sh: installing ${missing[*]}"
+  "${as_root[@]}" apt-get update -qq
+  "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
+fi
+
+# The sanitizers of GCC 12 do not know where newer kernels may place memory; without randomisation all is as they expect.
+fixed_addresses=()
+if setarch -R true 2>/dev/null; then fixed_addresses=(setarch -R); fi
+
+failed=()
+fail() { failed+=("$1"); echo "run.sh: $1: $2"; }
+
+# configuration NAME WHAT CMAKE-ARGUMENT... [-- CTEST-ARGUMENT...]
+configuration() {
+  local name=$1 what=$2 start=$SECONDS
+  shift 2
+  local options=()
+  while (($#)) && [[ $1 != -- ]]; do options+=("$1"); shift; done
+  (($# == 0)) || shift
+  local build=$root/build/$name
+  mkdir -p "$build"
+  echo "run.sh: $name: building $what in build/$name"
+  if ! { cmake -S "$root" -B "$build" "${options[@]}" && cmake --build "$build" -j "$(nproc)"; } >"$build/build.log" 2>&1; then
+    cat "$build/build.log"
+    fail "$name" "the build failed"
+    return
+  fi
+  echo "run.sh: $name: built in $((SECONDS - start)) s"
+  # One test at a time: some measure time.
+  (cd "$build" && "${run[@]}" ctest --output-on-failure --no-tests=error "$@" "${ctest_arguments[@]}") || fail "$name" "tests failed"
+}
+
+tests_only=(-DTALLY_BUILD_EXAMPLES=OFF -DTALLY_BUILD_BENCH=OFF)
+run=()
+configuration tests "everything" -DCMAKE_BUILD_TYPE=Release
+if [[ -z $fast ]]; then
+  run=("${fixed_addresses[@]}")
+  configuration tests-address "the tests with ASan and UBSan" -DCMAKE_BUILD_TYPE=RelWithDebInfo -DTALLY_SANITIZE=address "${tests_only[@]}" -- -LE build
+  configuration tests-thread "the tests with TSan" -DCMAKE_BUILD_TYPE=RelWithDebInfo -DTALLY_SANITIZE=thread "${tests_only[@]}" -- -LE build
+  run=()
+  configuration tests-clang "everything with Clang 14" -DCMAKE_BUILD_TYPE=Release -DCMAKE_CXX_COMPILER=clang++-14
+fi
+
+minutes="$((SECONDS / 60)) min $((SECONDS % 60)) s"
+if ((${#failed[@]})); then
+  echo "run.sh: FAILED in $minutes: ${failed[*]}"
+  exit 1
+fi
+echo "run.sh: all tests passed in $minutes"
