@@ -300,8 +300,7 @@ TEST_CASE("missing ranks are named at the deadline", "[bootstrap][processes]") {
     CAPTURE(zero_first, all_of(results));
     const Caught &zero = results[zero_first ? 0 : 1], &three = results[zero_first ? 1 : 0];
     CHECK(zero.is(Errc::timeout));
-    CHECK_THAT(zero.text, Catch::EndsWith(zero_first ? "1, 2, 4" : "1, 2, 4") || Catch::EndsWith("1, 2, 3, 4"));  // 3 may have given up
-    if (zero_first) CHECK_THAT(zero.text, Catch::EndsWith(": 1, 2, 4"));
+    CHECK_THAT(zero.text, Catch::EndsWith(": 1, 2, 4"));
     CHECK(ms(zero.ended - zero.began) >= 999);
     // The rank that was there hears of it, or finds at its own deadline that the job is not complete.
     CHECK(three.is(Errc::timeout));
@@ -322,7 +321,7 @@ class Stranger {
  public:
   /// Knocks at the door of rank 0 of this job, as soon as it opens.
   explicit Stranger(const std::string& job) : socket_(::socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0)) {
-    const std::string name = "tally/" + std::to_string(::getuid()) + "/" + job + "/0";
+    const std::string name = "tally/" + std::to_string(::getuid()) + "/" + job + "./0";
     sockaddr_un address{};
     address.sun_family = AF_UNIX;
     name.copy(address.sun_path + 1, sizeof address.sun_path - 1);
@@ -352,9 +351,8 @@ TEST_CASE("strangers that talk nonsense are ignored", "[bootstrap][processes]") 
   Stranger empty(job.name()), brief(job.name());
   empty.say("");
   brief.say("hello");
+  CHECK((empty.connected() && brief.connected()));
   job.start(1, 2, add_up);
-  std::this_thread::sleep_for(50ms);
-  Stranger chatty(job.name());  // the door may be closed by now: then it stays outside
   check_well(job.wait());
 }
 
