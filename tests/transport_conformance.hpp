@@ -299,7 +299,7 @@ inline void conformance(const Run& run) {
   SECTION("status, goodbye and abort reach every rank") {
     run(3, small, [](auto& transport) {
       const Rank me = transport.rank();
-      transport.publish({7, 100u + static_cast<unsigned>(me), 55, true, false});
+      transport.enter({7, 100u + static_cast<unsigned>(me), 55, true, false});
       const auto eventually = [](auto&& condition, const char* what) {
         const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(30);
         while (!condition()) {

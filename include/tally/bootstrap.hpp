@@ -40,7 +40,7 @@ inline Communicator make_communicator(std::shared_ptr<SlotMemory> memory, Rank m
   auto transport = std::make_unique<SlotTransport>(std::move(memory), me);
   ModelMeter meter = options.meter;
   meter.enabled = meter.enabled && options.accounting;
-  meter.cores_per_rank = std::min(1.0, static_cast<double>(usable_cores()) / transport->size());
+  meter.cores_per_rank = std::min(1.0, static_cast<double>(::sysconf(_SC_NPROCESSORS_ONLN)) / transport->size());
   std::unique_ptr<AnyEngine> engine;
   if (options.accounting) engine = std::make_unique<Engine<SlotTransport, Timed>>(std::move(transport), Clock::host(), meter);
   else engine = std::make_unique<Engine<SlotTransport, Unaccounted>>(std::move(transport), Clock::host(), meter);
@@ -90,9 +90,12 @@ class Connection {
   explicit Connection(FileDescriptor socket) : socket_(std::move(socket)) {}
 
   bool wait(short events, Instant deadline) const {
-    const auto left = std::chrono::duration_cast<std::chrono::milliseconds>(deadline - std::chrono::steady_clock::now()).count();
     pollfd event{socket_.get(), events, 0};
-    return ::poll(&event, 1, static_cast<int>(std::clamp<std::int64_t>(left, 0, 1 << 30))) > 0;
+    for (;;) {
+      const auto left = std::chrono::duration_cast<std::chrono::milliseconds>(deadline - std::chrono::steady_clock::now()).count();
+      const int ready = ::poll(&event, 1, static_cast<int>(std::clamp<std::int64_t>(left, 0, 1 << 30)));
+      if (ready >= 0 || errno != EINTR) return ready > 0;
+    }
   }
   int get() const { return socket_.get(); }
   ucred peer() const {

@@ -83,7 +83,7 @@ class Engine final : public AnyEngine {
       fail(call, report);
       throw;
     }
-    transport_->publish({sequence_, fingerprint_, call.layout.count, false, false});
+    transport_->exit();
     progress_.finish(report);
     account(report, before, call);
     return report;
@@ -211,7 +211,7 @@ class Engine final : public AnyEngine {
   }
 
   void start(const Call& call) {
-    transport_->publish({sequence_, fingerprint_, call.layout.count, true, false});
+    transport_->enter({sequence_, fingerprint_, call.layout.count, true, false});
     fold_ = call.fold;
     local_.clear();
     const Lateness arrival = progress_.arrival();
@@ -312,7 +312,7 @@ class Engine final : public AnyEngine {
       failed_.emplace(Errc::aborted, "rank " + std::to_string(rank()) + ": exception during " + describe_call(), ErrorContext{rank(), rank(), sequence_, {}});
     }
     transport_->abort({failed_->errc(), rank(), failed_->peer(), std::string(failed_->text())});  // the first notice wins
-    transport_->publish({sequence_, fingerprint_, call.layout.count, false, false});
+    transport_->exit();
     progress_.finish_failed(report, peer, cause);
     account(report, transport_->counters(), call);
     if (prepared_) ++prepared_->row->failed;

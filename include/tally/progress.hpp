@@ -41,7 +41,7 @@ template <Transport T, class Accounting>
 class Progress {
  public:
   Progress(T& transport, const Clock& clock)
-      : transport_(transport), clock_(clock), watch_(transport.size()), ladder_(transport.crowded()), check_interval_(clock.to_ticks(std::chrono::milliseconds(20))), off_core_(clock.to_ticks(std::chrono::microseconds(10))) {}
+      : transport_(transport), clock_(clock), watch_(transport.size()), check_interval_(clock.to_ticks(std::chrono::milliseconds(20))), off_core_(clock.to_ticks(std::chrono::microseconds(10))) {}
 
   /// An operation begins: the clock's first reading.
   void start(nanoseconds timeout) {
@@ -159,7 +159,7 @@ class Progress {
     now_ = clock_.now();
     if constexpr (Accounting::timed) watch_.enter(State::wait_local, now_);
     wait_began_ = now_;
-    ladder_.restart();
+    ladder_.restart(transport_.crowded());
     if (deadline_ == 0) {
       first_stall_ = now_;
       deadline_ = (Accounting::timed ? arrival_ : now_) + clock_.to_ticks(timeout_);
@@ -186,7 +186,7 @@ class Progress {
       sleep(client);
       if (!waiting_) return;
     }
-    if (now_ < next_check_) return;
+    if (now_ < next_check_ && now_ < deadline_) return;
     next_check_ = now_ + check_interval_;
     client.check_peers();
     if (const Rank lost = client.first_lost(); lost >= 0) {

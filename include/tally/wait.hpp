@@ -50,19 +50,14 @@ class AsymmetricBarrier {
   }
 };
 
-/// Cores this process may run on.
-inline int usable_cores() {
-  cpu_set_t set;
-  if (sched_getaffinity(0, sizeof set, &set) != 0) return static_cast<int>(sysconf(_SC_NPROCESSORS_ONLN));
-  return CPU_COUNT(&set);
-}
-
 /// Decides how to spend the next moment of a wait. Spinning costs the waiter's core, sleeping costs the wake-up
 /// (some 10 us): up to about twice that it spins.
 class Ladder {
  public:
-  explicit Ladder(bool crowded) : crowded_(crowded) {}
-  void restart() { turns_ = 0; }
+  void restart(bool crowded) {
+    crowded_ = crowded;
+    turns_ = 0;
+  }
   /// Pauses for a moment; true if the caller should park instead.
   bool climb(nanoseconds waited) {
     ++turns_;
@@ -80,7 +75,7 @@ class Ladder {
  private:
   static constexpr nanoseconds pause_after{2'000}, park_after{50'000};
   static constexpr int max_yields = 64;
-  bool crowded_;
+  bool crowded_ = false;
   int turns_ = 0;
 };
 

@@ -105,14 +105,15 @@ concept Transport = requires(T& t, const T& c, Transfer& transfer, RankStatus st
   t.post(transfer);
   t.cancel(transfer);  // on return the transport will not touch its memory again
   // poll(probe): moves what can move; true if anything did
-  t.publish(status);
+  t.enter(status);  // what this rank is in, for other ranks to see
+  t.exit();
   { c.status(rank) } -> std::same_as<RankStatus>;
   { t.liveness(rank) } -> std::same_as<Liveness>;
   t.abort(notice);
   { c.aborted() } -> std::same_as<bool>;
   { c.abort_notice() } -> std::same_as<AbortNotice>;
   // park(limit, recheck): sleeps until a peer may have moved, an abort, or the limit
-  { c.crowded() } -> std::same_as<bool>;
+  { t.crowded() } -> std::same_as<bool>;  // more ranks than cores to run them
   t.leave();
   // A second transport between the same ranks: rank 0 reserves it, all open the token, then rank 0 releases it.
   { t.reserve() } -> std::same_as<std::uint64_t>;

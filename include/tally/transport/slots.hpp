@@ -61,8 +61,10 @@ struct alignas(line) RankLine {
   std::atomic<std::uint64_t> sequence, fingerprint, count;
   std::atomic<std::uint32_t> inside, left, pid, unused;
   alignas(line) std::atomic<std::uint32_t> parked;  // loaded by every sender: never shares a line with what changes per call
+  std::atomic<std::uint32_t> cores_known;
+  alignas(line) std::atomic<std::uint64_t> cores[CPU_SETSIZE / 64];  // that the rank may run on
 };
-static_assert(sizeof(RankLine) == 2 * line && offsetof(RankLine, parked) == line);
+static_assert(sizeof(RankLine) == 4 * line && offsetof(RankLine, parked) == line);
 
 struct alignas(line) SlotHeader {
   std::atomic<std::uint32_t> ready, fences, departed;
@@ -184,9 +186,9 @@ class SlotTransport {
         e.in = ring(lane, peer, me);
         e.peer_parked = &memory_->rank_line(peer).parked;
       }
-    if (!AsymmetricBarrier::register_process()) header_->fences.store(1);
-    fences_ = header_->fences.load() != 0;
-    crowded_ = size() > usable_cores();
+    fences_ = !AsymmetricBarrier::register_process();
+    if (fences_) header_->fences.store(1);
+    publish_cores();
   }
   SlotTransport(const SlotTransport&) = delete;
   SlotTransport& operator=(const SlotTransport&) = delete;
@@ -196,7 +198,11 @@ class SlotTransport {
   int lanes() const { return layout_.lanes(); }
   std::string_view name() const { return memory_->name(); }
   const TransportCounters& counters() const { return counters_; }
-  bool crowded() const { return crowded_; }
+  /// Whether ranks outnumber the cores they may run on, all ranks' cores together. Known for good once all are here.
+  bool crowded() {
+    if (!cores_known_) count_cores();
+    return crowded_;
+  }
   /// Payloads up to this size are part of the header's two lines.
   static constexpr std::size_t inline_bytes() { return detail::Slot::inline_bytes; }
 
@@ -254,17 +260,30 @@ class SlotTransport {
     return moved;
   }
 
-  void publish(const RankStatus& status) {
-    line_->sequence.store(status.sequence, std::memory_order_relaxed);
-    line_->fingerprint.store(status.fingerprint, std::memory_order_relaxed);
-    line_->count.store(status.count, std::memory_order_relaxed);
+  /// Readers must never combine one operation's sequence number with another's fingerprint: the number is
+  /// withdrawn first and written last, and what is read between two equal numbers belongs together.
+  void enter(const RankStatus& status) {
+    line_->sequence.store(changing, std::memory_order_relaxed);
+    line_->fingerprint.store(status.fingerprint, std::memory_order_release);
+    line_->count.store(status.count, std::memory_order_release);
     line_->inside.store(status.inside, std::memory_order_release);
+    line_->sequence.store(status.sequence, std::memory_order_release);
   }
+  void exit() { line_->inside.store(0, std::memory_order_release); }
   RankStatus status(Rank r) const {
     const detail::RankLine& l = memory_->rank_line(r);
-    const bool inside = l.inside.load(std::memory_order_acquire) != 0;
-    return {l.sequence.load(std::memory_order_relaxed), l.fingerprint.load(std::memory_order_relaxed), l.count.load(std::memory_order_relaxed), inside,
-            l.left.load(std::memory_order_relaxed) != 0};
+    RankStatus status;
+    status.left = l.left.load(std::memory_order_relaxed) != 0;
+    for (int tries = 0; tries < 100; ++tries) {  // its writer may have died over it
+      const std::uint64_t before = l.sequence.load(std::memory_order_acquire);
+      status.fingerprint = l.fingerprint.load(std::memory_order_acquire);
+      status.count = l.count.load(std::memory_order_acquire);
+      status.inside = l.inside.load(std::memory_order_acquire) != 0;
+      status.sequence = l.sequence.load(std::memory_order_relaxed);
+      if (before == status.sequence && before != changing) return status;
+      cpu_pause();
+    }
+    return {0, 0, 0, false, status.left};
   }
   Liveness liveness(Rank r) {
     if (memory_->rank_line(r).left.load(std::memory_order_acquire)) return Liveness::left;
@@ -303,7 +322,7 @@ class SlotTransport {
       explicit Announcement(std::atomic<std::uint32_t>& word) : parked(word) { parked.store(1, std::memory_order_relaxed); }
       ~Announcement() { parked.store(0, std::memory_order_relaxed); }
     } announcement(line_->parked);
-    if (fences_) std::atomic_thread_fence(std::memory_order_seq_cst);
+    if (fences_) std::atomic_thread_fence(std::memory_order_seq_cst);  // and all senders fence, too
     else AsymmetricBarrier::heavy();
     if (!recheck()) futex_wait(line_->parked, 1, limit);
   }
@@ -319,6 +338,7 @@ class SlotTransport {
   }
 
  private:
+  static constexpr std::uint64_t changing = ~std::uint64_t{0};
   struct Ring {
     detail::Slot* slots = nullptr;
     std::byte* payloads = nullptr;
@@ -356,8 +376,29 @@ class SlotTransport {
     list.pop_back();
   }
   void wake(const Endpoint& e) {
-    if (fences_) std::atomic_thread_fence(std::memory_order_seq_cst);
+    if (fences_ || header_->fences.load(std::memory_order_relaxed) != 0) std::atomic_thread_fence(std::memory_order_seq_cst);
     if (e.peer_parked->load(std::memory_order_relaxed) != 0 && e.peer_parked->exchange(0) != 0) futex_wake(*e.peer_parked);
+  }
+  void publish_cores() {
+    cpu_set_t set;
+    CPU_ZERO(&set);
+    if (::sched_getaffinity(0, sizeof set, &set) != 0) CPU_SET(0, &set);
+    for (std::size_t core = 0; core < CPU_SETSIZE; ++core)
+      if (CPU_ISSET(core, &set)) line_->cores[core / 64].fetch_or(std::uint64_t{1} << (core % 64));
+    line_->cores_known.store(1, std::memory_order_release);
+    crowded_ = size() > ::sysconf(_SC_NPROCESSORS_ONLN);
+  }
+  void count_cores() {
+    for (Rank r = 0; r < size(); ++r)
+      if (!memory_->rank_line(r).cores_known.load(std::memory_order_acquire)) return;
+    int cores = 0;
+    for (std::size_t word = 0; word < CPU_SETSIZE / 64; ++word) {
+      std::uint64_t any = 0;
+      for (Rank r = 0; r < size(); ++r) any |= memory_->rank_line(r).cores[word].load(std::memory_order_relaxed);
+      cores += std::popcount(any);
+    }
+    crowded_ = size() > cores;
+    cores_known_ = true;
   }
   void wake_all() {
     std::atomic_thread_fence(std::memory_order_seq_cst);
@@ -495,7 +536,7 @@ class SlotTransport {
   detail::RankLine* line_;
   detail::SlotHeader* header_;
   TransportCounters counters_;
-  bool fences_ = false, crowded_ = false;
+  bool fences_ = false, crowded_ = false, cores_known_ = false;
 };
 
 }  // namespace tally::inline v0
