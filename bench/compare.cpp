@@ -20,6 +20,8 @@ namespace {
 
 using Json = nlohmann::ordered_json;
 
+constexpr int least_rounds = 11;
+
 struct Settings {
   std::vector<std::string> ops{"all_reduce"};
   std::size_t least = 8, most = std::size_t{64} << 20, factor = 4;
@@ -57,6 +59,12 @@ class SharedLines {
     if (lines_[arrivals].value.fetch_add(1) + 1 == turn_ * static_cast<std::uint32_t>(size_)) lines_[release].value.store(turn_);
     while (lines_[release].value.load(std::memory_order_acquire) != turn_) rest();
   }
+  /// Rank 0's word, the same on all ranks.
+  bool ask_first(bool word) {
+    if (rank_ == 0) lines_[verdict].value.store(word);
+    meet();
+    return lines_[verdict].value.load() != 0;  // not written again before the next meeting
+  }
   /// Microseconds per round trip of one line from rank 0 to rank 1 and back; NaN on other ranks or alone.
   double round_trip(int trips) {
     if (size_ < 2 || rank_ > 1) return std::numeric_limits<double>::quiet_NaN();
@@ -83,8 +91,8 @@ class SharedLines {
   struct alignas(128) Line {
     std::atomic<std::uint32_t> value{0};
   };
-  enum : std::size_t { arrivals, release, ping, pong };
-  static constexpr int line_count = 4;
+  enum : std::size_t { arrivals, release, ping, pong, verdict };
+  static constexpr int line_count = 5;
   struct Lines {
     Line line[line_count + 1];
   };
@@ -198,6 +206,7 @@ class Comparison {
 
     std::vector<double> tally_us, mpi_us, trip_us, copy_us;
     double idle = 0, elapsed = 0;
+    const double began = bench::seconds_now();
     for (int round = 0; round < row.rounds; ++round) {
       // Who goes first alternates too.
       for (int turn = 0; turn < 2; ++turn) {
@@ -212,6 +221,9 @@ class Comparison {
       lines_.meet();
       trip_us.push_back(lines_.round_trip(200));
       copy_us.push_back(copy_block(row.bytes));
+      // The machine may have become busier than the plan was made for.
+      const bool late = settings_.rounds == 0 && bench::seconds_now() - began > settings_.seconds;
+      if (lines_.ask_first(late) && round + 1 >= least_rounds) row.rounds = round + 1;
     }
     slowest(tally_us);
     slowest(mpi_us);
@@ -264,7 +276,7 @@ class Comparison {
     }
     row.calls = std::max(2, static_cast<int>(wanted_us / std::min(mpi_us, tally_us)));
     const double round_s = (row.calls + 1) * (mpi_us + tally_us) * 1e-6;
-    row.rounds = settings_.rounds > 0 ? settings_.rounds : 1 + 2 * static_cast<int>(std::clamp(settings_.seconds / round_s / 2, 5.0, 500.0));
+    row.rounds = settings_.rounds > 0 ? settings_.rounds : 1 + 2 * static_cast<int>(std::clamp(settings_.seconds / round_s / 2, least_rounds / 2.0, 500.0));
   }
 
   /// Microseconds per call on this rank; all ranks begin together.
@@ -370,7 +382,7 @@ std::optional<int> parse(int argc, char** argv, Settings& s, bool speaks) {
   app.add_option("-e,--max", most, "largest size; always measured itself")->capture_default_str();
   app.add_option("-f,--factor", s.factor, "from size to size")->check(CLI::Range(2, 1 << 20))->capture_default_str();
   app.add_option("--seconds", s.seconds, "time for one size; there are at least 11 rounds")->check(CLI::Range(0.01, 3600.0))->capture_default_str();
-  app.add_option("--rounds", s.rounds, "blocks per size and library; default: by time")->check(CLI::Range(11, 10001));
+  app.add_option("--rounds", s.rounds, "blocks per size and library; default: by time")->check(CLI::Range(least_rounds, 10001));
   app.add_option("--block-ms", s.block_ms, "length of a block in milliseconds (at least 2 calls)")->check(CLI::Range(0.01, 10000.0))->capture_default_str();
   app.add_option("--json", s.json, "JSON lines to this file; '-': to stdout, and the table to stderr");
   app.add_flag("--only-arguments", s.only_arguments, "check the arguments and end");

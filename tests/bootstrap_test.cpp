@@ -506,9 +506,10 @@ TEST_CASE("too few descriptors for rank 1", "[bootstrap][processes]") { few_desc
 // ---- Duplicates.
 
 void independent(RankKind kind) {
+  const Shared<std::atomic<int>> through;
   tally::launch(
       3,
-      [](Communicator& comm) {
+      [&](Communicator& comm) {
         Communicator second = comm.duplicate();
         Communicator third = second.duplicate();  // of a duplicate
         expect(second.rank() == comm.rank() && third.size() == 3, "the same ranks");
@@ -532,11 +533,13 @@ void independent(RankKind kind) {
         }
         expect(a == 7 && b == 8, "crossing order of small broadcasts");
         // A timeout on one is no failure of another, and the deadline is inherited.
-        second.set_timeout(30ms);
+        second.set_timeout(19s);
         Communicator fourth = second.duplicate();
-        expect(fourth.timeout() == 30ms, "the deadline is inherited");
-        if (comm.rank() == 1) std::this_thread::sleep_for(150ms);
+        expect(fourth.timeout() == 19s, "the deadline is inherited");
+        fourth.set_timeout(30ms);
+        if (comm.rank() == 1) expect(eventually(10s, [&] { return *through == 2; }), "the others came through");
         expect(caught([&] { fourth.barrier(); }).is(Errc::timeout), "the duplicate's deadline passed");
+        ++*through;
         comm.barrier();
         add_up(third);
       },

@@ -517,7 +517,7 @@ TEST_CASE("too little address space for the segment", "[launch][processes]") {
 TEST_CASE("too little address space for threads", "[launch][processes]") {
   // The slots fit; the stacks of the first, the second or the third thread do not. No rank may be missing unnoticed.
   if (sanitized) return;
-  for (const rlim_t mebibytes : {6, 12, 20}) {
+  for (const rlim_t mebibytes : {rlim_t{6}, rlim_t{12}, rlim_t{20}}) {
     const Caught c = caught_apart(10s, [&] {
       std::jthread([] {}).join();
       limit(RLIMIT_STACK, 8 << 20);

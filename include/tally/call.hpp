@@ -33,8 +33,7 @@ struct Call {
   void (*finish)(void* data, std::size_t count, int n) = nullptr;  // applied to the result, for mean
   nanoseconds timeout{};
 
-  /// Bytes of the larger of input and output: the size that algorithms are chosen and accounts kept by.
-  std::size_t bytes() const { return std::max(layout.input_count(), layout.output_count()) * grain; }
+  std::size_t bytes() const { return layout.items() * grain; }
 };
 
 namespace detail {

@@ -46,10 +46,10 @@ concept SameElements = Elements<In> && WritableElements<Out> && std::same_as<Val
 class Communicator {
  public:
   Communicator(std::unique_ptr<AnyEngine> engine, nanoseconds timeout, AlgorithmOverrides overrides = {})
-      : engine_(std::move(engine)), timeout_(timeout), overrides_(std::move(overrides)) {}
+      : engine_(std::move(engine)), rank_(engine_->rank()), size_(engine_->size()), timeout_(timeout), overrides_(std::move(overrides)) {}
 
-  Rank rank() const { return engine_->rank(); }
-  int size() const { return engine_->size(); }
+  Rank rank() const { return rank_; }
+  int size() const { return size_; }
 
   /// data = fold of all ranks' data, on every rank. Same count everywhere.
   template <class A = Auto, WritableElements Data, Reduction<ValueOf<Data>> Op>
@@ -157,46 +157,48 @@ class Communicator {
     using Byte = std::conditional_t<writable, std::byte, const std::byte>;
     const std::size_t bytes = std::ranges::size(range) * sizeof(ValueOf<R>);
     auto* data = reinterpret_cast<Byte*>(std::ranges::data(range));
-    if (!data && bytes > 0) throw Error(Errc::invalid_argument, std::string(name) + " is null but has " + std::to_string(std::ranges::size(range)) + " elements");
+    if (!data && bytes > 0) refuse_null(name, std::ranges::size(range));
     return Memory<writable>{data, bytes, name};
+  }
+  // Out of line, so that the checks can be inlined.
+  [[noreturn, gnu::cold, gnu::noinline]] static void refuse_null(const char* name, std::size_t count) {
+    throw Error(Errc::invalid_argument, std::string(name) + " is null but has " + std::to_string(count) + " elements");
+  }
+  [[noreturn, gnu::cold, gnu::noinline]] static void refuse_overlap(Operation operation) {
+    throw Error(Errc::invalid_argument, std::string(name_of(operation)) + ": in and out overlap without being in place");
   }
 
   /// Operations that combine.
   template <class A, Operation O, class T, class Op>
-  Report fold(Memory<false> in, Memory<true> out, std::size_t count, const Op& op, Rank root, const CallOptions& options) {
+  Report fold(const Memory<false>& in, const Memory<true>& out, std::size_t count, const Op& op, Rank root, const CallOptions& options) {
     void (*finish)(void*, std::size_t, int) = nullptr;
     if constexpr (std::same_as<Op, Mean>) finish = detail::divide<T>;
     return start<A, O, T>(in, out, count, fold_of<T>(op), detail::operator_code<Op>(), finish, root, options);
   }
   /// Operations that only move.
   template <class A, Operation O, class T>
-  Report move(Memory<false> in, Memory<true> out, std::size_t count, Rank root, const CallOptions& options) {
+  Report move(const Memory<false>& in, const Memory<true>& out, std::size_t count, Rank root, const CallOptions& options) {
     return start<A, O, T>(in, out, count, {}, 0, nullptr, root, options);
   }
   template <class A, Operation O, class T>
-  Report start(Memory<false> in, Memory<true> out, std::size_t count, Fold fold, std::uint16_t op, void (*finish)(void*, std::size_t, int), Rank root, const CallOptions& options) {
-    Call call;
-    call.layout = {O, rank(), size(), root, count, in_place(O, in, out)};
-    call.input = in.data;
-    call.output = out.data;
-    call.type = element_type<T>();
-    call.grain = sizeof(T);
-    call.operator_code = op;
-    call.fold = fold;
-    call.finish = finish;
-    call.timeout = options.timeout ? positive(*options.timeout) : timeout_;
+  Report start(const Memory<false>& in, const Memory<true>& out, std::size_t count, Fold fold, std::uint16_t op, void (*finish)(void*, std::size_t, int), Rank root, const CallOptions& options) {
+    const Layout layout{O, rank(), size(), root, count, in_place(O, in, out)};
+    AlgorithmRef algorithm;
     if constexpr (std::same_as<A, Auto>) {
-      call.algorithm = overrides_.of(O);
-      if (!call.algorithm.generate) call.algorithm = choose_algorithm(O, call.bytes(), size());
+      algorithm = overrides_.of(O);
+      if (!algorithm.generate) algorithm = choose_algorithm(O, layout.items() * sizeof(T), size());
     } else {
       static_assert(Algorithm<A, O>, "this algorithm does not offer this operation");
-      call.algorithm = algorithm_ref<A, O>();
+      algorithm = algorithm_ref<A, O>();
     }
+    const nanoseconds timeout = options.timeout ? positive(*options.timeout) : timeout_;
+    // All members at once: filling them one by one would first clear 150 bytes.
+    const Call call{layout, algorithm, in.data, out.data, element_type<T>(), sizeof(T), op, fold, finish, timeout};
     return engine_->run(call);
   }
 
   /// In place is: the same span, or this rank's block of the larger one. Any other overlap is an error.
-  bool in_place(Operation operation, Memory<false> in, Memory<false> out) const {
+  bool in_place(Operation operation, const Memory<false>& in, const Memory<true>& out) const {
     if (in.bytes == 0 || out.bytes == 0) return false;
     const std::less<> before;
     if (!before(in.data, out.data + out.bytes) || !before(out.data, in.data + in.bytes)) return false;
@@ -204,7 +206,7 @@ class Communicator {
     const std::byte* const expected_in = out.data + (operation == Operation::all_gather ? mine : 0);
     const std::byte* const expected_out = in.data + (operation == Operation::reduce_scatter ? mine : 0);
     if (in.data == expected_in || (operation == Operation::reduce_scatter && out.data == expected_out)) return true;
-    throw Error(Errc::invalid_argument, std::string(name_of(operation)) + ": in and out overlap without being in place");
+    refuse_overlap(operation);
   }
   std::size_t product(std::size_t count) const {
     std::size_t total = 0;
@@ -223,6 +225,8 @@ class Communicator {
   }
 
   std::unique_ptr<AnyEngine> engine_;
+  Rank rank_;
+  int size_;
   nanoseconds timeout_;
   AlgorithmOverrides overrides_;
 };

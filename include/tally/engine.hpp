@@ -61,8 +61,7 @@ class Engine final : public AnyEngine {
   Report run(const Call& call) override {
     if (failed_) throw *failed_;
     progress_.start(call.timeout);
-    Report report;
-    report.sequence = ++sequence_;
+    ++sequence_;
     const TransportCounters before = transport_->counters();
     try {
       if (transport_->aborted()) raise_abort();
@@ -80,11 +79,11 @@ class Engine final : public AnyEngine {
         call.finish(call.output, call.layout.output_count(), size());
       }
     } catch (...) {
-      fail(call, report);
+      fail(call);
       throw;
     }
     transport_->exit();
-    progress_.finish(report);
+    Report report = progress_.finish();
     account(report, before, call);
     return report;
   }
@@ -173,11 +172,10 @@ class Engine final : public AnyEngine {
 
   void prepare(const Call& call) {
     fingerprint_ = detail::Fingerprint::of(call).pack();
-    const Key key{call.layout, call.grain, call.algorithm.generate};
-    if (!prepared_ || !(key == key_)) {
-      key_ = key;
+    if (!prepared_ || call.algorithm.generate != key_.generate || call.grain != key_.grain || !(call.layout == key_.layout)) {
+      key_ = {call.layout, call.grain, call.algorithm.generate};
       prepared_ = nullptr;
-      prepared_ = &lookup(key, call);
+      prepared_ = &lookup(key_, call);
     }
     scratch_.grow(prepared_->plan.scratch());
   }
@@ -287,6 +285,7 @@ class Engine final : public AnyEngine {
     report.bytes_received = after.bytes_received - before.bytes_received;
     report.bytes_wire = report.bytes_sent + after.overhead_sent - before.overhead_sent;
     report.ledger = ledger_.handle();
+    report.sequence = sequence_;
     if (!prepared_) return;
     report.algorithm = prepared_->row->algorithm;
     ledger_.book(*prepared_->row, report, call.bytes(), progress_.watch(), clock_);
@@ -294,7 +293,7 @@ class Engine final : public AnyEngine {
 
   // Failure: everything pending is withdrawn, the other ranks are told, and this communicator refuses further use.
 
-  void fail(const Call& call, Report& report) {
+  void fail(const Call& call) {
     Rank peer = -1;
     State cause = State::wait_transfer;
     if (prepared_) {
@@ -313,7 +312,7 @@ class Engine final : public AnyEngine {
     }
     transport_->abort({failed_->errc(), rank(), failed_->peer(), std::string(failed_->text())});  // the first notice wins
     transport_->exit();
-    progress_.finish_failed(report, peer, cause);
+    Report report = progress_.finish_failed(peer, cause);
     account(report, transport_->counters(), call);
     if (prepared_) ++prepared_->row->failed;
   }

@@ -41,7 +41,7 @@ template <Transport T, class Accounting>
 class Progress {
  public:
   Progress(T& transport, const Clock& clock)
-      : transport_(transport), clock_(clock), watch_(transport.size()), check_interval_(clock.to_ticks(std::chrono::milliseconds(20))), off_core_(clock.to_ticks(std::chrono::microseconds(10))) {}
+      : transport_(transport), clock_(clock), watch_(transport.size()), ladder_(clock), check_interval_(clock.to_ticks(std::chrono::milliseconds(20))), off_core_(clock.to_ticks(std::chrono::microseconds(10))) {}
 
   /// An operation begins: the clock's first reading.
   void start(nanoseconds timeout) {
@@ -79,15 +79,16 @@ class Progress {
   }
   Lateness arrival() const { return {arrival_, transport_.rank()}; }
 
-  /// An operation ends, by success or, with the rank to blame for an unfinished wait, by failure.
-  void finish(Report& report) {
-    if constexpr (!Accounting::timed) return;
+  /// An operation ends, by success or, with the rank to blame for an unfinished wait, by failure. The report has
+  /// everything that is known here: times and the rank that came last.
+  Report finish() {
+    if constexpr (!Accounting::timed) return {};
     if (waiting_) end_wait();
     watch_.enter(State::protocol, clock_.now());
-    write(report);
+    return report();
   }
-  void finish_failed(Report& report, Rank missing, State cause) {
-    if constexpr (!Accounting::timed) return;
+  Report finish_failed(Rank missing, State cause) {
+    if constexpr (!Accounting::timed) return {};
     const Ticks now = clock_.now();
     if (waiting_ && missing >= 0 && missing != transport_.rank()) {
       watch_.blame(missing, cause, now);
@@ -95,7 +96,7 @@ class Progress {
     }
     watch_.enter(State::protocol, now);
     waiting_ = false;
-    write(report);
+    return report();
   }
   const Stopwatch& watch() const { return watch_; }
   /// Since start(); for error texts.
@@ -176,7 +177,7 @@ class Progress {
   template <ProgressClient C>
   void wait(C& client) {
     const Ticks before = now_;
-    const bool park = ladder_.climb(clock_.to_ns(now_ - wait_began_));
+    const bool park = ladder_.climb(now_ - wait_began_);
     if (transport_.aborted()) client.raise_abort();
     now_ = clock_.now();
     // A pause is short: if this took long, the core was given to someone else.
@@ -206,24 +207,20 @@ class Progress {
     if constexpr (Accounting::timed) watch_.slept(now_ - before);
   }
 
-  void write(Report& r) const {
+  Report report() const {
     const auto& ticks = watch_.ticks();
     const auto part = [&](State state) { return clock_.to_ns(ticks[static_cast<std::size_t>(state)]); };
-    r.protocol = part(State::protocol);
-    if (ticks[static_cast<std::size_t>(State::protocol)] != watch_.mark() - arrival_) {
-      r.copy = part(State::copy);
-      r.reduce = part(State::reduce);
-      r.wait_local = part(State::wait_local);
-      for (const Rank rank : watch_.blamed()) {
-        const Blame blame = watch_.blame_of(rank, clock_);
-        r.wait_arrival += blame.arrival;
-        r.wait_transfer += blame.transfer;
-        r.wait_credit += blame.credit;
-      }
+    const nanoseconds copy = part(State::copy), reduce = part(State::reduce), protocol = part(State::protocol), local = part(State::wait_local);
+    Blame waits;
+    for (const Rank rank : watch_.blamed()) {
+      const Blame blame = watch_.blame_of(rank, clock_);
+      waits.arrival += blame.arrival;
+      waits.transfer += blame.transfer;
+      waits.credit += blame.credit;
     }
-    r.elapsed = r.busy() + r.idle();
-    r.exposed = r.elapsed;
-    r.last_arrival = static_cast<std::int16_t>(heard_ || transport_.size() == 1 ? latest_.culprit : -1);
+    const nanoseconds elapsed = copy + reduce + protocol + waits.total() + local, none{};
+    const Rank last = heard_ || transport_.size() == 1 ? latest_.culprit : -1;
+    return {elapsed, elapsed, copy, reduce, none, protocol, waits.arrival, waits.transfer, waits.credit, local, none, 0, 0, 0, 0, 0, static_cast<std::int16_t>(last), 0, 0};
   }
 
   T& transport_;

@@ -17,6 +17,7 @@
 #include <climits>
 #include <cstdint>
 
+#include "clock.hpp"
 #include "types.hpp"
 
 namespace tally::inline v0 {
@@ -54,12 +55,13 @@ class AsymmetricBarrier {
 /// (some 10 us): up to about twice that it spins.
 class Ladder {
  public:
+  explicit Ladder(const Clock& clock) : pause_after_(clock.to_ticks(std::chrono::microseconds(2))), park_after_(clock.to_ticks(std::chrono::microseconds(50))) {}
   void restart(bool crowded) {
     crowded_ = crowded;
     turns_ = 0;
   }
   /// Pauses for a moment; true if the caller should park instead.
-  bool climb(nanoseconds waited) {
+  bool climb(Ticks waited) {
     ++turns_;
     if (crowded_) {
       if (turns_ <= 2) return false;
@@ -67,14 +69,14 @@ class Ladder {
       sched_yield();
       return false;
     }
-    if (waited > park_after) return true;
-    if (waited > pause_after) cpu_pause();
+    if (waited > park_after_) return true;
+    if (waited > pause_after_) cpu_pause();
     return false;
   }
 
  private:
-  static constexpr nanoseconds pause_after{2'000}, park_after{50'000};
   static constexpr int max_yields = 64;
+  Ticks pause_after_, park_after_;
   bool crowded_ = false;
   int turns_ = 0;
 };
