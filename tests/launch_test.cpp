@@ -456,6 +456,7 @@ rlim_t lowest_unused_descriptor() {
 }
 
 TEST_CASE("too few descriptors", "[launch][processes]") {
+  if (sanitized) return;  // UBSan looks at objects through a pipe, and without one believes that all are broken
   bool refused = false, enough = false;
   for (rlim_t spare = 0; spare <= 14; ++spare) {
     const Caught c = caught_apart(10s, [&] {

@@ -20,6 +20,7 @@ exceptions=(
   "plan: error steps types"
   "check: error steps types plan"
   "algorithms/*: steps"
+  "wait: clock"
   "transport/concept: clock reduce"
   "transport/slots: clock wait reduce transport/concept"
   "transport/thread: transport/slots"

@@ -89,11 +89,10 @@ class Connection {
   using Instant = std::chrono::steady_clock::time_point;
   explicit Connection(FileDescriptor socket) : socket_(std::move(socket)) {}
 
-  bool wait(short events, Instant deadline) const {
-    pollfd event{socket_.get(), events, 0};
+  static bool wait_any(std::vector<pollfd>& events, Instant deadline) {
     for (;;) {
-      const auto left = std::chrono::duration_cast<std::chrono::milliseconds>(deadline - std::chrono::steady_clock::now()).count();
-      const int ready = ::poll(&event, 1, static_cast<int>(std::clamp<std::int64_t>(left, 0, 1 << 30)));
+      const auto left = std::chrono::duration_cast<std::chrono::milliseconds>(deadline - std::chrono::steady_clock::now()).count() + 1;  // never early
+      const int ready = ::poll(events.data(), events.size(), static_cast<int>(std::clamp<std::int64_t>(left, 0, 1 << 30)));
       if (ready >= 0 || errno != EINTR) return ready > 0;
     }
   }
@@ -123,7 +122,8 @@ class Connection {
   }
   /// Exactly one record of `bytes`; false on anything else.
   bool receive(void* data, std::size_t bytes, FileDescriptor* descriptor, Instant deadline) const {
-    if (!wait(POLLIN, deadline)) return false;
+    std::vector<pollfd> readable{{socket_.get(), POLLIN, 0}};
+    if (!wait_any(readable, deadline)) return false;
     iovec part{data, bytes};
     msghdr message{};
     alignas(cmsghdr) char control[CMSG_SPACE(sizeof(int))] = {};
@@ -153,8 +153,8 @@ struct Hello {
   std::uint8_t accounting = 0, tsc = 0, unused[6] = {};
 };
 struct Welcome {
-  std::uint32_t accepted = 0;
-  char text[508] = {};
+  std::uint32_t accepted = 0, code = 0;
+  char text[504] = {};
 };
 
 class Rendezvous {
@@ -217,33 +217,48 @@ class Rendezvous {
     std::vector<std::unique_ptr<Connection>> joined(static_cast<std::size_t>(job_.size));
     std::vector<pid_t> pids(joined.size(), ::getpid());
     std::string problem;
+    std::vector<std::unique_ptr<Connection>> silent;  // guests that have not said hello yet: they hold nobody up
+    Errc code = Errc::mismatch;
     for (int missing = job_.size - 1; missing > 0 && problem.empty();) {
-      if (!door.wait(POLLIN, deadline_)) {
+      std::vector<pollfd> events{{door.get(), POLLIN, 0}};
+      for (const auto& guest : silent) events.push_back({guest->get(), POLLIN, 0});
+      if (!Connection::wait_any(events, deadline_)) {
         for (Rank r = 1; r < job_.size; ++r)
           if (!joined[static_cast<std::size_t>(r)]) problem += (problem.empty() ? "" : ", ") + std::to_string(r);
         problem = "ranks that did not appear within the deadline: " + problem;
+        code = Errc::timeout;
         break;
       }
+      for (std::size_t i = silent.size(); i-- > 0 && problem.empty();) {
+        if (!events[i + 1].revents) continue;
+        std::unique_ptr<Connection> guest = std::move(silent[i]);
+        silent.erase(silent.begin() + static_cast<std::ptrdiff_t>(i));
+        Hello theirs;
+        if (!guest->receive(&theirs, sizeof theirs, nullptr, deadline_)) continue;  // no rank
+        problem = refuse(theirs, joined);
+        if (!problem.empty()) {
+          tell(*guest, code, problem);
+          break;
+        }
+        const auto r = static_cast<std::size_t>(theirs.rank);
+        pids[r] = guest->peer().pid;
+        joined[r] = std::move(guest);
+        --missing;
+      }
+      if (!events[0].revents || !problem.empty()) continue;
       auto guest = std::make_unique<Connection>(FileDescriptor(::accept4(door.get(), nullptr, nullptr, SOCK_CLOEXEC)));
-      if (guest->get() < 0 || guest->peer().uid != ::getuid()) continue;
-      Hello theirs;
-      // A guest says hello at once or not at all: one that hangs must not keep the others out.
-      const auto soon = std::min(deadline_, std::chrono::steady_clock::now() + std::chrono::seconds(2));
-      if (!guest->receive(&theirs, sizeof theirs, nullptr, soon)) continue;
-      problem = refuse(theirs, joined);
-      const auto r = static_cast<std::size_t>(theirs.rank);
-      if (!problem.empty()) {
-        tell(*guest, problem);
-        break;
+      const int error = errno;
+      if (guest->get() < 0 && (error == EMFILE || error == ENFILE || error == ENOMEM || error == ENOBUFS)) {
+        problem = "rank 0 has no descriptor for a rank that joins: " + errno_text(error);
+        code = Errc::no_resources;
+      } else if (guest->get() >= 0 && guest->peer().uid == ::getuid()) {
+        silent.push_back(std::move(guest));
       }
-      pids[r] = guest->peer().pid;
-      joined[r] = std::move(guest);
-      --missing;
     }
     if (!problem.empty()) {
       for (const auto& guest : joined)
-        if (guest) tell(*guest, problem);
-      throw Error(problem.find("deadline") != problem.npos ? Errc::timeout : Errc::mismatch, problem, {0, -1, 0, {}});
+        if (guest) tell(*guest, code, problem);
+      throw Error(code, problem, {0, -1, 0, {}});
     }
     for (const auto& guest : joined) {
       if (!guest) continue;
@@ -269,10 +284,14 @@ class Rendezvous {
     const Hello mine = hello();
     Welcome welcome;
     FileDescriptor fd;
-    if (!host->send(&mine, sizeof mine) || !host->receive(&welcome, sizeof welcome, &fd, deadline_))
+    if (!host->send(&mine, sizeof mine) || !host->receive(&welcome, sizeof welcome, &fd, deadline_)) {
+      if (std::chrono::steady_clock::now() >= deadline_)
+        throw Error(Errc::timeout, "rank " + std::to_string(job_.rank) + " joined job '" + job_.job + "', but not all others did within the deadline", {job_.rank, 0, 0, {}});
       throw Error(Errc::peer_lost, "rank 0 of job '" + job_.job + "' went away while rank " + std::to_string(job_.rank) + " joined", {job_.rank, 0, 0, {}});
+    }
     welcome.text[sizeof welcome.text - 1] = 0;
-    if (!welcome.accepted) throw Error(Errc::mismatch, welcome.text, {job_.rank, 0, 0, {}});
+    if (!welcome.accepted) throw Error(static_cast<Errc>(welcome.code), welcome.text, {job_.rank, 0, 0, {}});
+    if (!fd) throw Error(Errc::no_resources, "rank " + std::to_string(job_.rank) + " has no descriptor for the shared memory", {job_.rank, 0, 0, {}});
     std::vector<pid_t> pids(static_cast<std::size_t>(job_.size));
     if (!host->receive(pids.data(), pids.size() * sizeof(pid_t), nullptr, deadline_) || !fd) throw Error(Errc::protocol, "rank 0 sent no shared memory", {job_.rank, 0, 0, {}});
     if (pids[static_cast<std::size_t>(job_.rank)] != ::getpid()) throw Error(Errc::unsupported, "ranks run in different process id namespaces, so they cannot watch each other", {job_.rank, 0, 0, {}});
@@ -280,8 +299,9 @@ class Rendezvous {
     file->watch(pids);
     return std::make_shared<ShmMemory>(file, layout_, 0, job_.rank);
   }
-  static void tell(const Connection& guest, const std::string& problem) {
+  static void tell(const Connection& guest, Errc code, const std::string& problem) {
     Welcome refusal;
+    refusal.code = static_cast<std::uint32_t>(code);
     problem.copy(refusal.text, sizeof refusal.text - 1);
     guest.send(&refusal, sizeof refusal);
   }

@@ -205,7 +205,7 @@ class Communicator {
     const std::size_t mine = static_cast<std::size_t>(rank()) * std::min(in.bytes, out.bytes);
     const std::byte* const expected_in = out.data + (operation == Operation::all_gather ? mine : 0);
     const std::byte* const expected_out = in.data + (operation == Operation::reduce_scatter ? mine : 0);
-    if (in.data == expected_in || (operation == Operation::reduce_scatter && out.data == expected_out)) return true;
+    if (operation == Operation::reduce_scatter ? out.data == expected_out : in.data == expected_in) return true;
     refuse_overlap(operation);
   }
   std::size_t product(std::size_t count) const {

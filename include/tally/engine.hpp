@@ -64,8 +64,8 @@ class Engine final : public AnyEngine {
     ++sequence_;
     const TransportCounters before = transport_->counters();
     try {
-      if (transport_->aborted()) raise_abort();
       prepare(call);
+      if (transport_->aborted()) raise_abort();
       start(call);
       while (remaining_ > 0) {
         if (local_.empty()) progress_.turn(*this);
@@ -80,7 +80,8 @@ class Engine final : public AnyEngine {
       }
     } catch (...) {
       fail(call);
-      throw;
+      if (detected_) throw *failed_;
+      throw;  // a user's exception, as it was
     }
     transport_->exit();
     Report report = progress_.finish();
@@ -116,6 +117,8 @@ class Engine final : public AnyEngine {
     return -1;
   }
   [[noreturn]] void raise_lost(Rank peer) {
+    // Who aborts may be gone right after: why it went is in its notice.
+    if (transport_->aborted()) raise_abort();
     const bool left = transport_->liveness(peer) == Liveness::left;
     raise(left ? Errc::peer_left : Errc::peer_lost, peer,
           "rank " + std::to_string(peer) + (left ? " left the communicator" : " died") + " while " + missing() + "; " + last_seen());
@@ -125,7 +128,8 @@ class Engine final : public AnyEngine {
   }
   [[noreturn]] void raise_abort() {
     const AbortNotice notice = transport_->abort_notice();
-    throw Error(notice.code, notice.text, {rank(), notice.peer >= 0 ? notice.peer : notice.rank, sequence_, {}});
+    detected_ = true;
+    throw Error(notice.code, notice.text, {rank(), blamed(notice), sequence_, {}});
   }
 
  private:
@@ -171,6 +175,7 @@ class Engine final : public AnyEngine {
   static constexpr std::size_t local_slice = std::size_t{64} << 10;  // a local step lets the network go on after this
 
   void prepare(const Call& call) {
+    previous_ = {fingerprint_, key_.layout.count};
     fingerprint_ = detail::Fingerprint::of(call).pack();
     if (!prepared_ || call.algorithm.generate != key_.generate || call.grain != key_.grain || !(call.layout == key_.layout)) {
       key_ = {call.layout, call.grain, call.algorithm.generate};
@@ -310,7 +315,11 @@ class Engine final : public AnyEngine {
     } catch (...) {
       failed_.emplace(Errc::aborted, "rank " + std::to_string(rank()) + ": exception during " + describe_call(), ErrorContext{rank(), rank(), sequence_, {}});
     }
-    transport_->abort({failed_->errc(), rank(), failed_->peer(), std::string(failed_->text())});  // the first notice wins
+    transport_->abort({failed_->errc(), rank(), failed_->peer(), std::string(failed_->text())});
+    if (detected_) {  // several ranks may find the same failure at once: the first notice wins, so all raise the same
+      const AbortNotice notice = transport_->abort_notice();
+      failed_.emplace(notice.code, notice.text, ErrorContext{rank(), notice.rank == rank() ? failed_->peer() : blamed(notice), sequence_, failed_->elapsed()});
+    }
     transport_->exit();
     Report report = progress_.finish_failed(peer, cause);
     account(report, transport_->counters(), call);
@@ -353,7 +362,9 @@ class Engine final : public AnyEngine {
     return text;
   }
 
+  static Rank blamed(const AbortNotice& notice) { return notice.peer >= 0 ? notice.peer : notice.rank; }
   [[noreturn]] void raise(Errc code, Rank peer, const std::string& text) {
+    detected_ = true;
     throw Error(code, text, {rank(), peer, sequence_, progress_.waited()});
   }
   [[noreturn]] void raise_mismatch(Rank peer, std::uint64_t theirs) {
@@ -366,7 +377,8 @@ class Engine final : public AnyEngine {
     const std::string theirs = frame.has_fingerprint ? detail::describe(frame.fingerprint, status.count) + " " : "operation ";
     raise(Errc::mismatch, peer,
           "rank " + std::to_string(rank()) + " in " + describe_call() + " expects data from rank " + std::to_string(peer) + ", which " +
-              (ahead > 0 ? "has sent none for it and went on to " : "still has some unread from ") + theirs + "#" + std::to_string(frame.operation));
+              (ahead > 0 ? "has sent none for it and went on to " : "has sent some that was not read in ") + theirs + "#" + std::to_string(frame.operation) +
+              (ahead == -1 ? ", where rank " + std::to_string(rank()) + " called " + detail::describe(previous_.fingerprint, previous_.count) : ""));
   }
 
   std::unique_ptr<T> transport_;
@@ -382,8 +394,12 @@ class Engine final : public AnyEngine {
   std::vector<std::uint32_t> local_;
   std::size_t remaining_ = 0;
   std::uint64_t fingerprint_ = 0;
+  struct {
+    std::uint64_t fingerprint = 0, count = 0;
+  } previous_;  // call, for error texts
   std::uint32_t sequence_ = 0;
   std::optional<Error> failed_;
+  bool detected_ = false;  // by this engine, and not thrown by a user's operator
 };
 
 }  // namespace tally::inline v0

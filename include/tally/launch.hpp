@@ -121,7 +121,13 @@ void launch_threads(int n, F& f, const Options& options) {
         });
     } catch (const std::system_error& error) {
       const auto started = static_cast<Rank>(ranks.size());
-      SlotTransport(memory, started).abort({Errc::no_resources, started, -1, "rank " + std::to_string(started) + " could not be started: " + error.what()});
+      RankFailure failure;
+      failure.code = Errc::no_resources;
+      failure.context.rank = started;
+      failure.set_text(std::string("could not be started: ") + error.what());
+      SlotTransport(memory, started).abort({failure.code, started, -1, "rank " + std::to_string(started) + " " + failure.text});
+      const std::lock_guard lock(failing);
+      failures.push_back(failure);
     }
   }
   rethrow_cause(failures);
@@ -172,12 +178,15 @@ class Children {
       }
       for (std::size_t r = 0; r < children_.size(); ++r) {
         Child& child = children_[r];
+        if (child.ended) continue;
         int status = 0;
-        if (child.ended || ::waitpid(child.pid, &status, WNOHANG) != child.pid) continue;
+        const pid_t waited = ::waitpid(child.pid, &status, WNOHANG);
+        if (waited == 0 || (waited < 0 && errno != ECHILD)) continue;  // ECHILD: SIGCHLD is ignored, so its status is lost
         child.ended = true;
         --left;
-        if (WIFEXITED(status) && WEXITSTATUS(status) == 0) continue;
-        failures.push_back(why(static_cast<Rank>(r), child, status));
+        const std::optional<RankFailure> failure = why(static_cast<Rank>(r), child, status);
+        if (!failure) continue;
+        failures.push_back(*failure);
         if (!patience) patience = Clock::now() + std::chrono::seconds(1);
       }
     }
@@ -185,13 +194,15 @@ class Children {
   }
 
  private:
-  static RankFailure why(Rank rank, const Child& child, int status) {
+  /// Why it failed, in its own words if it left any; nothing if it did not.
+  static std::optional<RankFailure> why(Rank rank, const Child& child, int status) {
     RankFailure failure;
     pollfd event{child.pipe.get(), POLLIN, 0};
     if (::poll(&event, 1, 0) > 0 && ::read(child.pipe.get(), &failure, sizeof failure) == static_cast<ssize_t>(sizeof failure)) {
       failure.text[sizeof failure.text - 1] = 0;
       return failure;
     }
+    if (WIFEXITED(status) && WEXITSTATUS(status) == 0) return std::nullopt;
     failure = {};
     failure.context.rank = rank;
     failure.set_text(WIFSIGNALED(status) ? "killed by signal " + std::to_string(WTERMSIG(status)) + " (" + ::strsignal(WTERMSIG(status)) + ")"

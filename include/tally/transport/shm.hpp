@@ -97,20 +97,19 @@ class ShmFile {
       processes_.push_back(std::move(process));
     }
   }
-  bool runs(Rank r) {
+  bool runs(Rank r) const {
     const auto i = static_cast<std::size_t>(r);
     if (i >= processes_.size()) return true;
     if (gone_[i] || !processes_[i]) return !gone_[i];
     pollfd event{processes_[i].get(), POLLIN, 0};
-    if (::poll(&event, 1, 0) > 0) gone_[i] = true;
-    return !gone_[i];
+    return ::poll(&event, 1, 0) <= 0;
   }
 
  private:
   detail::FileDescriptor fd_;
   std::mutex appending_;
   std::vector<detail::FileDescriptor> processes_;
-  std::vector<char> gone_;
+  std::vector<char> gone_;  // before they could be watched; the own process is neither gone nor watched
 };
 
 class ShmMemory final : public SlotMemory {
@@ -123,7 +122,8 @@ class ShmMemory final : public SlotMemory {
     base_ = static_cast<std::byte*>(base);
   }
   ~ShmMemory() override {
-    const bool last = me_ >= 0 && header().departed.fetch_add(1) + 1 == static_cast<std::uint32_t>(layout().size());
+    // The first region goes with the file; who launched the ranks still looks for unread frames in it.
+    const bool last = me_ >= 0 && offset_ > 0 && header().departed.fetch_add(1) + 1 == static_cast<std::uint32_t>(layout().size());
     ::munmap(base_, mapped());
     if (last) ::fallocate(file_->get(), FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, static_cast<off_t>(offset_), static_cast<off_t>(mapped()));
   }

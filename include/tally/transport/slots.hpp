@@ -520,7 +520,7 @@ class SlotTransport {
   static void copy_small(std::byte* to, const std::byte* from, std::size_t bytes) {
     if (bytes == 8) std::memcpy(to, from, 8);
     else if (bytes == 4) std::memcpy(to, from, 4);
-    else std::memcpy(to, from, bytes);
+    else if (bytes > 0) std::memcpy(to, from, bytes);
   }
   [[noreturn]] void broken(const Transfer& t, std::size_t bytes) const {
     throw Error(Errc::protocol, "rank " + std::to_string(t.peer) + " announced a frame of " + std::to_string(bytes) + " bytes, slots hold " + std::to_string(layout_.slot_bytes()),

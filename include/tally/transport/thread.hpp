@@ -3,7 +3,9 @@
 #pragma once
 
 #include <cstring>
+#include <map>
 #include <memory>
+#include <mutex>
 #include <new>
 #include <string_view>
 
@@ -25,11 +27,25 @@ class ThreadMemory final : public SlotMemory {
   bool runs(Rank) override { return true; }  // a thread ends only by leaving
 
   std::uint64_t reserve() override {
-    auto memory = std::make_unique<std::shared_ptr<SlotMemory>>(std::make_shared<ThreadMemory>(layout()));
-    return reinterpret_cast<std::uint64_t>(memory.release());
+    auto memory = std::make_shared<ThreadMemory>(layout());
+    const std::lock_guard lock(mutex_);
+    reserved_[++last_token_] = std::move(memory);
+    return last_token_;
   }
-  std::shared_ptr<SlotMemory> open(std::uint64_t token, Rank) override { return *reinterpret_cast<std::shared_ptr<SlotMemory>*>(token); }
-  void release(std::uint64_t token) override { delete reinterpret_cast<std::shared_ptr<SlotMemory>*>(token); }
+  std::shared_ptr<SlotMemory> open(std::uint64_t token, Rank) override {
+    const std::lock_guard lock(mutex_);
+    return reserved_.at(token);
+  }
+  void release(std::uint64_t token) override {
+    const std::lock_guard lock(mutex_);
+    reserved_.erase(token);
+  }
+
+ private:
+  // Owned here, so that a duplicate() that fails half-way leaks nothing and frees nothing under another's feet.
+  std::mutex mutex_;
+  std::map<std::uint64_t, std::shared_ptr<SlotMemory>> reserved_;
+  std::uint64_t last_token_ = 0;
 };
 
 }  // namespace tally::inline v0
