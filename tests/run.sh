@@ -59,15 +59,17 @@ configuration() {
   (cd "$build" && "${run[@]}" ctest --output-on-failure --no-tests=error "$@" "${ctest_arguments[@]}") || fail "$name" "tests failed"
 }
 
-tests_only=(-DTALLY_BUILD_EXAMPLES=OFF -DTALLY_BUILD_BENCH=OFF)
+# The sanitizers are slow to compile with (a test with ASan and UBSan: 5 min at -O1, 40 s at -O0) and the checks of
+# the build are the same without them.
+tests_only=(-DCMAKE_BUILD_TYPE=Debug -DTALLY_BUILD_EXAMPLES=OFF -DTALLY_BUILD_BENCH=OFF)
 run=()
 configuration tests "everything" -DCMAKE_BUILD_TYPE=Release
 if [[ -z $fast ]]; then
   run=("${fixed_addresses[@]}")
-  configuration tests-address "the tests with ASan and UBSan" -DCMAKE_BUILD_TYPE=RelWithDebInfo -DTALLY_SANITIZE=address "${tests_only[@]}" -- -LE build
-  configuration tests-thread "the tests with TSan" -DCMAKE_BUILD_TYPE=RelWithDebInfo -DTALLY_SANITIZE=thread "${tests_only[@]}" -- -LE build
+  configuration tests-address "the tests with ASan and UBSan" -DTALLY_SANITIZE=address "-DCMAKE_CXX_FLAGS_DEBUG=-O0 -g1" "${tests_only[@]}" -- -LE build
+  configuration tests-thread "the tests with TSan" -DTALLY_SANITIZE=thread "-DCMAKE_CXX_FLAGS_DEBUG=-O1 -g1" "${tests_only[@]}" -- -LE build
   run=()
-  configuration tests-clang "everything with Clang 14" -DCMAKE_BUILD_TYPE=Release -DCMAKE_CXX_COMPILER=clang++-14
+  configuration tests-clang "everything with Clang 14" -DCMAKE_BUILD_TYPE=Release -DCMAKE_CXX_COMPILER=clang++-14 -- -E "^(layers|two_units|consumer)"
 fi
 
 minutes="$((SECONDS / 60)) min $((SECONDS % 60)) s"

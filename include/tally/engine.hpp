@@ -173,6 +173,7 @@ class Engine final : public AnyEngine {
   };
   static constexpr std::size_t cache_limit = std::size_t{16} << 20;  // bytes of plans kept
   static constexpr std::size_t local_slice = std::size_t{64} << 10;  // a local step lets the network go on after this
+  static constexpr std::size_t short_bytes = 256;                    // not worth a reading of the clock, as in transports
 
   void prepare(const Call& call) {
     previous_ = {fingerprint_, key_.layout.count};
@@ -256,7 +257,7 @@ class Engine final : public AnyEngine {
       const std::size_t bytes = std::min(t.ready - t.done, local_slice - local_slice % t.grain);
       const std::byte* from = t.from + t.done;
       std::byte* to = t.to + t.done;
-      if (bytes > local_inline) progress_.enter(t.fold ? State::reduce : State::copy);
+      if (bytes > short_bytes) progress_.enter(t.fold ? State::reduce : State::copy);
       if (!t.fold) std::memmove(to, from, bytes);
       else if (t.side == Side::right) (*t.fold)(to, to, from, bytes);
       else (*t.fold)(to, from, to, bytes);
@@ -266,7 +267,6 @@ class Engine final : public AnyEngine {
       propagate(i);
     }
   }
-  static constexpr std::size_t local_inline = 80;
 
   /// Step i moved: whoever waits for it may go further, and inherits what it was late by.
   void propagate(std::uint32_t i) {

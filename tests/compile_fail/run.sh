@@ -8,21 +8,27 @@ file=$1 include=$2 cxx=$3
 export LC_ALL=C
 options=(-std=c++20 -I"$include" -Wall -Wextra -Werror -fsyntax-only)
 if ! "$cxx" --version | grep -q clang; then options+=(-fconcepts-diagnostics-depth=4); fi
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
 compile() { "$cxx" "${options[@]}" "$@" "$file" 2>&1; }
 
 expected=$(sed -n 's|^// expect: ||p' "$file")
 [[ -n $expected ]] || { echo "$file expects nothing"; exit 1; }
-if ! output=$(compile); then
-  echo "$output"
+compile >"$work/use" &
+use=$!
+compile -DTALLY_MISUSE >"$work/misuse" &
+misuse=$!
+if ! wait $use; then
+  cat "$work/use"
   echo "does not compile without the misuse either"
   exit 1
 fi
-if output=$(compile -DTALLY_MISUSE); then
+if wait $misuse; then
   echo "the misuse compiles"
   exit 1
 fi
-if ! grep -E "$expected" <<<"$output"; then
-  echo "$output"
+if ! grep -E "$expected" "$work/misuse"; then
+  cat "$work/misuse"
   echo "the misuse does not compile, but the compiler does not say: $expected"
   exit 1
 fi
