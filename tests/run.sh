@@ -57,6 +57,7 @@ configuration() {
   echo "run.sh: $name: built in $((SECONDS - start)) s"
   # One test at a time: some measure time.
   (cd "$build" && "${run[@]}" ctest --output-on-failure --no-tests=error "$@" "${ctest_arguments[@]}") || fail "$name" "tests failed"
+  grep '^skipped: ' "$build/Testing/Temporary/LastTest.log" || true
 }
 
 # The sanitizers are slow to compile with (a test with ASan and UBSan: 5 min at -O1, 40 s at -O0) and the checks of

@@ -160,7 +160,7 @@ inline std::ostream& operator<<(std::ostream& out, const Ledger& ledger) {
     static constexpr int widths[] = {14, 10, 18, 9, 10, 10, 10, 10, 10, 8, 0};
     for (std::size_t i = 0; i < cells.size(); ++i) {
       if (i < 3) out << std::left << std::setw(widths[i]) << cells[i] << ' ';
-      else out << std::right << std::setw(widths[i]) << cells[i] << (i + 2 < cells.size() ? " " : "  ");
+      else out << std::right << std::setw(widths[i]) << cells[i] << (i + 2 < cells.size() ? " " : i + 1 < cells.size() ? "  " : "");
     }
     out << '\n';
   };
