@@ -167,10 +167,10 @@ void crowded(Communicator& comm) {
 
 }  // namespace
 
-TEST_CASE("idle truth: two processes", "[processes]") { launch(2, idle_truth); }
-TEST_CASE("idle truth: two threads") { launch(2, idle_truth, threads); }
-TEST_CASE("idle truth: more processes than cores", "[processes]") { launch(static_cast<int>(std::thread::hardware_concurrency()) + 2, crowded); }
-TEST_CASE("idle truth: more threads than cores") { launch(static_cast<int>(std::thread::hardware_concurrency()) + 3, crowded, threads); }
+TEST_CASE("idle truth: two processes", "[processes][timing]") { launch(2, idle_truth); }
+TEST_CASE("idle truth: two threads", "[timing]") { launch(2, idle_truth, threads); }
+TEST_CASE("idle truth: more processes than cores", "[processes][timing]") { launch(static_cast<int>(std::thread::hardware_concurrency()) + 2, crowded); }
+TEST_CASE("idle truth: more threads than cores", "[timing]") { launch(static_cast<int>(std::thread::hardware_concurrency()) + 3, crowded, threads); }
 
 TEST_CASE("blame is transitive: in a ring, rank 3 waits for rank 2 but blames rank 0") {
   launch(4, [](Communicator& comm) {
