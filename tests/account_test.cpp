@@ -3,13 +3,12 @@
 // compared with what the test itself measured on the host's monotonic clock.
 #include <catch2/catch.hpp>
 
-#include <sys/resource.h>
-
 #include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cmath>
 #include <cstdlib>
+#include <fstream>
 #include <iostream>
 #include <memory>
 #include <new>
@@ -61,12 +60,14 @@ void expect_exact(const Report& r, Rank me) {
 struct Repetition {
   Report report;
   std::int64_t posted = 0, ended = 0;
-  int disturbed = 0;  // the kernel took a core away from some rank meanwhile, so lateness was not all that happened
+  nanoseconds queued{};  // of it, time in which this thread could have run but other programs had the cores
 };
-long involuntary_switches() {
-  rusage usage{};
-  getrusage(RUSAGE_THREAD, &usage);
-  return usage.ru_nivcsw;
+/// What the kernel says this thread has spent waiting for a core; 0 where it does not say.
+std::int64_t queued_ns() {
+  std::ifstream file("/proc/thread-self/schedstat");
+  std::int64_t ran = 0, queued = 0;
+  file >> ran >> queued;
+  return queued;
 }
 
 /// One all_reduce in which `late` sleeps first; the lateness of `late` against this rank, by the test's own clock.
@@ -75,12 +76,11 @@ Repetition late_once(Communicator& comm, Rank late, nanoseconds sleep, std::vect
   comm.barrier();
   if (comm.rank() == late) std::this_thread::sleep_for(sleep);
   Repetition r;
-  const long switches = involuntary_switches();
+  const std::int64_t queued = queued_ns();
   r.posted = now_ns();
   r.report = comm.all_reduce<A>(data, max);
   r.ended = now_ns();
-  r.disturbed = involuntary_switches() != switches;
-  comm.all_reduce(std::span(&r.disturbed, 1), max);
+  r.queued = nanoseconds(queued_ns() - queued);
   posts.resize(static_cast<std::size_t>(comm.size()));
   comm.all_gather(std::span(&r.posted, 1), posts);
   return r;
@@ -98,24 +98,22 @@ void two_ranks_idle_truth(Communicator& comm, std::size_t count) {
   for (const Rank late : {0, 1}) {
     std::vector<float> data(count, 1.0f);
     std::vector<std::int64_t> posts;
-    int good = 0, counted = 0;
+    int good = 0;
     std::string seen;
     late_once<A>(comm, late, 1ms, data, posts);  // first touch of data and slots
-    for (int tries = 0; counted < repetitions; ++tries) {
-      expect(tries < 300, "10 repetitions out of 300 that other programs did not disturb");
-      const Repetition r = late_once<A>(comm, late, 4ms + counted * 2ms, data, posts);
+    for (int i = 0; i < repetitions; ++i) {
+      const Repetition r = late_once<A>(comm, late, 4ms + i * 2ms, data, posts);
       expect_exact(r.report, comm.rank());
-      if (r.disturbed) continue;
-      ++counted;
       expect(r.report.elapsed <= nanoseconds(r.ended - r.posted), "elapsed is within what the caller measured");
       expect(r.report.last_arrival == late, "last_arrival is the late rank, on every rank");
       const nanoseconds lateness(posts[static_cast<std::size_t>(late)] - r.posted);  // 0 on the late rank itself
       const nanoseconds error = r.report.wait_arrival - lateness;
       const bool blamed_right = comm.rank() == late || blamed_arrival(r.report, late) == r.report.wait_arrival;
-      good += std::abs(error.count()) < 500'000 && blamed_right;
-      seen += " " + std::to_string(error.count());
+      // Who is not given a core before he begins to wait, waits less; on a quiet machine nobody queues.
+      good += std::abs(error.count()) < 500'000 + r.queued.count() && blamed_right;
+      seen += " " + std::to_string(error.count()) + "(" + std::to_string(r.queued.count()) + ")";
     }
-    expect(good >= repetitions - 1, std::string(A::name) + ", " + std::to_string(count) + " floats: wait_arrival within 0.5 ms of the lateness in 9 of 10; errors in ns:" + seen);
+    expect(good >= repetitions - 1, std::string(A::name) + ", " + std::to_string(count) + " floats: wait_arrival within 0.5 ms of the lateness in 9 of 10; errors in ns (and time without a core):" + seen);
   }
 }
 
