@@ -441,8 +441,8 @@ void parse(int argc, char** argv, CLI::App& app, Settings& s) {
   const auto require = [](bool good, const char* option, const std::string& why) {
     if (!good) throw CLI::ValidationError(option, why);
   };
-  const tally::JobInfo job = tally::detail::job_from_environment();
-  if (job.launcher != "nobody") {
+  const tally::JobInfo job = tally::job_info();
+  if (!job.launcher.empty()) {
     s.launcher = job.launcher;
     require(ranks->count() == 0 || s.ranks == job.size, "-n", job.launcher + " started " + std::to_string(job.size) + " ranks, not " + std::to_string(s.ranks));
     s.ranks = job.size;

@@ -11,7 +11,6 @@
 #include <chrono>
 #include <cstdint>
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
@@ -168,8 +167,6 @@ std::string read_text(const std::vector<std::string>& files) {
   return text;
 }
 
-bool started_by_a_launcher() { return std::getenv("TALLY_SIZE") || std::getenv("OMPI_COMM_WORLD_SIZE") || std::getenv("PMI_SIZE"); }
-
 /// One line on stderr, whatever happened.
 int explain(std::string what, int status) {
   std::replace(what.begin(), what.end(), '\n', ' ');
@@ -192,7 +189,7 @@ int main(int argc, char** argv) {
     const std::string text = read_text(settings.text_files.empty() ? default_text() : settings.text_files);
     if (!settings.json.empty()) expect_writable(settings.json);
 
-    if (started_by_a_launcher()) {
+    if (!tally::job_info().launcher.empty()) {
       tally::Communicator comm = tally::init();
       train(comm, settings, text);
     } else {

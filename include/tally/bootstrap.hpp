@@ -30,7 +30,7 @@ struct JobInfo {
   Rank rank = 0;
   int size = 1;
   std::string job;       // the same for all ranks, different from other jobs of this user on this host
-  std::string launcher;  // where this was read from, for error texts
+  std::string launcher;  // which of the known ones; empty if none
 };
 
 namespace detail {
@@ -80,7 +80,7 @@ inline JobInfo job_from_environment() {
     if (info.job.empty()) info.job = "parent" + std::to_string(::getppid());
     return info;
   }
-  return {0, 1, "", "nobody"};
+  return {};
 }
 
 /// A connected Unix socket that moves whole records and one descriptor, up to a deadline.
@@ -315,8 +315,8 @@ class Rendezvous {
 
 }  // namespace detail
 
-/// Whether a launcher (mpirun, srun, torchrun, TALLY_RANK) started this process as one of several ranks.
-inline bool launched() { return detail::job_from_environment().size > 1; }
+/// Who this process is, by what a launcher (mpirun, srun, torchrun, TALLY_RANK) left in its environment.
+inline JobInfo job_info() { return detail::job_from_environment(); }
 
 /// The communicator of all ranks that were started together: by mpirun, srun, torchrun, by hand with TALLY_RANK,
 /// TALLY_SIZE and TALLY_JOB, or one rank alone. Arguments are defaults that the environment overrides.

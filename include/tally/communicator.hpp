@@ -133,7 +133,9 @@ class Communicator {
   }
 
   /// Ends the current and all further operations of this communicator on every rank. From any thread; never waits.
-  void abort(const std::string& why = {}) { engine_->abort(why); }
+  void abort(const std::string& why = {}) {
+    if (engine_) engine_->abort(why);
+  }
 
   /// The deadline of calls that name none.
   nanoseconds timeout() const { return timeout_; }
@@ -164,6 +166,7 @@ class Communicator {
   [[noreturn, gnu::cold, gnu::noinline]] static void refuse_null(const char* name, std::size_t count) {
     throw Error(Errc::invalid_argument, std::string(name) + " is null but has " + std::to_string(count) + " elements");
   }
+  [[noreturn, gnu::cold, gnu::noinline]] static void refuse_moved() { throw Error(Errc::invalid_argument, "this communicator was moved from"); }
   [[noreturn, gnu::cold, gnu::noinline]] static void refuse_overlap(Operation operation) {
     throw Error(Errc::invalid_argument, std::string(name_of(operation)) + ": in and out overlap without being in place");
   }
@@ -194,6 +197,7 @@ class Communicator {
     const nanoseconds timeout = options.timeout ? positive(*options.timeout) : timeout_;
     // All members at once: filling them one by one would first clear 150 bytes.
     const Call call{layout, algorithm, in.data, out.data, element_type<T>(), sizeof(T), op, fold, finish, timeout};
+    if (!engine_) refuse_moved();
     return engine_->run(call);
   }
 

@@ -47,7 +47,7 @@ class Progress {
   void start(nanoseconds timeout) {
     timeout_ = timeout;
     waiting_ = heard_ = false;
-    deadline_ = 0;
+    deadline_ = first_stall_ = 0;
     if constexpr (Accounting::timed) {
       arrival_ = now_ = clock_.now();
       watch_.start(now_);
@@ -100,7 +100,10 @@ class Progress {
   }
   const Stopwatch& watch() const { return watch_; }
   /// Since start(); for error texts.
-  nanoseconds waited() const { return clock_.to_ns(clock_.now() - (Accounting::timed ? arrival_ : first_stall_)); }
+  nanoseconds waited() const {
+    const Ticks begin = Accounting::timed ? arrival_ : first_stall_;
+    return begin == 0 ? nanoseconds{} : clock_.to_ns(clock_.now() - begin);
+  }
 
  private:
   template <class C>
