@@ -112,8 +112,8 @@ class Communicator {
     if (rank() == 0) {
       try {
         token = engine_->reserve();
-      } catch (const Error& error) {
-        problem = error.text();
+      } catch (const std::exception& error) {
+        problem = error.what();
       }
     }
     broadcast(std::span(&token, 1), 0);
@@ -121,8 +121,8 @@ class Communicator {
     if (token != 0) {
       try {
         engine = engine_->open(token);
-      } catch (const Error& error) {
-        problem = error.text();
+      } catch (const std::exception& error) {
+        problem = error.what();
       }
     }
     int opened = engine ? 1 : 0;
@@ -225,7 +225,7 @@ class Communicator {
   }
   static nanoseconds positive(nanoseconds timeout) {
     if (timeout <= nanoseconds{0}) throw Error(Errc::invalid_argument, "a timeout must be longer than 0, not " + std::to_string(timeout.count()) + " ns");
-    return timeout;
+    return std::min(timeout, longest_timeout);
   }
 
   std::unique_ptr<AnyEngine> engine_;

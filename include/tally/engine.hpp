@@ -112,9 +112,11 @@ class Engine final : public AnyEngine {
     }
   }
   Rank first_lost() {
-    for (const Transfer& t : prepared_->transfers)
-      if (needs_peer(t) && transport_->liveness(t.peer) != Liveness::alive) return t.peer;
-    return -1;
+    Rank lost = -1;
+    for_each_needed([&](const Transfer& t) {
+      if (lost < 0 && transport_->liveness(t.peer) != Liveness::alive) lost = t.peer;
+    });
+    return lost;
   }
   [[noreturn]] void raise_lost(Rank peer) {
     // Who aborts may be gone right after: why it went is in its notice.
@@ -124,12 +126,14 @@ class Engine final : public AnyEngine {
           "rank " + std::to_string(peer) + (left ? " left the communicator" : " died") + " while " + missing() + "; " + last_seen());
   }
   [[noreturn]] void raise_timeout(nanoseconds waited) {
-    raise(Errc::timeout, first_missing(), missing() + " after " + detail::time_text(waited) + "; " + last_seen());
+    const Rank late = late_rank();
+    raise(Errc::timeout, late >= 0 ? late : first_missing(),
+          missing() + " after " + detail::time_text(waited) + (late >= 0 ? "; rank " + std::to_string(late) + " has not called it; " : "; ") + last_seen());
   }
   [[noreturn]] void raise_abort() {
     const AbortNotice notice = transport_->abort_notice();
     detected_ = true;
-    throw Error(notice.code, notice.text, {rank(), blamed(notice), sequence_, {}});
+    throw Error(notice.code, notice.text, {rank(), blamed(notice), sequence_, progress_.waited()});
   }
 
  private:
@@ -145,6 +149,7 @@ class Engine final : public AnyEngine {
     Layout layout;
     std::size_t grain = 0;
     Steps (*generate)(Shape) = nullptr;
+    const char* name = nullptr;  // two algorithms may share a generator
     friend bool operator==(const Key&, const Key&) = default;
   };
   struct KeyHash {
@@ -178,8 +183,8 @@ class Engine final : public AnyEngine {
   void prepare(const Call& call) {
     previous_ = {fingerprint_, key_.layout.count};
     fingerprint_ = detail::Fingerprint::of(call).pack();
-    if (!prepared_ || call.algorithm.generate != key_.generate || call.grain != key_.grain || !(call.layout == key_.layout)) {
-      key_ = {call.layout, call.grain, call.algorithm.generate};
+    if (!prepared_ || call.algorithm.generate != key_.generate || call.algorithm.name.data() != key_.name || call.grain != key_.grain || !(call.layout == key_.layout)) {
+      key_ = {call.layout, call.grain, call.algorithm.generate, call.algorithm.name.data()};
       prepared_ = nullptr;
       prepared_ = &lookup(key_, call);
     }
@@ -302,8 +307,9 @@ class Engine final : public AnyEngine {
     Rank peer = -1;
     State cause = State::wait_transfer;
     if (prepared_) {
-      peer = first_missing();
-      if (peer >= 0 && transport_->status(peer).sequence < sequence_) cause = State::wait_arrival;
+      peer = late_rank();
+      if (peer >= 0) cause = State::wait_arrival;
+      else peer = first_missing();
       for (Transfer& t : prepared_->transfers) transport_->cancel(t);
     }
     try {
@@ -326,23 +332,43 @@ class Engine final : public AnyEngine {
     if (prepared_) ++prepared_->row->failed;
   }
 
-  bool needs_peer(const Transfer& t) const { return t.pending && (t.bytes == 0 || t.ready > t.done); }
+  /// Transfers that only their peer holds up: the first of their queue, and free to go on.
+  template <class F>
+  void for_each_needed(F&& f) const {
+    std::vector<char> seen(2 * static_cast<std::size_t>(size()));
+    for (const Transfer& t : prepared_->transfers) {
+      char& queue = seen[2 * static_cast<std::size_t>(std::max(t.peer, 0)) + (t.is_send ? 1 : 0)];
+      if (!t.pending || queue) continue;
+      queue = 1;
+      if (t.bytes == 0 || t.ready > t.done) f(t);
+    }
+  }
   Rank first_missing() const {
-    for (const Transfer& t : prepared_->transfers)
-      if (needs_peer(t)) return t.peer;
+    Rank first = -1;
+    for_each_needed([&](const Transfer& t) {
+      if (first < 0) first = t.peer;
+    });
+    return first;
+  }
+  /// Who has not called the operation yet and is waited for, directly or through others; -1 if nobody.
+  Rank late_rank() const {
+    const auto absent = [&](Rank r) {
+      const RankStatus status = transport_->status(r);
+      return !status.left && status.sequence < sequence_;
+    };
+    const Rank direct = first_missing();
+    if (direct < 0 || absent(direct)) return direct;
+    if (has_root(key_.layout.operation)) return -1;  // not everyone matters to everyone
+    for (Rank r = 0; r < size(); ++r)
+      if (r != rank() && absent(r)) return r;
     return -1;
   }
   std::string missing() const {
     std::string from, room;
-    std::vector<Rank> named;
-    for (const Transfer& t : prepared_->transfers) {
-      if (!needs_peer(t)) continue;
-      const Rank key = t.is_send ? -1 - t.peer : t.peer;
-      if (std::find(named.begin(), named.end(), key) != named.end()) continue;
-      named.push_back(key);
+    for_each_needed([&](const Transfer& t) {
       std::string& list = t.is_send ? room : from;
       list += (list.empty() ? "rank " : ", rank ") + std::to_string(t.peer);
-    }
+    });
     std::string text = "rank " + std::to_string(rank()) + " in " + describe_call();
     if (!from.empty()) text += " waits for data from " + from;
     if (!room.empty()) text += (from.empty() ? " waits" : " and") + std::string(" for room at ") + room;

@@ -38,6 +38,7 @@ namespace detail {
 struct RankFailure {
   Errc code = Errc::rank_failed;
   ErrorContext context;
+  bool done = false;  // no failure at all, which a rank says as its last word
   char text[3000] = {};
   void set_text(std::string_view what) { text[what.copy(text, sizeof text - 1)] = 0; }
 
@@ -88,14 +89,20 @@ inline void throw_if_unread(const SlotMemory& memory) {
 /// Runs f as one rank. A failure is told to the other ranks before it goes on.
 template <class F>
 void run_rank(const std::shared_ptr<SlotMemory>& memory, Rank me, const Options& options, F& f) {
-  Communicator comm = make_communicator(memory, me, options);
+  const auto abort = [&](const std::string& why) { memory->abort({Errc::aborted, me, -1, "rank " + std::to_string(me) + " aborted the communicator: " + why}); };
   try {
-    f(comm);
-  } catch (const std::exception& error) {
-    comm.abort(error.what());
-    throw;
-  } catch (...) {
-    comm.abort("an exception");
+    Communicator comm = make_communicator(memory, me, options);
+    try {
+      f(comm);
+    } catch (const std::exception& error) {
+      abort(error.what());  // before comm says goodbye, which would hide why
+      throw;
+    } catch (...) {
+      abort("an exception");
+      throw;
+    }
+  } catch (const std::bad_alloc& error) {
+    abort(error.what());
     throw;
   }
 }
@@ -184,7 +191,7 @@ class Children {
         if (waited == 0 || (waited < 0 && errno != ECHILD)) continue;  // ECHILD: SIGCHLD is ignored, so its status is lost
         child.ended = true;
         --left;
-        const std::optional<RankFailure> failure = why(static_cast<Rank>(r), child, status);
+        const std::optional<RankFailure> failure = why(static_cast<Rank>(r), child, waited > 0 ? std::optional(status) : std::nullopt);
         if (!failure) continue;
         failures.push_back(*failure);
         if (!patience) patience = Clock::now() + std::chrono::seconds(1);
@@ -195,18 +202,19 @@ class Children {
 
  private:
   /// Why it failed, in its own words if it left any; nothing if it did not.
-  static std::optional<RankFailure> why(Rank rank, const Child& child, int status) {
+  static std::optional<RankFailure> why(Rank rank, const Child& child, std::optional<int> status) {
     RankFailure failure;
     pollfd event{child.pipe.get(), POLLIN, 0};
     if (::poll(&event, 1, 0) > 0 && ::read(child.pipe.get(), &failure, sizeof failure) == static_cast<ssize_t>(sizeof failure)) {
       failure.text[sizeof failure.text - 1] = 0;
-      return failure;
+      return failure.done ? std::nullopt : std::optional(failure);
     }
-    if (WIFEXITED(status) && WEXITSTATUS(status) == 0) return std::nullopt;
+    if (status && WIFEXITED(*status) && WEXITSTATUS(*status) == 0) return std::nullopt;
     failure = {};
     failure.context.rank = rank;
-    failure.set_text(WIFSIGNALED(status) ? "killed by signal " + std::to_string(WTERMSIG(status)) + " (" + ::strsignal(WTERMSIG(status)) + ")"
-                                         : "exited with status " + std::to_string(WEXITSTATUS(status)));
+    if (!status) failure.set_text("ended without a word, and its exit status is lost because SIGCHLD is ignored or reaped elsewhere");
+    else failure.set_text(WIFSIGNALED(*status) ? "killed by signal " + std::to_string(WTERMSIG(*status)) + " (" + ::strsignal(WTERMSIG(*status)) + ")"
+                                         : "exited with status " + std::to_string(WEXITSTATUS(*status)));
     return failure;
   }
   std::vector<Child> children_;
@@ -225,6 +233,9 @@ template <class F>
     for (Rank r = 0; r < n; ++r) pids.push_back(static_cast<pid_t>(memory->rank_line(r).pid.load()));
     file->watch(pids);
     run_rank(memory, me, options, f);
+    RankFailure none;
+    none.done = true;
+    [[maybe_unused]] const ssize_t written = ::write(pipe.get(), &none, sizeof none);
     status = 0;
   } catch (...) {
     const RankFailure failure = RankFailure::current(me);

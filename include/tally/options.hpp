@@ -66,6 +66,8 @@ struct Options {
     if (const auto n = environment_number<std::size_t>("TALLY_SLOT_BYTES", 128, std::size_t{1} << 30)) o.slots.slot_bytes = *n;
     if (const auto n = environment_number<std::size_t>("TALLY_SLOT_BUDGET", 4096, std::size_t{1} << 40)) o.slots.budget = *n;
     if (o.timeout <= nanoseconds{0}) throw Error(Errc::invalid_argument, "a timeout must be longer than 0, not " + std::to_string(o.timeout.count()) + " ns");
+    o.timeout = std::min(o.timeout, longest_timeout);
+    if (!(o.meter.busy_watts >= 0) || !(o.meter.idle_watts >= 0)) throw Error(Errc::invalid_argument, "watts must not be negative");
     return o;
   }
   static Options from_environment() { return from_environment(Options{}); }

@@ -10,6 +10,7 @@
 #include <string>
 #include <string_view>
 #include <type_traits>
+#include <typeinfo>
 #include <utility>
 
 #include "types.hpp"
@@ -78,7 +79,7 @@ template <class F>
 struct Commutative {
   F function;
   template <class T>
-  constexpr T operator()(T a, T b) const { return function(a, b); }
+  constexpr T operator()(T a, T b) const { return static_cast<T>(function(a, b)); }
 };
 template <class F>
 constexpr Commutative<F> commutative(F function) { return {std::move(function)}; }
@@ -165,18 +166,24 @@ constexpr std::uint64_t hash_text(std::string_view text) {
   for (const char c : text) hash = (hash ^ static_cast<unsigned char>(c)) * 0x100000001b3u;
   return hash;
 }
-template <class T>
-constexpr std::string_view type_text() { return __PRETTY_FUNCTION__; }
 
-/// 12 bits that name an operator to peers: built-in ones by table, callables by a hash of their type.
+/// 12 bits that name an operator to peers: built-in ones by table, callables by a hash of their type. The mangled
+/// name tells lambdas of one function apart, which the readable one does not.
 template <class Op>
-constexpr std::uint16_t operator_code() {
+std::uint16_t operator_code() {
   if constexpr (std::same_as<Op, Sum>) return 1;
   else if constexpr (std::same_as<Op, Prod>) return 2;
   else if constexpr (std::same_as<Op, Min>) return 3;
   else if constexpr (std::same_as<Op, Max>) return 4;
   else if constexpr (std::same_as<Op, Mean>) return 5;
-  else return static_cast<std::uint16_t>(16 + hash_text(type_text<Op>()) % 4080);
+  else {
+#if defined(__cpp_rtti)
+    static const std::uint16_t code = static_cast<std::uint16_t>(16 + hash_text(typeid(Op).name()) % 4080);
+#else
+    static constexpr std::uint16_t code = static_cast<std::uint16_t>(16 + hash_text(__PRETTY_FUNCTION__) % 4080);
+#endif
+    return code;
+  }
 }
 inline std::string operator_text(std::uint16_t code) {
   constexpr std::string_view names[] = {"", "sum", "prod", "min", "max", "mean"};

@@ -15,6 +15,8 @@
 namespace tally::inline v0 {
 
 using nanoseconds = std::chrono::nanoseconds;
+/// Longer deadlines are cut to this (30 years), so that adding one to a point in time cannot overflow.
+inline constexpr nanoseconds longest_timeout = std::chrono::seconds(1'000'000'000);
 
 enum class Operation : std::uint8_t { none, all_reduce, reduce, broadcast, all_gather, reduce_scatter, barrier };
 inline constexpr Operation all_operations[] = {Operation::all_reduce,     Operation::reduce, Operation::broadcast, Operation::all_gather,
@@ -48,7 +50,8 @@ constexpr std::string_view name_of(ElementType type) {
 
 /// Numbers that can be reduced: all standard integers and floating-point types.
 template <class T>
-concept Number = std::is_arithmetic_v<T> && !std::same_as<T, bool> && std::same_as<T, std::remove_cv_t<T>>;
+concept Number = std::is_arithmetic_v<T> && !std::same_as<T, bool> && std::same_as<T, std::remove_cv_t<T>> && sizeof(T) <= sizeof(long double) &&
+                 (std::is_floating_point_v<T> ? std::same_as<T, float> || std::same_as<T, double> || std::same_as<T, long double> : sizeof(T) <= 8);
 /// What can be moved: numbers and bytes.
 template <class T>
 concept Element = Number<T> || std::same_as<T, std::byte>;

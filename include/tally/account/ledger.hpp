@@ -104,11 +104,7 @@ class Ledger final : public detail::ReportSource {
       const Blame blame = watch.blame_of(r, clock);
       row.waited_for[static_cast<std::size_t>(r)] += blame.total();
       add(by_peer_[static_cast<std::size_t>(r)], blame);
-      if (recent.blamed < recent.blame.size()) recent.blame[recent.blamed++] = blame;
-      else {
-        add(recent.blame.back(), blame);  // the rest is lumped together
-        recent.blame.back().rank = -1;
-      }
+      remember(recent, blame);
     }
   }
 
@@ -131,6 +127,19 @@ class Ledger final : public detail::ReportSource {
     nanoseconds slept{};
     std::array<Blame, 8> blame{};
   };
+  /// Keeps the seven worst; the others are lumped together as rank -1.
+  static void remember(Recent& recent, Blame blame) {
+    if (recent.blamed + 1u < recent.blame.size()) {
+      recent.blame[recent.blamed++] = blame;
+      return;
+    }
+    Blame& rest = recent.blame.back();
+    if (recent.blamed < recent.blame.size()) rest = {}, ++recent.blamed;
+    Blame& least = *std::min_element(recent.blame.begin(), recent.blame.end() - 1, [](const Blame& a, const Blame& b) { return a.total() < b.total(); });
+    if (least.total() < blame.total()) std::swap(least, blame);
+    add(rest, blame);
+    rest.rank = -1;
+  }
   static void add(Blame& to, const Blame& more) {
     to.arrival += more.arrival;
     to.transfer += more.transfer;

@@ -170,7 +170,9 @@ inline std::string joules_text(const Quantity& q) {
 /// One line: time, busy and idle, who was late, joules with error and source.
 inline std::ostream& operator<<(std::ostream& out, const Report& r) {
   using detail::time_text;
-  out << '#' << r.sequence << ' ' << r.algorithm_name() << '/' << r.transport_name() << ": " << time_text(r.elapsed) << " (busy " << time_text(r.busy()) << ", idle " << time_text(r.idle());
+  out << '#' << r.sequence << ' ' << r.algorithm_name() << '/' << r.transport_name() << ": ";
+  if (r.elapsed == nanoseconds{0}) return out << "not timed, sent " << detail::bytes_text(r.bytes_sent);
+  out << time_text(r.elapsed) << " (busy " << time_text(r.busy()) << ", idle " << time_text(r.idle());
   if (r.idle() > nanoseconds{0}) {
     out << ": arrival " << time_text(r.wait_arrival) << ", transfer " << time_text(r.wait_transfer);
     if (r.wait_credit > nanoseconds{0}) out << ", credit " << time_text(r.wait_credit);

@@ -123,7 +123,7 @@ class ShmMemory final : public SlotMemory {
   }
   ~ShmMemory() override {
     // The first region goes with the file; who launched the ranks still looks for unread frames in it.
-    const bool last = me_ >= 0 && offset_ > 0 && header().departed.fetch_add(1) + 1 == static_cast<std::uint32_t>(layout().size());
+    const bool last = me_ >= 0 && offset_ > 0 && ::getpid() == process_ && header().departed.fetch_add(1) + 1 == static_cast<std::uint32_t>(layout().size());
     ::munmap(base_, mapped());
     if (last) ::fallocate(file_->get(), FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, static_cast<off_t>(offset_), static_cast<off_t>(mapped()));
   }
@@ -148,6 +148,7 @@ class ShmMemory final : public SlotMemory {
   std::shared_ptr<ShmFile> file_;
   std::size_t offset_;
   Rank me_;
+  pid_t process_ = ::getpid();  // a forked child of a rank is none
 };
 
 }  // namespace tally::inline v0

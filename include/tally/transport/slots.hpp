@@ -6,6 +6,9 @@
 // is noticed is the business of SlotMemory: transport/thread.hpp and transport/shm.hpp.
 #pragma once
 
+#include <sched.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <atomic>
 #include <bit>
@@ -82,6 +85,9 @@ struct alignas(line) SlotHeader {
 class SlotLayout {
  public:
   SlotLayout(int n, SlotOptions options) : n_(n), lanes_(options.lanes), slots_(std::bit_floor(static_cast<unsigned>(std::max(options.slots, 1)))), slot_bytes_(round(options.slot_bytes)) {
+    if (options.slots < 1 || options.slots > 1 << 20) throw Error(Errc::invalid_argument, "slots must be 1 to 1048576, not " + std::to_string(options.slots));
+    if (options.slot_bytes < 128 || options.slot_bytes > std::size_t{1} << 30)
+      throw Error(Errc::invalid_argument, "slot_bytes must be 128 to 1 GiB, not " + std::to_string(options.slot_bytes));
     if (options.lanes < 1 || options.lanes > 1024) throw Error(Errc::invalid_argument, "lanes must be 1 to 1024, not " + std::to_string(options.lanes));
     while (bytes() > options.budget && (slots_ > 1 || slot_bytes_ > 128)) {
       if (slots_ > 8 || slot_bytes_ <= 1024) slots_ = std::max(1u, slots_ / 2), slot_bytes_ = slots_ == 1 ? round(slot_bytes_ / 2) : slot_bytes_;
@@ -149,6 +155,30 @@ class SlotMemory {
   virtual std::uint64_t reserve() = 0;
   virtual std::shared_ptr<SlotMemory> open(std::uint64_t token, Rank me) = 0;
   virtual void release(std::uint64_t token) = 0;
+
+  /// Tells all ranks to give up. The first notice wins. From any thread.
+  void abort(const AbortNotice& notice) {
+    detail::SlotHeader& h = header();
+    std::uint32_t none = 0;
+    if (h.abort.compare_exchange_strong(none, 1)) {
+      h.abort_code = static_cast<int>(notice.code);
+      h.abort_rank = notice.rank;
+      h.abort_peer = notice.peer;
+      const std::size_t length = std::min(notice.text.size(), sizeof h.abort_text - 1);
+      std::memcpy(h.abort_text, notice.text.data(), length);
+      h.abort_text[length] = 0;
+      h.abort.store(2);
+    }
+    wake_all();
+  }
+  void wake_all() {
+    full_fence();
+    for (Rank r = 0; r < layout_.size(); ++r) {
+      std::atomic<std::uint32_t>& parked = rank_line(r).parked;
+      parked.store(0);
+      futex_wake(parked);
+    }
+  }
 
   /// Rings that hold frames nobody read: after all ranks have left, a sign of mismatched calls.
   struct Unread {
@@ -295,20 +325,7 @@ class SlotTransport {
     return memory_->runs(r) ? Liveness::alive : Liveness::dead;
   }
 
-  /// The first notice wins. Callable from any thread.
-  void abort(const AbortNotice& notice) {
-    std::uint32_t none = 0;
-    if (header_->abort.compare_exchange_strong(none, 1)) {
-      header_->abort_code = static_cast<int>(notice.code);
-      header_->abort_rank = notice.rank;
-      header_->abort_peer = notice.peer;
-      const std::size_t length = std::min(notice.text.size(), sizeof header_->abort_text - 1);
-      std::memcpy(header_->abort_text, notice.text.data(), length);
-      header_->abort_text[length] = 0;
-      header_->abort.store(2);
-    }
-    wake_all();
-  }
+  void abort(const AbortNotice& notice) { memory_->abort(notice); }
   bool aborted() const { return header_->abort.load(std::memory_order_relaxed) != 0; }
   AbortNotice abort_notice() const {
     // Who writes a notice may die over it: do not wait for ever.
@@ -327,7 +344,7 @@ class SlotTransport {
       explicit Announcement(std::atomic<std::uint32_t>& word) : parked(word) { parked.store(1, std::memory_order_relaxed); }
       ~Announcement() { parked.store(0, std::memory_order_relaxed); }
     } announcement(line_->parked);
-    if (fences_) std::atomic_thread_fence(std::memory_order_seq_cst);  // and all senders fence, too
+    if (fences_) full_fence();  // and all senders fence, too
     else AsymmetricBarrier::heavy();
     if (!recheck()) futex_wait(line_->parked, 1, limit);
   }
@@ -338,8 +355,9 @@ class SlotTransport {
 
   /// Goodbye: peers that still need something of this rank get an error instead of waiting.
   void leave() {
+    if (::getpid() != process_) return;  // a child that this rank forked: it never was a rank
     line_->left.store(1);
-    wake_all();
+    memory_->wake_all();
   }
 
  private:
@@ -381,7 +399,8 @@ class SlotTransport {
     list.pop_back();
   }
   void wake(const Endpoint& e) {
-    if (fences_ || header_->fences.load(std::memory_order_relaxed) != 0) std::atomic_thread_fence(std::memory_order_seq_cst);
+    std::atomic_signal_fence(std::memory_order_seq_cst);  // not to be looked up before the frame is written
+    if (fences_ || header_->fences.load(std::memory_order_relaxed) != 0) full_fence();
     if (e.peer_parked->load(std::memory_order_relaxed) != 0 && e.peer_parked->exchange(0) != 0) futex_wake(*e.peer_parked);
   }
   void publish_cores() {
@@ -405,15 +424,6 @@ class SlotTransport {
     crowded_ = size() > cores;
     cores_known_ = true;
   }
-  void wake_all() {
-    std::atomic_thread_fence(std::memory_order_seq_cst);
-    for (Rank r = 0; r < size(); ++r) {
-      std::atomic<std::uint32_t>& parked = memory_->rank_line(r).parked;
-      parked.store(0);
-      futex_wake(parked);
-    }
-  }
-
   template <Probe P>
   bool advance_send(Endpoint& e, P& probe) {
     Transfer& t = *e.sends.head;
@@ -542,6 +552,7 @@ class SlotTransport {
   detail::RankLine* line_;
   detail::SlotHeader* header_;
   TransportCounters counters_;
+  pid_t process_ = ::getpid();
   bool fences_ = false, crowded_ = false, cores_known_ = false;
 };
 

@@ -2,12 +2,15 @@
 // Slots in ordinary memory, for ranks that are threads of one process.
 #pragma once
 
-#include <cstring>
+#include <sys/mman.h>
+
+#include <cerrno>
 #include <map>
 #include <memory>
 #include <mutex>
-#include <new>
+#include <string>
 #include <string_view>
+#include <system_error>
 
 #include "slots.hpp"
 
@@ -16,12 +19,12 @@ namespace tally::inline v0 {
 class ThreadMemory final : public SlotMemory {
  public:
   explicit ThreadMemory(const SlotLayout& layout) : SlotMemory(layout) {
-    const std::size_t bytes = layout.bytes();
-    base_ = static_cast<std::byte*>(::operator new(bytes, std::align_val_t{4096}, std::nothrow));
-    if (!base_) throw Error(Errc::no_resources, "no memory for " + std::to_string(bytes) + " bytes of slots");
-    std::memset(base_, 0, bytes);
+    // Pages come zeroed, when they are first touched, and go when this does.
+    void* base = ::mmap(nullptr, layout.bytes(), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (base == MAP_FAILED) throw Error(Errc::no_resources, "no memory for " + std::to_string(layout.bytes()) + " bytes of slots: " + std::generic_category().message(errno));
+    base_ = static_cast<std::byte*>(base);
   }
-  ~ThreadMemory() override { ::operator delete(base_, std::align_val_t{4096}); }
+  ~ThreadMemory() override { ::munmap(base_, layout().bytes()); }
 
   std::string_view name() const override { return "thread"; }
   bool runs(Rank) override { return true; }  // a thread ends only by leaving
