@@ -189,6 +189,17 @@ TEST_CASE("blame is transitive: in a ring, rank 3 waits for rank 2 but blames ra
   }, threads);
 }
 
+TEST_CASE("blame keeps the worst and lumps the rest") {
+  launch(12, [](Communicator& comm) {
+    std::vector<float> data(1, 1.0f);
+    comm.barrier();
+    std::this_thread::sleep_for(comm.rank() * 4ms + (comm.rank() == 11 ? 100ms : 0ms));
+    const Report r = comm.all_reduce<OneShot>(data, max);
+    expect_exact(r, comm.rank());
+    if (comm.rank() < 6) expect(r.blame().front().rank == 11, "the rank that was latest by far comes first");
+  }, threads);
+}
+
 namespace {
 
 /// A transport whose rank 1 looks at its slots only every so often: a slow link, as its peers and itself see it.

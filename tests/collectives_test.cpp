@@ -332,6 +332,21 @@ TEST_CASE("a user's algorithm runs and is checked") {
   }, threads);
 }
 
+namespace {
+struct Renamed : Ring {
+  static constexpr std::string_view name = "renamed";
+};
+}  // namespace
+
+TEST_CASE("algorithms that share a generator keep their names") {
+  launch(2, [](Communicator& comm) {
+    std::vector<int> data(10, 1);
+    expect(comm.all_reduce<Ring>(data, max).algorithm_name() == "ring", "ring");
+    expect(comm.all_reduce<Renamed>(data, max).algorithm_name() == "renamed", "renamed");
+    expect(comm.all_reduce<Ring>(data, max).algorithm_name() == "ring", "ring again");
+  }, threads);
+}
+
 TEST_CASE("duplicates are independent") {
   const auto body = [](Communicator& comm) {
     Communicator a = comm.duplicate();

@@ -4,6 +4,8 @@
 // each rank was doing, and reaches every rank.
 #include <catch2/catch.hpp>
 
+#include <csignal>
+
 #include <limits>
 #include <numeric>
 #include <span>
@@ -889,3 +891,95 @@ TEST_CASE("a stopped rank is not dead", "[failure][processes]") {
 }
 
 }  // namespace
+
+// Found by a review, kept from coming back.
+
+TEST_CASE("two lambdas of one signature are two operators", "[failure]") {
+  const auto both = [](tally::Communicator& comm) {
+    std::vector<int> data{3};
+    if (comm.rank() == 0) comm.all_reduce(data, tally::commutative([](int a, int b) { return a + b; }));
+    else comm.all_reduce(data, tally::commutative([](int a, int b) { return a * b; }));
+  };
+  try {
+    tally::launch(2, both, tally::threads);
+    FAIL("no error");
+  } catch (const tally::Error& error) {
+    CHECK(error.errc() == Errc::mismatch);
+  }
+}
+
+TEST_CASE("a deadline names who never called, not the neighbour", "[failure]") {
+  std::atomic<int> right{0};
+  const auto body = [&](tally::Communicator& comm) {
+    std::vector<int> data(9, 1);
+    if (comm.rank() == 0) {
+      std::this_thread::sleep_for(500ms);
+      return;
+    }
+    try {
+      comm.all_reduce<tally::Ring>(data, tally::sum, {.timeout = comm.rank() == 3 ? 100ms : 20'000ms});
+    } catch (const tally::Error& error) {
+      const tally::LedgerRow& row = comm.ledger().rows().front();
+      right += error.errc() == Errc::timeout && error.peer() == 0 && std::string(error.what()).find("rank 0 has not called it") != std::string::npos && row.worst() == 0 &&
+               row.wait_transfer < row.wait_arrival;
+    }
+  };
+  tally::launch(4, body, tally::threads);
+  CHECK(right == 3);
+}
+
+TEST_CASE("ranks that crash are noticed where SIGCHLD is ignored", "[failure][processes]") {
+  const auto before = ::signal(SIGCHLD, SIG_IGN);
+  CHECK_THROWS_AS(tally::launch(2, [](tally::Communicator&) { ::raise(SIGKILL); }), tally::Error);
+  CHECK_NOTHROW(tally::launch(2, [](tally::Communicator& comm) { comm.barrier(); }));
+  ::signal(SIGCHLD, before);
+}
+
+TEST_CASE("options that make no sense are refused", "[failure]") {
+  const auto nothing = [](tally::Communicator&) {};
+  for (const std::size_t bytes : {std::size_t{1} << 63, ~std::size_t{0}, std::size_t{0}}) {
+    tally::Options options;
+    options.slots.slot_bytes = bytes;
+    CHECK_THROWS_AS(tally::launch(2, nothing, tally::threads, options), tally::Error);
+  }
+  tally::Options options;
+  options.meter.busy_watts = -5;
+  CHECK_THROWS_AS(tally::launch(1, nothing, tally::threads, options), tally::Error);
+  options = {};
+  options.timeout = tally::nanoseconds::max();
+  CHECK_NOTHROW(tally::launch(2, [](tally::Communicator& comm) { comm.barrier(); }, tally::threads, options));
+}
+
+TEST_CASE("a communicator that was moved from refuses, and hides nobody's error", "[failure]") {
+  tally::launch(1, [](tally::Communicator& comm) {
+    tally::Communicator moved = std::move(comm);
+    moved.barrier();
+    CHECK_THROWS_AS(comm.barrier(), tally::Error);
+    comm.abort("nothing happens");
+  }, tally::threads);
+  try {
+    tally::launch(2, [](tally::Communicator& comm) {
+      tally::Communicator moved = std::move(comm);
+      if (moved.rank() == 1) throw std::runtime_error("mine");
+    }, tally::threads);
+    FAIL("no error");
+  } catch (const tally::Error& error) {
+    CHECK(std::string(error.what()).find("mine") != std::string::npos);
+  }
+}
+
+TEST_CASE("a child that a rank forks is no rank", "[failure][processes]") {
+  tally::launch(2, [](tally::Communicator& comm) {
+    comm.barrier();
+    if (comm.rank() == 1) {
+      const pid_t child = ::fork();
+      if (child == 0) {
+        { tally::Communicator copy = std::move(comm); }  // its end says no goodbye
+        ::_exit(0);
+      }
+      ::waitpid(child, nullptr, 0);
+    }
+    comm.barrier();
+    comm.barrier();
+  });
+}

@@ -6,6 +6,10 @@
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
+if [[ ${1:-} == --help || ${1:-} == -h ]]; then
+  sed -n '3,6s/^# //p' "${BASH_SOURCE[0]}"
+  exit 0
+fi
 fast=
 if [[ ${1:-} == --fast ]]; then
   fast=yes

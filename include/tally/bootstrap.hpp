@@ -75,7 +75,9 @@ inline JobInfo job_from_environment() {
       if (const auto local = environment_number<int>(l.local_size, 1, 1 << 15); local && *local != *size)
         throw Error(Errc::unsupported, std::string(l.name) + " started " + std::to_string(*size) + " ranks, " + std::to_string(*local) + " of them on this host; shared memory connects one host only");
     for (const char* name : l.job)
-      if (const auto part = environment(name)) info.job += std::string(*part) + ".";
+      if (const auto part = environment(name)) info.job.append(info.job.empty() ? "" : ".").append(*part);
+    if (const auto nodes = environment_number<int>("SLURM_NNODES", 1, 1 << 20); nodes && *nodes > 1 && info.launcher == std::string("Slurm"))
+      throw Error(Errc::unsupported, "Slurm started ranks on " + std::to_string(*nodes) + " hosts; shared memory connects one host only");
     // Without a name of the job, ranks of one job share their parent: the launcher's daemon, or a shell.
     if (info.job.empty()) info.job = "parent" + std::to_string(::getppid());
     return info;
@@ -225,7 +227,8 @@ class Rendezvous {
       if (!Connection::wait_any(events, deadline_)) {
         for (Rank r = 1; r < job_.size; ++r)
           if (!joined[static_cast<std::size_t>(r)]) problem += (problem.empty() ? "" : ", ") + std::to_string(r);
-        problem = "ranks that did not appear within the deadline: " + problem;
+        problem = "rank 0 of job '" + job_.job + "' waited " + time_text(options_.timeout) + ", but rank " + problem +
+                  " did not appear: each must be started on this host, by this user, with the same TALLY_JOB and TALLY_SIZE";
         code = Errc::timeout;
         break;
       }

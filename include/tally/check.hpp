@@ -93,7 +93,11 @@ class Checker {
     const PlannedStep& s = step(r, i);
     return s.peer >= 0 && s.count() == 0 ? 1 : s.count();
   }
-  std::string where(Rank r, std::size_t i) { return "rank " + std::to_string(r) + " step " + std::to_string(i); }
+  std::string where(Rank r, std::size_t i) {
+    static constexpr const char* verbs[] = {"send to rank ", "receive from rank ", "receive_combine from rank ", "copy", "combine"};
+    const PlannedStep& s = step(r, i);
+    return "rank " + std::to_string(r) + " step " + std::to_string(i) + " (" + verbs[static_cast<std::size_t>(s.verb)] + (s.peer >= 0 ? std::to_string(s.peer) : "") + ")";
+  }
 
   static std::uint64_t mix(std::uint64_t x) {  // splitmix64
     x += 0x9e3779b97f4a7c15u;

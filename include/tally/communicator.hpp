@@ -41,7 +41,8 @@ concept SameElements = Elements<In> && WritableElements<Out> && std::same_as<Val
 
 /// A group of ranks that call the same operations in the same order. One thread uses a communicator at a time;
 /// abort() may be called from any. Every operation throws tally::Error on bad arguments (before anything is sent),
-/// on mismatched calls, on a peer's death and at its deadline; after such a failure in the middle of an operation
+/// on mismatched calls, on a peer's death and at its deadline (a bad argument on one rank leaves the others waiting
+/// until theirs, unless that rank ends or calls again); after such a failure in the middle of an operation
 /// the communicator refuses further use with the same error. Destruction is local and never waits.
 class Communicator {
  public:
@@ -54,14 +55,14 @@ class Communicator {
   /// data = fold of all ranks' data, on every rank. Same count everywhere.
   template <class A = Auto, WritableElements Data, Reduction<ValueOf<Data>> Op>
   Report all_reduce(Data&& data, const Op& op, const CallOptions& options = {}) {
-    return fold<A, Operation::all_reduce, ValueOf<Data>>(arguments("data", data), arguments("data", data), std::ranges::size(data), op, 0, options);
+    return start_folding<A, Operation::all_reduce, ValueOf<Data>>(memory_of("data", data), memory_of("data", data), std::ranges::size(data), op, 0, options);
   }
   /// out = fold of all ranks' in. in and out have the same count and do not overlap (or are the same span).
   template <class A = Auto, class In, class Out, Reduction<ValueOf<In>> Op>
     requires SameElements<In, Out>
   Report all_reduce(In&& in, Out&& out, const Op& op, const CallOptions& options = {}) {
     expect_count("out", std::ranges::size(out), std::ranges::size(in));
-    return fold<A, Operation::all_reduce, ValueOf<In>>(arguments("in", in), arguments("out", out), std::ranges::size(in), op, 0, options);
+    return start_folding<A, Operation::all_reduce, ValueOf<In>>(memory_of("in", in), memory_of("out", out), std::ranges::size(in), op, 0, options);
   }
 
   /// out on `root` = fold of all ranks' in; other ranks' out is not touched and may be empty.
@@ -70,15 +71,15 @@ class Communicator {
   Report reduce(In&& in, Out&& out, const Op& op, Rank root, const CallOptions& options = {}) {
     expect_root(root);
     if (rank() == root) expect_count("out", std::ranges::size(out), std::ranges::size(in));
-    const Memory<true> result = rank() == root ? arguments("out", out) : Memory<true>{nullptr, 0, "out"};
-    return fold<A, Operation::reduce, ValueOf<In>>(arguments("in", in), result, std::ranges::size(in), op, root, options);
+    const Output result = rank() == root ? memory_of("out", out) : Output{};
+    return start_folding<A, Operation::reduce, ValueOf<In>>(memory_of("in", in), result, std::ranges::size(in), op, root, options);
   }
 
   /// data = root's data, on every rank.
   template <class A = Auto, WritableElements Data>
   Report broadcast(Data&& data, Rank root, const CallOptions& options = {}) {
     expect_root(root);
-    return move<A, Operation::broadcast, ValueOf<Data>>({nullptr, 0, "in"}, arguments("data", data), std::ranges::size(data), root, options);
+    return start_moving<A, Operation::broadcast, ValueOf<Data>>(Input{}, memory_of("data", data), std::ranges::size(data), root, options);
   }
 
   /// out = every rank's in, in rank order: out is size() times as long. In place: in is this rank's block of out.
@@ -86,7 +87,7 @@ class Communicator {
     requires SameElements<In, Out>
   Report all_gather(In&& in, Out&& out, const CallOptions& options = {}) {
     expect_count("out", std::ranges::size(out), product(std::ranges::size(in)));
-    return move<A, Operation::all_gather, ValueOf<In>>(arguments("in", in), arguments("out", out), std::ranges::size(in), 0, options);
+    return start_moving<A, Operation::all_gather, ValueOf<In>>(memory_of("in", in), memory_of("out", out), std::ranges::size(in), 0, options);
   }
 
   /// out = this rank's block of the fold of all ranks' in: in is size() times as long. In place: out is this rank's block of in.
@@ -94,15 +95,15 @@ class Communicator {
     requires SameElements<In, Out>
   Report reduce_scatter(In&& in, Out&& out, const Op& op, const CallOptions& options = {}) {
     expect_count("in", std::ranges::size(in), product(std::ranges::size(out)));
-    return fold<A, Operation::reduce_scatter, ValueOf<In>>(arguments("in", in), arguments("out", out), std::ranges::size(out), op, 0, options);
+    return start_folding<A, Operation::reduce_scatter, ValueOf<In>>(memory_of("in", in), memory_of("out", out), std::ranges::size(out), op, 0, options);
   }
 
   /// Returns when every rank has called it.
   template <class A = Auto>
   Report barrier(const CallOptions& options = {}) {
     std::byte token{};
-    const Memory<true> memory{&token, 1, "token"};
-    return start<A, Operation::barrier, unsigned char>({&token, 1, "token"}, memory, 1, fold_of<unsigned char>(max), 0, nullptr, 0, options);
+    const Output memory{&token, 1};
+    return start<A, Operation::barrier, unsigned char>(memory, memory, 1, fold_of<unsigned char>(max), 0, nullptr, 0, options);
   }
 
   /// Collective. A communicator of the same ranks whose operations are independent of this one's.
@@ -146,21 +147,23 @@ class Communicator {
   TransportCounters counters() const { return engine_->counters(); }
 
  private:
-  template <bool Writable>
-  struct Memory {
-    std::conditional_t<Writable, std::byte*, const std::byte*> data = nullptr;
+  struct Input {
+    const std::byte* data = nullptr;
     std::size_t bytes = 0;
-    const char* name = "";
-    operator Memory<false>() const { return {data, bytes, name}; }
+  };
+  struct Output {
+    std::byte* data = nullptr;
+    std::size_t bytes = 0;
+    operator Input() const { return {data, bytes}; }
   };
   template <class R>
-  static auto arguments(const char* name, R& range) {
-    constexpr bool writable = WritableElements<R&>;
-    using Byte = std::conditional_t<writable, std::byte, const std::byte>;
+  static auto memory_of(const char* name, R& range) {
+    using Memory = std::conditional_t<WritableElements<R&>, Output, Input>;
+    using Byte = std::remove_pointer_t<decltype(Memory::data)>;
     const std::size_t bytes = std::ranges::size(range) * sizeof(ValueOf<R>);
     auto* data = reinterpret_cast<Byte*>(std::ranges::data(range));
     if (!data && bytes > 0) refuse_null(name, std::ranges::size(range));
-    return Memory<writable>{data, bytes, name};
+    return Memory{data, bytes};
   }
   // Out of line, so that the checks can be inlined.
   [[noreturn, gnu::cold, gnu::noinline]] static void refuse_null(const char* name, std::size_t count) {
@@ -173,18 +176,18 @@ class Communicator {
 
   /// Operations that combine.
   template <class A, Operation O, class T, class Op>
-  Report fold(const Memory<false>& in, const Memory<true>& out, std::size_t count, const Op& op, Rank root, const CallOptions& options) {
+  Report start_folding(const Input& in, const Output& out, std::size_t count, const Op& op, Rank root, const CallOptions& options) {
     void (*finish)(void*, std::size_t, int) = nullptr;
     if constexpr (std::same_as<Op, Mean>) finish = detail::divide<T>;
     return start<A, O, T>(in, out, count, fold_of<T>(op), detail::operator_code<Op>(), finish, root, options);
   }
   /// Operations that only move.
   template <class A, Operation O, class T>
-  Report move(const Memory<false>& in, const Memory<true>& out, std::size_t count, Rank root, const CallOptions& options) {
+  Report start_moving(const Input& in, const Output& out, std::size_t count, Rank root, const CallOptions& options) {
     return start<A, O, T>(in, out, count, {}, 0, nullptr, root, options);
   }
   template <class A, Operation O, class T>
-  Report start(const Memory<false>& in, const Memory<true>& out, std::size_t count, Fold fold, std::uint16_t op, void (*finish)(void*, std::size_t, int), Rank root, const CallOptions& options) {
+  Report start(const Input& in, const Output& out, std::size_t count, Fold fold, std::uint16_t op, void (*finish)(void*, std::size_t, int), Rank root, const CallOptions& options) {
     const Layout layout{O, rank(), size(), root, count, in_place(O, in, out)};
     AlgorithmRef algorithm;
     if constexpr (std::same_as<A, Auto>) {
@@ -202,7 +205,7 @@ class Communicator {
   }
 
   /// In place is: the same span, or this rank's block of the larger one. Any other overlap is an error.
-  bool in_place(Operation operation, const Memory<false>& in, const Memory<true>& out) const {
+  bool in_place(Operation operation, const Input& in, const Output& out) const {
     if (in.bytes == 0 || out.bytes == 0) return false;
     const std::less<> before;
     if (!before(in.data, out.data + out.bytes) || !before(out.data, in.data + in.bytes)) return false;

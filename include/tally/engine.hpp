@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Runs a call: plans its algorithm (once per layout, then from a cache), posts all its network steps, and keeps
-// the watermarks that say how far each step may go. Streaming, overlap of steps and hazards all follow from the
-// plan; in the steady state nothing is allocated and the only lock-like thing is a load.
+// the watermarks of each step: up to `ready` bytes it may go, `done` bytes it has gone. Streaming, overlap of steps
+// and hazards all follow from the plan. In the steady state nothing is allocated or locked.
 #pragma once
 
 #include <algorithm>
@@ -233,7 +233,7 @@ class Engine final : public AnyEngine {
       t.to = const_cast<std::byte*>(address(call, step.to));  // plans never write the input
       t.ready = prepared_->ready[i];
       t.done = 0;
-      t.operation = sequence_;
+      t.operation = static_cast<std::uint32_t>(sequence_);
       t.fingerprint = fingerprint_;
       t.lane = lane;
       t.inherited = t.late = arrival;
@@ -295,7 +295,7 @@ class Engine final : public AnyEngine {
     report.bytes_received = after.bytes_received - before.bytes_received;
     report.bytes_wire = report.bytes_sent + after.overhead_sent - before.overhead_sent;
     report.ledger = ledger_.handle();
-    report.sequence = sequence_;
+    report.sequence = static_cast<std::uint32_t>(sequence_);
     if (!prepared_) return;
     report.algorithm = prepared_->row->algorithm;
     ledger_.book(*prepared_->row, report, call.bytes(), progress_.watch(), clock_);
@@ -423,9 +423,9 @@ class Engine final : public AnyEngine {
   struct {
     std::uint64_t fingerprint = 0, count = 0;
   } previous_;  // call, for error texts
-  std::uint32_t sequence_ = 0;
+  std::uint64_t sequence_ = 0;  // of the current operation; frames carry its low half
   std::optional<Error> failed_;
-  bool detected_ = false;  // by this engine, and not thrown by a user's operator
+  bool detected_ = false;  // failed_ was found here or told by another rank, not thrown by a user's operator
 };
 
 }  // namespace tally::inline v0

@@ -166,7 +166,7 @@ class Ledger final : public detail::ReportSource {
 inline std::ostream& operator<<(std::ostream& out, const Ledger& ledger) {
   using detail::time_text;
   const auto line = [&](const std::array<std::string, 11>& cells) {
-    static constexpr int widths[] = {14, 10, 18, 9, 10, 10, 10, 10, 10, 8, 0};
+    static constexpr int widths[] = {14, 10, 18, 9, 10, 10, 10, 10, 11, 10, 0};
     for (std::size_t i = 0; i < cells.size(); ++i) {
       if (i < 3) out << std::left << std::setw(widths[i]) << cells[i] << ' ';
       else out << std::right << std::setw(widths[i]) << cells[i] << (i + 2 < cells.size() ? " " : i + 1 < cells.size() ? "  " : "");
@@ -179,15 +179,17 @@ inline std::ostream& operator<<(std::ostream& out, const Ledger& ledger) {
     return std::tie(a->operation, a->size_class, a->algorithm) < std::tie(b->operation, b->size_class, b->algorithm);
   });
   out << "ledger of rank " << ledger.rank() << " of " << ledger.size() << " over " << ledger.transport_name() << '\n';
-  line({"operation", "size up to", "algorithm", "calls", "bytes", "time", "busy", "arrival", "transfer", "most for", "joules (of them idle), source"});
+  line({"operation", "size up to", "algorithm", "calls", "bytes", "time", "busy", "arrival", "other waits", "waited for", "joules (of which idle), source"});
   for (const LedgerRow* row : rows) {
     const Quantity energy = ledger.energy(*row);
     std::string joules = detail::joules_text(energy);
+    const bool timed = row->elapsed > nanoseconds{0};
+    const auto time = [&](nanoseconds t) { return timed ? time_text(t) : std::string("-"); };
     if (energy.known()) joules += " (" + detail::joules_text(ledger.idle_energy(*row)) + "), " + std::string(name_of(energy.provenance));
     const Rank worst = row->worst();
     line({std::string(name_of(row->operation)), detail::bytes_text(std::uint64_t{1} << row->size_class), std::string(ledger.algorithm_name(row->algorithm)),
-          std::to_string(row->calls) + (row->failed ? " (" + std::to_string(row->failed) + " failed)" : ""), detail::bytes_text(row->bytes), time_text(row->elapsed), time_text(row->busy()),
-          time_text(row->wait_arrival), time_text(row->wait_transfer + row->wait_credit + row->wait_local), worst < 0 ? "-" : "rank " + std::to_string(worst), joules});
+          std::to_string(row->calls) + (row->failed ? " (" + std::to_string(row->failed) + " failed)" : ""), detail::bytes_text(row->bytes), time(row->elapsed), time(row->busy()),
+          time(row->wait_arrival), time(row->wait_transfer + row->wait_credit + row->wait_local), worst < 0 ? "-" : "rank " + std::to_string(worst), joules});
   }
   return out;
 }

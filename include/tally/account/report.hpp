@@ -87,7 +87,7 @@ struct Report {
   std::uint64_t bytes_sent = 0, bytes_received = 0;  // payload
   std::uint64_t bytes_wire = 0;                      // moved for the payload sent, headers and padding included
   std::uint64_t ledger = 0;                          // handle for the functions below
-  std::uint32_t sequence = 0;                        // of the operation on its communicator, from 1 on
+  std::uint32_t sequence = 0;                        // of the operation on its communicator, from 1 on; low 32 bits
   std::int16_t last_arrival = -1;                    // the rank that came last, -1 where the operation cannot know
   std::uint8_t algorithm = 0, flags = 0;
 
@@ -179,11 +179,11 @@ inline std::ostream& operator<<(std::ostream& out, const Report& r) {
     if (r.wait_local > nanoseconds{0}) out << ", local " << time_text(r.wait_local);
   }
   out << "), ";
-  if (r.last_arrival >= 0) out << "last was rank " << r.last_arrival << ", ";
+  if (r.last_arrival >= 0) out << "last to call was rank " << r.last_arrival << ", ";
   out << "sent " << detail::bytes_text(r.bytes_sent);
   const Quantity energy = r.energy();
   out << ", " << detail::joules_text(energy);
-  if (energy.known()) out << " (" << name_of(energy.provenance) << "), of them idle " << detail::joules_text(r.idle_energy());
+  if (energy.known()) out << " (" << name_of(energy.provenance) << "), of which idle " << detail::joules_text(r.idle_energy());
   return out;
 }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Ring algorithms: best for large data, because every rank moves the least bytes possible and all links work
-// at once. Pipelining is not written here; the engine streams element by element.
+// at once. Pipelining is not written here: a step starts on the elements that the step before it is done with.
 #pragma once
 
 #include "../steps.hpp"
@@ -11,7 +11,8 @@ struct Ring {
   static constexpr std::string_view name = "ring";
   static constexpr Folding folding = Folding::cyclic;
 
-  /// Each rank moves 2(n-1)/n of the data (Patarasuk & Yuan, "Bandwidth optimal all-reduce algorithms", 2009).
+  /// in[i] and out[i] are block i modulo n; Side::left folds incoming . ours. Nothing copies in to out: the first
+  /// fold into a block of out reads that block of in. Each rank moves 2(n-1)/n of the data (Patarasuk & Yuan, "Bandwidth optimal all-reduce algorithms", 2009).
   static Steps all_reduce(Shape shape) {
     const auto [me, n, root, in, out] = shape;
     const Rank next = wrap(me + 1, n), previous = wrap(me - 1, n);
