@@ -524,7 +524,10 @@ TEST_CASE("too little address space for threads", "[launch][processes]") {
       limit(RLIMIT_STACK, 8 << 20);
       limit(RLIMIT_AS, status_kib("VmSize") * 1024 + (mebibytes << 20));
       std::atomic<int> ran{0};
-      tally::launch(8, [&](Communicator&) { ++ran; }, tally::threads);
+      Options options;
+      options.slots.slots = 2;
+      options.slots.slot_bytes = 1024;
+      tally::launch(8, [&](Communicator&) { ++ran; }, tally::threads, options);
       expect(ran == 8, std::to_string(ran) + " of 8 ranks ran, and nobody complained");
     });
     CAPTURE(mebibytes);
