@@ -118,8 +118,8 @@ inline void conformance(const Run& run) {
     for (const SlotOptions& options : {SlotOptions{}, small, one})
       run(2, options, [](auto& transport) {
         const Rank peer = 1 - transport.rank();
-        for (const std::size_t bytes : {0, 1, 7, 8, 15, 16, 17, 79, 80, 81, 127, 128, 1000, 1024, 1025, 4096, 65536, 100'001, 1 << 20})
-          for (const std::size_t offset : {0, 1, 13}) {
+        for (const std::size_t bytes : {0u, 1u, 7u, 8u, 15u, 16u, 17u, 79u, 80u, 81u, 127u, 128u, 1000u, 1024u, 1025u, 4096u, 65536u, 100'001u, 1u << 20})
+          for (const std::size_t offset : {0u, 1u, 13u}) {
             std::vector<std::byte> out(bytes + 64), in(bytes + 64);
             fill(out, offset, bytes, static_cast<std::uint32_t>(transport.rank()));
             Driver driver;

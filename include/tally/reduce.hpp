@@ -79,6 +79,7 @@ template <class F>
 struct Commutative {
   F function;
   template <class T>
+    requires std::is_invocable_r_v<T, const F&, T, T>
   constexpr T operator()(T a, T b) const { return static_cast<T>(function(a, b)); }
 };
 template <class F>
