@@ -178,7 +178,6 @@ class Engine final : public AnyEngine {
   };
   static constexpr std::size_t cache_limit = std::size_t{16} << 20;  // bytes of plans kept
   static constexpr std::size_t local_slice = std::size_t{64} << 10;  // a local step lets the network go on after this
-  static constexpr std::size_t short_bytes = 256;                    // not worth a reading of the clock, as in transports
 
   void prepare(const Call& call) {
     previous_ = {fingerprint_, key_.layout.count};

@@ -76,7 +76,6 @@ class Stopwatch {
   void resume(State state) { state_ = state; }
   void slept(Ticks ticks) { slept_ += ticks; }
 
-  Ticks mark() const { return mark_; }
   Ticks slept() const { return slept_; }
   /// Ticks of the states that have no one to blame.
   const std::array<Ticks, state_count>& ticks() const { return ticks_; }

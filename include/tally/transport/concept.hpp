@@ -26,12 +26,15 @@ struct Lateness {
   }
 };
 
-/// What every frame and every credit says about its sender (see account/states.hpp). Ages are in units of 32 ticks and saturate.
+/// What every frame and every credit says about its sender (how it is used: Progress::heard). Ages are in units of 32 ticks and saturate.
 struct FrameTimes {
   Ticks sent_at = 0;
   std::uint32_t arrive_age = 0, late_age = 0;
   std::uint16_t culprit = 0;
 };
+
+/// Moving this much takes no longer than reading the clock: it is not timed apart from headers.
+inline constexpr std::size_t short_bytes = 256;
 
 /// One side of one message. `ready` and `done` are watermarks in bytes: the owner raises ready, the transport done.
 struct Transfer {

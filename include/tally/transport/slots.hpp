@@ -238,8 +238,6 @@ class SlotTransport {
     if (!cores_known_) count_cores();
     return crowded_;
   }
-  /// Moving this much takes no longer than reading the clock: it is not timed apart from the header.
-  static constexpr std::size_t short_bytes = 256;
 
   void post(Transfer& t) {
     Endpoint& e = endpoint(t.lane, t.peer);
