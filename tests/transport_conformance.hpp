@@ -31,6 +31,7 @@ inline void expect(bool ok, const std::string& what) {
 
 /// Drives transfers to their end and checks what the transport says about them on the way.
 struct Driver {
+  const Rank me;
   std::vector<Transfer*> pending;
   std::size_t frames = 0, credits = 0, moves = 0;
   std::function<void(Transfer&)> on_moved;
@@ -53,13 +54,11 @@ struct Driver {
     expect(t.done <= t.ready && t.ready <= t.bytes, "done <= ready <= bytes");
     if (on_moved) on_moved(t);
   }
-  Rank me = 0;
   FrameTimes stamp(const Transfer&) const { return {1, 2, 3, static_cast<std::uint16_t>(me)}; }
   FrameTimes credit_stamp(const Transfer&) const { return {1, 2, 3, static_cast<std::uint16_t>(100 + me)}; }
 
   template <class T>
   void finish(T& transport) {
-    me = transport.rank();
     const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(60);
     while (std::any_of(pending.begin(), pending.end(), [](Transfer* t) { return t->pending; })) {
       if (!transport.poll(*this)) {
@@ -71,7 +70,6 @@ struct Driver {
   }
   template <class T>
   void post(T& transport, Transfer& t) {
-    me = transport.rank();
     transport.post(t);
     pending.push_back(&t);
   }
@@ -122,7 +120,7 @@ inline void conformance(const Run& run) {
           for (const std::size_t offset : {0u, 1u, 13u}) {
             std::vector<std::byte> out(bytes + 64), in(bytes + 64);
             fill(out, offset, bytes, static_cast<std::uint32_t>(transport.rank()));
-            Driver driver;
+            Driver driver{transport.rank()};
             Transfer send = sending(peer, out, offset, bytes), receive = receiving(peer, in, offset, bytes);
             driver.post(transport, send);
             driver.post(transport, receive);
@@ -137,7 +135,7 @@ inline void conformance(const Run& run) {
     run(2, SlotOptions{}, [](auto& transport) {
       constexpr std::size_t bytes = std::size_t{64} << 20;
       std::vector<std::byte> data(bytes);
-      Driver driver;
+      Driver driver{transport.rank()};
       Transfer t = transport.rank() == 0 ? sending(1, data, 0, bytes) : receiving(0, data, 0, bytes);
       if (transport.rank() == 0) fill(data, 0, bytes, 5);
       driver.post(transport, t);
@@ -158,7 +156,7 @@ inline void conformance(const Run& run) {
         transfers.reserve(static_cast<std::size_t>(2 * n * messages));
         out.reserve(transfers.capacity());
         in.reserve(transfers.capacity());
-        Driver driver;
+        Driver driver{transport.rank()};
         for (int m = 0; m < messages; ++m)
           for (int i = 1; i < n; ++i) {
             const Rank to = (transport.rank() + i) % n;
@@ -190,7 +188,7 @@ inline void conformance(const Run& run) {
       run(2, options, [](auto& transport) {
         constexpr std::size_t bytes = 200'000;
         std::vector<std::byte> data(bytes);
-        Driver driver;
+        Driver driver{transport.rank()};
         if (transport.rank() == 0) {
           fill(data, 0, bytes, 3);
           Transfer t = sending(1, data, 0, bytes);
@@ -212,7 +210,7 @@ inline void conformance(const Run& run) {
     run(2, small, [](auto& transport) {
       constexpr std::size_t bytes = 9'000;
       std::vector<std::byte> data(bytes);
-      Driver driver;
+      Driver driver{transport.rank()};
       Transfer t = transport.rank() == 0 ? sending(1, data, 0, bytes, 4) : receiving(0, data, 0, bytes, 4);
       t.ready = 0;
       driver.post(transport, t);
@@ -248,7 +246,7 @@ inline void conformance(const Run& run) {
         const Rank peer = 1 - transport.rank();
         fill(out, 0, bytes, static_cast<std::uint32_t>(transport.rank()));
         fill(acc, 0, bytes, 9);
-        Driver driver;
+        Driver driver{transport.rank()};
         Transfer s = sending(peer, out, 0, bytes, 3), r = receiving(peer, to, 0, bytes, 3);
         r.from = acc.data();
         r.fold = &fold;
@@ -274,7 +272,7 @@ inline void conformance(const Run& run) {
       fill(out, 0, out.size(), static_cast<std::uint32_t>(transport.rank()));
       std::vector<Transfer> transfers;
       transfers.reserve(10);
-      Driver driver;
+      Driver driver{transport.rank()};
       for (int lane = 0; lane < 5; ++lane) driver.post(transport, transfers.emplace_back(sending(next, out, static_cast<std::size_t>(lane) * 10'000, 10'000, 1, lane)));
       for (int lane = 4; lane >= 0; --lane) driver.post(transport, transfers.emplace_back(receiving(previous, in, static_cast<std::size_t>(lane) * 10'000, 10'000, 1, lane)));
       driver.finish(transport);
@@ -284,9 +282,9 @@ inline void conformance(const Run& run) {
   SECTION("a cancelled transfer's memory is not touched again") {
     run(2, small, [](auto& transport) {
       std::vector<std::byte> data(20'000);
-      Driver driver;
+      Driver driver{transport.rank()};
       Transfer t = transport.rank() == 0 ? sending(1, data, 0, data.size()) : receiving(0, data, 0, data.size());
-      transport.post(t);
+      driver.post(transport, t);
       for (int i = 0; i < 100; ++i) transport.poll(driver);
       transport.cancel(t);
       expect(!t.pending, "cancelled");
@@ -330,8 +328,7 @@ inline void conformance(const Run& run) {
       const auto begin = std::chrono::steady_clock::now();
       constexpr int rounds = 5'000;
       for (int i = 0; i < rounds; ++i) {
-        Driver driver;
-        driver.me = transport.rank();
+        Driver driver{transport.rank()};
         Transfer s = sending(peer, out, 0, 8), r = receiving(peer, in, 0, 8);
         const auto wait = [&](Transfer& t) {
           while (t.pending) transport.park(std::chrono::seconds(5), [&] { return transport.poll(driver); });
@@ -363,7 +360,7 @@ inline void conformance(const Run& run) {
         fill(out, 0, out.size(), static_cast<std::uint32_t>(transport.rank() * 100 + round));
         std::vector<Transfer> transfers;
         transfers.reserve(static_cast<std::size_t>(2 * n));
-        Driver driver;
+        Driver driver{transport.rank()};
         for (int i = 1; i < n; ++i) {
           const Rank peer = (transport.rank() + i) % n;
           driver.post(transport, transfers.emplace_back(sending(peer, out, 0, out.size())));
