@@ -407,7 +407,7 @@ void no_room(RankKind kind) {
   const Outcome outcome = outcome_of(2, kind, [&](Communicator& comm) {
     std::vector<double> data(1'000'000);
     late.run(comm, [&] {
-      if (comm.rank() == 0) comm.broadcast(data, 0, {.timeout = 30ms});
+      if (comm.rank() == 0) comm.broadcast<tally::Tree>(data, 0, {.timeout = 30ms});
     });
   });
   CAPTURE(outcome);

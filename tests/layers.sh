@@ -9,7 +9,7 @@ cd "$root/include/tally"
 
 layers=(
   "error types steps plan check algorithms/*"
-  "clock wait reduce transport/* energy/* account/*"
+  "clock wait memory reduce share transport/* energy/* account/*"
   "call progress engine choose options"
   "communicator bootstrap launch"
   "tally"
@@ -21,6 +21,7 @@ exceptions=(
   "check: error steps types plan"
   "algorithms/*: steps"
   "wait: clock"
+  "share: reduce"
   "transport/concept: clock reduce"
   "transport/slots: clock wait reduce transport/concept"
   "transport/thread: transport/slots"

@@ -9,16 +9,20 @@
 #include <string>
 #include <string_view>
 
+#include "memory.hpp"
 #include "reduce.hpp"
 #include "steps.hpp"
 #include "types.hpp"
 
 namespace tally::inline v0 {
 
+/// An algorithm for one operation: a generator of steps, or a rank's share of memory that all can reach.
 struct AlgorithmRef {
   std::string_view name;
   Steps (*generate)(Shape) = nullptr;
+  Share (*share)(Shape) = nullptr;
   std::uint8_t code = 0;  // 6 bits, the same on all ranks
+  constexpr explicit operator bool() const { return generate || share; }
 };
 
 struct Call {
@@ -32,6 +36,8 @@ struct Call {
   Fold fold;
   void (*finish)(void* data, std::size_t count, int n) = nullptr;  // applied to the result, for mean
   nanoseconds timeout{};
+  const SymmetricMemory* input_memory = nullptr;  // where the buffers are symmetric
+  const SymmetricMemory* output_memory = nullptr;
 
   std::size_t bytes() const { return layout.items() * grain; }
 };
@@ -60,7 +66,7 @@ struct Fingerprint {
   }
 };
 
-inline constexpr std::string_view algorithm_names[] = {"auto", "ring", "tree", "recursive_doubling", "one_shot"};
+inline constexpr std::string_view algorithm_names[] = {"auto", "ring", "tree", "recursive_doubling", "one_shot", "zero_copy"};
 
 /// 6 bits that name an algorithm to peers.
 constexpr std::uint8_t algorithm_code(std::string_view name) {

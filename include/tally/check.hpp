@@ -57,6 +57,52 @@ class Checker {
     return {};
   }
 
+  /// Runs all ranks' shares in one order. No other order gives another result: no rank writes what another one
+  /// touches, but the element itself that it folds into its own place.
+  std::string run(Share (*share)(Shape)) {
+    for (Rank r = 0; r < n_; ++r) prepare(r);
+    struct Touch {
+      Rank writer = -1, reader = -1;
+      bool many_readers = false;
+    };
+    std::vector<std::vector<Touch>> touched[3];
+    for (int space = 0; space < 3; ++space)
+      for (Rank r = 0; r < n_; ++r) touched[space].emplace_back(at(r).memory[space].size());
+    const auto touch = [&](Rank whose, const Range& range, std::size_t u) -> Touch* {
+      const Cell c = cell(whose, range);
+      auto& cells = touched[c.space][static_cast<std::size_t>(whose)];
+      return c.first + u < cells.size() ? &cells[c.first + u] : nullptr;
+    };
+    for (Rank me = 0; me < n_; ++me) {
+      const Share mine = share(layout(me).shape());
+      const auto name = [&](Rank whose, std::size_t u) { return "rank " + std::to_string(me) + "'s share of rank " + std::to_string(whose) + ", element " + std::to_string(u); };
+      if (mine.from.count != mine.to.count) return "rank " + std::to_string(me) + "'s share reads " + std::to_string(mine.from.count) + " elements and writes " + std::to_string(mine.to.count);
+      for (std::size_t u = 0; u < mine.from.count; ++u) {
+        for (Rank r = 0; r < n_; ++r) {
+          if (mine.source >= 0 && mine.source != r) continue;
+          Touch* t = touch(r, mine.from, u);
+          if (!t) return name(r, u) + " is read beyond its end";
+          if (t->writer >= 0 && t->writer != me) return name(r, u) + " is read, and written by rank " + std::to_string(t->writer);
+          t->many_readers = t->many_readers || (t->reader >= 0 && t->reader != me);
+          t->reader = me;
+        }
+        const Value result = mine.source < 0 ? folded(0, n_, mine.from, u) : value(mine.source, mine.from, u);
+        for (Rank r = 0; r < n_; ++r) {
+          if (mine.target >= 0 && mine.target != r) continue;
+          Touch* t = touch(r, mine.to, u);
+          if (!t) return name(r, u) + " is written beyond its end";
+          if (t->writer >= 0) return name(r, u) + " is written twice";
+          if (t->many_readers || (t->reader >= 0 && t->reader != me)) return name(r, u) + " is written, and read by another rank";
+          t->writer = me;
+          value(r, mine.to, u) = result;
+        }
+      }
+    }
+    for (Rank r = 0; r < n_; ++r)
+      if (std::string problem = wrong_result(r); !problem.empty()) return problem;
+    return {};
+  }
+
  private:
   // A value is what was folded into it: a hash of the bracketed expression, and a sum of the leaves' random keys,
   // which tells each-once from lost or doubled; and the ranks first..first+length-1 (cyclic) if in order.
@@ -267,6 +313,12 @@ class Checker {
     return at(r).memory[c.space][c.first + u];
   }
 
+  Value folded(int lo, int hi, const Range& range, std::size_t u) {
+    if (hi - lo == 1) return value(lo, range, u);
+    int half = 1;
+    while (half * 2 < hi - lo) half *= 2;
+    return fold(folded(lo, lo + half, range, u), folded(lo + half, hi, range, u));
+  }
   std::string wrong_result(Rank r) {
     const Layout mine = layout(r);
     for (std::size_t x = 0; x < mine.output_count(); ++x) {
@@ -319,6 +371,10 @@ inline std::string check(const CheckRequest& request, const std::vector<std::vec
   } catch (const Error& error) {
     return error.what();
   }
+}
+/// Proves the shares that ranks take of memory that all can reach.
+inline std::string check(const CheckRequest& request, Share (*share)(Shape)) {
+  return detail::Checker(request, std::vector<std::vector<Step>>(static_cast<std::size_t>(request.layout.n))).run(share);
 }
 /// Proves a generator, e.g. `check({{Operation::all_reduce, 0, 5, 0, 16}, Ring::folding}, Ring::all_reduce)`.
 template <class Generator>

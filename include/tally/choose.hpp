@@ -12,31 +12,35 @@
 #include "algorithms/recursive.hpp"
 #include "algorithms/ring.hpp"
 #include "algorithms/tree.hpp"
+#include "algorithms/zero_copy.hpp"
 #include "call.hpp"
 #include "error.hpp"
 
 namespace tally::inline v0 {
 
+template <class R>
+concept StepsOrShare = std::same_as<R, Steps> || std::same_as<R, Share>;
+
 /// Algorithm A can do operation O. A barrier is an all_reduce of one byte.
 template <class A, Operation O>
 inline constexpr bool offers = false;
 template <class A>
-  requires requires(Shape s) { { A::all_reduce(s) } -> std::same_as<Steps>; }
+  requires requires(Shape s) { { A::all_reduce(s) } -> StepsOrShare; }
 inline constexpr bool offers<A, Operation::all_reduce> = true;
 template <class A>
   requires requires(Shape s) { { A::all_reduce(s) } -> std::same_as<Steps>; }
 inline constexpr bool offers<A, Operation::barrier> = true;
 template <class A>
-  requires requires(Shape s) { { A::reduce(s) } -> std::same_as<Steps>; }
+  requires requires(Shape s) { { A::reduce(s) } -> StepsOrShare; }
 inline constexpr bool offers<A, Operation::reduce> = true;
 template <class A>
-  requires requires(Shape s) { { A::broadcast(s) } -> std::same_as<Steps>; }
+  requires requires(Shape s) { { A::broadcast(s) } -> StepsOrShare; }
 inline constexpr bool offers<A, Operation::broadcast> = true;
 template <class A>
-  requires requires(Shape s) { { A::all_gather(s) } -> std::same_as<Steps>; }
+  requires requires(Shape s) { { A::all_gather(s) } -> StepsOrShare; }
 inline constexpr bool offers<A, Operation::all_gather> = true;
 template <class A>
-  requires requires(Shape s) { { A::reduce_scatter(s) } -> std::same_as<Steps>; }
+  requires requires(Shape s) { { A::reduce_scatter(s) } -> StepsOrShare; }
 inline constexpr bool offers<A, Operation::reduce_scatter> = true;
 
 /// A type with a `name` and a static generator for the operation; users' own types count.
@@ -46,12 +50,17 @@ concept Algorithm = offers<A, O> && requires { { A::name } -> std::convertible_t
 template <class A, Operation O>
   requires Algorithm<A, O>
 constexpr AlgorithmRef algorithm_ref() {
-  constexpr std::uint8_t code = detail::algorithm_code(A::name);
-  if constexpr (O == Operation::all_reduce || O == Operation::barrier) return {A::name, A::all_reduce, code};
-  else if constexpr (O == Operation::reduce) return {A::name, A::reduce, code};
-  else if constexpr (O == Operation::broadcast) return {A::name, A::broadcast, code};
-  else if constexpr (O == Operation::all_gather) return {A::name, A::all_gather, code};
-  else return {A::name, A::reduce_scatter, code};
+  AlgorithmRef ref{A::name, nullptr, nullptr, detail::algorithm_code(A::name)};
+  const auto set = [&ref]<class R>(R (*text)(Shape)) {
+    if constexpr (std::same_as<R, Steps>) ref.generate = text;
+    else ref.share = text;
+  };
+  if constexpr (O == Operation::all_reduce || O == Operation::barrier) set(&A::all_reduce);
+  else if constexpr (O == Operation::reduce) set(&A::reduce);
+  else if constexpr (O == Operation::broadcast) set(&A::broadcast);
+  else if constexpr (O == Operation::all_gather) set(&A::all_gather);
+  else set(&A::reduce_scatter);
+  return ref;
 }
 
 namespace detail {
@@ -68,7 +77,7 @@ constexpr AlgorithmRef find_among(std::string_view name) {
 }
 template <Operation O>
 constexpr AlgorithmRef find_builtin(std::string_view name) {
-  return find_among<O, Ring, Tree, RecursiveDoubling, OneShot>(name);
+  return find_among<O, Ring, Tree, RecursiveDoubling, OneShot, ZeroCopy>(name);
 }
 
 }  // namespace detail
@@ -90,7 +99,7 @@ constexpr AlgorithmRef find_algorithm(Operation operation, std::string_view name
 inline std::vector<std::string_view> algorithms_for(Operation operation) {
   std::vector<std::string_view> names;
   for (const std::string_view name : detail::algorithm_names)
-    if (find_algorithm(operation, name).generate) names.push_back(name);
+    if (find_algorithm(operation, name)) names.push_back(name);
   return names;
 }
 
@@ -116,7 +125,7 @@ class AlgorithmOverrides {
     for (const Operation operation : all_operations) {
       if (!only.empty() && name_of(operation) != only) continue;
       const AlgorithmRef algorithm = find_algorithm(operation, name);
-      if (!algorithm.generate) continue;
+      if (!algorithm) continue;
       chosen_[static_cast<std::size_t>(operation)] = algorithm;
       found = true;
     }
@@ -132,7 +141,8 @@ class AlgorithmOverrides {
 };
 
 /// The default. Small data pays for latency: as few rounds as possible. Large data pays for bytes.
-constexpr AlgorithmRef choose_algorithm(Operation operation, std::size_t bytes, int n) {
+constexpr AlgorithmRef choose_algorithm(Operation operation, std::size_t bytes, int n, bool direct = false) {
+  if (direct && n > 1 && bytes >= 4096) return find_algorithm(operation, ZeroCopy::name);
   const bool small = bytes <= 8192;
   switch (operation) {
     case Operation::all_reduce:

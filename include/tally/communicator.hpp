@@ -71,7 +71,7 @@ class Communicator {
   Report reduce(In&& in, Out&& out, const Op& op, Rank root, const CallOptions& options = {}) {
     expect_root(root);
     if (rank() == root) expect_count("out", std::ranges::size(out), std::ranges::size(in));
-    const Output result = rank() == root ? memory_of("out", out) : Output{};
+    const Output result = rank() == root ? memory_of("out", out) : nowhere(out);
     return start_folding<A, Operation::reduce, ValueOf<In>>(memory_of("in", in), result, std::ranges::size(in), op, root, options);
   }
 
@@ -108,29 +108,24 @@ class Communicator {
 
   /// Collective. A communicator of the same ranks whose operations are independent of this one's.
   Communicator duplicate() {
-    std::uint64_t token = 0;
-    std::string problem;
-    if (rank() == 0) {
-      try {
-        token = engine_->reserve();
-      } catch (const std::exception& error) {
-        problem = error.what();
-      }
-    }
-    broadcast(std::span(&token, 1), 0);
     std::unique_ptr<AnyEngine> engine;
-    if (token != 0) {
-      try {
-        engine = engine_->open(token);
-      } catch (const std::exception& error) {
-        problem = error.what();
-      }
-    }
-    int opened = engine ? 1 : 0;
-    all_reduce(std::span(&opened, 1), min);
-    if (rank() == 0 && token != 0) engine_->release(token);
-    if (!opened) throw Error(Errc::no_resources, "duplicate: " + (problem.empty() ? "another rank could not open it" : problem), {rank(), -1, 0, {}});
+    open_together("duplicate", [&] { return engine_->reserve(); }, [&](std::uint64_t token) { engine = engine_->open(token); });
     return {std::move(engine), timeout_, overrides_};
+  }
+
+  /// Collective. `count` elements for every rank, zero, which all collectives can work on without copying: pass it, its
+  /// span() or subspan() as the same argument on all ranks. Errc::no_resources if there is not enough memory.
+  template <Element T>
+  Symmetric<T> allocate(std::size_t count) {
+    constexpr std::size_t page = 4096;
+    if (count > (SymmetricMemory::most_bytes - page) / sizeof(T)) throw Error(Errc::invalid_argument, "allocate: " + std::to_string(count) + " elements are too many");
+    const std::size_t stride = std::max((count * sizeof(T) + page - 1) / page * page, page);
+    std::unique_ptr<SymmetricMemory> memory;
+    open_together("allocate", [&] { return engine_->reserve_memory(stride); }, [&](std::uint64_t token) {
+      memory = engine_->map_memory(token, stride);
+      std::memset(memory->of(rank()), 0, stride);  // its own pages by its own hand: they come to lie close to it
+    }, count);
+    return {std::move(memory), count, rank()};
   }
 
   /// Ends the current and all further operations of this communicator on every rank. From any thread; never waits.
@@ -147,14 +142,49 @@ class Communicator {
   TransportCounters counters() const { return engine_->counters(); }
 
  private:
+  /// Rank 0 reserves, all open what it reserved; an error on all ranks if one of them could not, or if they do not agree on `count`.
+  template <class Reserve, class Open>
+  void open_together(const char* what, Reserve&& reserve, Open&& open, std::uint64_t count = 0) {
+    struct {
+      std::uint64_t token = 0, count = 0;
+    } offer;
+    std::string problem;
+    if (rank() == 0) {
+      offer.count = count;
+      try {
+        offer.token = reserve();
+      } catch (const std::exception& error) {
+        problem = error.what();
+      }
+    }
+    broadcast(std::span(&offer.token, 2), 0);
+    int opened = 0;
+    if (offer.token != 0) {
+      try {
+        if (offer.count != count) throw Error(Errc::mismatch, "rank 0 asks for " + std::to_string(offer.count) + " elements, rank " + std::to_string(rank()) + " for " + std::to_string(count));
+        open(offer.token);
+        opened = 1;
+      } catch (const std::exception& error) {
+        problem = error.what();
+      }
+    }
+    all_reduce(std::span(&opened, 1), min);
+    if (rank() == 0 && offer.token != 0) engine_->release(offer.token);
+    if (!opened) throw Error(Errc::no_resources, std::string(what) + ": " + (problem.empty() ? "another rank could not open it" : problem), {rank(), -1, 0, {}});
+  }
+
   struct Input {
     const std::byte* data = nullptr;
     std::size_t bytes = 0;
+    const SymmetricMemory* memory = nullptr;
+    bool symmetric = false;  // also on ranks that have no such buffer in this call
   };
   struct Output {
     std::byte* data = nullptr;
     std::size_t bytes = 0;
-    operator Input() const { return {data, bytes}; }
+    const SymmetricMemory* memory = nullptr;
+    bool symmetric = false;
+    operator Input() const { return {data, bytes, memory, symmetric}; }
   };
   template <class R>
   static auto memory_of(const char* name, R& range) {
@@ -163,7 +193,23 @@ class Communicator {
     const std::size_t bytes = std::ranges::size(range) * sizeof(ValueOf<R>);
     auto* data = reinterpret_cast<Byte*>(std::ranges::data(range));
     if (!data && bytes > 0) refuse_null(name, std::ranges::size(range));
-    return Memory{data, bytes};
+    if constexpr (SymmetricElements<R>) return Memory{data, bytes, range.symmetric_memory(), true};
+    else return Memory{data, bytes};
+  }
+  /// The output of a rank that has none: it still says in which memory the others' lies.
+  template <class R>
+  static Output nowhere(R& range) {
+    if constexpr (SymmetricElements<R>) return {nullptr, 0, range.symmetric_memory(), true};
+    else return {};
+  }
+  /// Whether all ranks can reach what a share needs of the others' buffers. The same on all ranks.
+  bool reachable(Operation operation, const Input& in, const Output& out) const {
+    if (engine_->one_address_space()) return true;
+    const bool reads = operation != Operation::all_gather && operation != Operation::broadcast, writes = operation != Operation::reduce_scatter;
+    return (in.symmetric || !reads) && (out.symmetric || !writes);
+  }
+  [[noreturn, gnu::cold, gnu::noinline]] static void refuse_unreachable(std::string_view algorithm) {
+    throw Error(Errc::unsupported, std::string(algorithm) + " needs memory from allocate(), or ranks that are threads: other ranks cannot reach these buffers");
   }
   // Out of line, so that the checks can be inlined.
   [[noreturn, gnu::cold, gnu::noinline]] static void refuse_null(const char* name, std::size_t count) {
@@ -189,18 +235,20 @@ class Communicator {
   template <class A, Operation O, class T>
   Report start(const Input& in, const Output& out, std::size_t count, Fold fold, std::uint16_t op, void (*finish)(void*, std::size_t, int), Rank root, const CallOptions& options) {
     const Layout layout{O, rank(), size(), root, count, in_place(O, in, out)};
+    if (!engine_) refuse_moved();
+    const bool direct = O != Operation::barrier && reachable(O, in, out);
     AlgorithmRef algorithm;
     if constexpr (std::same_as<A, Auto>) {
       algorithm = overrides_.of(O);
-      if (!algorithm.generate) algorithm = choose_algorithm(O, layout.items() * sizeof(T), size());
+      if (!algorithm || (algorithm.share && !direct)) algorithm = choose_algorithm(O, layout.items() * sizeof(T), size(), direct);
     } else {
       static_assert(Algorithm<A, O>, "this algorithm does not offer this operation");
       algorithm = algorithm_ref<A, O>();
+      if (algorithm.share && !direct) refuse_unreachable(algorithm.name);
     }
     const nanoseconds timeout = options.timeout ? positive(*options.timeout) : timeout_;
     // All members at once: filling them one by one would first clear 150 bytes.
-    const Call call{layout, algorithm, in.data, out.data, element_type<T>(), sizeof(T), op, fold, finish, timeout};
-    if (!engine_) refuse_moved();
+    const Call call{layout, algorithm, in.data, out.data, element_type<T>(), sizeof(T), op, fold, finish, timeout, in.memory, out.memory};
     return engine_->run(call);
   }
 

@@ -16,9 +16,12 @@
 #include <vector>
 
 #include "account/ledger.hpp"
+#include "algorithms/direct.hpp"
+#include "algorithms/recursive.hpp"
 #include "call.hpp"
 #include "plan.hpp"
 #include "progress.hpp"
+#include "share.hpp"
 #include "transport/concept.hpp"
 
 namespace tally::inline v0 {
@@ -37,6 +40,11 @@ class AnyEngine {
   virtual std::uint64_t reserve() = 0;
   virtual std::unique_ptr<AnyEngine> open(std::uint64_t token) = 0;
   virtual void release(std::uint64_t token) = 0;
+  // Symmetric memory, likewise: `stride` bytes per rank.
+  virtual std::uint64_t reserve_memory(std::size_t stride) = 0;
+  virtual std::unique_ptr<SymmetricMemory> map_memory(std::uint64_t token, std::size_t stride) = 0;
+  /// Whether ranks can load and store each other's private memory.
+  virtual bool one_address_space() const = 0;
 };
 
 template <Transport T, class Accounting = Timed>
@@ -53,6 +61,21 @@ class Engine final : public AnyEngine {
   std::uint64_t reserve() override { return transport_->reserve(); }
   std::unique_ptr<AnyEngine> open(std::uint64_t token) override { return std::make_unique<Engine>(transport_->open(token), clock_, ledger_.meter()); }
   void release(std::uint64_t token) override { transport_->release(token); }
+  std::uint64_t reserve_memory(std::size_t stride) override {
+    if constexpr (DirectAccess<T>) return transport_->reserve(stride * static_cast<std::size_t>(size()));
+    else throw Error(Errc::unsupported, "the ranks of this communicator share no memory: " + std::string(transport_->name()));
+  }
+  std::unique_ptr<SymmetricMemory> map_memory(std::uint64_t token, std::size_t stride) override {
+    if constexpr (DirectAccess<T>)
+      // Tokens are distinct among the allocations of a job: page numbers of its file, or counted up.
+      return std::make_unique<SymmetricMemory>(transport_->map(token, stride * static_cast<std::size_t>(size())), stride, size(), rank(),
+                                               1 + (token >> (transport_->one_address_space() ? 0 : 12)) % ((std::uint64_t{1} << 24) - 1));
+    else return nullptr;
+  }
+  bool one_address_space() const override {
+    if constexpr (DirectAccess<T>) return transport_->one_address_space();
+    else return false;
+  }
 
   void abort(const std::string& why) override {
     transport_->abort({Errc::aborted, rank(), -1, "rank " + std::to_string(rank()) + " aborted the communicator" + (why.empty() ? "" : ": " + why)});
@@ -66,14 +89,9 @@ class Engine final : public AnyEngine {
     try {
       prepare(call);
       if (transport_->aborted()) raise_abort();
-      start(call);
-      while (remaining_ > 0) {
-        if (local_.empty()) progress_.turn(*this);
-        else {
-          run_local();
-          progress_.poll(*this);
-        }
-      }
+      transport_->enter({sequence_, fingerprint_, call.layout.count, true, false});
+      if (call.algorithm.share) take_share(call);
+      else run_plan(*prepared_, call.input, call.output, call.fold);
       if (call.finish && call.layout.output_count() > 0) {
         progress_.enter(State::reduce);
         call.finish(call.output, call.layout.output_count(), size());
@@ -149,6 +167,7 @@ class Engine final : public AnyEngine {
     Layout layout;
     std::size_t grain = 0;
     Steps (*generate)(Shape) = nullptr;
+    Share (*share)(Shape) = nullptr;
     const char* name = nullptr;  // two algorithms may share a generator
     friend bool operator==(const Key&, const Key&) = default;
   };
@@ -182,21 +201,31 @@ class Engine final : public AnyEngine {
   void prepare(const Call& call) {
     previous_ = {fingerprint_, key_.layout.count};
     fingerprint_ = detail::Fingerprint::of(call).pack();
-    if (!prepared_ || call.algorithm.generate != key_.generate || call.algorithm.name.data() != key_.name || call.grain != key_.grain || !(call.layout == key_.layout)) {
-      key_ = {call.layout, call.grain, call.algorithm.generate, call.algorithm.name.data()};
+    active_ = nullptr;
+    if (!prepared_ || call.algorithm.generate != key_.generate || call.algorithm.share != key_.share || call.algorithm.name.data() != key_.name || call.grain != key_.grain ||
+        !(call.layout == key_.layout)) {
+      key_ = {call.layout, call.grain, call.algorithm.generate, call.algorithm.share, call.algorithm.name.data()};
       prepared_ = nullptr;
-      prepared_ = &lookup(key_, call);
+      prepared_ = &lookup(key_);
+      if (!prepared_->row) prepared_->row = &ledger_.row(call.layout.operation, call.bytes(), call.algorithm.name);
     }
     scratch_.grow(prepared_->plan.scratch());
   }
 
-  Prepared& lookup(const Key& key, const Call& call) {
+  static Steps no_steps() { co_return; }
+
+  Prepared& lookup(const Key& key) {
     if (const auto found = cache_.find(key); found != cache_.end()) return found->second;
     if (cached_bytes_ > cache_limit) {
       cache_.clear();
       cached_bytes_ = 0;
     }
-    Prepared prepared{Plan(call.algorithm.generate(call.layout.shape()), call.layout, call.grain), {}, {}, {}, nullptr};
+    Prepared prepared = prepared_plan(key);
+    cached_bytes_ += prepared.plan.bytes_held() + prepared.transfers.size() * sizeof(Transfer);
+    return cache_.emplace(key, std::move(prepared)).first->second;
+  }
+  Prepared prepared_plan(const Key& key) {
+    Prepared prepared{Plan(key.generate ? key.generate(key.layout.shape()) : no_steps(), key.layout, key.grain), {}, {}, {}, nullptr};
     const Plan& plan = prepared.plan;
     prepared.transfers.resize(plan.steps().size());
     prepared.queued.resize(plan.steps().size());
@@ -206,49 +235,122 @@ class Engine final : public AnyEngine {
       t.bytes = step.count();
       t.step = i;
       t.peer = step.peer;
-      t.grain = call.grain;
+      t.grain = static_cast<std::uint16_t>(key.grain);
       t.side = step.side;
       t.is_send = step.verb == Verb::send;
       t.fold = step.verb == Verb::receive_combine || step.verb == Verb::combine ? &fold_ : nullptr;
       prepared.ready.push_back(plan.ready(i, [](std::size_t) { return std::size_t{0}; }));
     }
     local_.reserve(plan.steps().size());
-    prepared.row = &ledger_.row(call.layout.operation, call.bytes(), call.algorithm.name);
-    cached_bytes_ += plan.bytes_held() + prepared.transfers.size() * sizeof(Transfer);
-    return cache_.emplace(key, std::move(prepared)).first->second;
+    return prepared;
   }
 
-  void start(const Call& call) {
-    transport_->enter({sequence_, fingerprint_, call.layout.count, true, false});
-    fold_ = call.fold;
+  /// Posts all steps and drives them to their end.
+  void run_plan(Prepared& prepared, const std::byte* input, std::byte* output, const Fold& fold) {
+    active_ = &prepared;
+    fold_ = fold;
     local_.clear();
+    const auto address = [&](const Range& range) -> const std::byte* {
+      const std::byte* base = range.buffer == Buffer::input ? input : range.buffer == Buffer::output ? output : scratch_.data;
+      return base ? base + range.first : nullptr;
+    };
     const Lateness arrival = progress_.arrival();
     const auto lane = static_cast<std::uint16_t>(sequence_ % static_cast<unsigned>(transport_->lanes()));
-    remaining_ = prepared_->transfers.size();
-    for (std::uint32_t i = 0; i < prepared_->transfers.size(); ++i) {
-      const PlannedStep& step = prepared_->plan.steps()[i];
-      Transfer& t = prepared_->transfers[i];
-      t.from = address(call, step.from);
-      t.to = const_cast<std::byte*>(address(call, step.to));  // plans never write the input
-      t.ready = prepared_->ready[i];
+    remaining_ = prepared.transfers.size();
+    for (std::uint32_t i = 0; i < prepared.transfers.size(); ++i) {
+      const PlannedStep& step = prepared.plan.steps()[i];
+      Transfer& t = prepared.transfers[i];
+      t.from = address(step.from);
+      t.to = const_cast<std::byte*>(address(step.to));  // plans never write the input
+      t.ready = prepared.ready[i];
       t.done = 0;
       t.operation = static_cast<std::uint32_t>(sequence_);
       t.fingerprint = fingerprint_;
       t.lane = lane;
       t.inherited = t.late = arrival;
-      prepared_->queued[i] = 0;
+      prepared.queued[i] = 0;
       if (step.peer >= 0) transport_->post(t);
       else if (t.ready > 0) queue_local(i);
     }
+    while (remaining_ > 0) {
+      if (local_.empty()) progress_.turn(*this);
+      else {
+        run_local();
+        progress_.poll(*this);
+      }
+    }
   }
-  const std::byte* address(const Call& call, const Range& range) const {
-    const std::byte* base = range.buffer == Buffer::input ? call.input : range.buffer == Buffer::output ? call.output : scratch_.data;
-    return base ? base + range.first : nullptr;
+
+  /// How ranks name their buffers to each other: an address, or a place in symmetric memory; 0 names nothing.
+  struct Names {
+    std::uint64_t input = 0, output = 0;
+  };
+
+  /// All meet and say where their buffers lie, each does its share in everyone's, all meet again.
+  void take_share(const Call& call) {
+    if constexpr (DirectAccess<T>) {
+      const Share share = call.algorithm.share(call.layout.shape());
+      names_.resize(static_cast<std::size_t>(size()));
+      names_[static_cast<std::size_t>(rank())] = {name_of(call.input, call.input_memory), name_of(call.output, call.output_memory)};
+      lent_ = transport_->one_address_space();
+      meet();
+      {
+        // Who aborts waits for this, since its memory may go as soon as its call has returned.
+        struct Sharing {
+          T& transport;
+          explicit Sharing(T& shared) : transport(shared) { transport.sharing(true); }
+          ~Sharing() { transport.sharing(false); }
+        };
+        std::optional<Sharing> sharing;
+        if (lent_) sharing.emplace(*transport_);
+        if (transport_->aborted()) raise_abort();
+        const std::size_t bytes = share.from.count * call.grain;
+        pass_.sources.clear();
+        pass_.targets.clear();
+        for (Rank r = 0; r < size(); ++r)
+          if (bytes > 0 && (share.source < 0 || share.source == r)) pass_.sources.push_back(reach(call, r, share.from, bytes));
+        for (Rank i = 0; i < size(); ++i)  // its own first, then each rank another one's
+          if (const Rank r = wrap(rank() + i, size()); bytes > 0 && (share.target < 0 || share.target == r)) pass_.targets.push_back(reach(call, r, share.to, bytes));
+        if (bytes > short_bytes) progress_.enter(call.fold.function ? State::reduce : State::copy);
+        pass_.run(bytes, call.grain, &call.fold);
+        const auto others = [&](Rank which, std::size_t many) { return bytes * (many - (which < 0 || which == rank() ? 1 : 0)); };
+        transport_->shared(others(share.target, pass_.targets.size()), others(share.source, pass_.sources.size()));
+      }
+      meet();
+      lent_ = false;
+    } else {
+      throw Error(Errc::unsupported, std::string(call.algorithm.name) + " needs ranks that can reach each other's memory", {rank(), -1, sequence_, {}});
+    }
+  }
+  void meet() {
+    if (!meeting_) {
+      // Few messages for many ranks, one latency for few.
+      const Layout layout{Operation::all_gather, rank(), size(), 0, sizeof(Names), true};
+      meeting_ = std::make_unique<Prepared>(prepared_plan({layout, 1, size() <= 3 ? OneShot::all_gather : RecursiveDoubling::all_gather, nullptr, "meeting"}));
+    }
+    auto* names = reinterpret_cast<std::byte*>(names_.data());
+    run_plan(*meeting_, names + sizeof(Names) * static_cast<std::size_t>(rank()), names, Fold{});
+  }
+  std::uint64_t name_of(const std::byte* place, const SymmetricMemory* memory) const {
+    if (!place) return 0;
+    return transport_->one_address_space() || !memory ? reinterpret_cast<std::uintptr_t>(place) : memory->name_of(place);
+  }
+  /// Where the range of rank r's buffer is for this rank.
+  std::byte* reach(const Call& call, Rank r, const Range& range, std::size_t bytes) {
+    const bool input = range.buffer == Buffer::input;
+    const std::size_t first = range.first * call.grain;
+    if (r == rank()) return (input ? const_cast<std::byte*>(call.input) : call.output) + first;
+    const Names& names = names_[static_cast<std::size_t>(r)];
+    const std::uint64_t name = input ? names.input : names.output;
+    if (transport_->one_address_space() && name != 0) return reinterpret_cast<std::byte*>(name) + first;
+    const SymmetricMemory* memory = input || !call.output_memory ? call.input_memory : call.output_memory;
+    if (std::byte* place = memory ? memory->find(r, name, first + bytes) : nullptr) return place + first;
+    raise(Errc::mismatch, r, "rank " + std::to_string(r) + " does not pass the same symmetric memory as rank " + std::to_string(rank()) + " to " + describe_call());
   }
 
   void queue_local(std::uint32_t i) {
-    if (prepared_->queued[i]) return;
-    prepared_->queued[i] = 1;
+    if (active_->queued[i]) return;
+    active_->queued[i] = 1;
     local_.push_back(i);
   }
   /// One slice of each local step that can go on.
@@ -256,8 +358,8 @@ class Engine final : public AnyEngine {
     for (std::size_t n = local_.size(); n > 0; --n) {
       const std::uint32_t i = local_.front();
       local_.erase(local_.begin());
-      prepared_->queued[i] = 0;
-      Transfer& t = prepared_->transfers[i];
+      active_->queued[i] = 0;
+      Transfer& t = active_->transfers[i];
       const std::size_t bytes = std::min(t.ready - t.done, local_slice - local_slice % t.grain);
       const std::byte* from = t.from + t.done;
       std::byte* to = t.to + t.done;
@@ -274,16 +376,16 @@ class Engine final : public AnyEngine {
 
   /// Step i moved: whoever waits for it may go further, and inherits what it was late by.
   void propagate(std::uint32_t i) {
-    const PlannedStep& step = prepared_->plan.steps()[i];
-    const Transfer& moved = prepared_->transfers[i];
+    const PlannedStep& step = active_->plan.steps()[i];
+    const Transfer& moved = active_->transfers[i];
     for (std::uint32_t d = step.first_dependent; d < step.first_dependent + step.dependents; ++d) {
-      const std::uint32_t j = prepared_->plan.dependents()[d];
-      Transfer& t = prepared_->transfers[j];
+      const std::uint32_t j = active_->plan.dependents()[d];
+      Transfer& t = active_->transfers[j];
       if constexpr (Accounting::timed) {
         t.inherited.raise(moved.late);
         t.late.raise(moved.late);
       }
-      t.ready = prepared_->plan.ready(j, [&](std::size_t k) { return prepared_->transfers[k].done; });
+      t.ready = active_->plan.ready(j, [&](std::size_t k) { return active_->transfers[k].done; });
       if (t.peer < 0 && t.ready > t.done) queue_local(j);
     }
   }
@@ -305,11 +407,11 @@ class Engine final : public AnyEngine {
   void fail(const Call& call) {
     Rank peer = -1;
     State cause = State::wait_transfer;
-    if (prepared_) {
+    if (active_) {
       peer = late_rank();
       if (peer >= 0) cause = State::wait_arrival;
       else peer = first_missing();
-      for (Transfer& t : prepared_->transfers) transport_->cancel(t);
+      for (Transfer& t : active_->transfers) transport_->cancel(t);
     }
     try {
       throw;
@@ -325,6 +427,9 @@ class Engine final : public AnyEngine {
       const AbortNotice notice = transport_->abort_notice();
       failed_.emplace(notice.code, notice.text, ErrorContext{rank(), notice.rank == rank() ? failed_->peer() : blamed(notice), sequence_, failed_->elapsed()});
     }
+    if constexpr (DirectAccess<T>)
+      for (Rank r = 0; lent_ && r < size(); ++r)
+        while (r != rank() && transport_->is_sharing(r) && transport_->liveness(r) == Liveness::alive) sched_yield();
     transport_->exit();
     Report report = progress_.finish_failed(peer, cause);
     account(report, transport_->counters(), call);
@@ -334,8 +439,9 @@ class Engine final : public AnyEngine {
   /// Transfers that only their peer holds up: the first of their queue, and free to go on.
   template <class F>
   void for_each_needed(F&& f) const {
+    if (!active_) return;
     std::vector<char> seen(2 * static_cast<std::size_t>(size()));
-    for (const Transfer& t : prepared_->transfers) {
+    for (const Transfer& t : active_->transfers) {
       char& queue = seen[2 * static_cast<std::size_t>(std::max(t.peer, 0)) + (t.is_send ? 1 : 0)];
       if (!t.pending || queue) continue;
       queue = 1;
@@ -412,7 +518,12 @@ class Engine final : public AnyEngine {
   Progress<T, Accounting> progress_;
   std::unordered_map<Key, Prepared, KeyHash> cache_;
   std::size_t cached_bytes_ = 0;
-  Prepared* prepared_ = nullptr;
+  Prepared* prepared_ = nullptr;           // of the call
+  Prepared* active_ = nullptr;             // whose transfers are under way: the call's, or a meeting
+  std::unique_ptr<Prepared> meeting_;
+  std::vector<Names> names_;               // of all ranks' buffers, for shares
+  SharePass pass_;
+  bool lent_ = false;                      // other ranks may be at work in this rank's private memory
   Key key_;
   Scratch scratch_;
   Fold fold_;

@@ -128,4 +128,12 @@ struct Shape {
   Chunks in, out;
 };
 
+/// What one rank does in an algorithm over memory that every rank can load and store. Once all ranks have said that
+/// their input is there, it folds `from` of all sources in rank order (the fixed bracketing) and writes the result
+/// to `to` of all targets; when all have said that they are done, so is the operation. -1 stands for all ranks.
+struct Share {
+  Range from, to;  // of the same count
+  Rank source = -1, target = -1;
+};
+
 }  // namespace tally::inline v0

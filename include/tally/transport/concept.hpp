@@ -124,4 +124,16 @@ concept Transport = requires(T& t, const T& c, Transfer& transfer, RankStatus st
   t.release(std::uint64_t{});
 };
 
+/// Transports whose ranks can have memory that all can load and store. An engine that is about to touch other ranks'
+/// memory says so and looks for an abort afterwards; one that aborts waits until nobody touches its memory.
+template <class T>
+concept DirectAccess = Transport<T> && requires(T& t, const T& c, Rank rank) {
+  { t.reserve(std::size_t{}) } -> std::same_as<std::uint64_t>;
+  { t.map(std::uint64_t{}, std::size_t{}) } -> std::same_as<std::shared_ptr<std::byte>>;
+  { c.one_address_space() } -> std::same_as<bool>;
+  t.sharing(true);
+  t.shared(std::uint64_t{}, std::uint64_t{});  // to count: bytes stored to and loaded from others
+  { c.is_sharing(rank) } -> std::same_as<bool>;
+};
+
 }  // namespace tally::inline v0

@@ -139,11 +139,29 @@ class ShmMemory final : public SlotMemory {
   std::shared_ptr<SlotMemory> open(std::uint64_t token, Rank me) override { return std::make_shared<ShmMemory>(file_, layout(), token, me); }
   void release(std::uint64_t) override {}
 
- private:
-  std::size_t mapped() const {
-    const auto page = static_cast<std::size_t>(::sysconf(_SC_PAGESIZE));
-    return (layout().bytes() + page - 1) / page * page;
+  // A page in front counts who let go. A rank that dies is never counted: then the pages go with the file.
+  std::uint64_t reserve(std::size_t bytes) override { return file_->append(in_pages(bytes) + in_pages(1)); }
+  std::shared_ptr<std::byte> map(std::uint64_t token, std::size_t bytes) override {
+    const std::size_t front = in_pages(1), all = in_pages(bytes) + front;
+    file_->grow(token + all);
+    void* base = ::mmap(nullptr, all, PROT_READ | PROT_WRITE, MAP_SHARED, file_->get(), static_cast<off_t>(token));
+    if (base == MAP_FAILED) throw Error(Errc::no_resources, "cannot map " + std::to_string(all) + " bytes of shared memory: " + detail::errno_text(errno));
+    ::madvise(base, all, MADV_HUGEPAGE);
+    const auto let_go = [file = file_, base, all, token, n = static_cast<std::uint32_t>(layout().size()), process = ::getpid()](std::byte*) {
+      const bool last = ::getpid() == process && static_cast<std::atomic<std::uint32_t>*>(base)->fetch_add(1) + 1 == n;
+      ::munmap(base, all);
+      if (last) ::fallocate(file->get(), FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, static_cast<off_t>(token), static_cast<off_t>(all));
+    };
+    return {static_cast<std::byte*>(base) + front, let_go};
   }
+  bool one_address_space() const override { return false; }
+
+ private:
+  static std::size_t in_pages(std::size_t bytes) {
+    const auto page = static_cast<std::size_t>(::sysconf(_SC_PAGESIZE));
+    return (bytes + page - 1) / page * page;
+  }
+  std::size_t mapped() const { return in_pages(layout().bytes()); }
 
   std::shared_ptr<ShmFile> file_;
   std::size_t offset_;

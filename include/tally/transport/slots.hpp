@@ -65,7 +65,7 @@ static_assert(sizeof(Credit) == 32);
 
 struct alignas(line) RankLine {
   std::atomic<std::uint64_t> sequence, fingerprint, count;
-  std::atomic<std::uint32_t> inside, left, pid, unused;
+  std::atomic<std::uint32_t> inside, left, pid, sharing;
   alignas(line) std::atomic<std::uint32_t> parked;  // loaded by every sender: never shares a line with what changes per call
   std::atomic<std::uint32_t> cores_known;
   alignas(line) std::atomic<std::uint64_t> cores[CPU_SETSIZE / 64];  // that the rank may run on
@@ -155,6 +155,11 @@ class SlotMemory {
   virtual std::uint64_t reserve() = 0;
   virtual std::shared_ptr<SlotMemory> open(std::uint64_t token, Rank me) = 0;
   virtual void release(std::uint64_t token) = 0;
+  /// Zeroed memory for other purposes, likewise; it goes when all have let go of it.
+  virtual std::uint64_t reserve(std::size_t bytes) = 0;
+  virtual std::shared_ptr<std::byte> map(std::uint64_t token, std::size_t bytes) = 0;
+  /// Whether an address of one rank means the same to the others.
+  virtual bool one_address_space() const = 0;
 
   /// Tells all ranks to give up. The first notice wins. From any thread.
   void abort(const AbortNotice& notice) {
@@ -346,6 +351,14 @@ class SlotTransport {
     else AsymmetricBarrier::heavy();
     if (!recheck()) futex_wait(line_->parked, 1, limit);
   }
+
+  // Memory that all ranks can load and store (see DirectAccess).
+  std::uint64_t reserve(std::size_t bytes) { return memory_->reserve(bytes); }
+  std::shared_ptr<std::byte> map(std::uint64_t token, std::size_t bytes) { return memory_->map(token, bytes); }
+  bool one_address_space() const { return memory_->one_address_space(); }
+  void sharing(bool now) { line_->sharing.store(now, now ? std::memory_order_relaxed : std::memory_order_release), now ? full_fence() : void(); }
+  void shared(std::uint64_t sent, std::uint64_t received) { counters_.bytes_sent += sent, counters_.bytes_received += received; }
+  bool is_sharing(Rank r) const { return memory_->rank_line(r).sharing.load(std::memory_order_acquire) != 0; }
 
   std::uint64_t reserve() { return memory_->reserve(); }
   std::unique_ptr<SlotTransport> open(std::uint64_t token) { return std::make_unique<SlotTransport>(memory_->open(token, me_), me_); }

@@ -19,12 +19,9 @@ namespace tally::inline v0 {
 class ThreadMemory final : public SlotMemory {
  public:
   explicit ThreadMemory(const SlotLayout& layout) : SlotMemory(layout) {
-    // Pages come zeroed, when they are first touched, and go when this does.
-    void* base = ::mmap(nullptr, layout.bytes(), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (base == MAP_FAILED) throw Error(Errc::no_resources, "no memory for " + std::to_string(layout.bytes()) + " bytes of slots: " + std::generic_category().message(errno));
-    base_ = static_cast<std::byte*>(base);
+    slots_ = zeroed(layout.bytes());
+    base_ = slots_.get();
   }
-  ~ThreadMemory() override { ::munmap(base_, layout().bytes()); }
 
   std::string_view name() const override { return "thread"; }
   bool runs(Rank) override { return true; }  // a thread ends only by leaving
@@ -42,12 +39,35 @@ class ThreadMemory final : public SlotMemory {
   void release(std::uint64_t token) override {
     const std::lock_guard lock(mutex_);
     reserved_.erase(token);
+    blocks_.erase(token);
   }
 
+  std::uint64_t reserve(std::size_t bytes) override {
+    auto block = zeroed(bytes);
+    const std::lock_guard lock(mutex_);
+    blocks_[++last_token_] = std::move(block);
+    return last_token_;
+  }
+  std::shared_ptr<std::byte> map(std::uint64_t token, std::size_t) override {
+    const std::lock_guard lock(mutex_);
+    return blocks_.at(token);
+  }
+  bool one_address_space() const override { return true; }
+
  private:
+  /// Pages come zeroed, when they are first touched, and go with the last owner.
+  static std::shared_ptr<std::byte> zeroed(std::size_t bytes) {
+    void* base = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (base == MAP_FAILED) throw Error(Errc::no_resources, "no memory for " + std::to_string(bytes) + " bytes: " + std::generic_category().message(errno));
+    ::madvise(base, bytes, MADV_HUGEPAGE);  // where it cannot be had, nothing is lost
+    return {static_cast<std::byte*>(base), [bytes](std::byte* memory) { ::munmap(memory, bytes); }};
+  }
+
+  std::shared_ptr<std::byte> slots_;
   // Owned here, so that a duplicate() that fails half-way leaks nothing and frees nothing under another's feet.
   std::mutex mutex_;
   std::map<std::uint64_t, std::shared_ptr<SlotMemory>> reserved_;
+  std::map<std::uint64_t, std::shared_ptr<std::byte>> blocks_;
   std::uint64_t last_token_ = 0;
 };
 

@@ -1,0 +1,68 @@
+// SPDX-License-Identifier: Apache-2.0
+// The work of one share (see Share in steps.hpp): one pass over the memory of all sources, in pieces that stay in
+// the core's first cache, so that partial results of more than two ranks and copies for further targets cost
+// nothing that shows. Folds in the fixed bracketing.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstring>
+#include <vector>
+
+#include "reduce.hpp"
+
+namespace tally::inline v0 {
+
+class SharePass {
+ public:
+  /// In rank order; the first target is written first. Kept from call to call so that nothing is allocated.
+  std::vector<const std::byte*> sources;
+  std::vector<std::byte*> targets;
+
+  /// Every target's `bytes` bytes become the fold of the sources', whole elements of `grain` bytes. A target may be
+  /// a source, no other overlap is allowed. Without a fold there is one source.
+  void run(std::size_t bytes, std::size_t grain, const Fold* fold) {
+    if (targets.empty()) return;
+    const bool one_copy = sources.size() == 1 && targets.size() == 1;
+    const std::size_t piece = one_copy ? bytes : std::max(grain, piece_bytes - piece_bytes % grain);
+    partial_.resize(sources.size() > 2 ? 64 * piece : 0);
+    for (std::size_t at = 0; at < bytes; at += piece) {
+      const std::size_t now = std::min(piece, bytes - at);
+      const std::byte* result = targets[0] + at;
+      if (sources.size() == 1) result = sources[0] + at;
+      else fold_all(targets[0] + at, at, now, *fold);
+      for (std::byte* target : targets)
+        if (target + at != result) std::memcpy(target + at, result, now);
+    }
+  }
+
+ private:
+  static constexpr std::size_t piece_bytes = 8 << 10;
+
+  /// The last fold alone writes to `to`, which may be a source that the others still read.
+  void fold_all(std::byte* to, std::size_t at, std::size_t bytes, const Fold& fold) {
+    const std::size_t n = sources.size(), middle = half(n);
+    const std::byte* left = fold_range(0, middle, 0, at, bytes, fold);
+    const std::byte* right = fold_range(middle, n, 1, at, bytes, fold);
+    fold(to, left, right, bytes);
+  }
+  /// The fold of sources lo..hi-1, in the partial result of that level or, where it is only one, where it lies.
+  const std::byte* fold_range(std::size_t lo, std::size_t hi, std::size_t level, std::size_t at, std::size_t bytes, const Fold& fold) {
+    if (hi - lo == 1) return sources[lo] + at;
+    const std::size_t middle = lo + half(hi - lo);
+    const std::byte* left = fold_range(lo, middle, level, at, bytes, fold);
+    const std::byte* right = fold_range(middle, hi, level + 1, at, bytes, fold);
+    std::byte* to = partial_.data() + level * (partial_.size() / 64);
+    fold(to, left, right, bytes);
+    return to;
+  }
+  static std::size_t half(std::size_t n) {
+    std::size_t size = 1;
+    while (size * 2 < n) size *= 2;
+    return size;
+  }
+
+  std::vector<std::byte> partial_;
+};
+
+}  // namespace tally::inline v0

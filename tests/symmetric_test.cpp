@@ -1,0 +1,274 @@
+// SPDX-License-Identifier: Apache-2.0
+// Memory that all ranks can reach: zero-copy collectives on it are proven like other algorithms, run on both
+// transports, refuse what cannot be meant, and leave nothing behind.
+#include <catch2/catch.hpp>
+
+#include <dirent.h>
+#include <sys/stat.h>
+
+#include <numeric>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include <tally/check.hpp>
+#include <tally/tally.hpp>
+
+using namespace tally;
+
+namespace {
+
+template <Operation O>
+void prove(const char* what) {
+  INFO(what);
+  for (int n = 1; n <= 64; ++n) {
+    const auto m = static_cast<std::size_t>(n);
+    for (const std::size_t count : {std::size_t{0}, std::size_t{1}, m - 1, m, m + 1, 3 * m + 1})
+      for (const Rank root : {0, n / 2, n - 1})
+        for (const bool in_place : {false, true}) {
+          if (O == Operation::broadcast && !in_place) continue;
+          if (!has_root(O) && root != 0) continue;
+          const std::string problem = check({{O, 0, n, root, count, in_place}, ZeroCopy::folding}, algorithm_ref<ZeroCopy, O>().share);
+          if (!problem.empty()) FAIL("n " << n << " count " << count << " root " << root << (in_place ? " in place: " : ": ") << problem);
+        }
+  }
+  CHECK(true);
+}
+
+void expect(bool ok, const std::string& what) {
+  if (!ok) throw std::runtime_error("expected: " + what);
+}
+
+/// Small integers, so that floats are exact in every order.
+float input(Rank r, std::size_t i) { return static_cast<float>((static_cast<std::size_t>(r + 1) * 13 + i * 7) % 101); }
+float total(int n, std::size_t i) {
+  float sum = 0;
+  for (Rank r = 0; r < n; ++r) sum += input(r, i);
+  return sum;
+}
+
+/// All operations on [data, data + ...) of symmetric (or, among threads, private) memory.
+template <class Span>
+void run_operations(Communicator& comm, const Span& whole, std::size_t count) {
+  const Rank me = comm.rank();
+  const int n = comm.size();
+  const auto m = static_cast<std::size_t>(n);
+  const auto part = [&](std::size_t first, std::size_t length) { return whole.subspan(first, length); };
+  const auto a = part(0, count * m), b = part(count * m, count * m);
+  const auto fill = [&](const auto& span) {
+    for (std::size_t i = 0; i < span.size(); ++i) span[i] = input(me, i);
+  };
+  const auto check = [&](const auto& span, const char* what, auto&& value) {
+    for (std::size_t i = 0; i < span.size(); ++i)
+      expect(span[i] == value(i), std::string(what) + ": element " + std::to_string(i) + " of " + std::to_string(span.size()) + " with " + std::to_string(n) + " ranks");
+  };
+  const auto same = [&](const auto& span, const char* what) { check(span, what, [&](std::size_t i) { return input(me, i); }); };
+
+  const auto mine = part(0, count), other = part(count * m, count);
+  fill(mine);
+  Report report = comm.all_reduce<ZeroCopy>(mine, sum);
+  check(mine, "all_reduce in place", [&](std::size_t i) { return total(n, i); });
+  const std::size_t share = Chunks(Buffer::output, count, n)[me].count * sizeof(float);
+  for (const std::uint64_t moved : {report.bytes_sent, report.bytes_received})  // loaded and stored, and two meetings
+    expect(moved >= share * (m - 1) && moved <= share * (m - 1) + (n == 1 ? 0 : 2 * 16 * 2 * m), "the report's bytes");
+
+  fill(mine);
+  comm.all_reduce<ZeroCopy>(mine, other, max);
+  same(mine, "input of all_reduce");
+  check(other, "all_reduce", [&](std::size_t i) {
+    float most = 0;
+    for (Rank r = 0; r < n; ++r) most = std::max(most, input(r, i));
+    return most;
+  });
+  for (const Rank root : {0, n - 1}) {
+    fill(mine);
+    std::fill(other.begin(), other.end(), -1.0f);
+    comm.reduce<ZeroCopy>(mine, other, sum, root);
+    same(mine, "input of reduce");
+    check(other, "reduce", [&](std::size_t i) { return me == root ? total(n, i) : -1.0f; });
+    fill(mine);
+    comm.broadcast<ZeroCopy>(mine, root);
+    check(mine, "broadcast", [&](std::size_t i) { return input(root, i); });
+  }
+  fill(mine);
+  comm.all_gather<ZeroCopy>(mine, b);
+  check(b, "all_gather", [&](std::size_t i) { return input(static_cast<Rank>(i / count), i % count); });
+  for (std::size_t i = 0; i < count; ++i) a[static_cast<std::size_t>(me) * count + i] = input(me, i);
+  comm.all_gather<ZeroCopy>(part(static_cast<std::size_t>(me) * count, count), a);
+  check(a, "all_gather in place", [&](std::size_t i) { return input(static_cast<Rank>(i / count), i % count); });
+  fill(a);
+  comm.reduce_scatter<ZeroCopy>(a, other, sum);
+  same(a, "input of reduce_scatter");
+  check(other, "reduce_scatter", [&](std::size_t i) { return total(n, static_cast<std::size_t>(me) * count + i); });
+  comm.reduce_scatter<ZeroCopy>(a, part(static_cast<std::size_t>(me) * count, count), sum);
+  check(part(static_cast<std::size_t>(me) * count, count), "reduce_scatter in place", [&](std::size_t i) { return total(n, static_cast<std::size_t>(me) * count + i); });
+  comm.barrier();
+}
+
+void run_everything(RankKind kind) {
+  for (const int n : {1, 2, 3, 4, 5, 8})
+    launch(n, [](Communicator& comm) {
+      const auto m = static_cast<std::size_t>(comm.size());
+      for (const std::size_t count : {std::size_t{0}, std::size_t{1}, m - 1, m, m + 1, std::size_t{1000}, std::size_t{20'001}}) {
+        auto memory = comm.allocate<float>(2 * count * m + 3);
+        for (const std::size_t first : {std::size_t{0}, std::size_t{3}}) run_operations(comm, memory.subspan(first, 2 * count * m), count);
+        // Not the same place on all ranks.
+        run_operations(comm, memory.subspan(static_cast<std::size_t>(comm.rank() % 4), 2 * count * m), count);
+      }
+    }, kind);
+}
+
+/// Pages that this process's memfd files hold.
+std::size_t shared_pages() {
+  std::size_t blocks = 0;
+  DIR* files = ::opendir("/proc/self/fd");
+  while (const dirent* entry = ::readdir(files)) {
+    const std::string path = std::string("/proc/self/fd/") + entry->d_name;
+    char target[256] = {};
+    struct stat info {};
+    if (::readlink(path.c_str(), target, sizeof target - 1) > 0 && std::string(target).find("memfd:tally") != std::string::npos && ::stat(path.c_str(), &info) == 0)
+      blocks += static_cast<std::size_t>(info.st_blocks);
+  }
+  ::closedir(files);
+  return blocks * 512 / 4096;
+}
+
+}  // namespace
+
+TEST_CASE("zero-copy shares are proven for every rank count and element count") {
+  prove<Operation::all_reduce>("all_reduce");
+  prove<Operation::reduce>("reduce");
+  prove<Operation::reduce_scatter>("reduce_scatter");
+  prove<Operation::all_gather>("all_gather");
+  prove<Operation::broadcast>("broadcast");
+}
+
+TEST_CASE("the proof of shares can fail") {
+  const auto problem = [](Operation operation, Share (*share)(Shape), bool in_place) { return check({{operation, 0, 4, 0, 8, in_place}, Folding::fixed}, share); };
+  CHECK(problem(Operation::all_reduce, [](Shape s) { return Share{s.in.all(), s.out.all()}; }, true).find("read") != std::string::npos);
+  CHECK(problem(Operation::all_reduce, [](Shape s) { return Share{s.in[s.me + 1], s.out[s.me]}; }, false).find("folded") != std::string::npos);
+  CHECK(problem(Operation::all_reduce, [](Shape s) { return Share{s.in[s.me], s.out[s.me], s.me, -1}; }, false).find("folded") != std::string::npos);
+  CHECK(problem(Operation::all_reduce, [](Shape s) { return Share{s.in[0], s.out[0]}; }, false).find("written twice") != std::string::npos);
+  CHECK(problem(Operation::all_reduce, [](Shape s) { return Share{s.in[0], s.out.all()}; }, false).find("reads") != std::string::npos);
+  CHECK(problem(Operation::all_gather, [](Shape s) { return Share{s.in.all(), s.out[s.me], s.me, s.me}; }, false).find("belongs") != std::string::npos);
+}
+
+TEST_CASE("zero-copy operations on symmetric memory, threads") { run_everything(threads); }
+TEST_CASE("zero-copy operations on symmetric memory, processes", "[processes]") { run_everything(processes); }
+
+TEST_CASE("threads reach each other's private memory") {
+  for (const int n : {2, 3, 5})
+    launch(n, [](Communicator& comm) {
+      const auto m = static_cast<std::size_t>(comm.size());
+      for (const std::size_t count : {1u, 7u, 5'000u}) {
+        std::vector<float> memory(2 * count * m);
+        run_operations(comm, std::span(memory), count);
+      }
+      std::vector<float> large(100'000, 1.0f);
+      const Report report = comm.all_reduce(large, sum);
+      expect(report.algorithm_name() == "zero_copy" && large[99'999] == static_cast<float>(comm.size()), "chosen for large data");
+    }, threads);
+}
+
+TEST_CASE("symmetric memory is chosen for, read by others, and outlives its communicator", "[processes]") {
+  launch(3, [](Communicator& comm) {
+    Symmetric<std::int64_t> kept;
+    {
+      Communicator other = comm.duplicate();
+      auto first = other.allocate<std::int64_t>(10'000), second = other.allocate<std::int64_t>(10);
+      expect(first[0] == 0 && first[9'999] == 0 && second.size() == 10, "zeroed");
+      std::iota(first.begin(), first.end(), comm.rank());
+      expect(other.all_reduce(first, sum).algorithm_name() == "zero_copy", "chosen");
+      expect(first[9'999] == 3 + 3 * 9'999, "the sum");
+      expect(other.all_reduce(first.subspan(3, 10), sum).algorithm_name() != "zero_copy", "not for little data");
+      kept = std::move(first);
+      kept[1] = comm.rank();
+      other.barrier();
+      for (Rank r = 0; r < 3; ++r) expect(kept.of(r)[1] == r, "another rank's block");
+      other.barrier();
+    }
+    comm.all_reduce(kept.subspan(100, 5'000), min);
+    comm.barrier();
+    if (comm.rank() == 1) kept = {};
+    comm.barrier();
+    if (comm.rank() != 1) kept[5] = 1;
+  });
+}
+
+TEST_CASE("memory of an allocation goes when the last rank lets go of it", "[processes]") {
+  launch(3, [](Communicator& comm) {
+    comm.barrier();
+    const std::size_t before = shared_pages();
+    comm.barrier();
+    constexpr std::size_t count = std::size_t{1} << 20;
+    for (int round = 0; round < 3; ++round) {
+      auto memory = comm.allocate<std::byte>(count);
+      comm.barrier();
+      expect(shared_pages() >= before + 3 * count / 4096, "pages are counted");
+      for (Rank r = 0; r < 3; ++r) {  // in another order each round
+        if ((comm.rank() + round) % 3 == r) memory = {};
+        comm.barrier();
+      }
+      expect(shared_pages() <= before + 50, "given back");
+      comm.barrier();
+    }
+  });
+}
+
+TEST_CASE("what symmetric memory refuses", "[processes]") {
+  launch(2, [](Communicator& comm) {
+    const auto message = [](auto&& call) -> std::string {
+      try {
+        call();
+      } catch (const Error& error) {
+        return std::string(error.what());
+      }
+      return "no error";
+    };
+    const auto says = [&](auto&& call, const std::string& text) {
+      const std::string got = message(call);
+      expect(got.find(text) != std::string::npos, "'" + text + "' in '" + got + "'");
+    };
+    std::vector<float> priv(10'000);
+    auto memory = comm.allocate<float>(10'000);
+    says([&] { comm.all_reduce<ZeroCopy>(priv, sum); }, "needs memory from allocate()");
+    says([&] { comm.all_reduce<ZeroCopy>(memory, priv, sum); }, "needs memory from allocate()");
+    says([&] { (void)memory.subspan(9'999, 2); }, "subspan");
+    says([&] { (void)memory.of(2); }, "not a rank");
+    says([&] { (void)comm.allocate<double>(std::size_t{1} << 60); }, "too many");
+    says([&] { (void)comm.allocate<double>(comm.rank() == 0 ? 10 : 20); }, comm.rank() == 0 ? "another rank could not" : "rank 0 asks for 10 elements, rank 1 for 20");
+    comm.all_reduce(memory, priv, sum);  // still usable, the ordinary way
+    Communicator other = comm.duplicate();
+    auto second = comm.allocate<float>(10'000);
+    says([&] { other.all_reduce(comm.rank() == 0 ? memory.span() : second.span(), sum); }, "does not pass the same symmetric memory");
+    Communicator third = comm.duplicate();
+    says([&] {
+      if (comm.rank() == 0) third.all_reduce(memory, sum);
+      else third.all_reduce(priv, sum);
+    }, "rank 1 called all_reduce(float32 x 10000, sum, recursive_doubling)");
+  });
+}
+
+TEST_CASE("an operator that throws in a share aborts all ranks, and nobody touches private memory afterwards") {
+  for (int round = 0; round < 20; ++round)
+    launch(3, [](Communicator& comm) {
+      auto data = std::make_unique<std::vector<float>>(60'000, 1.0f);
+      const bool thrower = comm.rank() == 1;
+      const auto op = commutative([thrower](float a, float b) {
+        if (thrower) throw std::runtime_error("mine");
+        return a + b;
+      });
+      std::string what;
+      try {
+        comm.all_reduce<ZeroCopy>(*data, op);
+      } catch (const std::exception& error) {
+        what = error.what();
+      }
+      data->assign(data->size(), 5.0f);
+      std::this_thread::yield();
+      for (const float x : *data) expect(x == 5.0f, "untouched");
+      data.reset();
+      expect(what.find("mine") != std::string::npos, "the error, not '" + what + "'");
+    }, threads);
+}
