@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Chains: every rank talks to its two neighbours only, and the data streams through all of them. Each rank sends
-// the least bytes and in large streams, after n-1 hops of latency: for large data on few ranks. There are no
-// segments in the text: a rank passes on an element as soon as it has it.
+// Chains: every rank talks to its two neighbours only, and the data streams through all of them, once each way.
+// Few bytes in few messages, after n-1 hops of latency: for large data on few ranks. There are no segments in the
+// text: a rank passes on an element as soon as it has it.
 #pragma once
 
 #include "../steps.hpp"

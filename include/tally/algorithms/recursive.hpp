@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Recursive algorithms: log2(n) exchanges with ranks at distance 1, 2, 4, .... After the exchange at distance
+// Recursive algorithms: log2(n) exchanges with ranks at distance 1, 2, 4 and so on. After that at distance
 // `bit`, an aligned group of 2*bit ranks holds its result: with doubling each of them all of it, with halving each
 // a share. Where n is no power of two the last group's upper half is short (`upper` ranks), and each of these
 // serves several ranks of the lower half. That keeps rank order and one bracketing for every n, without the usual
