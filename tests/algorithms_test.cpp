@@ -73,6 +73,34 @@ TEST_CASE("one-shot is proven") {
   prove<OneShot, Operation::all_gather>(OneShot::folding);
   prove<OneShot, Operation::reduce_scatter>(OneShot::folding);
 }
+TEST_CASE("recursive halving is proven") {
+  prove<RecursiveHalving, Operation::all_reduce>(RecursiveHalving::folding);
+  prove<RecursiveHalving, Operation::reduce_scatter>(RecursiveHalving::folding);
+}
+TEST_CASE("two-shot is proven") {
+  prove<TwoShot, Operation::all_reduce>(TwoShot::folding);
+  prove<TwoShot, Operation::reduce>(TwoShot::folding);
+  prove<TwoShot, Operation::broadcast>(TwoShot::folding);
+}
+TEST_CASE("chain is proven") {
+  prove<Chain, Operation::all_reduce>(Chain::folding);
+  prove<Chain, Operation::reduce>(Chain::folding);
+  prove<Chain, Operation::broadcast>(Chain::folding);
+}
+TEST_CASE("double tree is proven") {
+  prove<DoubleTree, Operation::all_reduce>(DoubleTree::folding);
+  prove<DoubleTree, Operation::reduce>(DoubleTree::folding);
+  prove<DoubleTree, Operation::broadcast>(DoubleTree::folding);
+}
+TEST_CASE("every built-in algorithm has a code of its own and is found by name") {
+  const auto code = []<class A>(std::type_identity<A>) {
+    CHECK(find_algorithm(Operation::all_reduce, A::name).generate == A::all_reduce);
+    return find_algorithm(Operation::all_reduce, A::name).code;
+  };
+  const std::vector<int> codes{code(std::type_identity<Ring>{}),    code(std::type_identity<Tree>{}),  code(std::type_identity<RecursiveDoubling>{}), code(std::type_identity<OneShot>{}), code(std::type_identity<RecursiveHalving>{}),
+                               code(std::type_identity<TwoShot>{}), code(std::type_identity<Chain>{}), code(std::type_identity<DoubleTree>{})};
+  CHECK(codes == std::vector<int>{1, 2, 3, 4, 5, 6, 7, 8});
+}
 TEST_CASE("tree reduces to root 0 in the fixed order") {
   for (int n = 1; n <= most_ranks; ++n) CHECK(check({{Operation::reduce, 0, n, 0, 3}, Folding::fixed}, Tree::reduce) == "");
 }
@@ -104,6 +132,17 @@ const std::vector<Subject> subjects = {
     {"one-shot all_reduce", Operation::all_reduce, Folding::fixed, OneShot::all_reduce},
     {"one-shot reduce_scatter", Operation::reduce_scatter, Folding::fixed, OneShot::reduce_scatter},
     {"one-shot all_gather", Operation::all_gather, Folding::fixed, OneShot::all_gather},
+    {"halving all_reduce", Operation::all_reduce, Folding::fixed, RecursiveHalving::all_reduce},
+    {"halving reduce_scatter", Operation::reduce_scatter, Folding::fixed, RecursiveHalving::reduce_scatter},
+    {"two-shot all_reduce", Operation::all_reduce, Folding::fixed, TwoShot::all_reduce},
+    {"two-shot reduce", Operation::reduce, Folding::fixed, TwoShot::reduce},
+    {"two-shot broadcast", Operation::broadcast, Folding::fixed, TwoShot::broadcast},
+    {"chain all_reduce", Operation::all_reduce, Folding::cyclic, Chain::all_reduce},
+    {"chain reduce", Operation::reduce, Folding::cyclic, Chain::reduce},
+    {"chain broadcast", Operation::broadcast, Folding::cyclic, Chain::broadcast},
+    {"double tree all_reduce", Operation::all_reduce, Folding::cyclic, DoubleTree::all_reduce},
+    {"double tree reduce", Operation::reduce, Folding::cyclic, DoubleTree::reduce},
+    {"double tree broadcast", Operation::broadcast, Folding::cyclic, DoubleTree::broadcast},
 };
 
 bool touches(const Step& a, const Step& b, const Layout& layout) {
@@ -131,6 +170,17 @@ bool touches(const Step& a, const Step& b, const Layout& layout) {
       if (x.space == y.space && x.first < y.end && y.first < x.end && (x.write || y.write)) return true;
   return false;
 }
+/// Folds one value from each side, in place, in an order that may be bracketed either way: x . (acc . y) is (x . acc) . y.
+bool reassociates(const Subject& subject, const Step& a, const Step& b) {
+  return subject.folding == Folding::cyclic && a.verb == Verb::receive_combine && b.verb == Verb::receive_combine && a.side != b.side;
+}
+/// The fold that completes the sum is cyclic either way: x . (rest) and (rest) . x. In a ring it is each rank's
+/// last, in trees and chains the root's.
+bool completes(const Subject& subject, const std::vector<Step>& text, std::size_t i, std::size_t rank) {
+  const auto is_fold = [](const Step& s) { return s.verb == Verb::receive_combine; };
+  if (!subject.name.starts_with("ring")) return rank == 0;
+  return std::none_of(text.begin() + static_cast<std::ptrdiff_t>(i) + 1, text.end(), is_fold);
+}
 /// The same queue of messages: their order is what matching goes by.
 bool same_queue(const Step& a, const Step& b) { return a.peer >= 0 && a.peer == b.peer && (a.verb == Verb::send) == (b.verb == Verb::send); }
 bool same_range(const Range& a, const Range& b) { return a.buffer == b.buffer && a.first == b.first && a.count == b.count; }
@@ -151,7 +201,7 @@ TEST_CASE("swapping two neighbouring steps is caught unless they are independent
             Layout layout = request.layout;
             layout.me = static_cast<Rank>(r);
             const bool twins = same_queue(a, b) && same_range(a.from, b.from) && same_range(a.to, b.to);
-            if (twins || (!same_queue(a, b) && !touches(a, b, layout))) continue;
+            if (twins || (!same_queue(a, b) && !touches(a, b, layout)) || (in_place && reassociates(subject, a, b))) continue;
             auto mutated = texts;
             std::swap(mutated[r][i], mutated[r][i + 1]);
             INFO(subject.name << ", " << n << " ranks, rank " << r << ", steps " << i << " and " << i + 1 << (in_place ? ", in place" : ""));
@@ -171,9 +221,7 @@ TEST_CASE("folding on the wrong side is caught") {
       for (std::size_t r = 0; r < texts.size(); ++r)
         for (std::size_t i = 0; i < texts[r].size(); ++i) {
           if (texts[r][i].verb != Verb::receive_combine && texts[r][i].verb != Verb::combine) continue;
-          // The fold that completes a ring is cyclic either way: x . (rest) and (rest) . x.
-          const auto is_fold = [](const Step& s) { return s.verb == Verb::receive_combine; };
-          if (subject.folding == Folding::cyclic && std::none_of(texts[r].begin() + static_cast<std::ptrdiff_t>(i) + 1, texts[r].end(), is_fold)) continue;
+          if (subject.folding == Folding::cyclic && completes(subject, texts[r], i, r)) continue;
           auto mutated = texts;
           mutated[r][i].side = mutated[r][i].side == Side::left ? Side::right : Side::left;
           INFO(subject.name << ", " << n << " ranks, rank " << r << ", step " << i);
@@ -256,5 +304,59 @@ TEST_CASE("rings move the least data possible") {
     CHECK(plan.units_sent() == 2 * (count / static_cast<std::size_t>(n)) * static_cast<std::size_t>(n - 1) * sizeof(float));
     CHECK(plan.units_received() == plan.units_sent());
     CHECK(plan.messages_sent() == 2 * static_cast<std::size_t>(n - 1));
+  }
+}
+
+TEST_CASE("recursive halving and two-shot move the least data possible") {
+  for (int n = 2; n <= 16; ++n) {
+    CAPTURE(n);
+    const auto m = static_cast<std::size_t>(n);
+    const std::size_t count = 12 * m, least = 2 * (count / m) * (m - 1);
+    const auto plan = [&](Operation operation, Steps (*generate)(Shape), Rank me, std::size_t items) {
+      const Layout layout{operation, me, n, 0, items, true};
+      return Plan(generate(layout.shape()), layout, 1);
+    };
+    for (Rank me = 0; me < n; ++me) {
+      CAPTURE(me);
+      const Plan direct = plan(Operation::all_reduce, TwoShot::all_reduce, me, count);
+      CHECK(direct.units_sent() == least);
+      CHECK(direct.units_received() == least);
+      CHECK(direct.messages_sent() == 2 * (m - 1));
+      // The root sends each element once: whoever gets it first sends it to the others.
+      const Plan cast = plan(Operation::broadcast, TwoShot::broadcast, me, 12 * (m - 1));
+      CHECK(cast.units_sent() == (me == 0 ? 12 * (m - 1) : 12 * (m - 2)));
+      const Plan halving = plan(Operation::all_reduce, RecursiveHalving::all_reduce, me, 16 * m);
+      if ((n & (n - 1)) == 0) {
+        CHECK(halving.units_sent() == 2 * 16 * (m - 1));
+        CHECK(halving.units_received() == 2 * 16 * (m - 1));
+        CHECK(1 << (halving.messages_sent() / 2) == n);
+      } else {
+        CHECK(halving.units_sent() <= 2 * 16 * m);
+        CHECK(halving.units_received() <= 2 * 16 * m);
+      }
+    }
+  }
+}
+
+TEST_CASE("the two trees share the work") {
+  const std::size_t half = 100;
+  for (int n = 3; n <= most_ranks; ++n) {
+    std::vector<int> hops[2] = {std::vector<int>(static_cast<std::size_t>(n), -1), std::vector<int>(static_cast<std::size_t>(n), -1)};
+    const auto texts = read_steps(DoubleTree::broadcast, {Operation::broadcast, 0, n, 0, 2 * half});
+    hops[0][0] = hops[1][0] = 0;
+    for (int round = 0; round < n; ++round)
+      for (std::size_t r = 0; r < texts.size(); ++r)
+        for (const Step& step : texts[r])
+          if (const auto& from = hops[step.from.first / half]; step.verb == Verb::send && from[r] >= 0) hops[step.from.first / half][static_cast<std::size_t>(step.peer)] = from[r] + 1;
+    int log2 = 0;
+    while (2 << log2 <= n) ++log2;
+    for (std::size_t r = 0; r < texts.size(); ++r) {
+      INFO(n << " ranks, rank " << r);
+      const auto sends_in = [&](std::size_t tree) { return std::count_if(texts[r].begin(), texts[r].end(), [&](const Step& s) { return s.verb == Verb::send && s.from.first == tree * half; }); };
+      CHECK(sends_in(0) <= 2);
+      CHECK(sends_in(1) <= 2);
+      CHECK((r == 0 ? sends_in(0) == 1 && sends_in(1) == 1 : sends_in(0) == 0 || sends_in(1) == 0));
+      for (const auto& tree : hops) CHECK((tree[r] >= 0 && tree[r] <= log2 + 2));
+    }
   }
 }

@@ -160,6 +160,10 @@ void all_algorithms(Communicator& comm, std::size_t count, const Op& op, const s
   reducing_operations<Tree, T>(comm, count, op, label);
   reducing_operations<RecursiveDoubling, T>(comm, count, op, label);
   reducing_operations<OneShot, T>(comm, count, op, label);
+  reducing_operations<RecursiveHalving, T>(comm, count, op, label);
+  reducing_operations<TwoShot, T>(comm, count, op, label);
+  reducing_operations<Chain, T>(comm, count, op, label);
+  reducing_operations<DoubleTree, T>(comm, count, op, label);
 }
 template <class T>
 void all_movers(Communicator& comm, std::size_t count, const std::string& label) {
@@ -167,6 +171,9 @@ void all_movers(Communicator& comm, std::size_t count, const std::string& label)
   moving_operations<Tree, T>(comm, count, label);
   moving_operations<RecursiveDoubling, T>(comm, count, label);
   moving_operations<OneShot, T>(comm, count, label);
+  moving_operations<TwoShot, T>(comm, count, label);
+  moving_operations<Chain, T>(comm, count, label);
+  moving_operations<DoubleTree, T>(comm, count, label);
 }
 
 void every_count(Communicator& comm) {
@@ -269,9 +276,14 @@ TEST_CASE("the same bits on every rank, and for every algorithm that declares th
         return data;
       };
       const std::vector<double> doubling = run(std::type_identity<RecursiveDoubling>{}), tree = run(std::type_identity<Tree>{}), direct = run(std::type_identity<OneShot>{});
+      const std::vector<double> halving = run(std::type_identity<RecursiveHalving>{}), two_shot = run(std::type_identity<TwoShot>{});
       run(std::type_identity<Ring>{});
+      run(std::type_identity<Chain>{});
+      run(std::type_identity<DoubleTree>{});
       expect(std::memcmp(doubling.data(), tree.data(), count * sizeof(double)) == 0, "tree has doubling's bits");
       expect(std::memcmp(doubling.data(), direct.data(), count * sizeof(double)) == 0, "one-shot has doubling's bits");
+      expect(std::memcmp(doubling.data(), halving.data(), count * sizeof(double)) == 0, "halving has doubling's bits");
+      expect(std::memcmp(doubling.data(), two_shot.data(), count * sizeof(double)) == 0, "two-shot has doubling's bits");
       // The definition itself: fold(lo, hi) = fold(lo, mid) + fold(mid, hi).
       std::vector<std::vector<double>> values;
       for (int r = 0; r < comm.size(); ++r) values.push_back(random_values(r, count));

@@ -66,7 +66,9 @@ struct Fingerprint {
   }
 };
 
-inline constexpr std::string_view algorithm_names[] = {"auto", "ring", "tree", "recursive_doubling", "one_shot", "zero_copy"};
+/// A name's place is its code on the wire: append only, and stay below the 16 where users' algorithms begin.
+inline constexpr std::string_view algorithm_names[] = {"auto", "ring", "tree", "recursive_doubling", "one_shot", "recursive_halving", "two_shot", "chain", "double_tree", "zero_copy"};
+static_assert(std::size(algorithm_names) <= 16);
 
 /// 6 bits that name an algorithm to peers.
 constexpr std::uint8_t algorithm_code(std::string_view name) {

@@ -8,7 +8,9 @@
 #include <string_view>
 #include <vector>
 
+#include "algorithms/chain.hpp"
 #include "algorithms/direct.hpp"
+#include "algorithms/double_tree.hpp"
 #include "algorithms/recursive.hpp"
 #include "algorithms/ring.hpp"
 #include "algorithms/tree.hpp"
@@ -77,7 +79,7 @@ constexpr AlgorithmRef find_among(std::string_view name) {
 }
 template <Operation O>
 constexpr AlgorithmRef find_builtin(std::string_view name) {
-  return find_among<O, Ring, Tree, RecursiveDoubling, OneShot, ZeroCopy>(name);
+  return find_among<O, Ring, Tree, RecursiveDoubling, OneShot, RecursiveHalving, TwoShot, Chain, DoubleTree, ZeroCopy>(name);
 }
 
 }  // namespace detail

@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// Recursive doubling: log2(n) exchanges with ranks at distance 1, 2, 4, ... After the exchange at distance
-// `bit`, every rank of an aligned block of 2*bit ranks holds the block's result. Where n is no power of two the
-// last block's upper half is short (`upper` ranks), and each of these serves several ranks of the lower half.
-// That keeps rank order and one bracketing for every n, without the usual extra rounds.
+// Recursive algorithms: log2(n) exchanges with ranks at distance 1, 2, 4 and so on. After that at distance
+// `bit`, an aligned group of 2*bit ranks holds its result: with doubling each of them all of it, with halving each
+// a share. Where n is no power of two the last group's upper half is short (`upper` ranks), and each of these
+// serves several ranks of the lower half. That keeps rank order and one bracketing for every n, without the usual
+// extra rounds.
 #pragma once
 
 #include <algorithm>
+#include <bit>
 
 #include "../steps.hpp"
 
@@ -50,6 +52,93 @@ struct RecursiveDoubling {
         co_yield receive(me - bit, lower_half);
       }
     }
+  }
+};
+
+/// Half of the bytes go in the first exchange, a quarter in the next and so on; then the finished shares come back
+/// by doubling (Thakur, Rabenseifner, Gropp, "Optimization of collective communication operations in MPICH", 2005;
+/// there the farthest rank comes first, which is not rank order). A short upper half gives all it has to the lower
+/// half, so the first power of two of a group's ranks share its result.
+struct RecursiveHalving {
+  static constexpr std::string_view name = "recursive_halving";
+  static constexpr Folding folding = Folding::fixed;
+
+  static Steps all_reduce(Shape shape) {
+    const auto [me, n, root, in, out] = shape;
+    const int holders = power_of_two(n);
+    const Chunks sum(Buffer::output, out.count(), holders);
+    if (n == 1) co_yield copy(in.all(), out.all());
+    Steps halving = halve(me, n, holders, Chunks(Buffer::input, in.count(), holders), sum);
+    while (const Step* step = halving.next()) co_yield *step;
+    // The same exchanges backwards, of finished shares.
+    for (int bit = holders; bit >= 1; bit /= 2) {
+      const int low = me & ~(2 * bit - 1), high = low + bit;
+      const int upper = std::min(bit, n - high);
+      if (upper <= 0) continue;
+      const int givers = power_of_two(upper);
+      if (upper == bit) {
+        co_yield send(me ^ bit, share(sum, holders, me, 2 * bit));
+        co_yield receive(me ^ bit, share(sum, holders, me ^ bit, 2 * bit));
+      } else if (me < high) {
+        co_yield send(high + (me & (givers - 1)), share(sum, holders, me, bit));
+      } else if (me < high + givers) {
+        for (Rank peer = me - bit; peer < high; peer += givers) co_yield receive(peer, share(sum, holders, peer, bit));
+      }
+    }
+  }
+
+  /// Which blocks a rank ends with goes by its bits reversed: they take one hop more to where they belong.
+  static Steps reduce_scatter(Shape shape) {
+    const auto [me, n, root, in, out] = shape;
+    const Chunks sum(Buffer::scratch, in.count(), n);
+    if (n == 1) co_yield copy(in.all(), out.all());
+    Steps halving = halve(me, n, n, in, sum);
+    while (const Step* step = halving.next()) co_yield *step;
+    for (Rank to = 0; to < n; ++to)
+      if (to != me && holder(to, n) == me) co_yield send(to, sum[to]);
+    if (const Rank from = holder(me, n); from != me) co_yield receive(from, out.all());
+    else if (n > 1) co_yield copy(sum[me], out.all());
+  }
+
+ private:
+  static int power_of_two(int n) { return static_cast<int>(std::bit_floor(static_cast<unsigned>(n))); }
+
+  /// Each of the first power_of_two(n) ranks ends with its share of the sum.
+  static Steps halve(Rank me, int n, int blocks, Chunks have, Chunks sum) {
+    for (int bit = 1; bit < n; bit *= 2) {
+      const int low = me & ~(2 * bit - 1), high = low + bit;
+      const int upper = std::min(bit, n - high);
+      if (upper <= 0) continue;
+      const int givers = power_of_two(upper);
+      if (upper == bit) {
+        co_yield send(me ^ bit, share(have, blocks, me ^ bit, 2 * bit));
+        co_yield receive_combine(me ^ bit, share(have, blocks, me, 2 * bit), share(sum, blocks, me, 2 * bit), me < high ? Side::right : Side::left);
+      } else if (me < high) {
+        co_yield receive_combine(high + (me & (givers - 1)), share(have, blocks, me, bit), share(sum, blocks, me, bit));
+      } else if (me < high + givers) {
+        for (Rank peer = me - bit; peer < high; peer += givers) co_yield send(peer, share(have, blocks, peer, bit));
+      }
+      have = sum;
+    }
+  }
+
+  /// What a rank holds where `ranks`, a power of two, share all blocks: its bit 0 says which half, bit 1 which half
+  /// of that and so on. So it is one range, and within that of any rank of fewer with the same low bits.
+  static Range share(const Chunks& chunks, int blocks, Rank rank, int ranks) {
+    int first = 0, last = blocks;
+    for (int bit = 1; bit < ranks; bit *= 2) (rank & bit ? first : last) = (first + last) / 2;
+    return chunks.blocks(first, last);
+  }
+  /// Whose share block `block` of n is, after halving.
+  static Rank holder(int block, int n) {
+    int first = 0, last = n;
+    Rank rank = 0;
+    for (int bit = 1; bit < power_of_two(n); bit *= 2) {
+      const int middle = (first + last) / 2;
+      (block < middle ? last : first) = middle;
+      if (block >= middle) rank += bit;
+    }
+    return rank;
   }
 };
 
