@@ -29,7 +29,7 @@ constexpr auto wide(T x) {
 
 }  // namespace detail
 
-// The built-in operators. Each has a form for one pair of numbers and one for GNU vectors of them.
+// The built-in operators. Each has a form for one pair of numbers and one for GNU vectors of them, a = a . b.
 struct Sum {
   static constexpr std::string_view name = "sum";
   template <Number T>
@@ -37,7 +37,7 @@ struct Sum {
     return static_cast<T>(detail::wide(a) + detail::wide(b));
   }
   template <class V>
-  static V vector(V a, V b) { return a + b; }
+  static void vector(V& a, const V& b) { a += b; }
 };
 struct Prod {
   static constexpr std::string_view name = "prod";
@@ -46,7 +46,7 @@ struct Prod {
     return static_cast<T>(detail::wide(a) * detail::wide(b));
   }
   template <class V>
-  static V vector(V a, V b) { return a * b; }
+  static void vector(V& a, const V& b) { a *= b; }
 };
 /// The smaller value; of two equal ones the left. A NaN on the right is ignored, one on the left stays.
 struct Min {
@@ -54,14 +54,14 @@ struct Min {
   template <Number T>
   constexpr T operator()(T a, T b) const { return b < a ? b : a; }
   template <class V>
-  static V vector(V a, V b) { return b < a ? b : a; }
+  static void vector(V& a, const V& b) { a = b < a ? b : a; }
 };
 struct Max {
   static constexpr std::string_view name = "max";
   template <Number T>
   constexpr T operator()(T a, T b) const { return a < b ? b : a; }
   template <class V>
-  static V vector(V a, V b) { return a < b ? b : a; }
+  static void vector(V& a, const V& b) { a = a < b ? b : a; }
 };
 /// The sum, divided by the number of ranks at the end. Floating-point types only.
 struct Mean : Sum {
@@ -117,41 +117,71 @@ T load(const std::byte* from) {
   return value;
 }
 
-template <class V>
-void store(std::byte* to, V value) {
-  std::memcpy(to, &value, sizeof value);
-}
-
 /// Unrolled by hand, because compilers at -O2 do not. All loads come before any store: `to` may be a source.
+/// Vectors go by reference: by value they would need the wide registers that only the caller may use.
 template <class Op, class V>
-void fold_vectors(std::byte*& to, const std::byte*& left, const std::byte*& right, std::size_t& bytes) {
+[[gnu::always_inline]] inline void fold_vectors(std::byte*& to, const std::byte*& left, const std::byte*& right, std::size_t& bytes) {
   constexpr std::size_t v = sizeof(V), step = 4 * v;
   for (; bytes >= step; bytes -= step, to += step, left += step, right += step) {
-    const V a = Op::vector(load<V>(left), load<V>(right));
-    const V b = Op::vector(load<V>(left + v), load<V>(right + v));
-    const V c = Op::vector(load<V>(left + 2 * v), load<V>(right + 2 * v));
-    const V d = Op::vector(load<V>(left + 3 * v), load<V>(right + 3 * v));
-    store(to, a);
-    store(to + v, b);
-    store(to + 2 * v, c);
-    store(to + 3 * v, d);
+    V a, b, c, d, x, y, z, w;
+    std::memcpy(&a, left, v), std::memcpy(&x, right, v);
+    std::memcpy(&b, left + v, v), std::memcpy(&y, right + v, v);
+    std::memcpy(&c, left + 2 * v, v), std::memcpy(&z, right + 2 * v, v);
+    std::memcpy(&d, left + 3 * v, v), std::memcpy(&w, right + 3 * v, v);
+    Op::vector(a, x), Op::vector(b, y), Op::vector(c, z), Op::vector(d, w);
+    std::memcpy(to, &a, v), std::memcpy(to + v, &b, v), std::memcpy(to + 2 * v, &c, v), std::memcpy(to + 3 * v, &d, v);
   }
 }
 
-template <class T, class Op>
-void fold_elements(const void* op, std::byte* to, const std::byte* left, const std::byte* right, std::size_t bytes) {
+template <class T, class Op, std::size_t width>
+[[gnu::always_inline]] inline void fold_with(const void* op, std::byte* to, const std::byte* left, const std::byte* right, std::size_t bytes) {
   if constexpr (is_builtin<Op> && !std::same_as<T, long double>) {
     // Sums and products wrap, so they are done on unsigned vectors, which have the same bits.
     using Unsigned = typename std::conditional_t<std::is_integral_v<T>, std::make_unsigned<T>, std::type_identity<T>>::type;
     using Lane = std::conditional_t<std::same_as<Op, Min> || std::same_as<Op, Max>, T, Unsigned>;
-    typedef Lane V __attribute__((vector_size(16)));
+    typedef Lane V __attribute__((vector_size(width)));
+    typedef Lane Short __attribute__((vector_size(16)));
     fold_vectors<Op, V>(to, left, right, bytes);
+    if constexpr (width > 16) fold_vectors<Op, Short>(to, left, right, bytes);
   }
   const Op& f = *static_cast<const Op*>(op);
   for (std::size_t i = 0; i + sizeof(T) <= bytes; i += sizeof(T)) {
     const T r = f(load<T>(left + i), load<T>(right + i));
     std::memcpy(to + i, &r, sizeof r);
   }
+}
+template <class T, class Op>
+void fold_elements(const void* op, std::byte* to, const std::byte* left, const std::byte* right, std::size_t bytes) {
+  fold_with<T, Op, 16>(op, to, left, right, bytes);
+}
+#if defined(__x86_64__)
+// Wider registers mean more lines on their way at once: what limits a fold is waiting for another core's data.
+template <class T, class Op>
+[[gnu::target("avx2")]] void fold_elements_avx2(const void* op, std::byte* to, const std::byte* left, const std::byte* right, std::size_t bytes) {
+  fold_with<T, Op, 32>(op, to, left, right, bytes);
+}
+template <class T, class Op>
+[[gnu::target("avx512f,avx512bw,avx512dq,avx512vl")]] void fold_elements_avx512(const void* op, std::byte* to, const std::byte* left, const std::byte* right, std::size_t bytes) {
+  fold_with<T, Op, 64>(op, to, left, right, bytes);
+}
+#endif
+
+using FoldFunction = void (*)(const void* op, std::byte* to, const std::byte* left, const std::byte* right, std::size_t bytes);
+/// The kernel for the processor that this runs on, so that programs built for any x86-64 are fast, too.
+template <class T, class Op>
+FoldFunction best_fold() {
+#if defined(__x86_64__)
+  if constexpr (is_builtin<Op> && !std::same_as<T, long double>) {
+    static const FoldFunction best = [] {
+      __builtin_cpu_init();
+      if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) return &fold_elements_avx512<T, Op>;
+      if (__builtin_cpu_supports("avx2")) return &fold_elements_avx2<T, Op>;
+      return &fold_elements<T, Op>;
+    }();
+    return best;
+  }
+#endif
+  return &fold_elements<T, Op>;
 }
 
 /// data /= n, for mean.
@@ -195,7 +225,7 @@ inline std::string operator_text(std::uint16_t code) {
 
 template <Number T, class Op>
 Fold fold_of(const Op& op) {
-  return {&detail::fold_elements<T, Op>, &op};
+  return {detail::best_fold<T, Op>(), &op};
 }
 
 }  // namespace tally::inline v0
