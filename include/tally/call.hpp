@@ -38,6 +38,7 @@ struct Call {
   nanoseconds timeout{};
   const SymmetricMemory* input_memory = nullptr;  // where the buffers are symmetric
   const SymmetricMemory* output_memory = nullptr;
+  void* pinned = nullptr;  // what the engine's pin() gave for this call
 
   std::size_t bytes() const { return layout.items() * grain; }
 };

@@ -39,6 +39,20 @@ concept WritableElements = Elements<R> && !std::is_const_v<std::remove_reference
 template <class In, class Out>
 concept SameElements = Elements<In> && WritableElements<Out> && std::same_as<ValueOf<In>, ValueOf<Out>>;
 
+/// An operation of a communicator whose arguments are settled. It works on the same memory each time.
+class Persistent {
+ public:
+  Persistent(std::shared_ptr<AnyEngine> engine, const Call& call, std::shared_ptr<const void> op) : engine_(std::move(engine)), op_(std::move(op)), plan_(engine_->pin(call)), call_(call) { call_.pinned = plan_.get(); }
+  /// As the operation itself; Errc::invalid_argument once the communicator is gone.
+  Report run() { return engine_->run(call_); }
+
+ private:
+  std::shared_ptr<AnyEngine> engine_;
+  std::shared_ptr<const void> op_;  // call_ points at it
+  std::shared_ptr<void> plan_;
+  Call call_;
+};
+
 /// A group of ranks that call the same operations in the same order. One thread uses a communicator at a time;
 /// abort() may be called from any. Every operation throws tally::Error on bad arguments (before anything is sent),
 /// on mismatched calls, on a peer's death and at its deadline (a bad argument on one rank leaves the others waiting
@@ -46,8 +60,22 @@ concept SameElements = Elements<In> && WritableElements<Out> && std::same_as<Val
 /// the communicator refuses further use with the same error. Destruction is local and never waits.
 class Communicator {
  public:
-  Communicator(std::unique_ptr<AnyEngine> engine, nanoseconds timeout, AlgorithmOverrides overrides = {})
+  Communicator(std::shared_ptr<AnyEngine> engine, nanoseconds timeout, AlgorithmOverrides overrides = {})
       : engine_(std::move(engine)), rank_(engine_->rank()), size_(engine_->size()), timeout_(timeout), overrides_(std::move(overrides)) {}
+
+  Communicator(Communicator&&) noexcept = default;
+  Communicator& operator=(Communicator&& other) noexcept {
+    if (engine_) engine_->leave();
+    engine_ = std::move(other.engine_);
+    rank_ = other.rank_;
+    size_ = other.size_;
+    timeout_ = other.timeout_;
+    overrides_ = std::move(other.overrides_);
+    return *this;
+  }
+  ~Communicator() {
+    if (engine_) engine_->leave();
+  }
 
   Rank rank() const { return rank_; }
   int size() const { return size_; }
@@ -55,47 +83,75 @@ class Communicator {
   /// data = fold of all ranks' data, on every rank. Same count everywhere.
   template <class A = Auto, WritableElements Data, Reduction<ValueOf<Data>> Op>
   Report all_reduce(Data&& data, const Op& op, const CallOptions& options = {}) {
-    return start_folding<A, Operation::all_reduce, ValueOf<Data>>(memory_of("data", data), memory_of("data", data), std::ranges::size(data), op, 0, options);
+    return engine_->run(all_reduce_call<A>(data, op, options));
   }
   /// out = fold of all ranks' in. in and out have the same count and do not overlap (or are the same span).
   template <class A = Auto, class In, class Out, Reduction<ValueOf<In>> Op>
     requires SameElements<In, Out>
   Report all_reduce(In&& in, Out&& out, const Op& op, const CallOptions& options = {}) {
-    expect_count("out", std::ranges::size(out), std::ranges::size(in));
-    return start_folding<A, Operation::all_reduce, ValueOf<In>>(memory_of("in", in), memory_of("out", out), std::ranges::size(in), op, 0, options);
+    return engine_->run(all_reduce_call<A>(in, out, op, options));
   }
 
   /// out on `root` = fold of all ranks' in; other ranks' out is not touched and may be empty.
   template <class A = Auto, class In, class Out, Reduction<ValueOf<In>> Op>
     requires SameElements<In, Out>
   Report reduce(In&& in, Out&& out, const Op& op, Rank root, const CallOptions& options = {}) {
-    expect_root(root);
-    if (rank() == root) expect_count("out", std::ranges::size(out), std::ranges::size(in));
-    const Output result = rank() == root ? memory_of("out", out) : nowhere(out);
-    return start_folding<A, Operation::reduce, ValueOf<In>>(memory_of("in", in), result, std::ranges::size(in), op, root, options);
+    return engine_->run(reduce_call<A>(in, out, op, root, options));
   }
 
   /// data = root's data, on every rank.
   template <class A = Auto, WritableElements Data>
   Report broadcast(Data&& data, Rank root, const CallOptions& options = {}) {
-    expect_root(root);
-    return start_moving<A, Operation::broadcast, ValueOf<Data>>(Input{}, memory_of("data", data), std::ranges::size(data), root, options);
+    return engine_->run(broadcast_call<A>(data, root, options));
   }
 
   /// out = every rank's in, in rank order: out is size() times as long. In place: in is this rank's block of out.
   template <class A = Auto, class In, class Out>
     requires SameElements<In, Out>
   Report all_gather(In&& in, Out&& out, const CallOptions& options = {}) {
-    expect_count("out", std::ranges::size(out), product(std::ranges::size(in)));
-    return start_moving<A, Operation::all_gather, ValueOf<In>>(memory_of("in", in), memory_of("out", out), std::ranges::size(in), 0, options);
+    return engine_->run(all_gather_call<A>(in, out, options));
   }
 
   /// out = this rank's block of the fold of all ranks' in: in is size() times as long. In place: out is this rank's block of in.
   template <class A = Auto, class In, class Out, Reduction<ValueOf<In>> Op>
     requires SameElements<In, Out>
   Report reduce_scatter(In&& in, Out&& out, const Op& op, const CallOptions& options = {}) {
-    expect_count("in", std::ranges::size(in), product(std::ranges::size(out)));
-    return start_folding<A, Operation::reduce_scatter, ValueOf<In>>(memory_of("in", in), memory_of("out", out), std::ranges::size(out), op, 0, options);
+    return engine_->run(reduce_scatter_call<A>(in, out, op, options));
+  }
+
+  /// The same operations, decided and planned once, to be run many times on the same memory. Making one is not
+  /// collective, running it is: run() stands for the call of the same name.
+  template <class A = Auto, WritableElements Data, Reduction<ValueOf<Data>> Op>
+  Persistent persistent_all_reduce(Data&& data, const Op& op, const CallOptions& options = {}) {
+    const auto kept = std::make_shared<const Op>(op);
+    return {engine_, all_reduce_call<A>(data, *kept, options), kept};
+  }
+  template <class A = Auto, class In, class Out, Reduction<ValueOf<In>> Op>
+    requires SameElements<In, Out>
+  Persistent persistent_all_reduce(In&& in, Out&& out, const Op& op, const CallOptions& options = {}) {
+    const auto kept = std::make_shared<const Op>(op);
+    return {engine_, all_reduce_call<A>(in, out, *kept, options), kept};
+  }
+  template <class A = Auto, class In, class Out, Reduction<ValueOf<In>> Op>
+    requires SameElements<In, Out>
+  Persistent persistent_reduce(In&& in, Out&& out, const Op& op, Rank root, const CallOptions& options = {}) {
+    const auto kept = std::make_shared<const Op>(op);
+    return {engine_, reduce_call<A>(in, out, *kept, root, options), kept};
+  }
+  template <class A = Auto, WritableElements Data>
+  Persistent persistent_broadcast(Data&& data, Rank root, const CallOptions& options = {}) {
+    return {engine_, broadcast_call<A>(data, root, options), nullptr};
+  }
+  template <class A = Auto, class In, class Out>
+    requires SameElements<In, Out>
+  Persistent persistent_all_gather(In&& in, Out&& out, const CallOptions& options = {}) {
+    return {engine_, all_gather_call<A>(in, out, options), nullptr};
+  }
+  template <class A = Auto, class In, class Out, Reduction<ValueOf<In>> Op>
+    requires SameElements<In, Out>
+  Persistent persistent_reduce_scatter(In&& in, Out&& out, const Op& op, const CallOptions& options = {}) {
+    const auto kept = std::make_shared<const Op>(op);
+    return {engine_, reduce_scatter_call<A>(in, out, *kept, options), kept};
   }
 
   /// Returns when every rank has called it.
@@ -103,7 +159,7 @@ class Communicator {
   Report barrier(const CallOptions& options = {}) {
     std::byte token{};
     const Output memory{&token, 1};
-    return start<A, Operation::barrier, unsigned char>(memory, memory, 1, fold_of<unsigned char>(max), 0, nullptr, 0, options);
+    return engine_->run(call<A, Operation::barrier, unsigned char>(memory, memory, 1, fold_of<unsigned char>(max), 0, nullptr, 0, options));
   }
 
   /// Collective. A communicator of the same ranks whose operations are independent of this one's.
@@ -220,20 +276,54 @@ class Communicator {
     throw Error(Errc::invalid_argument, std::string(name_of(operation)) + ": in and out overlap without being in place");
   }
 
+  // What each operation's arguments mean, checked.
+  template <class A, class Data, class Op>
+  Call all_reduce_call(Data& data, const Op& op, const CallOptions& options) {
+    const Output memory = memory_of("data", data);
+    return folding<A, Operation::all_reduce, ValueOf<Data>>(memory, memory, std::ranges::size(data), op, 0, options);
+  }
+  template <class A, class In, class Out, class Op>
+  Call all_reduce_call(In& in, Out& out, const Op& op, const CallOptions& options) {
+    expect_count("all_reduce: out", std::ranges::size(out), std::ranges::size(in));
+    return folding<A, Operation::all_reduce, ValueOf<In>>(memory_of("in", in), memory_of("out", out), std::ranges::size(in), op, 0, options);
+  }
+  template <class A, class In, class Out, class Op>
+  Call reduce_call(In& in, Out& out, const Op& op, Rank root, const CallOptions& options) {
+    expect_root("reduce", root);
+    if (rank() == root) expect_count("reduce: out", std::ranges::size(out), std::ranges::size(in));
+    const Output result = rank() == root ? memory_of("out", out) : nowhere(out);
+    return folding<A, Operation::reduce, ValueOf<In>>(memory_of("in", in), result, std::ranges::size(in), op, root, options);
+  }
+  template <class A, class Data>
+  Call broadcast_call(Data& data, Rank root, const CallOptions& options) {
+    expect_root("broadcast", root);
+    return moving<A, Operation::broadcast, ValueOf<Data>>(Input{}, memory_of("data", data), std::ranges::size(data), root, options);
+  }
+  template <class A, class In, class Out>
+  Call all_gather_call(In& in, Out& out, const CallOptions& options) {
+    expect_count("all_gather: out", std::ranges::size(out), product(std::ranges::size(in)));
+    return moving<A, Operation::all_gather, ValueOf<In>>(memory_of("in", in), memory_of("out", out), std::ranges::size(in), 0, options);
+  }
+  template <class A, class In, class Out, class Op>
+  Call reduce_scatter_call(In& in, Out& out, const Op& op, const CallOptions& options) {
+    expect_count("reduce_scatter: in", std::ranges::size(in), product(std::ranges::size(out)));
+    return folding<A, Operation::reduce_scatter, ValueOf<In>>(memory_of("in", in), memory_of("out", out), std::ranges::size(out), op, 0, options);
+  }
+
   /// Operations that combine.
   template <class A, Operation O, class T, class Op>
-  Report start_folding(const Input& in, const Output& out, std::size_t count, const Op& op, Rank root, const CallOptions& options) {
+  Call folding(const Input& in, const Output& out, std::size_t count, const Op& op, Rank root, const CallOptions& options) {
     void (*finish)(void*, std::size_t, int) = nullptr;
     if constexpr (std::same_as<Op, Mean>) finish = detail::divide<T>;
-    return start<A, O, T>(in, out, count, fold_of<T>(op), detail::operator_code<Op>(), finish, root, options);
+    return call<A, O, T>(in, out, count, fold_of<T>(op), detail::operator_code<Op>(), finish, root, options);
   }
   /// Operations that only move.
   template <class A, Operation O, class T>
-  Report start_moving(const Input& in, const Output& out, std::size_t count, Rank root, const CallOptions& options) {
-    return start<A, O, T>(in, out, count, {}, 0, nullptr, root, options);
+  Call moving(const Input& in, const Output& out, std::size_t count, Rank root, const CallOptions& options) {
+    return call<A, O, T>(in, out, count, {}, 0, nullptr, root, options);
   }
   template <class A, Operation O, class T>
-  Report start(const Input& in, const Output& out, std::size_t count, Fold fold, std::uint16_t op, void (*finish)(void*, std::size_t, int), Rank root, const CallOptions& options) {
+  Call call(const Input& in, const Output& out, std::size_t count, Fold fold, std::uint16_t op, void (*finish)(void*, std::size_t, int), Rank root, const CallOptions& options) {
     const Layout layout{O, rank(), size(), root, count, in_place(O, in, out)};
     if (!engine_) refuse_moved();
     const bool direct = O != Operation::barrier && reachable(O, in, out);
@@ -248,8 +338,7 @@ class Communicator {
     }
     const nanoseconds timeout = options.timeout ? positive(*options.timeout) : timeout_;
     // All members at once: filling them one by one would first clear 150 bytes.
-    const Call call{layout, algorithm, in.data, out.data, element_type<T>(), sizeof(T), op, fold, finish, timeout, in.memory, out.memory};
-    return engine_->run(call);
+    return Call{layout, algorithm, in.data, out.data, element_type<T>(), sizeof(T), op, fold, finish, timeout, in.memory, out.memory};
   }
 
   /// In place is: the same span, or this rank's block of the larger one. Any other overlap is an error.
@@ -271,15 +360,16 @@ class Communicator {
   void expect_count(const char* name, std::size_t count, std::size_t expected) const {
     if (count != expected) throw Error(Errc::invalid_argument, std::string(name) + " has " + std::to_string(count) + " elements, expected " + std::to_string(expected));
   }
-  void expect_root(Rank root) const {
-    if (root < 0 || root >= size()) throw Error(Errc::invalid_argument, "root " + std::to_string(root) + " is not a rank: there are " + std::to_string(size()));
+  void expect_root(const char* operation, Rank root) const {
+    if (root < 0 || root >= size())
+      throw Error(Errc::invalid_argument, std::string(operation) + ": root " + std::to_string(root) + " is not a rank; ranks are 0 to " + std::to_string(size() - 1));
   }
   static nanoseconds positive(nanoseconds timeout) {
     if (timeout <= nanoseconds{0}) throw Error(Errc::invalid_argument, "a timeout must be longer than 0, not " + std::to_string(timeout.count()) + " ns");
     return std::min(timeout, longest_timeout);
   }
 
-  std::unique_ptr<AnyEngine> engine_;
+  std::shared_ptr<AnyEngine> engine_;  // shared with persistent operations
   Rank rank_;
   int size_;
   nanoseconds timeout_;

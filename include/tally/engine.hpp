@@ -31,6 +31,9 @@ class AnyEngine {
  public:
   virtual ~AnyEngine() = default;
   virtual Report run(const Call& call) = 0;
+  /// Plans the call for good: as long as the result is kept, run() need not look for it.
+  virtual std::shared_ptr<void> pin(const Call& call) = 0;
+  virtual void leave() = 0;  // says goodbye; run() throws from then on
   virtual void abort(const std::string& why) = 0;  // from any thread
   virtual Rank rank() const = 0;
   virtual int size() const = 0;
@@ -50,16 +53,25 @@ class AnyEngine {
 template <Transport T, class Accounting = Timed>
 class Engine final : public AnyEngine {
  public:
-  Engine(std::unique_ptr<T> transport, const Clock& clock, ModelMeter model)
-      : transport_(std::move(transport)), clock_(clock), ledger_(transport_->size(), transport_->rank(), transport_->name(), model), progress_(*transport_, clock) {}
-  ~Engine() override { transport_->leave(); }
+  Engine(std::unique_ptr<T> transport, const Clock& clock, ModelMeter model, WaitPolicy wait = WaitPolicy::balanced)
+      : transport_(std::move(transport)), clock_(clock), wait_(wait), ledger_(transport_->size(), transport_->rank(), transport_->name(), model), progress_(*transport_, clock, wait) {}
+  ~Engine() override { leave(); }
+  void leave() override {
+    if (!failed_) failed_.emplace(Errc::invalid_argument, "this communicator is gone");
+    transport_->leave();
+  }
+  std::shared_ptr<void> pin(const Call& call) override {
+    std::shared_ptr<Prepared>& prepared = lookup(key_of(call));
+    give_row(*prepared, call);
+    return prepared;
+  }
 
   Rank rank() const override { return transport_->rank(); }
   int size() const override { return transport_->size(); }
   const Ledger& ledger() const override { return ledger_; }
   TransportCounters counters() const override { return transport_->counters(); }
   std::uint64_t reserve() override { return transport_->reserve(); }
-  std::unique_ptr<AnyEngine> open(std::uint64_t token) override { return std::make_unique<Engine>(transport_->open(token), clock_, ledger_.meter()); }
+  std::unique_ptr<AnyEngine> open(std::uint64_t token) override { return std::make_unique<Engine>(transport_->open(token), clock_, ledger_.meter(), wait_); }
   void release(std::uint64_t token) override { transport_->release(token); }
   std::uint64_t reserve_memory(std::size_t stride) override {
     if constexpr (DirectAccess<T>) return transport_->reserve(stride * static_cast<std::size_t>(size()));
@@ -202,26 +214,35 @@ class Engine final : public AnyEngine {
     previous_ = {fingerprint_, key_.layout.count};
     fingerprint_ = detail::Fingerprint::of(call).pack();
     active_ = nullptr;
-    if (!prepared_ || call.algorithm.generate != key_.generate || call.algorithm.share != key_.share || call.algorithm.name.data() != key_.name || call.grain != key_.grain ||
+    if (call.pinned) {
+      if (prepared_ != call.pinned) {
+        key_ = key_of(call);
+        prepared_ = static_cast<Prepared*>(call.pinned);
+      }
+    } else if (!prepared_ || call.algorithm.generate != key_.generate || call.algorithm.share != key_.share || call.algorithm.name.data() != key_.name || call.grain != key_.grain ||
         !(call.layout == key_.layout)) {
-      key_ = {call.layout, call.grain, call.algorithm.generate, call.algorithm.share, call.algorithm.name.data()};
+      key_ = key_of(call);
       prepared_ = nullptr;
-      prepared_ = &lookup(key_);
-      if (!prepared_->row) prepared_->row = &ledger_.row(call.layout.operation, call.bytes(), call.algorithm.name);
+      prepared_ = lookup(key_).get();
+      give_row(*prepared_, call);
     }
     scratch_.grow(prepared_->plan.scratch());
   }
 
   static Steps no_steps() { co_return; }
+  static Key key_of(const Call& call) { return {call.layout, call.grain, call.algorithm.generate, call.algorithm.share, call.algorithm.name.data()}; }
+  void give_row(Prepared& prepared, const Call& call) {
+    if (!prepared.row) prepared.row = &ledger_.row(call.layout.operation, call.bytes(), call.algorithm.name);
+  }
 
-  Prepared& lookup(const Key& key) {
+  std::shared_ptr<Prepared>& lookup(const Key& key) {
     if (const auto found = cache_.find(key); found != cache_.end()) return found->second;
     if (cached_bytes_ > cache_limit) {
       cache_.clear();
       cached_bytes_ = 0;
     }
-    Prepared prepared = prepared_plan(key);
-    cached_bytes_ += prepared.plan.bytes_held() + prepared.transfers.size() * sizeof(Transfer);
+    auto prepared = std::make_shared<Prepared>(prepared_plan(key));
+    cached_bytes_ += prepared->plan.bytes_held() + prepared->transfers.size() * sizeof(Transfer);
     return cache_.emplace(key, std::move(prepared)).first->second;
   }
   Prepared prepared_plan(const Key& key) {
@@ -514,9 +535,10 @@ class Engine final : public AnyEngine {
 
   std::unique_ptr<T> transport_;
   Clock clock_;
+  WaitPolicy wait_;
   Ledger ledger_;
   Progress<T, Accounting> progress_;
-  std::unordered_map<Key, Prepared, KeyHash> cache_;
+  std::unordered_map<Key, std::shared_ptr<Prepared>, KeyHash> cache_;
   std::size_t cached_bytes_ = 0;
   Prepared* prepared_ = nullptr;           // of the call
   Prepared* active_ = nullptr;             // whose transfers are under way: the call's, or a meeting

@@ -41,13 +41,14 @@ std::optional<N> environment_number(const char* name, N least, N most) {
 struct Options {
   nanoseconds timeout = std::chrono::seconds(60);  // deadline of every call that names none
   bool accounting = true;
+  WaitPolicy wait = WaitPolicy::balanced;
   ModelMeter meter;
   SlotOptions slots;
   AlgorithmOverrides algorithms;
   std::string transport;  // empty: whatever fits
 
   /// `defaults`, changed by what the environment says: TALLY_TIMEOUT (seconds), TALLY_ACCOUNTING (on, off),
-  /// TALLY_METER (model, none), TALLY_MODEL_BUSY_WATTS, TALLY_MODEL_IDLE_WATTS (per core), TALLY_ALGORITHM,
+  /// TALLY_METER (model, none), TALLY_MODEL_BUSY_WATTS, TALLY_MODEL_IDLE_WATTS (per core), TALLY_ALGORITHM, TALLY_WAIT (latency, balanced, energy),
   /// TALLY_TRANSPORT (shm, thread), TALLY_SLOTS, TALLY_SLOT_BYTES, TALLY_SLOT_BUDGET (bytes).
   static Options from_environment(Options defaults) {
     using detail::environment, detail::environment_number;
@@ -57,6 +58,12 @@ struct Options {
     if (const auto v = environment("TALLY_METER")) o.meter.enabled = one_of("TALLY_METER", *v, "none", "model");
     if (const auto w = environment_number<double>("TALLY_MODEL_BUSY_WATTS", 0, 1e6)) o.meter.busy_watts = *w;
     if (const auto w = environment_number<double>("TALLY_MODEL_IDLE_WATTS", 0, 1e6)) o.meter.idle_watts = *w;
+    if (const auto v = environment("TALLY_WAIT")) {
+      if (*v == "latency") o.wait = WaitPolicy::latency;
+      else if (*v == "balanced") o.wait = WaitPolicy::balanced;
+      else if (*v == "energy") o.wait = WaitPolicy::energy;
+      else throw Error(Errc::invalid_argument, "TALLY_WAIT='" + std::string(*v) + "' is unknown; it may be latency, balanced or energy");
+    }
     if (const auto v = environment("TALLY_ALGORITHM")) o.algorithms = AlgorithmOverrides(*v);
     if (const auto v = environment("TALLY_TRANSPORT")) {
       one_of("TALLY_TRANSPORT", *v, "shm", "thread");

@@ -40,8 +40,8 @@ concept ProgressClient = requires(C& client, Transfer& transfer, const FrameInfo
 template <Transport T, class Accounting>
 class Progress {
  public:
-  Progress(T& transport, const Clock& clock)
-      : transport_(transport), clock_(clock), watch_(transport.size()), ladder_(clock), check_interval_(clock.to_ticks(std::chrono::milliseconds(20))), off_core_(clock.to_ticks(std::chrono::microseconds(10))) {}
+  Progress(T& transport, const Clock& clock, WaitPolicy wait)
+      : transport_(transport), clock_(clock), watch_(transport.size()), ladder_(clock, wait), check_interval_(clock.to_ticks(std::chrono::milliseconds(20))), off_core_(clock.to_ticks(std::chrono::microseconds(10))) {}
 
   /// An operation begins: the clock's first reading.
   void start(nanoseconds timeout) {
@@ -135,6 +135,7 @@ class Progress {
   /// A frame or a credit of t's peer is here. If it ended a wait, the wait is split: until the peer arrived; until
   /// whoever the peer depended on arrived; and the rest, in which bytes or room were on their way.
   void heard(Transfer& t, const FrameTimes& times, State rest) {
+    if (waiting_) ladder_.learn(now_ - wait_began_);
     if constexpr (!Accounting::timed) {
       waiting_ = false;
       return;

@@ -12,10 +12,12 @@
 #include <unistd.h>
 
 #include <atomic>
+#include <bit>
 #include <cerrno>
 #include <chrono>
 #include <climits>
 #include <cstdint>
+#include <string_view>
 
 #include "clock.hpp"
 #include "types.hpp"
@@ -63,14 +65,30 @@ class AsymmetricBarrier {
   }
 };
 
-/// Decides how to spend the next moment of a wait. Spinning costs the waiter's core, sleeping costs the wake-up
-/// (some 10 us): up to about twice that it spins.
+/// What a wait may cost. Where ranks outnumber cores all of them yield and park at once: the core is needed.
+enum class WaitPolicy : std::uint8_t {
+  latency,   // spins for 20 ms before it sleeps
+  balanced,  // spins for as long as sleeping would cost, less where waits have lately been long
+  energy,    // sleeps as soon as it is clear that this is a wait
+};
+constexpr std::string_view name_of(WaitPolicy policy) { return policy == WaitPolicy::latency ? "latency" : policy == WaitPolicy::balanced ? "balanced" : "energy"; }
+
+/// Decides how to spend the next moment of a wait. Spinning costs the waiter's core, sleeping costs the wake-up (some
+/// 10 us): to spin for about as long as that is never worse than twice the best choice (ski rental: Karlin et al.,
+/// "Empirical studies of competitive spinning", 1991), and the waits seen tell when not to begin.
 class Ladder {
  public:
-  explicit Ladder(const Clock& clock) : pause_after_(clock.to_ticks(std::chrono::microseconds(2))), park_after_(clock.to_ticks(std::chrono::microseconds(50))) {}
+  Ladder(const Clock& clock, WaitPolicy policy)
+      : policy_(policy), pause_after_(clock.to_ticks(std::chrono::microseconds(2))), early_(clock.to_ticks(std::chrono::microseconds(5))),
+        even_(clock.to_ticks(std::chrono::microseconds(50))), late_(clock.to_ticks(std::chrono::milliseconds(20))) {}
   void restart(bool crowded) {
     crowded_ = crowded;
     turns_ = 0;
+    park_after_ = policy_ == WaitPolicy::latency ? late_ : policy_ == WaitPolicy::energy || long_waits() ? early_ : even_;
+  }
+  /// A wait has ended. Only those that a decision could have changed count.
+  void learn(Ticks waited) {
+    if (waited > early_) history_ = static_cast<std::uint8_t>(history_ << 1 | (waited > 4 * even_ ? 1 : 0));
   }
   /// Pauses for a moment; true if the caller should park instead.
   bool climb(Ticks waited) {
@@ -88,7 +106,12 @@ class Ladder {
 
  private:
   static constexpr int max_yields = 64;
-  Ticks pause_after_, park_after_;
+  /// Most of the last eight.
+  bool long_waits() const { return std::popcount(history_) > 6; }
+
+  WaitPolicy policy_;
+  Ticks pause_after_, early_, even_, late_, park_after_ = 0;
+  std::uint8_t history_ = 0;
   bool crowded_ = false;
   int turns_ = 0;
 };
