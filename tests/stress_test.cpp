@@ -289,7 +289,7 @@ void run_rank(Communicator& comm, std::uint64_t seed, std::chrono::nanoseconds b
         std::optional<Communicator>& renewed = duplicates[common.below(duplicates.size())];
         renewed.reset();
         renewed.emplace(comm.duplicate());
-        progressed.renewed += comm.rank() == 0;
+        if (comm.rank() == 0) ++progressed.renewed;
       }
     }
     more = comm.rank() == 0 && std::chrono::steady_clock::now() < end;
