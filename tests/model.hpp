@@ -1,12 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // A small explorer: runs threads of a few steps each in all their interleavings on a memory that reorders as
 // hardware does, and finds every way to break an expectation or to wait for ever.
-//
-// tso: stores queue in a buffer per thread, leave it in order and at any time, and are seen by their own thread at
-// once. weak: stores to different locations leave in any order, except that a release store waits for all earlier
-// ones; and a thread may go on reading the value that a location had before others changed it, as if it had loaded
-// early, until it loads with acquire or fences. Not modelled: a load that takes effect after a later store of its
-// thread (a release store never lets that happen), and processors that disagree about the order of stores.
 #pragma once
 
 #include <algorithm>
@@ -23,6 +17,11 @@
 
 namespace model {
 
+/// tso: stores queue in a buffer per thread, leave it in order and at any time, and are seen by their own thread at
+/// once. weak: stores to different locations leave in any order, except that a release store waits for all earlier
+/// ones; and a thread may go on reading the value that a location had before others changed it, as if it had loaded
+/// early, until it loads with acquire or fences. Not modelled: a load that takes effect after a later store of its
+/// thread (a release store never lets that happen), and processors that disagree about the order of stores.
 enum class Memory { tso, weak };
 enum class Order { relaxed, acquire, release };  // plain accesses are relaxed
 
