@@ -184,9 +184,11 @@ class Progress {
     const bool park = ladder_.climb(now_ - wait_began_);
     if (transport_.aborted()) client.raise_abort();
     now_ = clock_.now();
-    // A pause is short: if this took long, the core was given to someone else.
-    if constexpr (Accounting::timed)
-      if (now_ - before > off_core_) watch_.slept(now_ - before);
+    // A pause is short: if this took long, the core was given to someone else, and perhaps it should have it more often.
+    if (now_ - before > off_core_) {
+      ladder_.give_way();
+      if constexpr (Accounting::timed) watch_.slept(now_ - before);
+    }
     if (park && now_ < deadline_) {
       sleep(client);
       if (!waiting_) return;

@@ -86,6 +86,11 @@ class Ladder {
     turns_ = 0;
     park_after_ = policy_ == WaitPolicy::latency ? late_ : policy_ == WaitPolicy::energy || long_waits() ? early_ : even_;
   }
+  /// Others want this core: for the rest of this wait it is treated as crowded.
+  void give_way() {
+    if (!crowded_) turns_ = 0;
+    crowded_ = true;
+  }
   /// A wait has ended. Only those that a decision could have changed count.
   void learn(Ticks waited) {
     if (waited > early_) history_ = static_cast<std::uint8_t>(history_ << 1 | (waited > 4 * even_ ? 1 : 0));
