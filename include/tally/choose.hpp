@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which algorithm runs: by type where the caller names one, else by name from the environment, else by size and
-// rank count. The choice is a pure function of its arguments, so all ranks make the same one.
+// The algorithms there are, by type and by name, and which of them the environment asks for. Who is chosen where
+// nobody asks is the business of cost.hpp.
 #pragma once
 
 #include <concepts>
@@ -141,22 +141,5 @@ class AlgorithmOverrides {
   }
   AlgorithmRef chosen_[std::size(all_operations) + 1];
 };
-
-/// The default. Small data pays for latency: as few rounds as possible. Large data pays for bytes.
-constexpr AlgorithmRef choose_algorithm(Operation operation, std::size_t bytes, int n, bool direct = false) {
-  if (direct && n > 1 && bytes >= 4096) return find_algorithm(operation, ZeroCopy::name);
-  const bool small = bytes <= 8192;
-  switch (operation) {
-    case Operation::all_reduce:
-      if (n == 2) return algorithm_ref<RecursiveDoubling, Operation::all_reduce>();
-      if (small) return n <= 8 ? algorithm_ref<OneShot, Operation::all_reduce>() : algorithm_ref<RecursiveDoubling, Operation::all_reduce>();
-      return algorithm_ref<Ring, Operation::all_reduce>();
-    case Operation::barrier: return n <= 8 ? algorithm_ref<OneShot, Operation::barrier>() : algorithm_ref<RecursiveDoubling, Operation::barrier>();
-    case Operation::reduce: return n <= 3 && small ? algorithm_ref<OneShot, Operation::reduce>() : algorithm_ref<Tree, Operation::reduce>();
-    case Operation::broadcast: return n <= 3 && small ? algorithm_ref<OneShot, Operation::broadcast>() : algorithm_ref<Tree, Operation::broadcast>();
-    case Operation::all_gather: return small ? algorithm_ref<OneShot, Operation::all_gather>() : algorithm_ref<Ring, Operation::all_gather>();
-    default: return small || n == 2 ? algorithm_ref<OneShot, Operation::reduce_scatter>() : algorithm_ref<Ring, Operation::reduce_scatter>();
-  }
-}
 
 }  // namespace tally::inline v0

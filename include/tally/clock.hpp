@@ -43,7 +43,7 @@ class Clock {
     return nanoseconds(static_cast<std::int64_t>((static_cast<Wide>(duration) * factor_) >> 32));
   }
   Ticks to_ticks(nanoseconds duration) const {
-    return static_cast<Ticks>((static_cast<Wide>(duration.count() > 0 ? duration.count() : 0) << 32) / factor_);
+    return static_cast<Ticks>((static_cast<Wide>(duration.count() > 0 ? duration.count() : 0) * inverse_) >> 32);
   }
   bool is_tsc() const { return tsc_; }
 
@@ -90,10 +90,11 @@ class Clock {
     }
     const Sample end = sample();
     factor_ = static_cast<std::uint64_t>((static_cast<Wide>(end.ns - begin.ns) << 32) / (end.tsc - begin.tsc));
+    inverse_ = static_cast<std::uint64_t>((static_cast<Wide>(end.tsc - begin.tsc) << 32) / (end.ns - begin.ns));
   }
 
   bool tsc_;
-  std::uint64_t factor_ = std::uint64_t{1} << 32;  // nanoseconds per tick, 32.32
+  std::uint64_t factor_ = std::uint64_t{1} << 32, inverse_ = factor_;  // nanoseconds per tick, ticks per nanosecond, 32.32
 };
 
 }  // namespace tally::inline v0

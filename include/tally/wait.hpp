@@ -12,7 +12,6 @@
 #include <unistd.h>
 
 #include <atomic>
-#include <bit>
 #include <cerrno>
 #include <chrono>
 #include <climits>
@@ -84,7 +83,7 @@ class Ladder {
   void restart(bool crowded) {
     crowded_ = crowded;
     turns_ = 0;
-    park_after_ = policy_ == WaitPolicy::latency ? late_ : policy_ == WaitPolicy::energy || long_waits() ? early_ : even_;
+    park_after_ = policy_ == WaitPolicy::latency ? late_ : policy_ == WaitPolicy::energy || long_waits_ > 160 ? early_ : even_;
   }
   /// Others want this core: for the rest of this wait it is treated as crowded.
   void give_way() {
@@ -93,7 +92,7 @@ class Ladder {
   }
   /// A wait has ended. Only those that a decision could have changed count.
   void learn(Ticks waited) {
-    if (waited > early_) history_ = static_cast<std::uint8_t>(history_ << 1 | (waited > 4 * even_ ? 1 : 0));
+    if (waited > early_) long_waits_ += ((waited > 4 * even_ ? 256 : 0) - long_waits_) / 4;
   }
   /// Pauses for a moment; true if the caller should park instead.
   bool climb(Ticks waited) {
@@ -111,12 +110,9 @@ class Ladder {
 
  private:
   static constexpr int max_yields = 64;
-  /// Most of the last eight.
-  bool long_waits() const { return std::popcount(history_) > 6; }
-
   WaitPolicy policy_;
   Ticks pause_after_, early_, even_, late_, park_after_ = 0;
-  std::uint8_t history_ = 0;
+  int long_waits_ = 0;  // of 256, the last ones weigh most: after four in a row it is above 160
   bool crowded_ = false;
   int turns_ = 0;
 };

@@ -28,6 +28,12 @@ namespace tally::inline v0 {
 
 namespace detail {
 
+/// Rounded up to whole pages.
+inline std::size_t in_pages(std::size_t bytes) {
+  const auto page = static_cast<std::size_t>(::sysconf(_SC_PAGESIZE));
+  return (bytes + page - 1) / page * page;
+}
+
 inline std::string errno_text(int error) { return std::generic_category().message(error); }
 
 class FileDescriptor {
@@ -78,13 +84,14 @@ class ShmFile {
     throw Error(Errc::no_resources, "no memory for " + std::to_string(bytes) + " bytes of shared memory: " + detail::errno_text(error));
   }
 
-  /// Adds a region at the end and returns where it begins.
+  /// Adds a region at the end and returns where it begins: on a page.
   std::uint64_t append(std::size_t bytes) {
     const std::lock_guard lock(appending_);
     struct stat info {};
     ::fstat(fd_.get(), &info);
-    grow(static_cast<std::size_t>(info.st_size) + bytes);
-    return static_cast<std::uint64_t>(info.st_size);
+    const std::size_t begin = detail::in_pages(static_cast<std::size_t>(info.st_size));
+    grow(begin + bytes);
+    return begin;
   }
 
   /// From here on `runs` can tell. The pids are as this process sees them.
@@ -140,9 +147,9 @@ class ShmMemory final : public SlotMemory {
   void release(std::uint64_t) override {}
 
   // A page in front counts who let go. A rank that dies is never counted: then the pages go with the file.
-  std::uint64_t reserve(std::size_t bytes) override { return file_->append(in_pages(bytes) + in_pages(1)); }
+  std::uint64_t reserve(std::size_t bytes) override { return file_->append(detail::in_pages(bytes) + detail::in_pages(1)); }
   std::shared_ptr<std::byte> map(std::uint64_t token, std::size_t bytes) override {
-    const std::size_t front = in_pages(1), all = in_pages(bytes) + front;
+    const std::size_t front = detail::in_pages(1), all = detail::in_pages(bytes) + front;
     file_->grow(token + all);
     void* base = ::mmap(nullptr, all, PROT_READ | PROT_WRITE, MAP_SHARED, file_->get(), static_cast<off_t>(token));
     if (base == MAP_FAILED) throw Error(Errc::no_resources, "cannot map " + std::to_string(all) + " bytes of shared memory: " + detail::errno_text(errno));
@@ -157,11 +164,7 @@ class ShmMemory final : public SlotMemory {
   bool one_address_space() const override { return false; }
 
  private:
-  static std::size_t in_pages(std::size_t bytes) {
-    const auto page = static_cast<std::size_t>(::sysconf(_SC_PAGESIZE));
-    return (bytes + page - 1) / page * page;
-  }
-  std::size_t mapped() const { return in_pages(layout().bytes()); }
+  std::size_t mapped() const { return detail::in_pages(layout().bytes()); }
 
   std::shared_ptr<ShmFile> file_;
   std::size_t offset_;
