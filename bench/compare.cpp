@@ -1,478 +1,302 @@
 // SPDX-License-Identifier: Apache-2.0
-// tally against MPI in the same processes: blocks of calls of one and the other alternate, so that whatever else
-// the machine does hits both. Beside them, from the same rounds, what the machine itself needs: a cache line's
-// round trip between two ranks and a copy of as many bytes. Start with mpirun; compare.sh does.
-#include <mpi.h>
-
+// Races tally against Open MPI, MPICH and Gloo, interleaved in one run, beside what the machine itself needs. Every
+// library runs in processes of its own (compare_*.cpp) and takes its turns in race.hpp; here are the arguments and
+// what is printed.
 #include <CLI/CLI.hpp>
 #include <array>
-#include <atomic>
+#include <cmath>
 #include <fstream>
-#include <functional>
 #include <iostream>
 #include <nlohmann/json.hpp>
-#include <tally/tally.hpp>
+#include <optional>
 
-#include "exact.hpp"
 #include "measure.hpp"
+#include "picture.hpp"
+#include "race.hpp"
 
 namespace {
 
+using bench::Contender;
+using bench::Kind;
+using bench::Op;
+using bench::Row;
+using bench::Times;
 using Json = nlohmann::ordered_json;
 
-constexpr int least_rounds = 11;
+const std::vector<bench::Entry>& all_entries() {
+  static const std::vector<bench::Entry> entries{
+      {"tally", "tally", Kind::reference, "compare_tally", {}, "build the target comparison"},
+      {"open_mpi", "Open MPI", Kind::peer, "compare_open_mpi", {"mpirun.openmpi", "mpirun"}, "install openmpi-bin, libopenmpi-dev and pkg-config"},
+      {"mpich", "MPICH", Kind::peer, "compare_mpich", {"mpiexec.mpich", "mpiexec.hydra"}, "install mpich, libmpich-dev and pkg-config"},
+      {"gloo", "Gloo", Kind::peer, "compare_gloo", {}, "install libgloo-dev"},
+      {"trip", "a cache line there and back", Kind::limit, "compare_limits", {}, "build the target comparison"},
+      {"copy", "a copy in own memory", Kind::limit, "compare_limits", {}, "build the target comparison"},
+      {"combine", "a bare loop over shared buffers", Kind::limit, "compare_limits", {}, "build the target comparison"},
+  };
+  return entries;
+}
 
 struct Settings {
-  std::vector<std::string> ops{"all_reduce"};
+  int ranks = 2;
+  std::vector<Op> ops{Op::all_reduce};
+  std::vector<std::string> peers;
   std::size_t least = 8, most = std::size_t{64} << 20, factor = 4;
-  int rounds = 0;  // 0: as many as fit into `seconds`
-  double seconds = 3, block_ms = 1;
-  std::string json;
-  bool only_arguments = false;
+  bench::Limits limits;
+  std::string json, svg;
 };
-
-constexpr std::array known_ops{"all_reduce", "reduce", "broadcast", "all_gather", "reduce_scatter", "barrier"};
-
-// ---- the machine's limits ----
-
-/// Lines of memory shared by the ranks of this host: a meeting point that belongs to neither library.
-class SharedLines {
- public:
-  SharedLines(int rank, int size) : rank_(rank), size_(size) {
-    void* mine = nullptr;
-    MPI_Win_allocate_shared(rank == 0 ? sizeof(Lines) : 0, 1, MPI_INFO_NULL, MPI_COMM_WORLD, &mine, &window_);
-    MPI_Aint bytes = 0;
-    int unit = 0;
-    void* base = nullptr;
-    MPI_Win_shared_query(window_, 0, &bytes, &unit, &base);
-    const auto address = (reinterpret_cast<std::uintptr_t>(base) + 127) / 128 * 128;
-    lines_ = reinterpret_cast<Line*>(address);
-    if (rank == 0)
-      for (int i = 0; i < line_count; ++i) new (&lines_[i]) Line;
-    MPI_Barrier(MPI_COMM_WORLD);
-  }
-  void free() { MPI_Win_free(&window_); }
-
-  /// All ranks leave at nearly the same time.
-  void meet() {
-    ++turn_;
-    if (lines_[arrivals].value.fetch_add(1) + 1 == turn_ * static_cast<std::uint32_t>(size_)) lines_[release].value.store(turn_);
-    while (lines_[release].value.load(std::memory_order_acquire) != turn_) rest();
-  }
-  /// Rank 0's word, the same on all ranks.
-  bool ask_first(bool word) {
-    if (rank_ == 0) lines_[verdict].value.store(word);
-    meet();
-    return lines_[verdict].value.load() != 0;  // not written again before the next meeting
-  }
-  /// Microseconds per round trip of one line from rank 0 to rank 1 and back; NaN on other ranks or alone.
-  double round_trip(int trips) {
-    if (size_ < 2 || rank_ > 1) return std::numeric_limits<double>::quiet_NaN();
-    std::atomic<std::uint32_t>& there = lines_[ping].value;
-    std::atomic<std::uint32_t>& back = lines_[pong].value;
-    constexpr int warm_up = 100;
-    double begin = 0;
-    for (int i = -warm_up; i < trips; ++i) {
-      if (i == 0) begin = bench::seconds_now();
-      ++trip_;
-      if (rank_ == 0) {
-        there.store(trip_, std::memory_order_release);
-        while (back.load(std::memory_order_acquire) != trip_) rest();
-      } else {
-        while (there.load(std::memory_order_acquire) != trip_) rest();
-        back.store(trip_, std::memory_order_release);
-      }
-    }
-    return (bench::seconds_now() - begin) / trips * 1e6;
-  }
-  void crowd(bool crowded) { crowded_ = crowded; }
-
- private:
-  struct alignas(128) Line {
-    std::atomic<std::uint32_t> value{0};
-  };
-  enum : std::size_t { arrivals, release, ping, pong, verdict };
-  static constexpr int line_count = 5;
-  struct Lines {
-    Line line[line_count + 1];
-  };
-  void rest() const {
-    if (crowded_) sched_yield();
-  }
-  int rank_, size_;
-  MPI_Win window_ = MPI_WIN_NULL;
-  Line* lines_ = nullptr;
-  std::uint32_t turn_ = 0, trip_ = 0;
-  bool crowded_ = false;
-};
-
-// ---- the operations, in both libraries ----
-
-/// What one rank has for one operation and size.
-struct Work {
-  int rank, size;
-  std::size_t count;  // of the larger side
-  std::span<float> in, out;
-  std::size_t block() const { return count / static_cast<std::size_t>(size); }
-};
-
-struct Contender {
-  std::function<tally::Report()> tally;
-  std::function<void()> mpi;
-  std::function<void(int turn)> fill;
-  std::function<std::uint64_t(int turn)> wrong;
-  std::function<void()> settle;  // values that stay what they are however often the call is repeated
-};
-
-Contender contender(const std::string& op, tally::Communicator& comm, const Work& w) {
-  using Pattern = bench::Pattern<float>;
-  const auto input_of = [w](int rank, int turn) { return Pattern::input(bench::Reduce::sum, w.size, rank, turn); };
-  const auto result = [w](int turn) { return Pattern::result(bench::Reduce::sum, w.size, turn); };
-  const int count = static_cast<int>(w.count), block = static_cast<int>(w.block());
-  Contender c;
-  c.fill = [w, input_of](int turn) {
-    if (w.out.data() != w.in.data()) std::fill(w.out.begin(), w.out.end(), -1.0f);
-    input_of(w.rank, turn).fill(w.in);
-  };
-  c.settle = [w] {
-    std::fill(w.in.begin(), w.in.end(), 0.0f);
-    std::fill(w.out.begin(), w.out.end(), 0.0f);
-  };
-  if (op == "all_reduce") {  // in place
-    c.tally = [&comm, w] { return comm.all_reduce(w.in, tally::sum); };
-    c.mpi = [w, count] { MPI_Allreduce(MPI_IN_PLACE, w.in.data(), count, MPI_FLOAT, MPI_SUM, MPI_COMM_WORLD); };
-    c.wrong = [w, result](int turn) { return result(turn).count_wrong(w.in); };
-  } else if (op == "reduce") {
-    c.tally = [&comm, w] { return comm.reduce(w.in, w.out, tally::sum, 0); };
-    c.mpi = [w, count] { MPI_Reduce(w.in.data(), w.out.data(), count, MPI_FLOAT, MPI_SUM, 0, MPI_COMM_WORLD); };
-    c.wrong = [w, result](int turn) { return w.rank == 0 ? result(turn).count_wrong(w.out) : 0; };
-  } else if (op == "broadcast") {
-    c.tally = [&comm, w] { return comm.broadcast(w.in, 0); };
-    c.mpi = [w, count] { MPI_Bcast(w.in.data(), count, MPI_FLOAT, 0, MPI_COMM_WORLD); };
-    c.wrong = [w, input_of](int turn) { return input_of(0, turn).count_wrong(w.in); };
-  } else if (op == "all_gather") {
-    const std::span<float> mine = w.in.first(w.block());
-    c.tally = [&comm, w, mine] { return comm.all_gather(mine, w.out); };
-    c.mpi = [w, block] { MPI_Allgather(w.in.data(), block, MPI_FLOAT, w.out.data(), block, MPI_FLOAT, MPI_COMM_WORLD); };
-    c.wrong = [w, input_of](int turn) {
-      std::uint64_t wrong = 0;
-      for (int r = 0; r < w.size; ++r) wrong += input_of(r, turn).count_wrong(w.out.subspan(static_cast<std::size_t>(r) * w.block(), w.block()));
-      return wrong;
-    };
-  } else if (op == "reduce_scatter") {
-    const std::span<float> mine = w.out.first(w.block());
-    c.tally = [&comm, w, mine] { return comm.reduce_scatter(w.in, mine, tally::sum); };
-    c.mpi = [w, block] { MPI_Reduce_scatter_block(w.in.data(), w.out.data(), block, MPI_FLOAT, MPI_SUM, MPI_COMM_WORLD); };
-    c.wrong = [w, mine, result](int turn) { return result(turn).count_wrong(mine, static_cast<std::size_t>(w.rank) * w.block()); };
-  } else {
-    c.tally = [&comm] { return comm.barrier(); };
-    c.mpi = [] { MPI_Barrier(MPI_COMM_WORLD); };
-    c.wrong = [](int) { return std::uint64_t{0}; };
-  }
-  return c;
-}
-
-// ---- measuring ----
-
-struct Row {
-  std::string op;
-  std::size_t bytes = 0;
-  int calls = 0;
-  int rounds = 0;
-  double tally_us = 0, mpi_us = 0, tally_min_us = 0, mpi_min_us = 0, ratio = 0, idle = 0, round_trip_us = 0, copy_us = 0, copy_gbs = 0;
-  std::uint64_t wrong = 0, tally_wrong = 0, mpi_wrong = 0;
-};
-
-class Comparison {
- public:
-  Comparison(tally::Communicator& comm, SharedLines& lines, const Settings& settings) : comm_(comm), lines_(lines), settings_(settings) {}
-
-  Row run(const std::string& op, std::size_t bytes) {
-    const std::size_t n = static_cast<std::size_t>(comm_.size());
-    std::size_t count = bytes / sizeof(float);
-    if (op == "all_gather" || op == "reduce_scatter") count = std::max<std::size_t>(count / n, 1) * n;
-    if (op == "barrier") count = 0;
-    const bool apart = op == "reduce" || op == "all_gather" || op == "reduce_scatter";
-    const bench::Memory first(count * sizeof(float)), second(apart ? count * sizeof(float) : 0);
-    const std::span<float> in = first.as<float>(count);
-    const Contender c = contender(op, comm_, {comm_.rank(), comm_.size(), count, in, apart ? second.as<float>(count) : in});
-
-    Row row;
-    row.op = op;
-    row.bytes = count * sizeof(float);
-    check(c, row);
-    c.settle();
-    plan_blocks(c, row);
-
-    std::vector<double> tally_us, mpi_us, trip_us, copy_us;
-    double idle = 0, elapsed = 0;
-    const double began = bench::seconds_now();
-    for (int round = 0; round < row.rounds; ++round) {
-      // Who goes first alternates too.
-      for (int turn = 0; turn < 2; ++turn) {
-        if ((round + turn) % 2 == 0)
-          tally_us.push_back(block(row.calls, [&] {
-            const tally::Report report = c.tally();
-            idle += static_cast<double>(report.idle().count());
-            elapsed += static_cast<double>(report.elapsed.count());
-          }));
-        else mpi_us.push_back(block(row.calls, c.mpi));
-      }
-      lines_.meet();
-      trip_us.push_back(lines_.round_trip(200));
-      copy_us.push_back(copy_block(row.bytes));
-      // The machine may have become busier than the plan was made for.
-      const bool late = settings_.rounds == 0 && bench::seconds_now() - began > settings_.seconds;
-      if (lines_.ask_first(late) && round + 1 >= least_rounds) row.rounds = round + 1;
-    }
-    slowest(tally_us);
-    slowest(mpi_us);
-    slowest(copy_us);
-    std::vector<double> ratios;
-    for (std::size_t i = 0; i < tally_us.size(); ++i) ratios.push_back(mpi_us[i] / tally_us[i]);
-    row.tally_us = bench::median(tally_us);
-    row.mpi_us = bench::median(mpi_us);
-    row.tally_min_us = bench::quantile(tally_us, 0);
-    row.mpi_min_us = bench::quantile(mpi_us, 0);
-    row.ratio = bench::median(ratios);
-    row.round_trip_us = bench::median(trip_us);
-    row.copy_us = row.bytes > 0 ? bench::median(copy_us) : std::numeric_limits<double>::quiet_NaN();
-    row.copy_gbs = static_cast<double>(row.bytes) / row.copy_us * 1e-3;
-    double sums[2] = {idle, elapsed};
-    MPI_Allreduce(MPI_IN_PLACE, sums, 2, MPI_DOUBLE, MPI_SUM, MPI_COMM_WORLD);
-    row.idle = sums[0] / sums[1];
-    check(c, row);
-    return row;
-  }
-
- private:
-  void check(const Contender& c, Row& row) {
-    for (int turn = 0; turn < 2; ++turn) {
-      std::uint64_t wrong[2] = {};
-      c.fill(turn);
-      c.tally();
-      wrong[0] = c.wrong(turn);
-      c.fill(turn + 2);
-      c.mpi();
-      wrong[1] = c.wrong(turn + 2);
-      MPI_Allreduce(MPI_IN_PLACE, wrong, 2, MPI_UINT64_T, MPI_SUM, MPI_COMM_WORLD);
-      row.tally_wrong += wrong[0];
-      row.mpi_wrong += wrong[1];
-    }
-    row.wrong = row.tally_wrong + row.mpi_wrong;
-  }
-
-  /// How many calls fill a block, and how many rounds of blocks fill the time. Also the warm-up.
-  void plan_blocks(const Contender& c, Row& row) {
-    const double wanted_us = settings_.block_ms * 1000;
-    int calls = 1;
-    double mpi_us = 0, tally_us = 0;
-    for (bool enough = false; !enough; calls *= enough ? 1 : 2) {
-      std::vector<double> us{block(calls, c.mpi), block(calls, [&] { c.tally(); })};
-      slowest(us);  // so that all ranks decide the same
-      mpi_us = us[0];
-      tally_us = us[1];
-      enough = std::min(mpi_us, tally_us) * calls >= wanted_us / 2 || calls >= 1 << 20;
-    }
-    row.calls = std::max(2, static_cast<int>(wanted_us / std::min(mpi_us, tally_us)));
-    const double round_s = (row.calls + 1) * (mpi_us + tally_us) * 1e-6;
-    row.rounds = settings_.rounds > 0 ? settings_.rounds : 1 + 2 * static_cast<int>(std::clamp(settings_.seconds / round_s / 2, least_rounds / 2.0, 500.0));
-  }
-
-  /// Microseconds per call on this rank; all ranks begin together.
-  template <class F>
-  double block(int calls, const F& call) {
-    call();  // the first one after the other library's block refills caches
-    lines_.meet();
-    const double begin = bench::seconds_now();
-    for (int i = 0; i < calls; ++i) call();
-    return (bench::seconds_now() - begin) / calls * 1e6;
-  }
-
-  /// Microseconds to copy `bytes` in this rank's own memory, while all ranks do.
-  double copy_block(std::size_t bytes) {
-    if (from_.bytes() < bytes) from_ = bench::Memory(bytes), to_ = bench::Memory(bytes);
-    static void* (*volatile const copy)(void*, const void*, std::size_t) = std::memcpy;  // no copy is optimised away
-    const std::size_t times = std::clamp<std::size_t>((std::size_t{4} << 20) / std::max<std::size_t>(bytes, 1), 1, 2000);
-    copy(to_.data(), from_.data(), bytes);
-    lines_.meet();
-    const double begin = bench::seconds_now();
-    for (std::size_t i = 0; i < times; ++i) copy(to_.data(), from_.data(), bytes);
-    return (bench::seconds_now() - begin) / static_cast<double>(times) * 1e6;
-  }
-
-  /// A block has taken as long as it took the slowest rank.
-  static void slowest(std::vector<double>& values) { MPI_Allreduce(MPI_IN_PLACE, values.data(), static_cast<int>(values.size()), MPI_DOUBLE, MPI_MAX, MPI_COMM_WORLD); }
-
-  tally::Communicator& comm_;
-  SharedLines& lines_;
-  const Settings& settings_;
-  bench::Memory from_{0}, to_{0};
-};
-
-// ---- output ----
-
-std::string mpi_name() {
-  char text[MPI_MAX_LIBRARY_VERSION_STRING];
-  int length = 0;
-  MPI_Get_library_version(text, &length);
-  const std::string whole(text, static_cast<std::size_t>(length));
-  return whole.substr(0, whole.find_first_of(",\n"));
-}
-
-/// "core 0; core 1": where each rank may run.
-std::string binding_of_all(int size) {
-  char mine[64] = {};
-  bench::core_list(bench::allowed_cores()).copy(mine, sizeof mine - 1);
-  std::vector<char> all(sizeof mine * static_cast<std::size_t>(size));
-  MPI_Allgather(mine, sizeof mine, MPI_CHAR, all.data(), sizeof mine, MPI_CHAR, MPI_COMM_WORLD);
-  std::string text;
-  for (std::size_t r = 0; r < static_cast<std::size_t>(size); ++r) text += (r ? "; " : "") + std::to_string(r) + ": " + &all[r * sizeof mine];
-  return text;
-}
-
-void print_header(std::ostream& out, const Settings& s, int size, const std::string& binding) {
-  out << "# machine  " << bench::machine_line() << '\n'
-      << "# ranks    " << size << " processes, cores they may use: " << binding << '\n'
-      << "# MPI      " << mpi_name() << '\n'
-      << "# method   " << "11 or more rounds, in each a block of calls (about " << s.block_ms << " ms) of tally and one of MPI in alternating order; us per call of the slowest rank, median and least of the rounds\n"
-      << "# ratio    MPI / tally, median over rounds: above 1 tally is faster\n"
-      << "# idle     share of tally's calls in which ranks waited, by its own account\n"
-      << "# limits   trip: one cache line from rank 0 to rank 1 and back; copy: memcpy of as many bytes in a rank's own memory, all ranks at once\n"
-      << "# op             bytes   tally_us     mpi_us    ratio  tally_min    mpi_min   idle%  wrong rounds |  trip_us    copy_us  copy_GB/s" << std::endl;
-}
-void print_row(std::ostream& out, const Row& r) {
-  char line[256];
-  std::snprintf(line, sizeof line, "%-14s %7s %10s %10s %8s %10s %10s %7s %6llu %6d | %8s %10s %10s", r.op.c_str(), bench::size_text(r.bytes).c_str(), bench::cell(r.tally_us).c_str(), bench::cell(r.mpi_us).c_str(),
-                bench::cell(r.ratio).c_str(), bench::cell(r.tally_min_us).c_str(), bench::cell(r.mpi_min_us).c_str(), bench::cell(100 * r.idle).c_str(), static_cast<unsigned long long>(r.wrong), r.rounds,
-                bench::cell(r.round_trip_us).c_str(), bench::cell(r.copy_us).c_str(), bench::cell(r.copy_gbs).c_str());
-  out << line << std::endl;
-}
-Json json_of(const Row& r, int ranks, const std::string& binding) {
-  const auto number = [](double x) { return std::isfinite(x) ? Json(x) : Json(nullptr); };
-  return {{"op", r.op},
-          {"ranks", ranks},
-          {"bytes", r.bytes},
-          {"placement", binding},
-          {"mpi", mpi_name()},
-          {"rounds", r.rounds},
-          {"calls_per_block", r.calls},
-          {"tally_us", number(r.tally_us)},
-          {"mpi_us", number(r.mpi_us)},
-          {"ratio", number(r.ratio)},
-          {"tally_min_us", number(r.tally_min_us)},
-          {"mpi_min_us", number(r.mpi_min_us)},
-          {"idle_fraction", number(r.idle)},
-          {"tally_wrong", r.tally_wrong},
-          {"mpi_wrong", r.mpi_wrong},
-          {"round_trip_us", number(r.round_trip_us)},
-          {"copy_us", number(r.copy_us)},
-          {"copy_gbs", number(r.copy_gbs)}};
-}
 
 // ---- arguments ----
 
+std::vector<std::string> words(const std::string& list) {
+  std::vector<std::string> result;
+  for (std::string rest = list + ","; !rest.empty(); rest.erase(0, rest.find(',') + 1)) result.push_back(rest.substr(0, rest.find(',')));
+  return result;
+}
+
 /// Exit status if the program ends here.
-std::optional<int> parse(int argc, char** argv, Settings& s, bool speaks) {
-  CLI::App app{"Compares tally with MPI, interleaved in one run. Start it with mpirun, or use bench/compare.sh."};
-  std::string ops = "all_reduce", least = "8", most = "64M";
+std::optional<int> parse(int argc, char** argv, Settings& s) {
+  CLI::App app{"Races tally against Open MPI, MPICH and Gloo, interleaved in one run. bench/compare.sh installs and builds all that it needs."};
+  std::string ops = "all_reduce", peers = "open_mpi,mpich,gloo", least = "8", most = "64M";
+  double block_ms = s.limits.block_s * 1e3;
   app.option_defaults()->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);
+  app.add_option("-n,--ranks", s.ranks, "ranks of each library")->check(CLI::Range(2, bench::most_ranks))->capture_default_str();
   app.add_option("--ops", ops, "comma-separated: all_reduce, reduce, broadcast, all_gather, reduce_scatter, barrier, or all")->capture_default_str();
+  app.add_option("--peers", peers, "comma-separated: whom to race against, or none")->capture_default_str();
   app.add_option("-b,--min", least, "smallest size in bytes; suffixes K, M, G")->capture_default_str();
   app.add_option("-e,--max", most, "largest size; always measured itself")->capture_default_str();
   app.add_option("-f,--factor", s.factor, "from size to size")->check(CLI::Range(2, 1 << 20))->capture_default_str();
-  app.add_option("--seconds", s.seconds, "time for one size; there are at least 11 rounds")->check(CLI::Range(0.01, 3600.0))->capture_default_str();
-  app.add_option("--rounds", s.rounds, "blocks per size and library; default: by time")->check(CLI::Range(least_rounds, 10001));
-  app.add_option("--block-ms", s.block_ms, "length of a block in milliseconds (at least 2 calls)")->check(CLI::Range(0.01, 10000.0))->capture_default_str();
+  app.add_option("--seconds", s.limits.seconds, "time for one size; there are at least 11 rounds, unless they take ten times as long")->check(CLI::Range(0.01, 3600.0))->capture_default_str();
+  app.add_option("--rounds", s.limits.rounds, "blocks per size and contestant; default: by time")->check(CLI::Range(1, 10001));
+  app.add_option("--block-ms", block_ms, "length of a block in milliseconds (at least 1 call)")->check(CLI::Range(0.01, 1000.0))->capture_default_str();
   app.add_option("--json", s.json, "JSON lines to this file; '-': to stdout, and the table to stderr");
-  app.add_flag("--only-arguments", s.only_arguments, "check the arguments and end");
-  const auto refuse = [&](const std::string& why) {
-    if (speaks) std::cerr << "compare: " << why.substr(0, why.find('\n')) << '\n';
+  app.add_option("--svg", s.svg, "a picture of time against size to this file, by gnuplot");
+  const auto refuse = [](const std::string& why) {
+    std::cerr << "compare: " << why.substr(0, why.find('\n')) << '\n';
     return 2;
   };
   try {
     app.parse(argc, argv);
   } catch (const CLI::CallForHelp&) {
-    if (speaks) std::cout << app.help();
+    std::cout << app.help();
     return 0;
   } catch (const CLI::ParseError& error) {
     return refuse(error.what());
   }
+  s.limits.block_s = block_ms * 1e-3;
   s.ops.clear();
-  for (std::string rest = ops + ","; !rest.empty(); rest.erase(0, rest.find(',') + 1)) {
-    const std::string op = rest.substr(0, rest.find(','));
-    if (op == "all") s.ops.assign(known_ops.begin(), known_ops.end());
-    else if (std::find(known_ops.begin(), known_ops.end(), op) != known_ops.end()) s.ops.push_back(op);
-    else return refuse("--ops: unknown operation '" + op + "'; there are all_reduce, reduce, broadcast, all_gather, reduce_scatter, barrier, all");
+  for (const std::string& word : words(ops)) {
+    const auto known = std::find(bench::op_names.begin(), bench::op_names.end(), word);
+    if (word != "all" && known == bench::op_names.end()) return refuse("--ops: unknown operation '" + word + "'; there are all_reduce, reduce, broadcast, all_gather, reduce_scatter, barrier, all");
+    for (std::size_t i = 0; i < bench::op_names.size(); ++i)
+      if (word == "all" || word == bench::op_names[i]) s.ops.push_back(static_cast<Op>(i));
   }
+  if (peers != "none")
+    for (const std::string& word : words(peers)) {
+      const auto& entries = all_entries();
+      if (std::none_of(entries.begin(), entries.end(), [&](const bench::Entry& e) { return e.kind == Kind::peer && e.name == word; })) return refuse("--peers: unknown '" + word + "'; there are open_mpi, mpich, gloo, none");
+      s.peers.push_back(word);
+    }
   const auto low = bench::parse_size(least), high = bench::parse_size(most);
   if (!low || *low < sizeof(float) || *low % sizeof(float) != 0) return refuse("--min: '" + least + "' is no multiple of 4 bytes");
   if (!high || *high % sizeof(float) != 0) return refuse("--max: '" + most + "' is no multiple of 4 bytes");
   if (*high < *low) return refuse("--max is less than --min");
   if (*high / sizeof(float) > static_cast<std::size_t>(std::numeric_limits<int>::max())) return refuse("--max: MPI counts elements in an int");
+  if (!s.svg.empty() && bench::find_program("gnuplot").empty()) return refuse("--svg: there is no gnuplot (Debian: gnuplot-nox)");
   s.least = *low;
   s.most = *high;
   return std::nullopt;
 }
 
-std::vector<std::size_t> sizes_of(const Settings& s) {
+std::vector<std::size_t> sizes_of(const Settings& s, Op op) {
+  if (op == Op::barrier) return {0};
   std::vector<std::size_t> sizes;
   for (std::size_t bytes = s.least; bytes < s.most; bytes *= s.factor) sizes.push_back(bytes);
   sizes.push_back(s.most);
   return sizes;
 }
 
-bool compare(tally::Communicator& comm, const Settings& settings) {
-  SharedLines lines(comm.rank(), comm.size());
-  lines.crowd(comm.size() > ::sysconf(_SC_NPROCESSORS_ONLN));
-  const std::string binding = binding_of_all(comm.size());
-  const bool speaks = comm.rank() == 0;
+// ---- output ----
+
+/// What is printed about a race, row by row.
+class Output {
+ public:
+  Output(std::ostream& table, std::ostream* json, const bench::Race& race, const Settings& settings) : table_(table), json_(json), race_(race), settings_(settings) {
+    for (std::size_t i = 0; i < race.contenders().size(); ++i)
+      if (race.contenders()[i].entry().kind == Kind::reference) reference_ = i;
+  }
+
+  void header() const {
+    table_ << "# machine  " << bench::machine_line() << '\n'
+           << "# ranks    " << settings_.ranks << " processes of each library, " << placement() << '\n';
+    for (const Contender& c : race_.contenders())
+      if (c.entry().kind != Kind::limit && c.out().empty()) table_ << "# " << padded(c.entry().name, -8) << ' ' << c.version() << '\n';
+    table_ << "# method   in each round every library has one block of calls (about " << bench::cell(settings_.limits.block_s * 1e3) << " ms) while the others sleep; us per call of the slowest rank, median over rounds\n"
+           << "# ratio    its time / tally's, median over rounds: above 1 tally is faster\n"
+           << "# idle     share of tally's calls in which ranks waited, by its own account\n"
+           << "# limits   trip: one cache line from rank 0 to rank 1 and back; copy: memcpy of as many bytes in a rank's own memory, all ranks at once;\n"
+           << "#          combine: an all_reduce of bare loops over buffers that all ranks share\n"
+           << "# op             bytes";
+    for (const Contender& c : race_.contenders()) {
+      if (c.entry().kind == Kind::reference) table_ << padded(c.entry().name + "_us", 11) << padded("idle%", 7);
+      if (c.entry().kind == Kind::peer) table_ << " |" << padded(c.entry().name + "_us", 11) << padded("ratio", 8);
+    }
+    table_ << " |  wrong rounds |";
+    for (const Contender& c : race_.contenders())
+      if (c.entry().kind == Kind::limit) table_ << padded(c.entry().name + "_us", 11);
+    table_ << std::endl;
+  }
+
+  void row(const Row& row) const {
+    std::uint64_t wrong = 0;
+    std::string limits;
+    table_ << padded(bench::name_of(row.op), -14) << padded(bench::size_text(row.bytes), 8);
+    for (std::size_t i = 0; i < row.times.size(); ++i) {
+      const Times& times = row.times[i];
+      const bench::Entry& entry = race_.contenders()[i].entry();
+      const std::string us = padded(!times.note.empty() && times.note != "out" ? times.note : bench::cell(times.median_us()), 11);
+      wrong += times.wrong;
+      if (entry.kind == Kind::limit) limits += us;
+      else if (entry.kind == Kind::reference) table_ << us << padded(bench::cell(100 * times.idle()), 7);
+      else table_ << " |" << us << padded(bench::cell(ratio(row, i)), 8);
+    }
+    table_ << " |" << padded(std::to_string(wrong), 7) << padded(std::to_string(row.rounds), 7) << " |" << limits << '\n';
+    for (std::size_t i = 0; i < row.times.size(); ++i) {
+      const std::string& name = race_.contenders()[i].entry().name;
+      if (row.times[i].wrong > 0) table_ << "# wrong: " << row.times[i].wrong << " elements of " << name << '\n';
+      if (row.times[i].note == "hung" || row.times[i].note == "failed") table_ << "# left out from here on: " << name << " (" << race_.contenders()[i].out() << ")\n";
+    }
+    table_ << std::flush;
+    if (json_) *json_ << json_of(row).dump() << std::endl;
+  }
+
+  /// One line per operation.
+  void summary(const std::vector<Row>& rows) const {
+    table_ << "# summary: geometric mean of the ratio over sizes, and the least with its size\n";
+    for (const Op op : settings_.ops) {
+      table_ << "# " << padded(bench::name_of(op), -14);
+      for (std::size_t i = 0; i < race_.contenders().size(); ++i) {
+        if (race_.contenders()[i].entry().kind != Kind::peer) continue;
+        double logs = 0, least = std::numeric_limits<double>::infinity();
+        int known = 0;
+        std::size_t at = 0;
+        for (const Row& row : rows) {
+          const double r = ratio(row, i);
+          if (row.op != op || !std::isfinite(r)) continue;
+          logs += std::log(r);
+          ++known;
+          if (r < least) least = r, at = row.bytes;
+        }
+        table_ << "  " << race_.contenders()[i].entry().name << ' ';
+        if (known == 0) table_ << "-";
+        else table_ << bench::cell(std::exp(logs / known)) << (op == Op::barrier ? "" : " (" + bench::cell(least) + " at " + bench::size_text(at) + ")");
+      }
+      table_ << '\n';
+    }
+    table_ << std::flush;
+  }
+
+ private:
+  static std::string padded(const std::string& text, int width) {
+    const auto wide = static_cast<std::size_t>(std::abs(width));
+    const std::string space(text.size() < wide ? wide - text.size() : 0, ' ');
+    return width < 0 ? text + space : space + text;
+  }
+  std::string placement() const { return race_.pinned() ? "rank r on the r-th of cores " + bench::core_list(bench::allowed_cores()) : "not bound to cores"; }
+  double ratio(const Row& row, std::size_t i) const { return row.times[i].ratio_to(row.times[reference_]); }
+
+  Json json_of(const Row& row) const {
+    const auto number = [](double x) { return std::isfinite(x) ? Json(x) : Json(nullptr); };
+    Json line{{"op", bench::name_of(row.op)}, {"ranks", settings_.ranks}, {"bytes", row.bytes}, {"rounds", row.rounds}, {"machine", bench::machine_line()}, {"placement", placement()}};
+    for (std::size_t i = 0; i < row.times.size(); ++i) {
+      const Times& times = row.times[i];
+      const Contender& c = race_.contenders()[i];
+      Json one{{"us", number(times.median_us())}, {"min_us", number(times.least_us())}, {"calls_per_block", times.calls}, {"wrong", times.wrong}, {"note", !times.note.empty() ? times.note : times.offered ? "" : "not offered"}};
+      if (c.entry().kind != Kind::limit) one["version"] = c.version();
+      if (c.entry().kind == Kind::reference) one["idle_fraction"] = number(times.idle());
+      if (c.entry().kind == Kind::peer) one["ratio"] = number(ratio(row, i));
+      line[c.entry().kind == Kind::limit ? "limits" : "libraries"][c.entry().name] = one;
+    }
+    return line;
+  }
+
+  std::ostream& table_;
+  std::ostream* json_;
+  const bench::Race& race_;
+  const Settings& settings_;
+  std::size_t reference_ = 0;
+};
+
+bench::Picture picture_of(const std::vector<Row>& rows, const bench::Race& race, const Settings& s) {
+  bench::Picture picture;
+  picture.title = std::to_string(s.ranks) + " ranks on " + bench::machine_line();
+  for (const Op op : s.ops) {
+    bench::Panel panel{bench::name_of(op), op == Op::barrier, {}};
+    for (std::size_t i = 0; i < race.contenders().size(); ++i) {
+      bench::Line line{race.contenders()[i].entry().title, race.contenders()[i].entry().kind == Kind::limit, static_cast<int>(i), {}};
+      for (const Row& row : rows)
+        if (const double us = row.times[i].median_us(); row.op == op && std::isfinite(us)) line.points.push_back({static_cast<double>(row.bytes), us});
+      if (!line.points.empty()) panel.lines.push_back(line);
+    }
+    picture.panels.push_back(panel);
+  }
+  return picture;
+}
+
+/// Exit status.
+int run(const Settings& settings) {
   std::ofstream file;
-  if (speaks && !settings.json.empty() && settings.json != "-") {
+  if (!settings.json.empty() && settings.json != "-") {
     file.open(settings.json);
     if (!file) throw std::runtime_error("cannot write " + settings.json);
   }
   std::ostream& table = settings.json == "-" ? std::cerr : std::cout;
-  std::ostream& json = settings.json == "-" ? std::cout : file;
-  if (speaks) print_header(table, settings, comm.size(), binding);
+  std::ostream* const json = settings.json.empty() ? nullptr : settings.json == "-" ? &std::cout : &file;
 
-  const bench::Progress progress(speaks);
-  Comparison comparison(comm, lines, settings);
-  bool right = true;
-  for (const std::string& op : settings.ops)
-    for (const std::size_t bytes : op == "barrier" ? std::vector<std::size_t>{0} : sizes_of(settings)) {
-      progress.show(op + " of " + bench::size_text(bytes) + " ...");
-      const Row row = comparison.run(op, bytes);
-      right = right && row.wrong == 0;
+  const bench::Progress progress(true);
+  bench::Race race(settings.ranks, settings.most, settings.limits);
+  for (const bench::Entry& entry : all_entries()) {
+    if (entry.kind == Kind::peer && std::find(settings.peers.begin(), settings.peers.end(), entry.name) == settings.peers.end()) continue;
+    progress.show("starting " + entry.title + " ...");
+    const std::string why_not = race.admit(entry);
+    progress.clear();
+    if (why_not.empty()) continue;
+    if (entry.kind == Kind::reference) throw std::runtime_error("tally: " + why_not);
+    std::cerr << "compare: without " << entry.title << ": " << why_not << std::endl;
+  }
+  const Output output(table, json, race, settings);
+  output.header();
+  std::size_t steps = 0;
+  for (const Op op : settings.ops) steps += sizes_of(settings, op).size();
+  std::vector<Row> rows;
+  std::uint64_t wrong = 0;
+  for (const Op op : settings.ops)
+    for (const std::size_t bytes : sizes_of(settings, op)) {
+      progress.show(std::to_string(rows.size() + 1) + " of " + std::to_string(steps) + ": " + bench::name_of(op) + (op == Op::barrier ? "" : " of " + bench::size_text(bytes)) + " ...");
+      rows.push_back(race.run(op, bytes));
       progress.clear();
-      if (!speaks) continue;
-      print_row(table, row);
-      if (!settings.json.empty()) json << json_of(row, comm.size(), binding).dump() << std::endl;
+      output.row(rows.back());
+      for (const Times& times : rows.back().times) wrong += times.wrong;
     }
-  lines.free();
-  return right;
+  output.summary(rows);
+  if (!settings.svg.empty()) bench::draw(picture_of(rows, race, settings), settings.svg);
+  return wrong == 0 && race.contenders().front().out().empty() ? 0 : 1;
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
   Settings settings;
-  const char* const launched_as = std::getenv("OMPI_COMM_WORLD_RANK");
-  if (const auto status = parse(argc, argv, settings, !launched_as || launched_as == std::string_view("0"))) return *status;
-  if (settings.only_arguments) return 0;
-
-  MPI_Init(&argc, &argv);
-  bool right = false;
+  if (const auto status = parse(argc, argv, settings)) return *status;
+  struct sigaction action {};
+  action.sa_handler = [](int signal) { bench::interrupted = signal; };
+  for (const int signal : {SIGINT, SIGTERM, SIGHUP}) ::sigaction(signal, &action, nullptr);
+  ::signal(SIGPIPE, SIG_IGN);
   try {
-    tally::Communicator comm = tally::init();
-    int size = 0;
-    MPI_Comm_size(MPI_COMM_WORLD, &size);
-    if (size != comm.size()) throw std::runtime_error("MPI sees " + std::to_string(size) + " ranks, tally " + std::to_string(comm.size()) + "; start with Open MPI's mpirun, and without TALLY_RANK");
-    right = compare(comm, settings);
+    return run(settings);
+  } catch (const bench::Interrupted&) {
+    return 128 + bench::interrupted;
   } catch (const std::exception& error) {
     std::cerr << "compare: " << error.what() << std::endl;
-    MPI_Abort(MPI_COMM_WORLD, 2);
+    return 2;
   }
-  MPI_Finalize();
-  return right ? 0 : 1;
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What both benchmarks need: sizes with suffixes, medians, memory that is really there, cores to run on, and
+// What the benchmarks need: sizes with suffixes, medians, memory that is really there, cores to run on, and
 // words for the machine.
 #pragma once
 
