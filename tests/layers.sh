@@ -10,7 +10,7 @@ cd "$root/include/tally"
 layers=(
   "error types steps plan check algorithms/*"
   "clock wait memory reduce share transport/* energy/* account/*"
-  "call progress engine choose options"
+  "call progress engine choose cost options"
   "communicator bootstrap launch"
   "tally"
 )
@@ -32,6 +32,7 @@ exceptions=(
   "account/ledger: account/report"
   "engine: call progress"
   "choose: call"
+  "cost: choose"
   "options: choose"
   "bootstrap: communicator"
   "launch: bootstrap"

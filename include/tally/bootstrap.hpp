@@ -35,8 +35,22 @@ struct JobInfo {
 
 namespace detail {
 
+/// What all ranks are to choose algorithms by, for whoever makes the memory to write before they begin.
+inline void write_model(const SlotMemory& memory, const Options& options) {
+  CostModel model;
+  const int online = static_cast<int>(::sysconf(_SC_NPROCESSORS_ONLN));
+  cpu_set_t allowed;
+  CPU_ZERO(&allowed);
+  const int mine = ::sched_getaffinity(0, sizeof allowed, &allowed) == 0 ? CPU_COUNT(&allowed) : online;
+  model.cores = mine > 1 ? mine : online;  // one: launchers bind each rank to a core of its own
+  if (!options.model.empty()) read_model(options.model, memory.name(), memory.layout().size(), model);
+  memory.write_note(model);
+}
+
 /// An engine for rank `me` over `memory`.
 inline Communicator make_communicator(std::shared_ptr<SlotMemory> memory, Rank me, const Options& options) {
+  CostModel model;
+  memory->read_note(model);
   auto transport = std::make_unique<SlotTransport>(std::move(memory), me);
   ModelMeter meter = options.meter;
   meter.enabled = meter.enabled && options.accounting;
@@ -44,7 +58,7 @@ inline Communicator make_communicator(std::shared_ptr<SlotMemory> memory, Rank m
   std::unique_ptr<AnyEngine> engine;
   if (options.accounting) engine = std::make_unique<Engine<SlotTransport, Timed>>(std::move(transport), Clock::host(), meter, options.wait);
   else engine = std::make_unique<Engine<SlotTransport, Unaccounted>>(std::move(transport), Clock::host(), meter, options.wait);
-  return {std::move(engine), options.timeout, options.algorithms};
+  return {std::move(engine), options.timeout, model, options.algorithms};
 }
 
 /// Launchers by the variables they set: rank, size, ranks on this host, job.
@@ -216,6 +230,7 @@ class Rendezvous {
 
     auto file = std::make_shared<ShmFile>();
     auto memory = std::make_shared<ShmMemory>(file, layout_, 0, 0);
+    write_model(*memory, options_);
     std::vector<std::unique_ptr<Connection>> joined(static_cast<std::size_t>(job_.size));
     std::vector<pid_t> pids(joined.size(), ::getpid());
     std::string problem;
@@ -328,7 +343,9 @@ inline Communicator init(const Options& defaults = {}) {
   const JobInfo job = detail::job_from_environment();
   if (job.size == 1) {
     options.expect_transport("thread", "alone in their process");
-    return detail::make_communicator(std::make_shared<ThreadMemory>(SlotLayout(1, options.slots)), 0, options);
+    const auto memory = std::make_shared<ThreadMemory>(SlotLayout(1, options.slots));
+    detail::write_model(*memory, options);
+    return detail::make_communicator(memory, 0, options);
   }
   options.expect_transport("shm", "processes of one host");
   return detail::make_communicator(detail::Rendezvous(job, options).meet(), job.rank, options);

@@ -15,7 +15,7 @@
 #include <type_traits>
 #include <utility>
 
-#include "choose.hpp"
+#include "cost.hpp"
 #include "engine.hpp"
 
 namespace tally::inline v0 {
@@ -60,8 +60,8 @@ class Persistent {
 /// the communicator refuses further use with the same error. Destruction is local and never waits.
 class Communicator {
  public:
-  Communicator(std::shared_ptr<AnyEngine> engine, nanoseconds timeout, AlgorithmOverrides overrides = {})
-      : engine_(std::move(engine)), rank_(engine_->rank()), size_(engine_->size()), timeout_(timeout), overrides_(std::move(overrides)) {}
+  Communicator(std::shared_ptr<AnyEngine> engine, nanoseconds timeout, const CostModel& model = {}, AlgorithmOverrides overrides = {})
+      : engine_(std::move(engine)), rank_(engine_->rank()), size_(engine_->size()), timeout_(timeout), one_address_space_(engine_->one_address_space()), chooser_(std::make_unique<Chooser>(size_, model)), overrides_(std::move(overrides)) {}
 
   Communicator(Communicator&&) noexcept = default;
   Communicator& operator=(Communicator&& other) noexcept {
@@ -70,6 +70,8 @@ class Communicator {
     rank_ = other.rank_;
     size_ = other.size_;
     timeout_ = other.timeout_;
+    one_address_space_ = other.one_address_space_;
+    chooser_ = std::move(other.chooser_);
     overrides_ = std::move(other.overrides_);
     return *this;
   }
@@ -166,7 +168,7 @@ class Communicator {
   Communicator duplicate() {
     std::unique_ptr<AnyEngine> engine;
     open_together("duplicate", [&] { return engine_->reserve(); }, [&](std::uint64_t token) { engine = engine_->open(token); });
-    return {std::move(engine), timeout_, overrides_};
+    return {std::move(engine), timeout_, chooser_->model(), overrides_};
   }
 
   /// Collective. `count` elements for every rank, zero, which all collectives can work on without copying: pass it, its
@@ -192,6 +194,24 @@ class Communicator {
   /// The deadline of calls that name none.
   nanoseconds timeout() const { return timeout_; }
   void set_timeout(nanoseconds timeout) { timeout_ = positive(timeout); }
+
+  /// Which algorithm a call of so many bytes would take (of the larger side, see Layout::items) and why: what each was
+  /// measured or is estimated to take. `symmetric`: the buffers come from allocate(). Local; the same on all ranks.
+  std::string explain(Operation operation, std::size_t bytes, bool symmetric = false) {
+    const bool direct = operation != Operation::barrier && (symmetric || one_address_space_);
+    const AlgorithmRef& asked = overrides_.of(operation);
+    const bool follows = asked && (!asked.share || direct);
+    const AlgorithmRef chosen = follows ? asked : chooser_->choose(operation, bytes, direct);
+    std::string text = std::string(name_of(operation)) + " of " + std::to_string(bytes) + " bytes, " + std::to_string(size()) + " ranks: " + std::string(chosen.name) +
+                       (follows ? ", because TALLY_ALGORITHM says so" : ", the least time for its size class") + "\n";
+    for (const Chooser::Candidate& candidate : chooser_->candidates(operation, bytes, direct)) {
+      char line[128];
+      std::snprintf(line, sizeof line, "  %-20s %12.3f us  %s\n", std::string(candidate.algorithm.name).c_str(), candidate.estimate.microseconds, candidate.estimate.measured ? "measured" : "estimated");
+      text += line;
+    }
+    if (!direct && operation != Operation::barrier) text += "  zero_copy needs memory from allocate(): these ranks cannot reach each other's private memory\n";
+    return text;
+  }
 
   const Ledger& ledger() const { return engine_->ledger(); }
   /// What the transport has moved since the communicator was made.
@@ -260,7 +280,7 @@ class Communicator {
   }
   /// Whether all ranks can reach what a share needs of the others' buffers. The same on all ranks.
   bool reachable(Operation operation, const Input& in, const Output& out) const {
-    if (engine_->one_address_space()) return true;
+    if (one_address_space_) return true;
     const bool reads = operation != Operation::all_gather && operation != Operation::broadcast, writes = operation != Operation::reduce_scatter;
     return (in.symmetric || !reads) && (out.symmetric || !writes);
   }
@@ -330,7 +350,7 @@ class Communicator {
     AlgorithmRef algorithm;
     if constexpr (std::same_as<A, Auto>) {
       algorithm = overrides_.of(O);
-      if (!algorithm || (algorithm.share && !direct)) algorithm = choose_algorithm(O, layout.items() * sizeof(T), size(), direct);
+      if (!algorithm || (algorithm.share && !direct)) algorithm = chooser_->choose(O, layout.items() * sizeof(T), direct);
     } else {
       static_assert(Algorithm<A, O>, "this algorithm does not offer this operation");
       algorithm = algorithm_ref<A, O>();
@@ -373,6 +393,8 @@ class Communicator {
   Rank rank_;
   int size_;
   nanoseconds timeout_;
+  bool one_address_space_;
+  std::unique_ptr<Chooser> chooser_;
   AlgorithmOverrides overrides_;
 };
 

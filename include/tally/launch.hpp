@@ -110,6 +110,7 @@ template <class F>
 void launch_threads(int n, F& f, const Options& options) {
   options.expect_transport("thread", "threads");
   const std::shared_ptr<SlotMemory> memory = std::make_shared<ThreadMemory>(SlotLayout(n, options.slots));
+  write_model(*memory, options);
   std::vector<RankFailure> failures;
   std::mutex failing;
   {
@@ -253,6 +254,7 @@ void launch_processes(int n, F& f, const Options& options) {
   const SlotLayout layout(n, options.slots);
   const auto file = std::make_shared<ShmFile>();
   const ShmMemory memory(file, layout, 0, -1);
+  write_model(memory, options);
   Clock::host();  // calibrated once, for all
   std::cout.flush();
   std::cerr.flush();

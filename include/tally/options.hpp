@@ -45,10 +45,11 @@ struct Options {
   ModelMeter meter;
   SlotOptions slots;
   AlgorithmOverrides algorithms;
+  std::string model;      // measurements to choose algorithms by, written by tally_perf --tune; rank 0's counts
   std::string transport;  // empty: whatever fits
 
   /// `defaults`, changed by what the environment says: TALLY_TIMEOUT (seconds), TALLY_ACCOUNTING (on, off),
-  /// TALLY_METER (model, none), TALLY_MODEL_BUSY_WATTS, TALLY_MODEL_IDLE_WATTS (per core), TALLY_ALGORITHM, TALLY_WAIT (latency, balanced, energy),
+  /// TALLY_METER (model, none), TALLY_MODEL_BUSY_WATTS, TALLY_MODEL_IDLE_WATTS (per core), TALLY_ALGORITHM, TALLY_WAIT (latency, balanced, energy), TALLY_MODEL (a file),
   /// TALLY_TRANSPORT (shm, thread), TALLY_SLOTS, TALLY_SLOT_BYTES, TALLY_SLOT_BUDGET (bytes).
   static Options from_environment(Options defaults) {
     using detail::environment, detail::environment_number;
@@ -65,6 +66,7 @@ struct Options {
       else throw Error(Errc::invalid_argument, "TALLY_WAIT='" + std::string(*v) + "' is unknown; it may be latency, balanced or energy");
     }
     if (const auto v = environment("TALLY_ALGORITHM")) o.algorithms = AlgorithmOverrides(*v);
+    if (const auto v = environment("TALLY_MODEL")) o.model = *v;
     if (const auto v = environment("TALLY_TRANSPORT")) {
       one_of("TALLY_TRANSPORT", *v, "shm", "thread");
       o.transport = *v;

@@ -102,6 +102,9 @@ class SlotLayout {
   std::size_t slot_bytes() const { return slot_bytes_; }
 
   std::size_t rank_line(Rank r) const { return sizeof(detail::SlotHeader) + static_cast<std::size_t>(r) * sizeof(detail::RankLine); }
+  /// Room for what is to be the same on all ranks; whoever makes the memory writes it before they begin.
+  static constexpr std::size_t note_bytes = 16 << 10;
+  std::size_t note() const { return (rank_line(n_) + 4095) / 4096 * 4096; }
   /// The ring that `from` writes and `to` reads.
   std::size_t ring(int lane, Rank from, Rank to) const {
     const auto n = static_cast<std::size_t>(n_);
@@ -127,7 +130,7 @@ class SlotLayout {
 
  private:
   static std::size_t round(std::size_t bytes) { return std::max<std::size_t>(128, bytes / 128 * 128); }
-  std::size_t rings() const { return (rank_line(n_) + 4095) / 4096 * 4096; }
+  std::size_t rings() const { return note() + note_bytes; }
 
   int n_, lanes_;
   unsigned slots_;
@@ -146,6 +149,15 @@ class SlotMemory {
   std::byte* base() const { return base_; }
   detail::SlotHeader& header() const { return *reinterpret_cast<detail::SlotHeader*>(base_); }
   detail::RankLine& rank_line(Rank r) const { return *reinterpret_cast<detail::RankLine*>(base_ + layout_.rank_line(r)); }
+
+  /// A plain object in the note; see SlotLayout::note.
+  template <class T>
+  void write_note(const T& what) const {
+    static_assert(sizeof(T) <= SlotLayout::note_bytes && std::is_trivially_copyable_v<T>);
+    std::memcpy(base_ + layout_.note(), &what, sizeof what);
+  }
+  template <class T>
+  void read_note(T& what) const { std::memcpy(&what, base_ + layout_.note(), sizeof what); }
 
   virtual std::string_view name() const = 0;
   /// Whether the rank's process (or thread) still runs; whether it said goodbye is in its line.

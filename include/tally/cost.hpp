@@ -1,0 +1,246 @@
+// SPDX-License-Identifier: Apache-2.0
+// Which algorithm is chosen where nobody names one: the one that should take the least time, by measurements of this
+// machine where there are any (TALLY_MODEL, written by `tally_perf --tune`), else by an estimate from the algorithm's
+// own text: its longest chain of messages, its messages and its bytes. A pure function of the model, which rank 0
+// gives to all, so all ranks choose the same.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <charconv>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <deque>
+#include <fstream>
+#include <limits>
+#include <ostream>
+#include <string>
+#include <string_view>
+#include <type_traits>
+#include <vector>
+
+#include "choose.hpp"
+#include "plan.hpp"
+
+namespace tally::inline v0 {
+
+/// What rank 0 knows about the machine. Plain data: it lies in memory that all ranks read.
+struct CostModel {
+  static constexpr int classes = 32;  // sizes 8 << class bytes; a size between two is interpolated
+  static constexpr std::size_t algorithms = std::size(detail::algorithm_names), operations = std::size(all_operations) + 1;
+
+  // The estimate's parameters, measured between two neighbouring cores of one machine (AMD Zen 4), in microseconds.
+  float line = 0.1f;           // a cache line from core to core
+  float message = 0.06f;       // one rank's work for a message
+  float near_byte = 0.00003f;  // a byte moved within a core's caches
+  float far_byte = 0.00012f;   // a byte out of another core's cache
+  float turn = 1.0f;           // where ranks outnumber cores: for one of them to give another its core
+  std::int32_t cores = 1;      // that ranks share
+  std::int32_t ranks = 0;      // that `measured` is for
+  /// Microseconds, 0 where not measured.
+  float measured[operations][algorithms][classes] = {};
+};
+static_assert(std::is_trivially_copyable_v<CostModel>);
+
+namespace detail {
+
+/// What an algorithm does for an operation, whatever the size: of the busiest rank, in units of the operation's bytes.
+struct Profile {
+  double chain = 0;     // messages that must follow each other
+  double messages = 0;  // sent and received
+  double sent = 0, received = 0, local = 0;
+};
+
+/// From the texts of all ranks, with a small count.
+inline Profile profile_of(const AlgorithmRef& algorithm, Operation operation, int n) {
+  const std::size_t count = operation == Operation::barrier ? 1 : static_cast<std::size_t>(operation == Operation::all_gather || operation == Operation::reduce_scatter ? 4 : 4 * n);
+  const Layout layout{operation == Operation::barrier ? Operation::all_reduce : operation, 0, n, 0, count, operation == Operation::barrier || operation == Operation::broadcast};
+  const auto items = static_cast<double>(layout.items());
+  Profile profile;
+  if (algorithm.share) {  // two meetings, and its share of the data
+    const double meeting = n <= 3 ? n - 1 : std::bit_width(static_cast<unsigned>(n - 1));
+    const bool all_read = reduces(operation), all_written = operation != Operation::reduce && operation != Operation::reduce_scatter;
+    profile.chain = 2 * (n <= 3 ? 1 : meeting);
+    profile.messages = 4 * meeting;
+    profile.received = (all_read ? n - 1.0 : 0.0) / n;
+    profile.sent = (all_written ? n - 1.0 : 1.0) / n;
+    return profile;
+  }
+  std::vector<Plan> plans;
+  std::vector<std::vector<int>> done(static_cast<std::size_t>(n));  // the chain up to a step, -1 if not known yet
+  std::vector<std::vector<std::size_t>> sends(static_cast<std::size_t>(n * n)), receives(sends.size());
+  for (Rank r = 0; r < n; ++r) {
+    Layout mine = layout;
+    mine.me = r;
+    const Plan& plan = plans.emplace_back(algorithm.generate(mine.shape()), mine, 1);
+    double local = 0;
+    for (std::size_t i = 0; i < plan.steps().size(); ++i) {
+      const PlannedStep& step = plan.steps()[i];
+      if (step.peer < 0) local += static_cast<double>(step.count());
+      else (step.verb == Verb::send ? sends : receives)[static_cast<std::size_t>(step.verb == Verb::send ? r * n + step.peer : step.peer * n + r)].push_back(i);
+    }
+    done[static_cast<std::size_t>(r)].assign(plan.steps().size(), -1);
+    profile.messages = std::max(profile.messages, static_cast<double>(plan.steps().size()));
+    profile.sent = std::max(profile.sent, static_cast<double>(plan.units_sent()) / items);
+    profile.received = std::max(profile.received, static_cast<double>(plan.units_received()) / items);
+    profile.local = std::max(profile.local, local / items);
+  }
+  // Longest chains, step by step as far as each rank gets: rounds of this are as many as the chain is long.
+  for (bool moved = true; moved;) {
+    moved = false;
+    for (Rank r = 0; r < n; ++r) {
+      const Plan& plan = plans[static_cast<std::size_t>(r)];
+      std::vector<int>& mine = done[static_cast<std::size_t>(r)];
+      for (std::size_t i = 0; i < mine.size(); ++i) {
+        if (mine[i] >= 0) continue;
+        const PlannedStep& step = plan.steps()[i];
+        int chain = 0;
+        bool known = true;
+        for (std::uint32_t d = step.first_dependency; d < step.first_dependency + step.dependencies; ++d) {
+          const int earlier = mine[plan.dependencies()[d].step];
+          known = known && earlier >= 0;
+          chain = std::max(chain, earlier);
+        }
+        if (step.peer >= 0 && step.verb != Verb::send) {
+          const auto pair = static_cast<std::size_t>(step.peer * n + r);
+          const auto k = static_cast<std::size_t>(std::find(receives[pair].begin(), receives[pair].end(), i) - receives[pair].begin());
+          const int sent = k < sends[pair].size() ? done[static_cast<std::size_t>(step.peer)][sends[pair][k]] : 0;
+          known = known && sent >= 0;
+          chain = std::max(chain, sent + 1);
+        }
+        if (!known) continue;
+        mine[i] = chain;
+        profile.chain = std::max(profile.chain, static_cast<double>(chain));
+        moved = true;
+      }
+    }
+  }
+  return profile;
+}
+
+}  // namespace detail
+
+/// Chooses, and remembers what it chose.
+class Chooser {
+ public:
+  explicit Chooser(int n, const CostModel& model = {}) : n_(n), model_(model) {}
+
+  const CostModel& model() const { return model_; }
+
+  /// `direct`: all ranks can reach each other's buffers.
+  const AlgorithmRef& choose(Operation operation, std::size_t bytes, bool direct) {
+    // One choice for all sizes between two classes, so that it need not be made for every call.
+    const std::size_t size_class = bytes <= 8 ? 0 : static_cast<std::size_t>(std::bit_width((bytes - 1) >> 3));
+    AlgorithmRef& known = chosen_[static_cast<std::size_t>(operation)][direct][std::min<std::size_t>(size_class, CostModel::classes - 1)];
+    if (!known) known = best(operation, std::size_t{8} << std::min<std::size_t>(size_class, CostModel::classes - 1), direct);
+    return known;
+  }
+
+  struct Estimate {
+    double microseconds = 0;
+    bool measured = false;
+  };
+  Estimate estimate(const AlgorithmRef& algorithm, Operation operation, std::size_t bytes) {
+    if (const double time = measured(algorithm, operation, bytes); time > 0) return {time, true};
+    const detail::Profile& p = profile(algorithm, operation);
+    const double crowd = std::max(1.0, static_cast<double>(n_) / std::max(1, static_cast<int>(model_.cores)));
+    const double b = static_cast<double>(bytes);
+    const double hop = crowd > 1 ? static_cast<double>(model_.turn) * crowd : static_cast<double>(model_.line);
+    const double far = static_cast<double>(model_.far_byte), near = static_cast<double>(model_.near_byte);
+    const double moving = algorithm.share ? b * (p.received + p.sent) * far : b * (p.sent * near + p.received * far + p.local * near);
+    return {p.chain * hop + crowd * (p.messages * static_cast<double>(model_.message) + moving), false};
+  }
+
+  /// The candidates, the fastest first.
+  struct Candidate {
+    AlgorithmRef algorithm;
+    Estimate estimate;
+  };
+  std::vector<Candidate> candidates(Operation operation, std::size_t bytes, bool direct) {
+    std::vector<Candidate> all;
+    for (const std::string_view name : algorithms_for(operation)) {
+      const AlgorithmRef algorithm = find_algorithm(operation, name);
+      if (!algorithm.share || direct) all.push_back({algorithm, estimate(algorithm, operation, bytes)});
+    }
+    std::stable_sort(all.begin(), all.end(), [](const Candidate& a, const Candidate& b) { return a.estimate.microseconds < b.estimate.microseconds; });
+    return all;
+  }
+
+ private:
+  AlgorithmRef best(Operation operation, std::size_t bytes, bool direct) { return candidates(operation, bytes, direct).front().algorithm; }
+
+  double measured(const AlgorithmRef& algorithm, Operation operation, std::size_t bytes) const {
+    if (model_.ranks != n_ || algorithm.code >= CostModel::algorithms) return 0;
+    const auto& times = model_.measured[static_cast<std::size_t>(operation)][algorithm.code];
+    // Between the nearest sizes measured on both sides, straight in logarithms; beyond the last one, as its bytes.
+    const double at = std::log2(static_cast<double>(std::max<std::size_t>(bytes, 8)) / 8);
+    int below = -1, above = -1;
+    for (int c = 0; c < CostModel::classes; ++c) {
+      if (!(times[c] > 0)) continue;
+      if (c <= at) below = c;
+      else if (above < 0) above = c;
+    }
+    if (below < 0 && above < 0) return 0;
+    if (below < 0) return static_cast<double>(times[above]);
+    if (above < 0) return static_cast<double>(times[below]) * std::exp2(at - below);
+    const double low = std::log2(static_cast<double>(times[below])), high = std::log2(static_cast<double>(times[above]));
+    return std::exp2(low + (high - low) * (at - below) / (above - below));
+  }
+  const detail::Profile& profile(const AlgorithmRef& algorithm, Operation operation) {
+    // More ranks than these change what an algorithm costs, but hardly which one is best.
+    constexpr int most_ranks = 32;
+    auto& known = profiles_[static_cast<std::size_t>(operation)];
+    for (const auto& [code, profile] : known)
+      if (code == algorithm.code) return profile;
+    return known.emplace_back(algorithm.code, detail::profile_of(algorithm, operation, std::min(n_, most_ranks))).second;
+  }
+
+  int n_;
+  CostModel model_;
+  AlgorithmRef chosen_[CostModel::operations][2][CostModel::classes];
+  std::array<std::deque<std::pair<std::uint8_t, detail::Profile>>, CostModel::operations> profiles_;
+};
+
+/// Reads what `tally_perf --tune` wrote: a line per measurement, "transport ranks operation algorithm bytes us"; #
+/// begins a comment. Takes those for n ranks. Errc::invalid_argument names the line that cannot be read.
+inline void read_model(const std::string& path, std::string_view transport, int n, CostModel& model) {
+  std::ifstream file(path);
+  if (!file) throw Error(Errc::invalid_argument, "TALLY_MODEL: cannot read '" + path + "'");
+  std::string text;
+  for (int number = 1; std::getline(file, text); ++number) {
+    const std::string_view line = std::string_view(text).substr(0, text.find('#'));
+    std::vector<std::string_view> words;
+    for (std::size_t at = 0; (at = line.find_first_not_of(" \t\r", at)) != line.npos;) {
+      const std::size_t end = std::min(line.find_first_of(" \t\r", at), line.size());
+      words.push_back(line.substr(at, end - at));
+      at = end;
+    }
+    if (words.empty()) continue;
+    const auto refuse = [&](const std::string& why) { throw Error(Errc::invalid_argument, "TALLY_MODEL: " + path + " line " + std::to_string(number) + ": " + why); };
+    if (words.size() != 6) refuse("expected: transport ranks operation algorithm bytes microseconds");
+    const auto number_in = [&]<class N>(std::string_view word, N) {
+      N value{};
+      const auto [end, error] = std::from_chars(word.data(), word.data() + word.size(), value);
+      if (error != std::errc{} || end != word.data() + word.size() || !(value >= 0)) refuse("'" + std::string(word) + "' is not a number");
+      return value;
+    };
+    const int ranks = number_in(words[1], int{});
+    const auto bytes = number_in(words[4], std::uint64_t{});
+    const double us = number_in(words[5], double{});
+    Operation operation = Operation::none;
+    for (const Operation each : all_operations)
+      if (name_of(each) == words[2]) operation = each;
+    if (operation == Operation::none) refuse("'" + std::string(words[2]) + "' is not an operation");
+    const AlgorithmRef algorithm = find_algorithm(operation, words[3]);
+    if (!algorithm) refuse("'" + std::string(words[3]) + "' is not an algorithm for " + std::string(words[2]));
+    if (!(us > 0) || !(us < 1e12)) refuse("a time must be above 0 and below 1e12 us");
+    if (bytes < 8 || !std::has_single_bit(bytes) || std::countr_zero(bytes) - 3 >= CostModel::classes) refuse("bytes must be a power of two from 8 to 16 GiB");
+    if (words[0] != transport || ranks != n) continue;
+    model.ranks = n;
+    model.measured[static_cast<std::size_t>(operation)][algorithm.code][std::countr_zero(bytes) - 3] = static_cast<float>(us);
+  }
+}
+
+}  // namespace tally::inline v0
