@@ -230,7 +230,8 @@ class SlowLink {
   std::string_view name() const { return "slow"; }
   const TransportCounters& counters() const { return inner_->counters(); }
   bool crowded() { return false; }
-  void post(Transfer& t) { inner_->post(t); }
+  template <Probe P>
+  void post(Transfer& t, P& probe) { inner_->post(t, probe); }
   void cancel(Transfer& t) { inner_->cancel(t); }
   template <Probe P>
   bool poll(P& probe) {

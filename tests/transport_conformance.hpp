@@ -70,7 +70,7 @@ struct Driver {
   }
   template <class T>
   void post(T& transport, Transfer& t) {
-    transport.post(t);
+    transport.post(t, *this);
     pending.push_back(&t);
   }
 };
@@ -336,14 +336,14 @@ inline void conformance(const Run& run) {
         // Different delays before each step move the race between announcement, recheck and send.
         for (auto k = random() % 400; k > 0; --k) cpu_pause();
         if (transport.rank() == 0) {
-          transport.post(s);
+          transport.post(s, driver);
           wait(s);
-          transport.post(r);
+          transport.post(r, driver);
           wait(r);
         } else {
-          transport.post(r);
+          transport.post(r, driver);
           wait(r);
-          transport.post(s);
+          transport.post(s, driver);
           wait(s);
         }
       }

@@ -97,7 +97,6 @@ class Engine final : public AnyEngine {
     if (failed_) throw *failed_;
     progress_.start(call.timeout);
     ++sequence_;
-    const TransportCounters before = transport_->counters();
     try {
       prepare(call);
       if (transport_->aborted()) raise_abort();
@@ -115,7 +114,7 @@ class Engine final : public AnyEngine {
     }
     transport_->exit();
     Report report = progress_.finish();
-    account(report, before, call);
+    account(report, call);
     return report;
   }
 
@@ -134,6 +133,8 @@ class Engine final : public AnyEngine {
     if (!t.pending) --remaining_;
     propagate(t.step);
   }
+
+  void idle_moment() { ledger_.settle(); }
 
   void check_peers() {
     for (Rank r = 0; r < size(); ++r) {
@@ -212,6 +213,7 @@ class Engine final : public AnyEngine {
 
   void prepare(const Call& call) {
     previous_ = {fingerprint_, key_.layout.count};
+    const std::uint64_t last = fingerprint_;
     fingerprint_ = detail::Fingerprint::of(call).pack();
     active_ = nullptr;
     if (call.pinned) {
@@ -219,8 +221,8 @@ class Engine final : public AnyEngine {
         key_ = key_of(call);
         prepared_ = static_cast<Prepared*>(call.pinned);
       }
-    } else if (!prepared_ || call.algorithm.generate != key_.generate || call.algorithm.share != key_.share || call.algorithm.name.data() != key_.name || call.grain != key_.grain ||
-        !(call.layout == key_.layout)) {
+    } else if (!prepared_ || fingerprint_ != last || call.layout.count != key_.layout.count || call.layout.in_place != key_.layout.in_place || call.algorithm.generate != key_.generate ||
+               call.algorithm.share != key_.share || call.algorithm.name.data() != key_.name) {  // the fingerprint tells the rest
       key_ = key_of(call);
       prepared_ = nullptr;
       prepared_ = lookup(key_).get();
@@ -290,7 +292,11 @@ class Engine final : public AnyEngine {
       t.lane = lane;
       t.inherited = t.late = arrival;
       prepared.queued[i] = 0;
-      if (step.peer >= 0) transport_->post(t);
+    }
+    // Some are done as soon as they are posted, and move others.
+    for (std::uint32_t i = 0; i < prepared.transfers.size(); ++i) {
+      Transfer& t = prepared.transfers[i];
+      if (t.peer >= 0) progress_.post(t, *this);
       else if (t.ready > 0) queue_local(i);
     }
     while (remaining_ > 0) {
@@ -411,11 +417,14 @@ class Engine final : public AnyEngine {
     }
   }
 
-  void account(Report& report, const TransportCounters& before, const Call& call) {
-    const TransportCounters& after = transport_->counters();
-    report.bytes_sent = after.bytes_sent - before.bytes_sent;
-    report.bytes_received = after.bytes_received - before.bytes_received;
-    report.bytes_wire = report.bytes_sent + after.overhead_sent - before.overhead_sent;
+  void account(Report& report, const Call& call) {
+    const TransportCounters& now = transport_->counters();
+    report.bytes_sent = now.bytes_sent - sent_before_;
+    report.bytes_received = now.bytes_received - received_before_;
+    report.bytes_wire = report.bytes_sent + now.overhead_sent - overhead_before_;
+    sent_before_ = now.bytes_sent;
+    received_before_ = now.bytes_received;
+    overhead_before_ = now.overhead_sent;
     report.ledger = ledger_.handle();
     report.sequence = static_cast<std::uint32_t>(sequence_);
     if (!prepared_) return;
@@ -453,7 +462,7 @@ class Engine final : public AnyEngine {
         while (r != rank() && transport_->is_sharing(r) && transport_->liveness(r) == Liveness::alive) sched_yield();
     transport_->exit();
     Report report = progress_.finish_failed(peer, cause);
-    account(report, transport_->counters(), call);
+    account(report, call);
     if (prepared_) ++prepared_->row->failed;
   }
 
@@ -551,6 +560,7 @@ class Engine final : public AnyEngine {
   Fold fold_;
   std::vector<std::uint32_t> local_;
   std::size_t remaining_ = 0;
+  std::uint64_t sent_before_ = 0, received_before_ = 0, overhead_before_ = 0;  // the transport's counters when the last operation ended
   std::uint64_t fingerprint_ = 0;
   struct {
     std::uint64_t fingerprint = 0, count = 0;

@@ -30,6 +30,7 @@ template <class C>
 concept ProgressClient = requires(C& client, Transfer& transfer, const FrameInfo& frame, Rank rank, Liveness liveness, nanoseconds waited) {
   client.check(transfer, frame);         // throws if the frame is not what the transfer expects
   client.moved(transfer);                // see Probe
+  client.idle_moment();                  // once per operation that waits: time to do what could be put off
   client.check_peers();                  // throws if other ranks are seen in a call that does not match
   { client.first_lost() } -> std::same_as<Rank>;  // a rank that is gone and still needed, or -1
   client.raise_lost(rank);               // these three throw
@@ -41,7 +42,7 @@ template <Transport T, class Accounting>
 class Progress {
  public:
   Progress(T& transport, const Clock& clock, WaitPolicy wait)
-      : transport_(transport), clock_(clock), watch_(transport.size()), ladder_(clock, wait), check_interval_(clock.to_ticks(std::chrono::milliseconds(20))), off_core_(clock.to_ticks(std::chrono::microseconds(10))) {}
+      : transport_(transport), clock_(clock), watches_{Stopwatch(transport.size()), Stopwatch(transport.size())}, ladder_(clock, wait), check_interval_(clock.to_ticks(std::chrono::milliseconds(20))), off_core_(clock.to_ticks(std::chrono::microseconds(10))) {}
 
   /// An operation begins: the clock's first reading.
   void start(nanoseconds timeout) {
@@ -50,7 +51,8 @@ class Progress {
     deadline_ = first_stall_ = 0;
     if constexpr (Accounting::timed) {
       arrival_ = now_ = clock_.now();
-      watch_.start(now_);
+      watch_ = watch_ == &watches_[0] ? &watches_[1] : &watches_[0];
+      watch_->start(now_);
     } else {
       arrival_ = now_ = 0;
     }
@@ -61,8 +63,14 @@ class Progress {
   template <ProgressClient C>
   void turn(C& client) {
     if (poll(client)) return;
-    if (!waiting_) begin_wait();
+    if (!waiting_) begin_wait(client);
     else wait(client);
+  }
+  /// Hands a transfer to the transport, which may do it at once.
+  template <ProgressClient C>
+  void post(Transfer& transfer, C& client) {
+    ProbeOf<C> probe{*this, client};
+    transport_.post(transfer, probe);
   }
   template <ProgressClient C>
   bool poll(C& client) {
@@ -75,7 +83,7 @@ class Progress {
   /// Local work of more than a header's payload is booked as what it is.
   void enter(State state) {
     if constexpr (Accounting::timed)
-      if (watch_.state() != state) watch_.enter(state, now_ = clock_.now());
+      if (watch_->state() != state) watch_->enter(state, now_ = clock_.now());
   }
   Lateness arrival() const { return {arrival_, transport_.rank()}; }
 
@@ -84,21 +92,21 @@ class Progress {
   Report finish() {
     if constexpr (!Accounting::timed) return {};
     if (waiting_) end_wait();
-    watch_.enter(State::protocol, clock_.now());
+    watch_->enter(State::protocol, clock_.now());
     return report();
   }
   Report finish_failed(Rank missing, State cause) {
     if constexpr (!Accounting::timed) return {};
     const Ticks now = clock_.now();
     if (waiting_ && missing >= 0 && missing != transport_.rank()) {
-      watch_.blame(missing, cause, now);
-      watch_.resume(State::protocol);
+      watch_->blame(missing, cause, now);
+      watch_->resume(State::protocol);
     }
-    watch_.enter(State::protocol, now);
+    watch_->enter(State::protocol, now);
     waiting_ = false;
     return report();
   }
-  const Stopwatch& watch() const { return watch_; }
+  const Stopwatch& watch() const { return *watch_; }
   /// Since start(); for error texts.
   nanoseconds waited() const {
     const Ticks begin = Accounting::timed ? arrival_ : first_stall_;
@@ -147,11 +155,11 @@ class Progress {
     const Rank culprit = times.culprit < transport_.size() ? times.culprit : t.peer;  // never trust a peer's index
     if (waiting_) {
       const Rank me = transport_.rank();
-      watch_.blame(t.peer, State::wait_arrival, std::min(arrived, now_));
-      if (culprit != me) watch_.blame(culprit, State::wait_arrival, std::min(late_until, now_));
-      else watch_.blame(t.peer, State::wait_transfer, std::min(late_until, now_));
-      watch_.blame(t.peer, rest, now_);
-      watch_.resume(State::protocol);
+      watch_->blame(t.peer, State::wait_arrival, std::min(arrived, now_));
+      if (culprit != me) watch_->blame(culprit, State::wait_arrival, std::min(late_until, now_));
+      else watch_->blame(t.peer, State::wait_transfer, std::min(late_until, now_));
+      watch_->blame(t.peer, rest, now_);
+      watch_->resume(State::protocol);
       waiting_ = false;
     }
     const Lateness late{late_until, culprit};
@@ -159,20 +167,22 @@ class Progress {
     latest_.raise(late);
   }
 
-  void begin_wait() {
+  template <ProgressClient C>
+  void begin_wait(C& client) {
     waiting_ = true;
     now_ = clock_.now();
-    if constexpr (Accounting::timed) watch_.enter(State::wait_local, now_);
+    if constexpr (Accounting::timed) watch_->enter(State::wait_local, now_);
     wait_began_ = now_;
     ladder_.restart(transport_.crowded());
     if (deadline_ == 0) {
       first_stall_ = now_;
       deadline_ = (Accounting::timed ? arrival_ : now_) + clock_.to_ticks(timeout_);
       next_check_ = now_ + check_interval_;
+      client.idle_moment();
     }
   }
   void end_wait() {
-    if constexpr (Accounting::timed) watch_.enter(State::protocol, now_);
+    if constexpr (Accounting::timed) watch_->enter(State::protocol, now_);
     waiting_ = false;
   }
 
@@ -187,7 +197,7 @@ class Progress {
     // A pause is short: if this took long, the core was given to someone else, and perhaps it should have it more often.
     if (now_ - before > off_core_) {
       ladder_.give_way();
-      if constexpr (Accounting::timed) watch_.slept(now_ - before);
+      if constexpr (Accounting::timed) watch_->slept(now_ - before);
     }
     if (park && now_ < deadline_) {
       sleep(client);
@@ -210,28 +220,15 @@ class Progress {
     transport_.park(limit, [&] { return poll(client) || transport_.aborted(); });
     if (!waiting_) return;
     now_ = clock_.now();
-    if constexpr (Accounting::timed) watch_.slept(now_ - before);
+    if constexpr (Accounting::timed) watch_->slept(now_ - before);
   }
 
-  Report report() const {
-    const auto& ticks = watch_.ticks();
-    const auto part = [&](State state) { return clock_.to_ns(ticks[static_cast<std::size_t>(state)]); };
-    const nanoseconds copy = part(State::copy), reduce = part(State::reduce), protocol = part(State::protocol), local = part(State::wait_local);
-    Blame waits;
-    for (const Rank rank : watch_.blamed()) {
-      const Blame blame = watch_.blame_of(rank, clock_);
-      waits.arrival += blame.arrival;
-      waits.transfer += blame.transfer;
-      waits.credit += blame.credit;
-    }
-    const nanoseconds elapsed = copy + reduce + protocol + waits.total() + local, none{};
-    const Rank last = heard_ || transport_.size() == 1 ? latest_.culprit : -1;
-    return {elapsed, elapsed, copy, reduce, none, protocol, waits.arrival, waits.transfer, waits.credit, local, none, 0, 0, 0, 0, 0, static_cast<std::int16_t>(last), 0, 0};
-  }
+  Report report() const { return detail::report_of(*watch_, clock_, heard_ || transport_.size() == 1 ? latest_.culprit : -1); }
 
   T& transport_;
   Clock clock_;
-  Stopwatch watch_;
+  Stopwatch watches_[2];  // the last operation's stays readable until the next one ends
+  Stopwatch* watch_ = &watches_[0];
   Ladder ladder_;
   Ticks check_interval_, off_core_;
   nanoseconds timeout_{};

@@ -52,9 +52,15 @@ class Ledger final : public detail::ReportSource {
 
   int size() const { return n_; }
   Rank rank() const { return me_; }
-  const std::deque<LedgerRow>& rows() const { return rows_; }
+  const std::deque<LedgerRow>& rows() const {
+    settle();
+    return rows_;
+  }
   /// What each rank made this one wait, all operations together; indexed by rank.
-  const std::vector<Blame>& by_peer() const { return by_peer_; }
+  const std::vector<Blame>& by_peer() const {
+    settle();
+    return by_peer_;
+  }
 
   Quantity energy(const LedgerRow& row) const { return model_.joules(row.busy() + row.idle() - row.slept, row.slept); }
   Quantity idle_energy(const LedgerRow& row) const { return model_.joules(row.idle() - row.slept, row.slept); }
@@ -76,17 +82,51 @@ class Ledger final : public detail::ReportSource {
     row.waited_for.resize(static_cast<std::size_t>(n_));
     return rows_.emplace_back(std::move(row));
   }
-  /// Books a finished operation. `watch` knows whom it waited for.
+  /// Books a finished operation, at the next moment at which there is nothing better to do: when settle() or this
+  /// is called again, or the ledger is read. `watch` knows whom it waited for, and is left alone until then.
   void book(LedgerRow& row, const Report& report, std::uint64_t bytes, const Stopwatch& watch, const Clock& clock) {
+    settle();
+    pending_ = {&row, bytes, report.bytes_sent, report.bytes_received, report.bytes_wire, report.sequence, &watch, &clock};
+  }
+  void settle() const {
+    if (!pending_.row) return;
+    const_cast<Ledger*>(this)->enter();
+    pending_.row = nullptr;
+  }
+
+  bool find(std::uint32_t sequence, Extra& extra) const override {
+    settle();
+    const Recent& recent = recent_[sequence % recent_count];
+    if (sequence == 0 || recent.sequence != sequence) return false;
+    if (!recent.stalled) return true;
+    extra.slept = recent.slept;
+    extra.blame.assign(recent.blame.begin(), recent.blame.begin() + recent.blamed);
+    std::sort(extra.blame.begin(), extra.blame.end(), [](const Blame& a, const Blame& b) { return a.total() > b.total(); });
+    return true;
+  }
+
+ private:
+  struct Pending {
+    LedgerRow* row = nullptr;
+    std::uint64_t bytes = 0, bytes_sent = 0, bytes_received = 0, bytes_wire = 0;
+    std::uint32_t sequence = 0;
+    const Stopwatch* watch = nullptr;
+    const Clock* clock = nullptr;
+  };
+  void enter() {
+    LedgerRow& row = *pending_.row;
+    const Stopwatch& watch = *pending_.watch;
+    const Clock& clock = *pending_.clock;
+    const Report report = detail::report_of(watch, clock, -1);  // its times once more
     ++row.calls;
-    row.bytes += bytes;
-    row.bytes_sent += report.bytes_sent;
-    row.bytes_received += report.bytes_received;
-    row.bytes_wire += report.bytes_wire;
+    row.bytes += pending_.bytes;
+    row.bytes_sent += pending_.bytes_sent;
+    row.bytes_received += pending_.bytes_received;
+    row.bytes_wire += pending_.bytes_wire;
     row.elapsed += report.elapsed;
     row.protocol += report.protocol;
-    Recent& recent = recent_[report.sequence % recent_count];
-    recent.sequence = report.sequence;
+    Recent& recent = recent_[pending_.sequence % recent_count];
+    recent.sequence = pending_.sequence;
     recent.stalled = report.elapsed != report.protocol;
     if (!recent.stalled) return;
     row.copy += report.copy;
@@ -108,17 +148,6 @@ class Ledger final : public detail::ReportSource {
     }
   }
 
-  bool find(std::uint32_t sequence, Extra& extra) const override {
-    const Recent& recent = recent_[sequence % recent_count];
-    if (sequence == 0 || recent.sequence != sequence) return false;
-    if (!recent.stalled) return true;
-    extra.slept = recent.slept;
-    extra.blame.assign(recent.blame.begin(), recent.blame.begin() + recent.blamed);
-    std::sort(extra.blame.begin(), extra.blame.end(), [](const Blame& a, const Blame& b) { return a.total() > b.total(); });
-    return true;
-  }
-
- private:
   static constexpr std::size_t recent_count = 256;
   struct Recent {
     std::uint32_t sequence = 0;
@@ -160,6 +189,7 @@ class Ledger final : public detail::ReportSource {
   std::vector<Recent> recent_;
   std::vector<Blame> by_peer_;
   std::uint64_t handle_ = 0;
+  mutable Pending pending_;
 };
 
 /// A table, one line per operation, size class and algorithm, as seen by this rank.

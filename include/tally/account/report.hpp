@@ -134,6 +134,22 @@ static_assert(sizeof(Report) == 128 && std::is_trivially_copyable_v<Report>);
 
 namespace detail {
 
+/// The times of an operation; what was moved is for the engine to fill in.
+inline Report report_of(const Stopwatch& watch, const Clock& clock, Rank last_arrival) {
+  const auto& ticks = watch.ticks();
+  const auto part = [&](State state) { return clock.to_ns(ticks[static_cast<std::size_t>(state)]); };
+  const nanoseconds copy = part(State::copy), reduce = part(State::reduce), protocol = part(State::protocol), local = part(State::wait_local);
+  Blame waits;
+  for (const Rank rank : watch.blamed()) {
+    const Blame blame = watch.blame_of(rank, clock);
+    waits.arrival += blame.arrival;
+    waits.transfer += blame.transfer;
+    waits.credit += blame.credit;
+  }
+  const nanoseconds elapsed = copy + reduce + protocol + waits.total() + local, none{};
+  return {elapsed, elapsed, copy, reduce, none, protocol, waits.arrival, waits.transfer, waits.credit, local, none, 0, 0, 0, 0, 0, static_cast<std::int16_t>(last_arrival), 0, 0};
+}
+
 /// Three significant digits.
 inline std::string digits(double value) {
   const double size = std::abs(value);

@@ -105,7 +105,7 @@ concept Transport = requires(T& t, const T& c, Transfer& transfer, RankStatus st
   { c.lanes() } -> std::same_as<int>;
   { c.name() } -> std::convertible_to<std::string_view>;
   { c.counters() } -> std::convertible_to<TransportCounters>;
-  t.post(transfer);
+  // post(transfer, probe): queues it, and may begin with it
   t.cancel(transfer);  // on return the transport will not touch its memory again
   // poll(probe): moves what can move; true if anything did
   t.enter(status);  // what this rank is in, for other ranks to see

@@ -256,17 +256,21 @@ class SlotTransport {
     return crowded_;
   }
 
-  void post(Transfer& t) {
+  /// A send that is first in its queue goes out at once, as far as it can in one frame.
+  template <Probe P>
+  void post(Transfer& t, P& probe) {
     Endpoint& e = endpoint(t.lane, t.peer);
     t.pending = true;
     t.next = nullptr;
     Queue& queue = t.is_send ? e.sends : e.receives;
-    if (queue.tail) queue.tail->next = &t;
-    else {
-      queue.head = &t;
-      (t.is_send ? sending_ : receiving_).push_back(&e);
+    if (queue.tail) {
+      queue.tail->next = &t;
+      queue.tail = &t;
+      return;
     }
-    queue.tail = &t;
+    queue.head = queue.tail = &t;
+    if (!t.is_send) receiving_.push_back(&e);
+    else if (!advance_send(e, probe) || e.sends.head) sending_.push_back(&e);
   }
 
   void cancel(Transfer& t) {
