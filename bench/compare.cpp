@@ -26,6 +26,7 @@ using Json = nlohmann::ordered_json;
 const std::vector<bench::Entry>& all_entries() {
   static const std::vector<bench::Entry> entries{
       {"tally", "tally", Kind::reference, "compare_tally", {}, "build the target comparison"},
+      {"symmetric", "tally, symmetric memory", Kind::own, "compare_tally", {}, "build the target comparison"},
       {"open_mpi", "Open MPI", Kind::peer, "compare_open_mpi", {"mpirun.openmpi", "mpirun"}, "install openmpi-bin, libopenmpi-dev and pkg-config"},
       {"mpich", "MPICH", Kind::peer, "compare_mpich", {"mpiexec.mpich", "mpiexec.hydra"}, "install mpich, libmpich-dev and pkg-config"},
       {"gloo", "Gloo", Kind::peer, "compare_gloo", {}, "install libgloo-dev"},
@@ -142,7 +143,7 @@ class Output {
     }
     table_ << " |  wrong rounds |";
     for (const Contender& c : race_.contenders())
-      if (c.entry().kind == Kind::limit) table_ << padded(c.entry().name + "_us", 11);
+      if (c.entry().kind == Kind::limit || c.entry().kind == Kind::own) table_ << padded(c.entry().name + "_us", 11);
     table_ << std::endl;
   }
 
@@ -155,7 +156,7 @@ class Output {
       const bench::Entry& entry = race_.contenders()[i].entry();
       const std::string us = padded(!times.note.empty() && times.note != "out" ? times.note : bench::cell(times.median_us()), 11);
       wrong += times.wrong;
-      if (entry.kind == Kind::limit) limits += us;
+      if (entry.kind == Kind::limit || entry.kind == Kind::own) limits += us;
       else if (entry.kind == Kind::reference) table_ << us << padded(bench::cell(100 * times.idle()), 7);
       else table_ << " |" << us << padded(bench::cell(ratio(row, i)), 8);
     }
@@ -192,6 +193,24 @@ class Output {
       }
       table_ << '\n';
     }
+    // Symmetric memory against every peer and against the bare loop, where it matters.
+    for (const Op op : settings_.ops)
+      for (std::size_t i = 0; i < race_.contenders().size(); ++i) {
+        if (race_.contenders()[i].entry().kind != Kind::own) continue;
+        std::string text;
+        for (std::size_t j = 0; j < race_.contenders().size(); ++j) {
+          const bench::Entry& other = race_.contenders()[j].entry();
+          if (other.kind != Kind::peer && other.name != "combine") continue;
+          double logs = 0;
+          int known = 0;
+          for (const Row& row : rows) {
+            const double r = row.times[j].ratio_to(row.times[i]);
+            if (row.op == op && row.bytes >= 4096 && row.bytes <= std::size_t{16} << 20 && std::isfinite(r)) logs += std::log(r), ++known;
+          }
+          if (known > 0) text += "  " + other.name + " " + bench::cell(std::exp(logs / known));
+        }
+        if (!text.empty()) table_ << "# " << padded(bench::name_of(op), -14) << "  symmetric memory, 4K to 16M:" << text << '\n';
+      }
     table_ << std::flush;
   }
 
@@ -213,6 +232,7 @@ class Output {
       Json one{{"us", number(times.median_us())}, {"min_us", number(times.least_us())}, {"calls_per_block", times.calls}, {"wrong", times.wrong}, {"note", !times.note.empty() ? times.note : times.offered ? "" : "not offered"}};
       if (c.entry().kind != Kind::limit) one["version"] = c.version();
       if (c.entry().kind == Kind::reference) one["idle_fraction"] = number(times.idle());
+      if (c.entry().kind == Kind::own) one["ratio"] = number(ratio(row, i));
       if (c.entry().kind == Kind::peer) one["ratio"] = number(ratio(row, i));
       line[c.entry().kind == Kind::limit ? "limits" : "libraries"][c.entry().name] = one;
     }

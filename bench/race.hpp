@@ -23,7 +23,7 @@ struct Interrupted : std::runtime_error {
   Interrupted() : std::runtime_error("interrupted") {}
 };
 
-enum class Kind { reference, peer, limit };
+enum class Kind { reference, own, peer, limit };  // own: tally in another way
 
 /// What may race.
 struct Entry {

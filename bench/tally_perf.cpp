@@ -13,6 +13,7 @@
 
 #include "exact.hpp"
 #include "measure.hpp"
+#include "tune.hpp"
 
 namespace {
 
@@ -25,7 +26,7 @@ constexpr double unknown = std::numeric_limits<double>::quiet_NaN();
 struct Settings {
   int ranks = 2;
   Operation op = Operation::all_reduce;
-  std::string transport = "shm", algorithm = "auto", type = "f32", reduce_name = "sum", json;
+  std::string transport = "shm", algorithm = "auto", type = "f32", reduce_name = "sum", json, tune;
   Reduce reduce = Reduce::sum;
   std::size_t least = 8, most = std::size_t{64} << 20, factor = 2;
   int root = 0;
@@ -34,6 +35,7 @@ struct Settings {
   int iterations = 0;  // 0: as many as fit into `seconds`
   int warmup = 10;
   double seconds = 0.2;
+  double tune_seconds = 0.1;  // per algorithm and size
   std::string launcher;  // who started the ranks; empty: this program does
 };
 
@@ -423,7 +425,7 @@ void parse(int argc, char** argv, CLI::App& app, Settings& s) {
   CLI::Option* ranks = app.add_option("-n,--ranks", s.ranks, "number of ranks to start [2]; a launcher's number under mpirun, torchrun or TALLY_RANK");
   app.add_option("--op", op, "all_reduce, reduce, broadcast, all_gather, reduce_scatter or barrier")->capture_default_str();
   app.add_option("--transport", s.transport, "shm (ranks are processes) or thread")->capture_default_str();
-  app.add_option("--algorithm", s.algorithm, "auto, ring, tree, recursive_doubling, one_shot, recursive_halving, two_shot, chain, double_tree")->capture_default_str();
+  app.add_option("--algorithm", s.algorithm, "auto, ring, tree, recursive_doubling, one_shot, recursive_halving, two_shot, chain, double_tree, or zero_copy (thread only)")->capture_default_str();
   app.add_option("-b,--min", least, "smallest size in bytes")->capture_default_str();
   app.add_option("-e,--max", most, "largest size")->capture_default_str();
   app.add_option("-f,--factor", s.factor, "from size to size")->capture_default_str();
@@ -432,10 +434,11 @@ void parse(int argc, char** argv, CLI::App& app, Settings& s) {
   app.add_option("--root", s.root, "of reduce and broadcast")->capture_default_str();
   CLI::Option* place = app.add_flag("--in-place,!--out-of-place", s.in_place, "use one buffer (the default) or two; broadcast has only one");
   app.add_option("--iterations", s.iterations, "timed calls per size; default: what fits into --seconds");
-  app.add_option("--seconds", s.seconds, "time for the timed calls of one size")->capture_default_str();
+  CLI::Option* seconds = app.add_option("--seconds", s.seconds, "time for the timed calls of one size")->capture_default_str();
   app.add_option("--warmup", s.warmup, "calls before timing begins, besides those that estimate the time")->capture_default_str();
   CLI::Option* pin = app.add_flag("--pin,!--no-pin", s.pin, "keep rank r on the r-th usable core, or not; default: if there are as many cores as ranks and no launcher");
   app.add_option("--json", s.json, "also JSON lines to this file; '-': to stdout, and the table to stderr");
+  app.add_option("--tune", s.tune, "instead: measure all algorithms of all operations from -b to -e and write a model for TALLY_MODEL to this file");
   app.parse(argc, argv);
 
   const auto require = [](bool good, const char* option, const std::string& why) {
@@ -454,7 +457,7 @@ void parse(int argc, char** argv, CLI::App& app, Settings& s) {
   s.op = *operation;
   require(s.transport == "shm" || s.transport == "thread", "--transport", "unknown transport '" + s.transport + "'; there are shm and thread");
   require(s.launcher.empty() || job.size == 1 || s.transport == "shm", "--transport", "ranks started by " + s.launcher + " are processes; only shm connects them");
-  if (s.algorithm != "auto" && !tally::find_algorithm(s.op, s.algorithm).generate) {
+  if (s.algorithm != "auto" && !tally::find_algorithm(s.op, s.algorithm)) {
     std::string offered;
     for (const std::string_view name : tally::algorithms_for(s.op)) offered += (offered.empty() ? "" : ", ") + std::string(name);
     throw CLI::ValidationError("--algorithm", "'" + s.algorithm + "' does not offer " + op + "; these do: " + offered);
@@ -482,6 +485,7 @@ void parse(int argc, char** argv, CLI::App& app, Settings& s) {
   require(s.op != Operation::broadcast || place->count() == 0 || s.in_place, "--out-of-place", "broadcast has only one buffer");
   require(s.iterations >= 0, "--iterations", "must not be negative");
   require(s.warmup >= 0, "--warmup", "must not be negative");
+  if (seconds->count() > 0) s.tune_seconds = s.seconds;
   require(s.seconds > 0 && s.seconds <= 3600, "--seconds", "must be more than 0 and at most 3600");
   if (pin->count() == 0) s.pin = s.launcher.empty() && static_cast<std::size_t>(s.ranks) <= bench::allowed_cores().size();
 }
@@ -501,10 +505,37 @@ class SharedCount {
   std::uint64_t* value_;
 };
 
+/// Writes the model; it appears only when it is complete.
+std::uint64_t tune(const Settings& s, const tally::Options& options) {
+  const auto work = [&](tally::Communicator& comm) {
+    const std::string unfinished = s.tune + ".unfinished";
+    std::ofstream file;
+    if (comm.rank() == 0) {
+      file.open(unfinished);
+      if (!file) throw tally::Error(tally::Errc::invalid_argument, "--tune: cannot write '" + unfinished + "'");
+    }
+    const std::vector<int> cores = bench::allowed_cores();
+    if (s.pin && !cores.empty()) bench::pin_to(cores[static_cast<std::size_t>(comm.rank()) % cores.size()]);
+    bench::Tuning(comm, {s.least, s.most, s.tune_seconds}, comm.rank() == 0 ? &file : nullptr).run();
+    if (comm.rank() != 0) return;
+    file.close();
+    if (!file || std::rename(unfinished.c_str(), s.tune.c_str()) != 0) throw tally::Error(tally::Errc::no_resources, "--tune: cannot write '" + s.tune + "'");
+    std::cout << "wrote " << s.tune << "; TALLY_MODEL=" << s.tune << " makes programs choose by it (" << comm.transport_name() << ", " << comm.size() << " ranks)" << std::endl;
+  };
+  if (s.launcher.empty()) {
+    tally::launch(s.ranks, work, s.transport == "thread" ? tally::threads : tally::processes, options);
+  } else {
+    tally::Communicator comm = tally::init(options);
+    work(comm);
+  }
+  return 0;
+}
+
 std::uint64_t run(const Settings& s) {
   tally::Options options;
   options.transport = s.transport;
   if (s.algorithm != "auto") options.algorithms = tally::AlgorithmOverrides(std::string(name_of(s.op)) + "=" + s.algorithm);
+  if (!s.tune.empty()) return tune(s, options);
   const NamedType& type = *find_type(s.type);
   if (!s.launcher.empty()) {
     tally::Communicator comm = tally::init(options);

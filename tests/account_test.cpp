@@ -135,7 +135,7 @@ void two_ranks_idle_truth(Communicator& comm, std::size_t count) {
       const bool blamed_right = comm.rank() == late || blamed_arrival(r.report, late) == r.report.wait_arrival;
       // Who is not given a core before he begins to wait, waits less; on a quiet machine nobody queues.
       good += std::abs(error.count()) < 500'000 + r.queued.count() && blamed_right;
-      seen += " " + std::to_string(error.count()) + "(" + std::to_string(r.queued.count()) + ")";
+      seen.append(" ").append(std::to_string(error.count())).append("(").append(std::to_string(r.queued.count())).append(")");
     }
     expect(good >= repetitions - 1, std::string(A::name) + ", " + std::to_string(count) + " floats: wait_arrival within 0.5 ms of the lateness in 9 of 10; errors in ns (and time without a core):" + seen);
   }

@@ -4,6 +4,9 @@
 #pragma once
 
 #include <chrono>
+#include <cstring>
+#include <cstdio>
+#include <algorithm>
 #include <concepts>
 #include <cstddef>
 #include <functional>
@@ -12,6 +15,7 @@
 #include <ranges>
 #include <span>
 #include <string>
+#include <string_view>
 #include <type_traits>
 #include <utility>
 
@@ -23,6 +27,7 @@ namespace tally::inline v0 {
 /// Per call, e.g. `comm.all_reduce(data, tally::sum, {.timeout = 2s})`.
 struct CallOptions {
   std::optional<nanoseconds> timeout;  // default: the communicator's
+  std::string_view algorithm = {};     // by name, the same on all ranks; default: chosen by size
 };
 
 /// Chosen by size, unless TALLY_ALGORITHM says otherwise.
@@ -214,6 +219,7 @@ class Communicator {
   }
 
   const Ledger& ledger() const { return engine_->ledger(); }
+  std::string_view transport_name() const { return engine_->transport_name(); }
   /// What the transport has moved since the communicator was made.
   TransportCounters counters() const { return engine_->counters(); }
 
@@ -284,6 +290,11 @@ class Communicator {
     const bool reads = operation != Operation::all_gather && operation != Operation::broadcast, writes = operation != Operation::reduce_scatter;
     return (in.symmetric || !reads) && (out.symmetric || !writes);
   }
+  [[noreturn, gnu::cold, gnu::noinline]] static void refuse_algorithm(Operation operation, std::string_view name) {
+    std::string known;
+    for (const std::string_view each : algorithms_for(operation)) known += " " + std::string(each);
+    throw Error(Errc::invalid_argument, std::string(name_of(operation)) + ": no algorithm is called '" + std::string(name) + "'; there are" + known);
+  }
   [[noreturn, gnu::cold, gnu::noinline]] static void refuse_unreachable(std::string_view algorithm) {
     throw Error(Errc::unsupported, std::string(algorithm) + " needs memory from allocate(), or ranks that are threads: other ranks cannot reach these buffers");
   }
@@ -349,7 +360,13 @@ class Communicator {
     const bool direct = O != Operation::barrier && reachable(O, in, out);
     AlgorithmRef algorithm;
     if constexpr (std::same_as<A, Auto>) {
-      algorithm = overrides_.of(O);
+      if (!options.algorithm.empty()) {
+        algorithm = find_algorithm(O, options.algorithm);
+        if (!algorithm) refuse_algorithm(O, options.algorithm);
+        if (algorithm.share && !direct) refuse_unreachable(algorithm.name);
+      } else {
+        algorithm = overrides_.of(O);
+      }
       if (!algorithm || (algorithm.share && !direct)) algorithm = chooser_->choose(O, layout.items() * sizeof(T), direct);
     } else {
       static_assert(Algorithm<A, O>, "this algorithm does not offer this operation");

@@ -39,6 +39,7 @@ class AnyEngine {
   virtual int size() const = 0;
   virtual const Ledger& ledger() const = 0;
   virtual TransportCounters counters() const = 0;
+  virtual std::string_view transport_name() const = 0;
   // Duplicating: rank 0 reserves, all open the token, rank 0 releases it.
   virtual std::uint64_t reserve() = 0;
   virtual std::unique_ptr<AnyEngine> open(std::uint64_t token) = 0;
@@ -70,6 +71,7 @@ class Engine final : public AnyEngine {
   int size() const override { return transport_->size(); }
   const Ledger& ledger() const override { return ledger_; }
   TransportCounters counters() const override { return transport_->counters(); }
+  std::string_view transport_name() const override { return transport_->name(); }
   std::uint64_t reserve() override { return transport_->reserve(); }
   std::unique_ptr<AnyEngine> open(std::uint64_t token) override { return std::make_unique<Engine>(transport_->open(token), clock_, ledger_.meter(), wait_); }
   void release(std::uint64_t token) override { transport_->release(token); }
