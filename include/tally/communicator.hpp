@@ -26,8 +26,8 @@ namespace tally::inline v0 {
 
 /// Per call, e.g. `comm.all_reduce(data, tally::sum, {.timeout = 2s})`.
 struct CallOptions {
-  std::optional<nanoseconds> timeout;  // default: the communicator's
-  std::string_view algorithm = {};     // by name, the same on all ranks; default: chosen by size
+  std::optional<nanoseconds> timeout = {};  // default: the communicator's
+  std::string_view algorithm = {};          // by name, the same on all ranks; default: chosen by size
 };
 
 /// Chosen by size, unless TALLY_ALGORITHM says otherwise.

@@ -1,0 +1,200 @@
+// SPDX-License-Identifier: Apache-2.0
+// How algorithms are chosen: what their texts are estimated to cost, what measurements say instead, who may overrule
+// both, and what explain() tells of it. And that waiting policies can be asked for.
+#include <catch2/catch.hpp>
+
+#include <unistd.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <fstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include <tally/tally.hpp>
+
+using namespace tally;
+
+namespace {
+
+void expect(bool ok, const std::string& what) {
+  if (!ok) throw std::runtime_error("expected: " + what);
+}
+
+class File {
+ public:
+  explicit File(const std::string& text) : path_("/tmp/tally_choice_" + std::to_string(::getpid())) { std::ofstream(path_) << text; }
+  ~File() { std::remove(path_.c_str()); }
+  const std::string& path() const { return path_; }
+
+ private:
+  std::string path_;
+};
+
+std::string problem_with(const std::string& text) {
+  const File file(text);
+  CostModel model;
+  try {
+    read_model(file.path(), "shm", 2, model);
+  } catch (const Error& error) {
+    return error.what();
+  }
+  return {};
+}
+
+}  // namespace
+
+TEST_CASE("profiles are what the texts say") {
+  const auto profile = [](std::string_view name, Operation operation, int n) { return detail::profile_of(find_algorithm(operation, name), operation, n); };
+  for (const int n : {2, 3, 4, 8}) {
+    const double others = n - 1, share = others / n;
+    const auto ring = profile("ring", Operation::all_reduce, n);
+    CHECK(ring.chain == 2 * others);
+    CHECK(ring.messages == 4 * others);
+    CHECK(ring.sent == Approx(2 * share));
+    CHECK(ring.received == Approx(2 * share));
+    const auto one_shot = profile("one_shot", Operation::all_reduce, n);
+    CHECK(one_shot.chain == 1);
+    CHECK(one_shot.sent == Approx(others));
+    const auto two_shot = profile("two_shot", Operation::all_reduce, n);
+    CHECK(two_shot.chain == 2);
+    CHECK(two_shot.sent == Approx(2 * share));
+    CHECK(profile("chain", Operation::broadcast, n).chain == others);
+    CHECK(profile("zero_copy", Operation::all_reduce, n).sent == Approx(share));
+  }
+  CHECK(profile("recursive_doubling", Operation::all_reduce, 8).chain == 3);
+  CHECK(profile("tree", Operation::broadcast, 8).chain == 3);
+  CHECK(profile("recursive_halving", Operation::all_reduce, 8).sent == Approx(2 * 7.0 / 8));
+  CHECK(profile("one_shot", Operation::barrier, 4).chain == 1);
+  // All profiles of all operations are found, also where ranks are no power of two.
+  for (const Operation operation : all_operations)
+    for (const std::string_view name : algorithms_for(operation))
+      for (const int n : {1, 5, 7}) CHECK(profile(name, operation, n).chain >= (n == 1 ? 0 : 1));
+}
+
+TEST_CASE("estimates prefer few messages for little data and few bytes for much") {
+  CostModel model;
+  model.cores = 64;
+  Chooser chooser(16, model);
+  const auto chosen = [&](Operation operation, std::size_t bytes) { return std::string(chooser.choose(operation, bytes, false).name); };
+  CHECK((chosen(Operation::all_reduce, 8) == "recursive_doubling" || chosen(Operation::all_reduce, 8) == "one_shot"));
+  const auto sent = [&](const std::string& name) { return detail::profile_of(find_algorithm(Operation::all_reduce, name), Operation::all_reduce, 16).sent; };
+  CHECK(sent(chosen(Operation::all_reduce, std::size_t{64} << 20)) < 2.0);
+  CHECK(chooser.choose(Operation::all_reduce, std::size_t{1} << 20, true).share != nullptr);
+  CHECK(chooser.choose(Operation::all_reduce, std::size_t{1} << 20, false).share == nullptr);
+}
+
+TEST_CASE("measurements come before estimates, and are interpolated") {
+  const File file("# a comment\n\nshm 2 all_reduce tree 8 5\nshm 2 all_reduce tree 32 20 # us\nshm 2 all_reduce ring 8 100\n  shm  2 all_reduce ring 32 1  \r\nthread 2 all_reduce one_shot 8 0.001\nshm 3 all_reduce one_shot 8 0.001\n");
+  CostModel model;
+  read_model(file.path(), "shm", 2, model);
+  CHECK(model.ranks == 2);
+  Chooser chooser(2, model);
+  const auto estimate = [&](std::string_view name, std::size_t bytes) { return chooser.estimate(find_algorithm(Operation::all_reduce, name), Operation::all_reduce, bytes); };
+  CHECK(estimate("tree", 8).measured);
+  CHECK(estimate("tree", 8).microseconds == Approx(5));
+  CHECK(estimate("tree", 16).microseconds == Approx(10));
+  CHECK(estimate("tree", 32).microseconds == Approx(20));
+  CHECK(estimate("tree", 1).microseconds == Approx(5));
+  CHECK(estimate("tree", 64).microseconds == Approx(40));
+  CHECK(estimate("ring", 32).microseconds == Approx(1));
+  CHECK_FALSE(estimate("one_shot", 8).measured);
+  Chooser three(3, model);
+  CHECK_FALSE(three.estimate(find_algorithm(Operation::all_reduce, "tree"), Operation::all_reduce, 8).measured);
+}
+
+TEST_CASE("a model that cannot be read is refused with its line") {
+  CHECK(problem_with("shm 2 all_reduce tree 8 5\n").empty());
+  CHECK_THAT(problem_with("shm 2 all_reduce tree 8\n"), Catch::Contains("line 1: expected: transport ranks operation algorithm bytes microseconds"));
+  CHECK_THAT(problem_with("\nshm two all_reduce tree 8 5\n"), Catch::Contains("line 2: 'two' is not a number"));
+  CHECK_THAT(problem_with("shm 2 all_reduce tree 8 5x\n"), Catch::Contains("'5x' is not a number"));
+  CHECK_THAT(problem_with("shm 2 all_reduce tree 8 nan\n"), Catch::Contains("'nan' is not a number"));
+  CHECK_THAT(problem_with("shm 2 all_reduce tree 8 0\n"), Catch::Contains("above 0"));
+  CHECK_THAT(problem_with("shm 2 all_reduce tree 12 5\n"), Catch::Contains("power of two"));
+  CHECK_THAT(problem_with("shm 2 all_reduce tree 18446744073709551616 5\n"), Catch::Contains("is not a number"));
+  CHECK_THAT(problem_with("shm 2 all_reduce tree 9223372036854775808 5\n"), Catch::Contains("power of two"));
+  CHECK_THAT(problem_with("shm 2 all_to_all tree 8 5\n"), Catch::Contains("'all_to_all' is not an operation"));
+  CHECK_THAT(problem_with("shm 2 broadcast ring 8 5\n"), Catch::Contains("'ring' is not an algorithm for broadcast"));
+  CostModel model;
+  CHECK_THROWS_WITH(read_model("/nonexistent/model", "shm", 2, model), Catch::Contains("cannot read '/nonexistent/model'"));
+}
+
+namespace {
+void model_decides(RankKind kind) {
+  const std::string transport = kind == threads ? "thread" : "shm";
+  // Nonsense that no estimate would say: so it is the file that decides, on all ranks.
+  const File file(transport + " 3 all_reduce tree 8 0.01\n" + transport + " 3 all_reduce chain 65536 0.01\n");
+  Options options;
+  options.model = file.path();
+  launch(3, [&](Communicator& comm) {
+    std::vector<float> small(2, 1.0f), large(20'000, 1.0f);
+    expect(comm.all_reduce(small, sum).algorithm_name() == "tree", "tree for little");
+    Communicator other = comm.duplicate();
+    expect(other.all_reduce(small, sum).algorithm_name() == "tree", "a duplicate has the same model");
+    expect(comm.all_reduce(large, sum, {.algorithm = "two_shot"}).algorithm_name() == "two_shot", "by name");
+    const std::string why = comm.explain(Operation::all_reduce, 8);
+    expect(why.find("all_reduce of 8 bytes, 3 ranks: tree") == 0 && why.find("0.010 us  measured") != why.npos && why.find("estimated") != why.npos, why);
+    if (comm.transport_name() == "shm") expect(why.find("zero_copy needs memory from allocate()") != why.npos, why);
+    expect(comm.explain(Operation::all_reduce, 1 << 20, true).find("zero_copy") != std::string::npos, "symmetric");
+    std::string text;
+    try {
+      comm.all_reduce(large, sum, {.algorithm = "rong"});
+    } catch (const Error& error) {
+      text = error.what();
+    }
+    expect(text.find("all_reduce: no algorithm is called 'rong'; there are ring tree") != text.npos, text);
+  }, kind, options);
+}
+}  // namespace
+
+TEST_CASE("rank 0's model decides, threads") { model_decides(threads); }
+TEST_CASE("rank 0's model decides, processes", "[processes]") { model_decides(processes); }
+
+TEST_CASE("a choice is explained where the environment made it") {
+  Options options;
+  options.algorithms = AlgorithmOverrides("all_reduce=ring");
+  launch(2, [](Communicator& comm) { expect(comm.explain(Operation::all_reduce, 8).find("ring, because TALLY_ALGORITHM says so") != std::string::npos, "the reason"); }, threads, options);
+}
+
+TEST_CASE("waiting policies") {
+  CHECK(name_of(WaitPolicy::energy) == "energy");
+  for (const WaitPolicy policy : {WaitPolicy::latency, WaitPolicy::balanced, WaitPolicy::energy}) {
+    Options options;
+    options.wait = policy;
+    launch(2, [](Communicator& comm) {
+      for (int i = 0; i < 20; ++i) {
+        if (comm.rank() == 1) ::usleep(300);
+        int x = 1;
+        comm.all_reduce(std::span(&x, 1), sum);
+        expect(x == 2, "the sum");
+      }
+    }, threads, options);
+  }
+}
+
+TEST_CASE("the ladder learns when waits are long") {
+  const Clock& clock = Clock::host();
+  const Ticks us = clock.to_ticks(std::chrono::microseconds(1));
+  const auto parks_after = [&](Ladder& ladder) {  // microseconds
+    ladder.restart(false);
+    for (Ticks t = 0; t < 100'000; ++t)
+      if (ladder.climb(t * us)) return t;
+    return Ticks{100'000};
+  };
+  Ladder balanced(clock, WaitPolicy::balanced), energy(clock, WaitPolicy::energy), latency(clock, WaitPolicy::latency);
+  CHECK(parks_after(balanced) == 51);
+  CHECK(parks_after(energy) <= 6);
+  CHECK(parks_after(latency) > 19'000);
+  for (int i = 0; i < 8; ++i) balanced.learn(10'000 * us);
+  CHECK(parks_after(balanced) <= 6);
+  for (int i = 0; i < 100; ++i) balanced.learn(1 * us);  // too short to teach anything
+  CHECK(parks_after(balanced) <= 6);
+  for (int i = 0; i < 8; ++i) balanced.learn(20 * us);
+  CHECK(parks_after(balanced) == 51);
+  // Where ranks outnumber cores, every policy yields at once and soon sleeps.
+  latency.restart(true);
+  int turns = 0;
+  while (!latency.climb(0)) ++turns;
+  CHECK(turns <= 100);
+}
