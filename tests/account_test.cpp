@@ -242,6 +242,7 @@ class SlowLink {
     }
     return inner_->poll(probe);
   }
+  void flush() { inner_->flush(); }
   void enter(const RankStatus& status) { inner_->enter(status); }
   void exit() { inner_->exit(); }
   RankStatus status(Rank r) const { return inner_->status(r); }

@@ -30,7 +30,7 @@ inline constexpr std::size_t most_threads = 3, most_locations = 16, most_registe
 using Registers = std::array<Value, most_registers>;
 
 struct Step {
-  enum class Kind { load, await, store, exchange, compare_exchange, fence, interrupt, sleep, wake, branch, expect };
+  enum class Kind { load, await, store, exchange, compare_exchange, add, fence, interrupt, sleep, wake, branch, expect };
   Kind kind;
   int location = 0, reg = -1;  // reg: branch always if there is none
   Value value = 0, expected = 0;
@@ -53,6 +53,7 @@ class Program {
   void exchange(int location, Value value, int reg) { add(Step::Kind::exchange, location, value, Order::acquire, reg); }
   /// reg = 1 if it was `expected` and is now `value`, else 0.
   void compare_exchange(int location, Value expected, Value value, int reg) { add(Step::Kind::compare_exchange, location, value, Order::acquire, reg).expected = expected; }
+  void add_one(int location) { add(Step::Kind::add, location); }
   void fence() { add(Step::Kind::fence); }
   /// Not all threads fence at the same moment: each does at some moment of the call.
   void membarrier(std::size_t me, std::size_t threads) {
@@ -63,8 +64,10 @@ class Program {
   }
   /// The system calls of the futex: both fence, and the first compares and falls asleep in one.
   void futex_wait(int location, Value while_equal) { add(Step::Kind::sleep, location, while_equal); }
+  void futex_wait_as_loaded(int location, int reg) { add(Step::Kind::sleep, location, 0, Order::relaxed, reg); }
   void futex_wait_without_compare(int location) { add(Step::Kind::sleep, location).inverted = true; }
-  void futex_wake(int location) { add(Step::Kind::wake, location); }
+  /// `threads`: a bit for each thread that it wakes.
+  void futex_wake(int location, Value threads = 127) { add(Step::Kind::wake, location, threads); }
   void expect(std::string_view text, std::function<bool(const Registers&)> holds) {
     Step& step = add(Step::Kind::expect);
     step.holds = std::move(holds);
@@ -275,14 +278,17 @@ class Explorer {
       reg = state.memory[l] == s.expected;
       if (reg) write(state, t, s.location, s.value);
       what = "compares and exchanges " + name(s.location) + (reg ? " with" : " without") + " success";
+    } else if (s.kind == Kind::add) {
+      write(state, t, s.location, static_cast<Value>(state.memory[l] + 1));
+      what = "adds 1 to " + name(s.location);
     } else if (s.kind == Kind::sleep) {
-      const bool sleeps = s.inverted || state.memory[l] == s.value;
+      const bool sleeps = s.inverted || state.memory[l] == (s.reg >= 0 ? reg : s.value);
       if (sleeps) thread.asleep_on = static_cast<std::int8_t>(s.location);
       what = sleeps ? "falls asleep" : "does not fall asleep, " + name(s.location) + " has changed";
     } else {
       what = "wakes who sleeps on " + name(s.location);
-      for (State::Thread& other : state.threads)
-        if (other.asleep_on == s.location) other.asleep_on = -1;
+      for (std::size_t u = 0; u < model_.programs.size(); ++u)
+        if (state.threads[u].asleep_on == s.location && (s.value >> u & 1)) state.threads[u].asleep_on = -1;
     }
     return true;
   }

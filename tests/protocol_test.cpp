@@ -167,12 +167,12 @@ TEST_CASE("slots hand over every frame") {
 
 namespace {
 
-// Sleeping: SlotTransport::park as Progress::sleep calls it, SlotTransport::wake, SlotMemory::wake_all. The limit of
+// Sleeping: SlotTransport::park as Progress::sleep calls it, SlotTransport::wake and flush, SlotMemory::wake_all. The limit of
 // the sleep is left out: with it nothing is ever lost for good, and a lost wake-up would look like a slow machine.
 
 enum class Fencing { membarrier, fences, sleeper_only, waker_only };
 struct ParkBreaks {
-  bool no_recheck = false, recheck_first = false, wake_before_publishing = false, no_compare = false, announce_late = false, exchange_only = false;
+  bool no_recheck = false, recheck_first = false, wake_before_publishing = false, no_compare = false, announce_late = false, exchange_only = false, bell_not_rung = false, no_second_look = false;
 };
 struct Wanted {
   int location;
@@ -196,6 +196,7 @@ class Protocol {
   std::size_t threads;
   Fencing fencing;
   ParkBreaks breaks;
+  int bell;  // the word that all sleep on; each rank has a word of its own that says so
 
   /// Progress::turn until something is there: poll, and where there is nothing, park.
   void wait(Program& p, std::size_t me, int parked, const std::vector<Wanted>& wanted, const std::vector<Wanted>& rechecked) const {
@@ -206,29 +207,34 @@ class Protocol {
     });
   }
   void wait(Program& p, std::size_t me, int parked, const std::vector<Wanted>& wanted) const { wait(p, me, parked, wanted, wanted); }
-  /// A frame's or a credit's last store, and wake().
-  void publish(Program& p, int location, Value value, int parked) const {
-    if (breaks.wake_before_publishing) wake(p, parked);
+  /// A frame's or a credit's last store, and wake() and flush().
+  void publish(Program& p, int location, Value value, std::size_t whom, int parked) const {
+    if (breaks.wake_before_publishing) wake(p, whom, parked);
     p.store(location, value, release);
-    if (!breaks.wake_before_publishing) wake(p, parked);
+    if (!breaks.wake_before_publishing) wake(p, whom, parked);
   }
   void wake_all(Program& p, const std::vector<int>& all_parked) const {
     p.fence();
-    for (const int parked : all_parked) {
-      p.store(parked, 0, release);
-      p.futex_wake(parked);
-    }
+    for (const int parked : all_parked) p.store(parked, 0, release);
+    p.add_one(bell);
+    p.futex_wake(bell);
   }
 
  private:
   void park(Program& p, std::size_t me, int parked, const std::vector<Wanted>& rechecked) const {
     const auto sleep = [&] {
       if (breaks.announce_late) p.store(parked, 1);
-      if (breaks.no_compare) p.futex_wait_without_compare(parked);
-      else p.futex_wait(parked, 1);
+      const auto fall_asleep = [&] {
+        if (breaks.no_compare) p.futex_wait_without_compare(bell);
+        else p.futex_wait_as_loaded(bell, 6);
+      };
+      if (breaks.no_second_look) return fall_asleep();
+      p.load(parked, relaxed, 4);
+      p.unless(4, 0, fall_asleep);
     };
     const auto announce = [&] {
       if (!breaks.announce_late) p.store(parked, 1);
+      p.load(bell, acquire, 6);
       if (fencing == Fencing::membarrier) p.membarrier(me, threads);
       else if (fencing != Fencing::waker_only) p.fence();
     };
@@ -236,58 +242,61 @@ class Protocol {
     else announce(), unless_any(p, breaks.no_recheck ? std::vector<Wanted>{} : rechecked, sleep);
     p.store(parked, 0);
   }
-  void wake(Program& p, int parked) const {
+  void wake(Program& p, std::size_t whom, int parked) const {
     if (fencing == Fencing::fences || fencing == Fencing::waker_only) p.fence();
     p.load(parked, relaxed, 5);
     p.unless(5, 0, [&] {
       p.exchange(parked, 0, 5);
-      if (!breaks.exchange_only) p.unless(5, 0, [&] { p.futex_wake(parked); });
+      if (!breaks.exchange_only) p.unless(5, 0, [&] {
+        if (!breaks.bell_not_rung) p.add_one(bell);
+        p.futex_wake(bell, static_cast<Value>(1 << whom));
+      });
     });
   }
 };
 
 /// One rank waits for a frame of each peer in turn, several rounds, always on the same word.
 Model sleeping(int wakers, int rounds, Fencing fencing, const ParkBreaks& breaks = {}) {
-  const Protocol protocol{static_cast<std::size_t>(wakers) + 1, fencing, breaks};
-  Model m{{"parked"}, std::vector<Program>(protocol.threads)};
+  const Protocol protocol{static_cast<std::size_t>(wakers) + 1, fencing, breaks, 1};
+  Model m{{"parked", "bell"}, std::vector<Program>(protocol.threads)};
   for (int round = 0; round < rounds; ++round)
     for (int w = 1; w <= wakers; ++w) {
       const auto sequence = static_cast<int>(m.locations.size());
       m.locations.push_back(w == 1 ? "frame of 1" : "frame of 2");
       protocol.wait(m.programs[0], 0, 0, {{sequence, 1}});
-      protocol.publish(m.programs[static_cast<std::size_t>(w)], sequence, 1, 0);
+      protocol.publish(m.programs[static_cast<std::size_t>(w)], sequence, 1, 0, 0);
     }
   return m;
 }
 /// A ring of one slot whose two sides both sleep: the receiver for frames, the sender for room.
 Model sleeping_ring(int frames, Fencing fencing, const ParkBreaks& breaks = {}) {
-  enum : int { parked_sender, parked_receiver, sequence, consumed, payload };
-  const Protocol protocol{2, fencing, breaks};
-  Model m{{"parked of sender", "parked of receiver", "sequence", "consumed", "payload"}, {{}, {}}};
+  enum : int { parked_sender, parked_receiver, sequence, consumed, payload, bell };
+  const Protocol protocol{2, fencing, breaks, bell};
+  Model m{{"parked of sender", "parked of receiver", "sequence", "consumed", "payload", "bell"}, {{}, {}}};
   for (int k = 0; k < frames; ++k) {
     const auto number = static_cast<Value>(k + 1);
     Program& sender = m.programs[0];
     if (k > 0) protocol.wait(sender, 0, parked_sender, {{consumed, static_cast<Value>(k)}});
     sender.store(payload, number);
-    protocol.publish(sender, sequence, number, parked_receiver);
+    protocol.publish(sender, sequence, number, 1, parked_receiver);
     Program& receiver = m.programs[1];
     protocol.wait(receiver, 1, parked_receiver, {{sequence, number}});
     receiver.load(payload, relaxed, 0);
     receiver.expect("a frame has its own payload", [=](const Registers& r) { return r[0] == number; });
-    protocol.publish(receiver, consumed, number, parked_sender);
+    protocol.publish(receiver, consumed, number, 0, parked_sender);
   }
   return m;
 }
 /// Rank 0 waits for a frame of rank 1 that comes and for one that never does, until rank 2 aborts. Ranks that leave
 /// do the same with a word that sleepers do not look at again.
 Model sleeping_until_all_are_woken(Fencing fencing, bool recheck = true) {
-  enum : int { parked, first, second, abort };
-  const Protocol protocol{3, fencing, {}};
-  Model m{{"parked", "first frame", "second frame", "abort"}, {{}, {}, {}}};
+  enum : int { parked, first, second, abort, bell };
+  const Protocol protocol{3, fencing, {}, bell};
+  Model m{{"parked", "first frame", "second frame", "abort", "bell"}, {{}, {}, {}}};
   const Wanted aborted{abort, 0, true};
   protocol.wait(m.programs[0], 0, parked, {{first, 1}});
   protocol.wait(m.programs[0], 0, parked, {{second, 1}, aborted}, recheck ? std::vector<Wanted>{{second, 1}, aborted} : std::vector<Wanted>{{second, 1}});
-  protocol.publish(m.programs[1], first, 1, parked);
+  protocol.publish(m.programs[1], first, 1, 0, parked);
   m.programs[2].compare_exchange(abort, 0, 1, 0);
   m.programs[2].store(abort, 2, release);
   protocol.wake_all(m.programs[2], {parked});
@@ -295,9 +304,9 @@ Model sleeping_until_all_are_woken(Fencing fencing, bool recheck = true) {
 }
 /// Rank 0 found that it has no membarrier and says so; rank 1 looks that up for each frame.
 Model fences_announced(bool before_any_frame) {
-  enum : int { parked, frame, fences };
-  const Protocol protocol{2, Fencing::sleeper_only, {}};
-  Model m{{"parked", "frame", "fences"}, {{}, {}}};
+  enum : int { parked, frame, fences, bell };
+  const Protocol protocol{2, Fencing::sleeper_only, {}, bell};
+  Model m{{"parked", "frame", "fences", "bell"}, {{}, {}}};
   m.programs[0].store(fences, 1, release);
   protocol.wait(m.programs[0], 0, parked, {{frame, 1}});
   Program& p = m.programs[1];
@@ -308,7 +317,10 @@ Model fences_announced(bool before_any_frame) {
   p.load(parked, relaxed, 5);
   p.unless(5, 0, [&] {
     p.exchange(parked, 0, 5);
-    p.unless(5, 0, [&] { p.futex_wake(parked); });
+    p.unless(5, 0, [&] {
+      p.add_one(bell);
+      p.futex_wake(bell, 1);
+    });
   });
   return m;
 }
@@ -319,7 +331,7 @@ TEST_CASE("no wake-up is lost") {
   for (const Fencing fencing : {Fencing::membarrier, Fencing::fences}) {
     const std::string with = fencing == Fencing::membarrier ? ", membarrier" : ", fences";
     holds("sleeping for a peer, 3 rounds" + with, sleeping(1, 3, fencing));
-    holds("sleeping for two peers, 2 rounds" + with, sleeping(2, 2, fencing));
+    holds("sleeping for two peers" + with, sleeping(2, 1, fencing));
     holds("both sides of a ring sleep, 3 frames" + with, sleeping_ring(3, fencing));
     holds("sleeping until an abort" + with, sleeping_until_all_are_woken(fencing));
 
@@ -332,8 +344,10 @@ TEST_CASE("no wake-up is lost") {
       fails(who + with + ", announced after the recheck", sleeping(wakers, rounds, fencing, {.announce_late = true}), lost);
       fails(who + with + ", parked looked up before publishing", sleeping(wakers, rounds, fencing, {.wake_before_publishing = true}), lost);
       fails(who + with + ", sleep without compare", sleeping(wakers, rounds, fencing, {.no_compare = true}), lost);
+      fails(who + with + ", bell not rung", sleeping(wakers, rounds, fencing, {.bell_not_rung = true}), lost);
       fails(who + with + ", exchange without wake", sleeping(wakers, rounds, fencing, {.exchange_only = true}), lost);
     }
+    fails("a peer, 3 rounds" + with + ", no second look at the announcement", sleeping(1, 3, fencing, {.no_second_look = true}), lost);
     fails("a ring" + with + ", no recheck", sleeping_ring(2, fencing, {.no_recheck = true}), lost);
     fails("a ring" + with + ", parked looked up before publishing", sleeping_ring(2, fencing, {.wake_before_publishing = true}), lost);
   }

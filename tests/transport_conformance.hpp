@@ -31,6 +31,7 @@ inline void expect(bool ok, const std::string& what) {
 
 /// Drives transfers to their end and checks what the transport says about them on the way.
 struct Driver {
+  explicit Driver(Rank rank) : me(rank) {}
   const Rank me;
   std::vector<Transfer*> pending;
   std::size_t frames = 0, credits = 0, moves = 0;

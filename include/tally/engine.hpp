@@ -308,6 +308,7 @@ class Engine final : public AnyEngine {
         progress_.poll(*this);
       }
     }
+    transport_->flush();
   }
 
   /// How ranks name their buffers to each other: an address, or a place in symmetric memory; 0 names nothing.

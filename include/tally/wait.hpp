@@ -37,6 +37,16 @@ inline void futex_wait(std::atomic<std::uint32_t>& word, std::uint32_t while_equ
   ::syscall(SYS_futex, &word, FUTEX_WAIT, while_equal, &limit, nullptr, 0);
 }
 inline void futex_wake(std::atomic<std::uint32_t>& word) { ::syscall(SYS_futex, &word, FUTEX_WAKE, INT_MAX, nullptr, nullptr, 0); }
+/// The same for sleepers that share a word: those whose `who` has a bit in common with the waker's are woken, in one call.
+inline void futex_wait_as(std::uint32_t who, std::atomic<std::uint32_t>& word, std::uint32_t while_equal, nanoseconds at_most) {
+  timespec until{};  // of this kind of wait the kernel wants to know the end
+  clock_gettime(CLOCK_MONOTONIC, &until);
+  const std::int64_t end = until.tv_nsec + at_most.count() % 1'000'000'000;
+  until.tv_sec += static_cast<time_t>(at_most.count() / 1'000'000'000 + end / 1'000'000'000);
+  until.tv_nsec = static_cast<long>(end % 1'000'000'000);
+  ::syscall(SYS_futex, &word, FUTEX_WAIT_BITSET, while_equal, &until, nullptr, who);
+}
+inline void futex_wake_those(std::uint32_t who, std::atomic<std::uint32_t>& word) { ::syscall(SYS_futex, &word, FUTEX_WAKE_BITSET, INT_MAX, nullptr, nullptr, who); }
 
 /// A full fence. TSan does not model fences and says so; nothing here relies on one for what data is visible.
 inline void full_fence() {

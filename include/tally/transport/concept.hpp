@@ -115,6 +115,7 @@ concept Transport = requires(T& t, const T& c, Transfer& transfer, RankStatus st
   t.abort(notice);
   { c.aborted() } -> std::same_as<bool>;
   { c.abort_notice() } -> std::same_as<AbortNotice>;
+  t.flush();  // nobody goes on sleeping for whom something was moved; poll() does the same at its end
   // park(limit, recheck): sleeps until a peer may have moved, an abort, or the limit
   { t.crowded() } -> std::same_as<bool>;  // more ranks than cores to run them
   t.leave();

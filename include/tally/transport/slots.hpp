@@ -19,6 +19,7 @@
 #include <new>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "../wait.hpp"
@@ -40,7 +41,7 @@ struct SlotOptions {
 namespace detail {
 
 inline constexpr std::size_t line = 64;
-inline constexpr std::uint32_t slot_protocol = 1;  // raise when anything below changes its meaning
+inline constexpr std::uint32_t slot_protocol = 2;  // raise when anything below changes its meaning
 
 struct alignas(2 * line) Slot {
   static constexpr std::size_t inline_bytes = 80;
@@ -74,6 +75,7 @@ static_assert(sizeof(RankLine) == 4 * line && offsetof(RankLine, parked) == line
 
 struct alignas(line) SlotHeader {
   std::atomic<std::uint32_t> ready, fences, departed;
+  alignas(line) std::atomic<std::uint32_t> bell;   // all who are parked sleep on it; rung by counting up
   alignas(line) std::atomic<std::uint32_t> abort;  // 0 none, 1 being written, 2 written
   std::int32_t abort_code, abort_rank, abort_peer;
   char abort_text[2048];
@@ -190,11 +192,9 @@ class SlotMemory {
   }
   void wake_all() {
     full_fence();
-    for (Rank r = 0; r < layout_.size(); ++r) {
-      std::atomic<std::uint32_t>& parked = rank_line(r).parked;
-      parked.store(0);
-      futex_wake(parked);
-    }
+    for (Rank r = 0; r < layout_.size(); ++r) rank_line(r).parked.store(0);
+    header().bell.fetch_add(1);
+    futex_wake_those(~0u, header().bell);
   }
 
   /// Rings that hold frames nobody read: after all ranks have left, a sign of mismatched calls.
@@ -237,6 +237,7 @@ class SlotTransport {
         e.out = ring(lane, me, peer);
         e.in = ring(lane, peer, me);
         e.peer_parked = &memory_->rank_line(peer).parked;
+        e.peer_bit = bell_bit(peer);
       }
     fences_ = !AsymmetricBarrier::register_process();
     if (fences_) header_->fences.store(1);
@@ -311,7 +312,14 @@ class SlotTransport {
       }
       ++i;
     }
+    flush();
     return moved;
+  }
+  /// Wakes all who sleep and whom something was moved to or from since the last time, in one call.
+  void flush() {
+    if (to_wake_ == 0) return;
+    header_->bell.fetch_add(1);
+    futex_wake_those(std::exchange(to_wake_, 0), header_->bell);
   }
 
   /// Readers must never combine one operation's sequence number with another's fingerprint: the number is
@@ -363,9 +371,11 @@ class SlotTransport {
       explicit Announcement(std::atomic<std::uint32_t>& word) : parked(word) { parked.store(1, std::memory_order_relaxed); }
       ~Announcement() { parked.store(0, std::memory_order_relaxed); }
     } announcement(line_->parked);
+    const std::uint32_t bell = header_->bell.load(std::memory_order_acquire);
     if (fences_) full_fence();  // and all senders fence, too
     else AsymmetricBarrier::heavy();
-    if (!recheck()) futex_wait(line_->parked, 1, limit);
+    // A peer may have taken the announcement, meaning an earlier one, before the bell was looked at: it will not ring again.
+    if (!recheck() && line_->parked.load(std::memory_order_relaxed) != 0) futex_wait_as(bell_bit(me_), header_->bell, bell, limit);
   }
 
   // Memory that all ranks can load and store (see DirectAccess).
@@ -406,6 +416,7 @@ class SlotTransport {
   struct Endpoint {
     Ring out, in;
     std::atomic<std::uint32_t>* peer_parked = nullptr;
+    std::uint32_t peer_bit = 0;
     Queue sends, receives;
     std::uint64_t sent = 0, credit = 0;  // frames sent, and known to be consumed
     std::uint64_t received = 0;
@@ -415,6 +426,8 @@ class SlotTransport {
     bool seen = false;            // the frame at the head has been announced
   };
 
+  /// Ranks 32 apart share a bit: one of them may wake up for nothing.
+  static std::uint32_t bell_bit(Rank r) { return 1u << (static_cast<unsigned>(r) % 32); }
   Endpoint& endpoint(int lane, Rank peer) { return endpoints_[static_cast<std::size_t>(lane * size() + peer)]; }
   Ring ring(int lane, Rank from, Rank to) const {
     std::byte* base = memory_->base() + layout_.ring(lane, from, to);
@@ -428,7 +441,7 @@ class SlotTransport {
   void wake(const Endpoint& e) {
     std::atomic_signal_fence(std::memory_order_seq_cst);  // not to be looked up before the frame is written
     if (fences_ || header_->fences.load(std::memory_order_relaxed) != 0) full_fence();
-    if (e.peer_parked->load(std::memory_order_relaxed) != 0 && e.peer_parked->exchange(0) != 0) futex_wake(*e.peer_parked);
+    if (e.peer_parked->load(std::memory_order_relaxed) != 0 && e.peer_parked->exchange(0) != 0) to_wake_ |= e.peer_bit;
   }
   void publish_cores() {
     cpu_set_t set;
@@ -579,6 +592,7 @@ class SlotTransport {
   detail::RankLine* line_;
   detail::SlotHeader* header_;
   TransportCounters counters_;
+  std::uint32_t to_wake_ = 0;
   pid_t process_ = ::getpid();
   bool fences_ = false, crowded_ = false, cores_known_ = false;
 };
