@@ -955,6 +955,13 @@ TEST_CASE("a communicator that was moved from refuses, and hides nobody's error"
     tally::Communicator moved = std::move(comm);
     moved.barrier();
     CHECK_THROWS_AS(comm.barrier(), tally::Error);
+    std::vector<int> data(10);
+    CHECK_THROWS_AS(comm.all_reduce(data, tally::sum), tally::Error);
+    CHECK_THROWS_AS(comm.persistent_all_reduce(data, tally::sum), tally::Error);
+    CHECK_THROWS_AS(comm.duplicate(), tally::Error);
+    CHECK_THROWS_AS(comm.allocate<int>(1), tally::Error);
+    CHECK_THROWS_AS(comm.explain(Operation::all_reduce, 8), tally::Error);
+    CHECK_THROWS_AS(comm.ledger(), tally::Error);
     comm.abort("nothing happens");
   }, tally::threads);
   try {

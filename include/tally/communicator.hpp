@@ -90,40 +90,40 @@ class Communicator {
   /// data = fold of all ranks' data, on every rank. Same count everywhere.
   template <class A = Auto, WritableElements Data, Reduction<ValueOf<Data>> Op>
   Report all_reduce(Data&& data, const Op& op, const CallOptions& options = {}) {
-    return engine_->run(all_reduce_call<A>(data, op, options));
+    return engine().run(all_reduce_call<A>(data, op, options));
   }
   /// out = fold of all ranks' in. in and out have the same count and do not overlap (or are the same span).
   template <class A = Auto, class In, class Out, Reduction<ValueOf<In>> Op>
     requires SameElements<In, Out>
   Report all_reduce(In&& in, Out&& out, const Op& op, const CallOptions& options = {}) {
-    return engine_->run(all_reduce_call<A>(in, out, op, options));
+    return engine().run(all_reduce_call<A>(in, out, op, options));
   }
 
   /// out on `root` = fold of all ranks' in; other ranks' out is not touched and may be empty.
   template <class A = Auto, class In, class Out, Reduction<ValueOf<In>> Op>
     requires SameElements<In, Out>
   Report reduce(In&& in, Out&& out, const Op& op, Rank root, const CallOptions& options = {}) {
-    return engine_->run(reduce_call<A>(in, out, op, root, options));
+    return engine().run(reduce_call<A>(in, out, op, root, options));
   }
 
   /// data = root's data, on every rank.
   template <class A = Auto, WritableElements Data>
   Report broadcast(Data&& data, Rank root, const CallOptions& options = {}) {
-    return engine_->run(broadcast_call<A>(data, root, options));
+    return engine().run(broadcast_call<A>(data, root, options));
   }
 
   /// out = every rank's in, in rank order: out is size() times as long. In place: in is this rank's block of out.
   template <class A = Auto, class In, class Out>
     requires SameElements<In, Out>
   Report all_gather(In&& in, Out&& out, const CallOptions& options = {}) {
-    return engine_->run(all_gather_call<A>(in, out, options));
+    return engine().run(all_gather_call<A>(in, out, options));
   }
 
   /// out = this rank's block of the fold of all ranks' in: in is size() times as long. In place: out is this rank's block of in.
   template <class A = Auto, class In, class Out, Reduction<ValueOf<In>> Op>
     requires SameElements<In, Out>
   Report reduce_scatter(In&& in, Out&& out, const Op& op, const CallOptions& options = {}) {
-    return engine_->run(reduce_scatter_call<A>(in, out, op, options));
+    return engine().run(reduce_scatter_call<A>(in, out, op, options));
   }
 
   /// The same operations, decided and planned once, to be run many times on the same memory. Making one is not
@@ -166,14 +166,14 @@ class Communicator {
   Report barrier(const CallOptions& options = {}) {
     std::byte token{};
     const Output memory{&token, 1};
-    return engine_->run(call<A, Operation::barrier, unsigned char>(memory, memory, 1, fold_of<unsigned char>(max), 0, nullptr, 0, options));
+    return engine().run(call<A, Operation::barrier, unsigned char>(memory, memory, 1, fold_of<unsigned char>(max), 0, nullptr, 0, options));
   }
 
   /// Collective. A communicator of the same ranks whose operations are independent of this one's.
   Communicator duplicate() {
-    std::unique_ptr<AnyEngine> engine;
-    open_together("duplicate", [&] { return engine_->reserve(); }, [&](std::uint64_t token) { engine = engine_->open(token); });
-    return {std::move(engine), timeout_, chooser_->model(), overrides_};
+    std::unique_ptr<AnyEngine> opened;
+    open_together("duplicate", [&] { return engine().reserve(); }, [&](std::uint64_t token) { opened = engine().open(token); });
+    return {std::move(opened), timeout_, chooser_->model(), overrides_};
   }
 
   /// Collective. `count` elements for every rank, zero, which all collectives can work on without copying: pass it, its
@@ -184,7 +184,7 @@ class Communicator {
     if (count > (SymmetricMemory::most_bytes - page) / sizeof(T)) throw Error(Errc::invalid_argument, "allocate: " + std::to_string(count) + " elements are too many");
     const std::size_t stride = std::max((count * sizeof(T) + page - 1) / page * page, page);
     std::unique_ptr<SymmetricMemory> memory;
-    open_together("allocate", [&] { return engine_->reserve_memory(stride); }, [&](std::uint64_t token) {
+    open_together("allocate", [&] { return engine().reserve_memory(stride); }, [&](std::uint64_t token) {
       memory = engine_->map_memory(token, stride);
       std::memset(memory->of(rank()), 0, stride);  // its own pages by its own hand: they come to lie close to it
     }, count);
@@ -203,6 +203,7 @@ class Communicator {
   /// Which algorithm a call of so many bytes would take (of the larger side, see Layout::items) and why: what each was
   /// measured or is estimated to take. `symmetric`: the buffers come from allocate(). Local; the same on all ranks.
   std::string explain(Operation operation, std::size_t bytes, bool symmetric = false) {
+    if (!chooser_) refuse_moved();
     const bool direct = operation != Operation::barrier && (symmetric || one_address_space_);
     const AlgorithmRef& asked = overrides_.of(operation);
     const bool follows = asked && (!asked.share || direct);
@@ -218,10 +219,10 @@ class Communicator {
     return text;
   }
 
-  const Ledger& ledger() const { return engine_->ledger(); }
-  std::string_view transport_name() const { return engine_->transport_name(); }
+  const Ledger& ledger() const { return engine().ledger(); }
+  std::string_view transport_name() const { return engine().transport_name(); }
   /// What the transport has moved since the communicator was made.
-  TransportCounters counters() const { return engine_->counters(); }
+  TransportCounters counters() const { return engine().counters(); }
 
  private:
   /// Rank 0 reserves, all open what it reserved; an error on all ranks if one of them could not, or if they do not agree on `count`.
@@ -298,6 +299,10 @@ class Communicator {
   [[noreturn, gnu::cold, gnu::noinline]] static void refuse_unreachable(std::string_view algorithm) {
     throw Error(Errc::unsupported, std::string(algorithm) + " needs memory from allocate(), or ranks that are threads: other ranks cannot reach these buffers");
   }
+  AnyEngine& engine() const {
+    if (!engine_) refuse_moved();
+    return *engine_;
+  }
   // Out of line, so that the checks can be inlined.
   [[noreturn, gnu::cold, gnu::noinline]] static void refuse_null(const char* name, std::size_t count) {
     throw Error(Errc::invalid_argument, std::string(name) + " is null but has " + std::to_string(count) + " elements");
@@ -356,7 +361,7 @@ class Communicator {
   template <class A, Operation O, class T>
   Call call(const Input& in, const Output& out, std::size_t count, Fold fold, std::uint16_t op, void (*finish)(void*, std::size_t, int), Rank root, const CallOptions& options) {
     const Layout layout{O, rank(), size(), root, count, in_place(O, in, out)};
-    if (!engine_) refuse_moved();
+    if (!engine_) refuse_moved();  // nothing below it is there, either
     const bool direct = O != Operation::barrier && reachable(O, in, out);
     AlgorithmRef algorithm;
     if constexpr (std::same_as<A, Auto>) {

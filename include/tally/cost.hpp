@@ -223,7 +223,7 @@ inline void read_model(const std::string& path, std::string_view transport, int 
     const auto number_in = [&]<class N>(std::string_view word, N) {
       N value{};
       const auto [end, error] = std::from_chars(word.data(), word.data() + word.size(), value);
-      if (error != std::errc{} || end != word.data() + word.size() || !(value >= 0)) refuse("'" + std::string(word) + "' is not a number");
+      if (error != std::errc{} || end != word.data() + word.size() || word.starts_with("-") || value != value) refuse("'" + std::string(word) + "' is not a number");
       return value;
     };
     const int ranks = number_in(words[1], int{});

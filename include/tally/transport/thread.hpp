@@ -19,7 +19,7 @@ namespace tally::inline v0 {
 class ThreadMemory final : public SlotMemory {
  public:
   explicit ThreadMemory(const SlotLayout& layout) : SlotMemory(layout) {
-    slots_ = zeroed(layout.bytes());
+    slots_ = zeroed(layout.bytes(), "slots");
     base_ = slots_.get();
   }
 
@@ -43,7 +43,7 @@ class ThreadMemory final : public SlotMemory {
   }
 
   std::uint64_t reserve(std::size_t bytes) override {
-    auto block = zeroed(bytes);
+    auto block = zeroed(bytes, "symmetric memory");
     const std::lock_guard lock(mutex_);
     blocks_[++last_token_] = std::move(block);
     return last_token_;
@@ -56,9 +56,9 @@ class ThreadMemory final : public SlotMemory {
 
  private:
   /// Pages come zeroed, when they are first touched, and go with the last owner.
-  static std::shared_ptr<std::byte> zeroed(std::size_t bytes) {
+  static std::shared_ptr<std::byte> zeroed(std::size_t bytes, const char* what) {
     void* base = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (base == MAP_FAILED) throw Error(Errc::no_resources, "no memory for " + std::to_string(bytes) + " bytes: " + std::generic_category().message(errno));
+    if (base == MAP_FAILED) throw Error(Errc::no_resources, "no memory for " + std::to_string(bytes) + " bytes of " + what + ": " + std::generic_category().message(errno));
     ::madvise(base, bytes, MADV_HUGEPAGE);  // where it cannot be had, nothing is lost
     return {static_cast<std::byte*>(base), [bytes](std::byte* memory) { ::munmap(memory, bytes); }};
   }
