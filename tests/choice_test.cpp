@@ -118,6 +118,7 @@ TEST_CASE("a model that cannot be read is refused with its line") {
   CHECK_THAT(problem_with("shm 2 broadcast ring 8 5\n"), Catch::Contains("'ring' is not an algorithm for broadcast"));
   CostModel model;
   CHECK_THROWS_WITH(read_model("/nonexistent/model", "shm", 2, model), Catch::Contains("cannot read '/nonexistent/model'"));
+  CHECK_THROWS_WITH(read_model("/", "shm", 2, model), Catch::Contains("cannot read '/': is it a file?"));
 }
 
 namespace {

@@ -172,22 +172,26 @@ class Communicator {
   /// Collective. A communicator of the same ranks whose operations are independent of this one's.
   Communicator duplicate() {
     std::unique_ptr<AnyEngine> opened;
-    open_together("duplicate", [&] { return engine().reserve(); }, [&](std::uint64_t token) { opened = engine().open(token); });
+    open_together("duplicate", {}, [&] { return engine().reserve(); }, [&](std::uint64_t token) { opened = engine().open(token); }, [](std::uint64_t) {});
     return {std::move(opened), timeout_, chooser_->model(), overrides_};
   }
 
   /// Collective. `count` elements for every rank, zero, which all collectives can work on without copying: pass it, its
-  /// span() or subspan() as the same argument on all ranks. Errc::no_resources if there is not enough memory.
+  /// span() or subspan() as the same argument on all ranks, also where a rank has no such buffer (as `out` of a reduce whose
+  /// root is another: subspan(0, 0) will do). Errc::no_resources if it is more than the host has, or can map.
   template <Element T>
   Symmetric<T> allocate(std::size_t count) {
     constexpr std::size_t page = 4096;
     if (count > (SymmetricMemory::most_bytes - page) / sizeof(T)) throw Error(Errc::invalid_argument, "allocate: " + std::to_string(count) + " elements are too many");
     const std::size_t stride = std::max((count * sizeof(T) + page - 1) / page * page, page);
     std::unique_ptr<SymmetricMemory> memory;
-    open_together("allocate", [&] { return engine().reserve_memory(stride); }, [&](std::uint64_t token) {
-      memory = engine_->map_memory(token, stride);
-      std::memset(memory->of(rank()), 0, stride);  // its own pages by its own hand: they come to lie close to it
-    }, count);
+    open_together(
+        "allocate", {count, sizeof(T), static_cast<std::uint64_t>(element_type<T>())}, [&] { return engine().reserve_memory(stride); },
+        [&](std::uint64_t token) {
+          memory = engine_->map_memory(token, stride);
+          std::memset(memory->of(rank()), 0, stride);  // its own pages by its own hand: they come to lie close to it
+        },
+        [&](std::uint64_t token) { engine_->discard_memory(token, stride); });
     return {std::move(memory), count, rank()};
   }
 
@@ -225,35 +229,52 @@ class Communicator {
   TransportCounters counters() const { return engine().counters(); }
 
  private:
-  /// Rank 0 reserves, all open what it reserved; an error on all ranks if one of them could not, or if they do not agree on `count`.
-  template <class Reserve, class Open>
-  void open_together(const char* what, Reserve&& reserve, Open&& open, std::uint64_t count = 0) {
+  /// What ranks that allocate together must agree on.
+  struct Wanted {
+    std::uint64_t count = 0, element_bytes = 0, type = 0;
+    friend bool operator==(const Wanted&, const Wanted&) = default;
+    std::string text() const { return std::to_string(count) + " elements of " + std::to_string(element_bytes) + " bytes (" + std::string(name_of(static_cast<ElementType>(type))) + ")"; }
+  };
+  /// Rank 0 reserves, all open what it reserved; an error on all ranks if one of them could not, or if they do not agree
+  /// on what is wanted. If so, rank 0 discards it.
+  template <class Reserve, class Open, class Discard>
+  void open_together(const char* what, const Wanted& wanted, Reserve&& reserve, Open&& open, Discard&& discard) {
     struct {
-      std::uint64_t token = 0, count = 0;
+      std::uint64_t token = 0;
+      Wanted wanted;
     } offer;
+    static_assert(sizeof offer == 4 * sizeof(std::uint64_t));
+    enum : int { differs, failed, opened };
+    int result = failed;
     std::string problem;
     if (rank() == 0) {
-      offer.count = count;
+      offer.wanted = wanted;
       try {
         offer.token = reserve();
       } catch (const std::exception& error) {
         problem = error.what();
       }
     }
-    broadcast(std::span(&offer.token, 2), 0);
-    int opened = 0;
-    if (offer.token != 0) {
+    broadcast(std::span(&offer.token, 4), 0);
+    if (offer.wanted != wanted) {
+      problem = "rank 0 asks for " + offer.wanted.text() + ", rank " + std::to_string(rank()) + " for " + wanted.text();
+      result = differs;
+    } else if (offer.token != 0) {
       try {
-        if (offer.count != count) throw Error(Errc::mismatch, "rank 0 asks for " + std::to_string(offer.count) + " elements, rank " + std::to_string(rank()) + " for " + std::to_string(count));
         open(offer.token);
-        opened = 1;
+        result = opened;
       } catch (const std::exception& error) {
         problem = error.what();
       }
     }
-    all_reduce(std::span(&opened, 1), min);
-    if (rank() == 0 && offer.token != 0) engine_->release(offer.token);
-    if (!opened) throw Error(Errc::no_resources, std::string(what) + ": " + (problem.empty() ? "another rank could not open it" : problem), {rank(), -1, 0, {}});
+    all_reduce(std::span(&result, 1), min);
+    if (rank() == 0 && offer.token != 0) {
+      if (result != opened) discard(offer.token);
+      engine_->release(offer.token);
+    }
+    if (result == opened) return;
+    if (problem.empty()) problem = result == differs ? "another rank asks for something else" : "another rank could not open it";
+    throw Error(result == differs ? Errc::mismatch : Errc::no_resources, std::string(what) + ": " + problem, {rank(), -1, 0, {}});
   }
 
   struct Input {

@@ -241,6 +241,7 @@ inline void read_model(const std::string& path, std::string_view transport, int 
     model.ranks = n;
     model.measured[static_cast<std::size_t>(operation)][algorithm.code][std::countr_zero(bytes) - 3] = static_cast<float>(us);
   }
+  if (file.bad()) throw Error(Errc::invalid_argument, "TALLY_MODEL: cannot read '" + path + "': is it a file?");
 }
 
 }  // namespace tally::inline v0

@@ -4,6 +4,8 @@
 // and hazards all follow from the plan. In the steady state nothing is allocated or locked.
 #pragma once
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <cstddef>
 #include <cstring>
@@ -47,6 +49,7 @@ class AnyEngine {
   // Symmetric memory, likewise: `stride` bytes per rank.
   virtual std::uint64_t reserve_memory(std::size_t stride) = 0;
   virtual std::unique_ptr<SymmetricMemory> map_memory(std::uint64_t token, std::size_t stride) = 0;
+  virtual void discard_memory(std::uint64_t token, std::size_t stride) = 0;  // some could not map it: nobody keeps it
   /// Whether ranks can load and store each other's private memory.
   virtual bool one_address_space() const = 0;
 };
@@ -56,15 +59,16 @@ class Engine final : public AnyEngine {
  public:
   Engine(std::unique_ptr<T> transport, const Clock& clock, ModelMeter model, WaitPolicy wait = WaitPolicy::balanced)
       : transport_(std::move(transport)), clock_(clock), wait_(wait), ledger_(transport_->size(), transport_->rank(), transport_->name(), model), progress_(*transport_, clock, wait) {}
-  ~Engine() override { leave(); }
+  ~Engine() override {
+    leave();
+    ledger_.settle();  // while the stopwatches it reads are there
+  }
   void leave() override {
     if (!failed_) failed_.emplace(Errc::invalid_argument, "this communicator is gone");
     transport_->leave();
   }
   std::shared_ptr<void> pin(const Call& call) override {
-    std::shared_ptr<Prepared>& prepared = lookup(key_of(call));
-    give_row(*prepared, call);
-    return prepared;
+    return lookup(key_of(call));
   }
 
   Rank rank() const override { return transport_->rank(); }
@@ -76,15 +80,25 @@ class Engine final : public AnyEngine {
   std::unique_ptr<AnyEngine> open(std::uint64_t token) override { return std::make_unique<Engine>(transport_->open(token), clock_, ledger_.meter(), wait_); }
   void release(std::uint64_t token) override { transport_->release(token); }
   std::uint64_t reserve_memory(std::size_t stride) override {
-    if constexpr (DirectAccess<T>) return transport_->reserve(stride * static_cast<std::size_t>(size()));
+    if constexpr (DirectAccess<T>) {
+      std::size_t bytes = 0;
+      const auto pages = static_cast<std::size_t>(::sysconf(_SC_PHYS_PAGES)), page = static_cast<std::size_t>(::sysconf(_SC_PAGESIZE));
+      // Shared memory that is not there is noticed when it is first touched, by the kernel, who ends the process.
+      if (__builtin_mul_overflow(stride, static_cast<std::size_t>(size()), &bytes) || bytes / page > pages)
+        throw Error(Errc::no_resources, std::to_string(size()) + " times " + std::to_string(stride) + " bytes are more than the " + std::to_string(pages * page) + " bytes of memory that this host has");
+      return transport_->reserve(bytes);
+    }
     else throw Error(Errc::unsupported, "the ranks of this communicator share no memory: " + std::string(transport_->name()));
   }
   std::unique_ptr<SymmetricMemory> map_memory(std::uint64_t token, std::size_t stride) override {
     if constexpr (DirectAccess<T>)
-      // Tokens are distinct among the allocations of a job: page numbers of its file, or counted up.
+      // Tokens of processes are places in the job's file, so their page numbers are distinct. Threads name addresses.
       return std::make_unique<SymmetricMemory>(transport_->map(token, stride * static_cast<std::size_t>(size())), stride, size(), rank(),
-                                               1 + (token >> (transport_->one_address_space() ? 0 : 12)) % ((std::uint64_t{1} << 24) - 1));
+                                               transport_->one_address_space() ? 0 : 1 + (token >> 12) % ((std::uint64_t{1} << 24) - 1));
     else return nullptr;
+  }
+  void discard_memory(std::uint64_t token, std::size_t stride) override {
+    if constexpr (DirectAccess<T>) transport_->discard(token, stride * static_cast<std::size_t>(size()));
   }
   bool one_address_space() const override {
     if constexpr (DirectAccess<T>) return transport_->one_address_space();
@@ -171,7 +185,8 @@ class Engine final : public AnyEngine {
 
  private:
   /// Everything about a call that does not change from one call with this layout to the next.
-  struct Prepared {
+  struct Prepared : std::enable_shared_from_this<Prepared> {
+    explicit Prepared(Plan&& planned) : plan(std::move(planned)) {}
     Plan plan;
     std::vector<Transfer> transfers;  // one per step; local steps use the watermarks too
     std::vector<std::size_t> ready;   // at the start
@@ -219,15 +234,16 @@ class Engine final : public AnyEngine {
     fingerprint_ = detail::Fingerprint::of(call).pack();
     active_ = nullptr;
     if (call.pinned) {
-      if (prepared_ != call.pinned) {
+      if (prepared_.get() != call.pinned) {
         key_ = key_of(call);
-        prepared_ = static_cast<Prepared*>(call.pinned);
+        prepared_ = static_cast<Prepared*>(call.pinned)->shared_from_this();
+        give_row(*prepared_, call);
       }
     } else if (!prepared_ || fingerprint_ != last || call.layout.count != key_.layout.count || call.layout.in_place != key_.layout.in_place || call.algorithm.generate != key_.generate ||
                call.algorithm.share != key_.share || call.algorithm.name.data() != key_.name) {  // the fingerprint tells the rest
       key_ = key_of(call);
       prepared_ = nullptr;
-      prepared_ = lookup(key_).get();
+      prepared_ = lookup(key_);
       give_row(*prepared_, call);
     }
     scratch_.grow(prepared_->plan.scratch());
@@ -239,24 +255,24 @@ class Engine final : public AnyEngine {
     if (!prepared.row) prepared.row = &ledger_.row(call.layout.operation, call.bytes(), call.algorithm.name);
   }
 
-  std::shared_ptr<Prepared>& lookup(const Key& key) {
+  std::shared_ptr<Prepared> lookup(const Key& key) {
     if (const auto found = cache_.find(key); found != cache_.end()) return found->second;
     if (cached_bytes_ > cache_limit) {
       cache_.clear();
       cached_bytes_ = 0;
     }
-    auto prepared = std::make_shared<Prepared>(prepared_plan(key));
+    auto prepared = prepared_plan(key);
     cached_bytes_ += prepared->plan.bytes_held() + prepared->transfers.size() * sizeof(Transfer);
     return cache_.emplace(key, std::move(prepared)).first->second;
   }
-  Prepared prepared_plan(const Key& key) {
-    Prepared prepared{Plan(key.generate ? key.generate(key.layout.shape()) : no_steps(), key.layout, key.grain), {}, {}, {}, nullptr};
-    const Plan& plan = prepared.plan;
-    prepared.transfers.resize(plan.steps().size());
-    prepared.queued.resize(plan.steps().size());
+  std::shared_ptr<Prepared> prepared_plan(const Key& key) {
+    auto prepared = std::make_shared<Prepared>(Plan(key.generate ? key.generate(key.layout.shape()) : no_steps(), key.layout, key.grain));
+    const Plan& plan = prepared->plan;
+    prepared->transfers.resize(plan.steps().size());
+    prepared->queued.resize(plan.steps().size());
     for (std::uint32_t i = 0; i < plan.steps().size(); ++i) {
       const PlannedStep& step = plan.steps()[i];
-      Transfer& t = prepared.transfers[i];
+      Transfer& t = prepared->transfers[i];
       t.bytes = step.count();
       t.step = i;
       t.peer = step.peer;
@@ -264,7 +280,7 @@ class Engine final : public AnyEngine {
       t.side = step.side;
       t.is_send = step.verb == Verb::send;
       t.fold = step.verb == Verb::receive_combine || step.verb == Verb::combine ? &fold_ : nullptr;
-      prepared.ready.push_back(plan.ready(i, [](std::size_t) { return std::size_t{0}; }));
+      prepared->ready.push_back(plan.ready(i, [](std::size_t) { return std::size_t{0}; }));
     }
     local_.reserve(plan.steps().size());
     return prepared;
@@ -311,9 +327,10 @@ class Engine final : public AnyEngine {
     transport_->flush();
   }
 
-  /// How ranks name their buffers to each other: an address, or a place in symmetric memory; 0 names nothing.
+  /// How ranks name their buffers to each other: an address, or a place in symmetric memory; 0 names nothing. And the
+  /// whole count, since fingerprints hold but 16 bits of it and here no frame's length shows a difference.
   struct Names {
-    std::uint64_t input = 0, output = 0;
+    std::uint64_t input = 0, output = 0, count = 0;
   };
 
   /// All meet and say where their buffers lie, each does its share in everyone's, all meet again.
@@ -321,9 +338,11 @@ class Engine final : public AnyEngine {
     if constexpr (DirectAccess<T>) {
       const Share share = call.algorithm.share(call.layout.shape());
       names_.resize(static_cast<std::size_t>(size()));
-      names_[static_cast<std::size_t>(rank())] = {name_of(call.input, call.input_memory), name_of(call.output, call.output_memory)};
+      names_[static_cast<std::size_t>(rank())] = {name_of(call.input, call.input_memory), name_of(call.output, call.output_memory), call.layout.count};
       lent_ = transport_->one_address_space();
       meet();
+      for (Rank r = 0; r < size(); ++r)
+        if (names_[static_cast<std::size_t>(r)].count != call.layout.count) raise_mismatch(r, fingerprint_);
       {
         // Who aborts waits for this, since its memory may go as soon as its call has returned.
         struct Sharing {
@@ -339,12 +358,18 @@ class Engine final : public AnyEngine {
         pass_.targets.clear();
         for (Rank r = 0; r < size(); ++r)
           if (bytes > 0 && (share.source < 0 || share.source == r)) pass_.sources.push_back(reach(call, r, share.from, bytes));
-        for (Rank i = 0; i < size(); ++i)  // its own first, then each rank another one's
-          if (const Rank r = wrap(rank() + i, size()); bytes > 0 && (share.target < 0 || share.target == r)) pass_.targets.push_back(reach(call, r, share.to, bytes));
+        std::size_t stored = 0;
+        for (Rank i = 0; i < size(); ++i) {  // its own first, then each rank another one's
+          const Rank r = wrap(rank() + i, size());
+          if (bytes == 0 || (share.target >= 0 && share.target != r)) continue;
+          std::byte* target = reach(call, r, share.to, bytes);
+          pass_.targets.push_back(target);
+          if (r != rank() && !(pass_.sources.size() == 1 && target == pass_.sources[0])) stored += bytes;  // the root has it already
+        }
         if (bytes > short_bytes) progress_.enter(call.fold.function ? State::reduce : State::copy);
         pass_.run(bytes, call.grain, &call.fold);
-        const auto others = [&](Rank which, std::size_t many) { return bytes * (many - (which < 0 || which == rank() ? 1 : 0)); };
-        transport_->shared(others(share.target, pass_.targets.size()), others(share.source, pass_.sources.size()));
+        const std::size_t own = share.source < 0 || share.source == rank() ? 1 : 0;
+        transport_->shared(stored, bytes * (std::max(pass_.sources.size(), own) - own));
       }
       meet();
       lent_ = false;
@@ -356,7 +381,7 @@ class Engine final : public AnyEngine {
     if (!meeting_) {
       // Few messages for many ranks, one latency for few.
       const Layout layout{Operation::all_gather, rank(), size(), 0, sizeof(Names), true};
-      meeting_ = std::make_unique<Prepared>(prepared_plan({layout, 1, size() <= 3 ? OneShot::all_gather : RecursiveDoubling::all_gather, nullptr, "meeting"}));
+      meeting_ = prepared_plan({layout, 1, size() <= 3 ? OneShot::all_gather : RecursiveDoubling::all_gather, nullptr, "meeting"});
     }
     auto* names = reinterpret_cast<std::byte*>(names_.data());
     run_plan(*meeting_, names + sizeof(Names) * static_cast<std::size_t>(rank()), names, Fold{});
@@ -552,9 +577,9 @@ class Engine final : public AnyEngine {
   Progress<T, Accounting> progress_;
   std::unordered_map<Key, std::shared_ptr<Prepared>, KeyHash> cache_;
   std::size_t cached_bytes_ = 0;
-  Prepared* prepared_ = nullptr;           // of the call
+  std::shared_ptr<Prepared> prepared_;     // of the call; the cache may let go of it
   Prepared* active_ = nullptr;             // whose transfers are under way: the call's, or a meeting
-  std::unique_ptr<Prepared> meeting_;
+  std::shared_ptr<Prepared> meeting_;
   std::vector<Names> names_;               // of all ranks' buffers, for shares
   SharePass pass_;
   bool lent_ = false;                      // other ranks may be at work in this rank's private memory

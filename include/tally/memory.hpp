@@ -20,7 +20,8 @@ namespace tally::inline v0 {
 /// One allocation as this rank sees it. The memory goes when the last rank has let go of it, in any order.
 class SymmetricMemory {
  public:
-  /// `memory` holds the ranks' blocks one after another, `stride` bytes apart. `id` is the same on all ranks.
+  /// `memory` holds the ranks' blocks one after another, `stride` bytes apart. `id` is the same on all ranks; with 0 it
+  /// cannot be named.
   SymmetricMemory(std::shared_ptr<std::byte> memory, std::size_t stride, int n, Rank me, std::uint64_t id) : memory_(std::move(memory)), stride_(stride), n_(n), me_(me), id_(id) {}
 
   int size() const { return n_; }
@@ -31,7 +32,7 @@ class SymmetricMemory {
   /// The place that rank r named, if it names `bytes` bytes of its block of this allocation; else null.
   std::byte* find(Rank r, std::uint64_t name, std::size_t bytes) const {
     const std::size_t offset = name & ((std::uint64_t{1} << offset_bits) - 1);
-    return name >> offset_bits == id_ && offset <= stride_ && bytes <= stride_ - offset ? of(r) + offset : nullptr;
+    return id_ != 0 && name >> offset_bits == id_ && r >= 0 && r < n_ && offset <= stride_ && bytes <= stride_ - offset ? of(r) + offset : nullptr;
   }
 
   static constexpr int offset_bits = 40;

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <cstddef>
 #include <cstring>
 #include <vector>
@@ -25,7 +26,8 @@ class SharePass {
     if (targets.empty()) return;
     const bool one_copy = sources.size() == 1 && targets.size() == 1;
     const std::size_t piece = one_copy ? bytes : std::max(grain, piece_bytes - piece_bytes % grain);
-    partial_.resize(sources.size() > 2 ? 64 * piece : 0);
+    stride_ = piece;
+    if (sources.size() > 2) partial_.resize(std::max(partial_.size(), piece * static_cast<std::size_t>(std::bit_width(sources.size()))));
     for (std::size_t at = 0; at < bytes; at += piece) {
       const std::size_t now = std::min(piece, bytes - at);
       const std::byte* result = targets[0] + at;
@@ -52,7 +54,7 @@ class SharePass {
     const std::size_t middle = lo + half(hi - lo);
     const std::byte* left = fold_range(lo, middle, level, at, bytes, fold);
     const std::byte* right = fold_range(middle, hi, level + 1, at, bytes, fold);
-    std::byte* to = partial_.data() + level * (partial_.size() / 64);
+    std::byte* to = partial_.data() + level * stride_;
     fold(to, left, right, bytes);
     return to;
   }
@@ -62,7 +64,8 @@ class SharePass {
     return size;
   }
 
-  std::vector<std::byte> partial_;
+  std::vector<std::byte> partial_;  // a piece per level of the bracketing
+  std::size_t stride_ = 0;
 };
 
 }  // namespace tally::inline v0

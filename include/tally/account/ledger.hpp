@@ -52,6 +52,7 @@ class Ledger final : public detail::ReportSource {
 
   int size() const { return n_; }
   Rank rank() const { return me_; }
+  /// As of now: calls made later are in what the next call of this returns.
   const std::deque<LedgerRow>& rows() const {
     settle();
     return rows_;

@@ -131,6 +131,7 @@ template <class T>
 concept DirectAccess = Transport<T> && requires(T& t, const T& c, Rank rank) {
   { t.reserve(std::size_t{}) } -> std::same_as<std::uint64_t>;
   { t.map(std::uint64_t{}, std::size_t{}) } -> std::same_as<std::shared_ptr<std::byte>>;
+  t.discard(std::uint64_t{}, std::size_t{});  // not all could map it
   { c.one_address_space() } -> std::same_as<bool>;
   t.sharing(true);
   t.shared(std::uint64_t{}, std::uint64_t{});  // to count: bytes stored to and loaded from others

@@ -161,6 +161,9 @@ class ShmMemory final : public SlotMemory {
     };
     return {static_cast<std::byte*>(base) + front, let_go};
   }
+  void discard(std::uint64_t token, std::size_t bytes) override {
+    ::fallocate(file_->get(), FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, static_cast<off_t>(token), static_cast<off_t>(detail::in_pages(bytes) + detail::in_pages(1)));
+  }
   bool one_address_space() const override { return false; }
 
  private:

@@ -155,11 +155,18 @@ class SlotMemory {
   /// A plain object in the note; see SlotLayout::note.
   template <class T>
   void write_note(const T& what) const {
-    static_assert(sizeof(T) <= SlotLayout::note_bytes && std::is_trivially_copyable_v<T>);
-    std::memcpy(base_ + layout_.note(), &what, sizeof what);
+    static_assert(sizeof(T) + detail::line <= SlotLayout::note_bytes && std::is_trivially_copyable_v<T>);
+    const std::uint64_t size = sizeof what;
+    std::memcpy(base_ + layout_.note(), &size, sizeof size);
+    std::memcpy(base_ + layout_.note() + detail::line, &what, sizeof what);
   }
   template <class T>
-  void read_note(T& what) const { std::memcpy(&what, base_ + layout_.note(), sizeof what); }
+  void read_note(T& what) const {
+    std::uint64_t size = 0;
+    std::memcpy(&size, base_ + layout_.note(), sizeof size);
+    if (size != sizeof what) throw Error(Errc::protocol, "the note in shared memory has " + std::to_string(size) + " bytes, expected " + std::to_string(sizeof what) + ": were the ranks built with the same tally?");
+    std::memcpy(&what, base_ + layout_.note() + detail::line, sizeof what);
+  }
 
   virtual std::string_view name() const = 0;
   /// Whether the rank's process (or thread) still runs; whether it said goodbye is in its line.
@@ -172,6 +179,8 @@ class SlotMemory {
   /// Zeroed memory for other purposes, likewise; it goes when all have let go of it.
   virtual std::uint64_t reserve(std::size_t bytes) = 0;
   virtual std::shared_ptr<std::byte> map(std::uint64_t token, std::size_t bytes) = 0;
+  /// Not all could map it: it goes, whoever has mapped it.
+  virtual void discard(std::uint64_t token, std::size_t bytes) = 0;
   /// Whether an address of one rank means the same to the others.
   virtual bool one_address_space() const = 0;
 
@@ -381,6 +390,7 @@ class SlotTransport {
   // Memory that all ranks can load and store (see DirectAccess).
   std::uint64_t reserve(std::size_t bytes) { return memory_->reserve(bytes); }
   std::shared_ptr<std::byte> map(std::uint64_t token, std::size_t bytes) { return memory_->map(token, bytes); }
+  void discard(std::uint64_t token, std::size_t bytes) { memory_->discard(token, bytes); }
   bool one_address_space() const { return memory_->one_address_space(); }
   void sharing(bool now) { line_->sharing.store(now, now ? std::memory_order_relaxed : std::memory_order_release), now ? full_fence() : void(); }
   void shared(std::uint64_t sent, std::uint64_t received) { counters_.bytes_sent += sent, counters_.bytes_received += received; }

@@ -52,6 +52,7 @@ class ThreadMemory final : public SlotMemory {
     const std::lock_guard lock(mutex_);
     return blocks_.at(token);
   }
+  void discard(std::uint64_t, std::size_t) override {}  // it goes with its owners
   bool one_address_space() const override { return true; }
 
  private:
