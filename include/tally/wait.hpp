@@ -108,8 +108,8 @@ class Ladder {
   bool climb(Ticks waited) {
     ++turns_;
     if (crowded_) {
-      if (turns_ <= 2) return false;
-      if (turns_ > max_yields) return true;
+      if (turns_ <= spins) return false;
+      if (turns_ > spins + max_yields) return true;
       sched_yield();
       return false;
     }
@@ -119,7 +119,7 @@ class Ladder {
   }
 
  private:
-  static constexpr int max_yields = 64;
+  static constexpr int spins = 10, max_yields = 64;  // a rank on another core may be just about to send
   WaitPolicy policy_;
   Ticks pause_after_, early_, even_, late_, park_after_ = 0;
   int long_waits_ = 0;  // of 256, the last ones weigh most: after four in a row it is above 160

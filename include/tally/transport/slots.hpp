@@ -2,7 +2,7 @@
 // Moves bytes through memory that all ranks can load and store: per ordered pair of ranks a ring of slots,
 // written by one and read by the other, with sequence numbers that only grow, so there are no locks and no
 // resets. A slot is two adjacent cache lines: a short payload travels with its header (16 bytes in the first
-// line, 80 in both), a longer one in the slot's payload block. Where the memory comes from and how a dead rank
+// line, 80 in both), longer ones follow each other in the ring's payload area. Where the memory comes from and how a dead rank
 // is noticed is the business of SlotMemory: transport/thread.hpp and transport/shm.hpp.
 #pragma once
 
@@ -31,9 +31,7 @@ namespace tally::inline v0 {
 struct SlotOptions {
   int lanes = 1;
   std::size_t budget = std::size_t{64} << 20;  // bytes for all slots of one communicator on this host
-  // Per ordered pair, fewer and smaller where the budget demands it. A ring of 1 MiB is more than a core's own cache
-  // holds: its lines have left the writer's cache for the shared one by the time they are used again, and are read
-  // from there 2 to 4 times faster than out of another core's cache.
+  // Per ordered pair, fewer and smaller where the budget demands it.
   int slots = 32;
   std::size_t slot_bytes = 32 << 10;
 };
@@ -41,7 +39,7 @@ struct SlotOptions {
 namespace detail {
 
 inline constexpr std::size_t line = 64;
-inline constexpr std::uint32_t slot_protocol = 2;  // raise when anything below changes its meaning
+inline constexpr std::uint32_t slot_protocol = 3;  // raise when anything below changes its meaning
 
 struct alignas(2 * line) Slot {
   static constexpr std::size_t inline_bytes = 80;
@@ -113,11 +111,17 @@ class SlotLayout {
     const std::size_t pair = static_cast<std::size_t>(from) * (n - 1) + static_cast<std::size_t>(to < from ? to : to - 1);
     return rings() + (static_cast<std::size_t>(lane) * n * (n - 1) + pair) * ring_bytes();
   }
-  // Within a ring: slots, payload blocks, the reader's counter in a line of its own, the reader's credits.
+  // Within a ring: slots, payload area, the reader's counter in a line of its own, the reader's credits.
   std::size_t payloads() const { return slots_ * sizeof(detail::Slot); }
-  /// Not a power of two, or all slots' first lines would compete for the same few places of the caches.
-  std::size_t payload_stride() const { return slot_bytes_ + 2 * detail::line; }
-  std::size_t consumed() const { return payloads() + slots_ * payload_stride(); }
+  /// Payloads go round in it whatever their length. By default that is 2 MiB, more than a core's own cache holds: its
+  /// lines have left that for the shared cache by the time they are used again, and are written and read there 2 to 4
+  /// times faster than out of another core's cache. Twice what all slots can hold, so that room for a slot is room for
+  /// its payload, wherever the area's end cuts.
+  std::size_t payload_area() const { return 2 * slots_ * (slot_bytes_ + payload_gap()); }
+  /// Left free after each payload. What the reader's core fetches ahead, beyond a payload's end, would be taken from
+  /// the writer's core just when it is about to be written.
+  std::size_t payload_gap() const { return std::min<std::size_t>(2048, slot_bytes_ / 16 / (2 * detail::line) * (2 * detail::line)); }
+  std::size_t consumed() const { return payloads() + payload_area(); }
   std::size_t credits() const { return consumed() + detail::line; }
   std::size_t ring_bytes() const { return (credits() + slots_ * sizeof(detail::Credit) + 2 * detail::line - 1) / (2 * detail::line) * (2 * detail::line); }
   std::size_t bytes() const {
@@ -235,7 +239,7 @@ class SlotMemory {
 class SlotTransport {
  public:
   SlotTransport(std::shared_ptr<SlotMemory> memory, Rank me)
-      : memory_(std::move(memory)), layout_(memory_->layout()), me_(me), mask_(layout_.slots() - 1), stride_(layout_.payload_stride()),
+      : memory_(std::move(memory)), layout_(memory_->layout()), me_(me), mask_(layout_.slots() - 1), area_(layout_.payload_area()), gap_(layout_.payload_gap()),
         endpoints_(static_cast<std::size_t>(layout_.lanes() * layout_.size())), line_(&memory_->rank_line(me)), header_(&memory_->header()) {
     sending_.reserve(endpoints_.size());
     receiving_.reserve(endpoints_.size());
@@ -430,7 +434,8 @@ class SlotTransport {
     Queue sends, receives;
     std::uint64_t sent = 0, credit = 0;  // frames sent, and known to be consumed
     std::uint64_t received = 0;
-    std::size_t taken = 0;        // bytes of the frame at the head that are consumed
+    std::size_t out_at = 0, in_at = 0;  // where the next payload of either direction may begin
+    std::size_t frame = 0, taken = 0;   // bytes of the frame at the head, and how many of them are consumed
     std::uint32_t operation = 0;  // of the last frame sent
     bool starved = false;         // the head of sends found no room
     bool seen = false;            // the frame at the head has been announced
@@ -474,6 +479,9 @@ class SlotTransport {
     crowded_ = size() > cores;
     cores_known_ = true;
   }
+  /// A payload lies in one piece: where it would not fit, the area begins anew. Writer and reader both count.
+  std::size_t place(std::size_t at, std::size_t bytes) const { return at + bytes <= area_ ? at : 0; }
+  std::size_t after(std::size_t at, std::size_t bytes) const { return place(at, bytes) + (bytes + 2 * detail::line - 1) / (2 * detail::line) * (2 * detail::line) + gap_; }
   template <Probe P>
   bool advance_send(Endpoint& e, P& probe) {
     Transfer& t = *e.sends.head;
@@ -501,7 +509,8 @@ class SlotTransport {
     else if (bytes <= detail::Slot::inline_bytes) std::memcpy(slot.payload, from, bytes);
     else {
       if (bytes > short_bytes) probe.copying();
-      std::memcpy(e.out.payloads + index * stride_, from, bytes);
+      std::memcpy(e.out.payloads + place(e.out_at, bytes), from, bytes);
+      e.out_at = after(e.out_at, bytes);
     }
     std::uint8_t flags = t.done == 0 ? detail::flag_first : 0;
     t.done += bytes;
@@ -538,7 +547,8 @@ class SlotTransport {
     const std::uint64_t index = e.received & mask_;
     const detail::Slot& slot = e.in.slots[index];
     if (slot.sequence.load(std::memory_order_acquire) != e.received + 1) return false;
-    const std::size_t bytes = slot.bytes;
+    if (!e.seen) e.frame = slot.bytes;
+    const std::size_t bytes = e.frame;
     if (!e.seen) {
       if (bytes > layout_.slot_bytes()) broken(t, bytes);
       probe.arrived(t, FrameInfo{slot.operation, slot.fingerprint, (slot.flags & detail::flag_fingerprint) != 0, (slot.flags & detail::flag_first) != 0,
@@ -546,10 +556,10 @@ class SlotTransport {
       e.seen = true;
       counters_.messages_received += slot.flags & detail::flag_first;
     }
-    const std::size_t take = std::min(bytes - std::min(bytes, e.taken), t.ready - t.done);
+    const std::size_t take = std::min(bytes - e.taken, t.ready - t.done);
     if (take > 0) {
       const bool in_slot = bytes <= detail::Slot::inline_bytes;
-      const std::byte* in = (in_slot ? slot.payload : e.in.payloads + index * stride_) + e.taken;
+      const std::byte* in = (in_slot ? slot.payload : e.in.payloads + place(e.in_at, bytes)) + e.taken;
       std::byte* to = t.to + t.done;
       if (!t.fold) {
         if (bytes > short_bytes) probe.copying();
@@ -564,7 +574,8 @@ class SlotTransport {
       e.taken += take;
       counters_.bytes_received += take;
     }
-    if (e.taken >= bytes) {
+    if (e.taken == bytes) {
+      if (bytes > detail::Slot::inline_bytes) e.in_at = after(e.in_at, bytes);
       const FrameTimes times = probe.credit_stamp(t);
       detail::Credit& credit = e.in.credits[index];
       credit.sent_at = times.sent_at;
@@ -596,7 +607,7 @@ class SlotTransport {
   SlotLayout layout_;
   Rank me_;
   std::uint64_t mask_;
-  std::size_t stride_;
+  std::size_t area_, gap_;
   std::vector<Endpoint> endpoints_;
   std::vector<Endpoint*> sending_, receiving_;  // those with transfers pending
   detail::RankLine* line_;
