@@ -66,7 +66,7 @@ class Persistent {
 class Communicator {
  public:
   Communicator(std::shared_ptr<AnyEngine> engine, nanoseconds timeout, const CostModel& model = {}, AlgorithmOverrides overrides = {})
-      : engine_(std::move(engine)), rank_(engine_->rank()), size_(engine_->size()), timeout_(timeout), one_address_space_(engine_->one_address_space()), chooser_(std::make_unique<Chooser>(size_, model)), overrides_(std::move(overrides)) {}
+      : engine_(std::move(engine)), rank_(engine_->rank()), size_(engine_->size()), timeout_(timeout), one_address_space_(engine_->one_address_space()), chooser_(std::make_unique<Chooser>(size_, model, engine_->stages())), overrides_(std::move(overrides)) {}
 
   Communicator(Communicator&&) noexcept = default;
   Communicator& operator=(Communicator&& other) noexcept {
@@ -210,7 +210,7 @@ class Communicator {
     if (!chooser_) refuse_moved();
     const bool direct = operation != Operation::barrier && (symmetric || one_address_space_);
     const AlgorithmRef& asked = overrides_.of(operation);
-    const bool follows = asked && (!asked.share || direct);
+    const bool follows = asked && (!asked.direct() || direct) && (!asked.staged || engine_->stages());
     const AlgorithmRef chosen = follows ? asked : chooser_->choose(operation, bytes, direct);
     std::string text = std::string(name_of(operation)) + " of " + std::to_string(bytes) + " bytes, " + std::to_string(size()) + " ranks: " + std::string(chosen.name) +
                        (follows ? ", because TALLY_ALGORITHM says so" : ", the least time for its size class") + "\n";
@@ -389,15 +389,15 @@ class Communicator {
       if (!options.algorithm.empty()) {
         algorithm = find_algorithm(O, options.algorithm);
         if (!algorithm) refuse_algorithm(O, options.algorithm);
-        if (algorithm.share && !direct) refuse_unreachable(algorithm.name);
+        if (algorithm.direct() && !direct) refuse_unreachable(algorithm.name);
       } else {
         algorithm = overrides_.of(O);
       }
-      if (!algorithm || (algorithm.share && !direct)) algorithm = chooser_->choose(O, layout.items() * sizeof(T), direct);
+      if (!algorithm || (algorithm.direct() && !direct) || (algorithm.staged && !engine_->stages())) algorithm = chooser_->choose(O, layout.items() * sizeof(T), direct);
     } else {
       static_assert(Algorithm<A, O>, "this algorithm does not offer this operation");
       algorithm = algorithm_ref<A, O>();
-      if (algorithm.share && !direct) refuse_unreachable(algorithm.name);
+      if (algorithm.direct() && !direct) refuse_unreachable(algorithm.name);
     }
     const nanoseconds timeout = options.timeout ? positive(*options.timeout) : timeout_;
     // All members at once: filling them one by one would first clear 150 bytes.

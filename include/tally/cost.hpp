@@ -34,8 +34,8 @@ struct CostModel {
   // The estimate's parameters, measured between two neighbouring cores of one machine (AMD Zen 4), in microseconds.
   float line = 0.1f;           // a cache line from core to core
   float message = 0.06f;       // one rank's work for a message
-  float near_byte = 0.00003f;  // a byte moved within a core's caches
-  float far_byte = 0.00012f;   // a byte out of another core's cache
+  float near_byte = 0.00002f;  // a byte moved within a core's caches
+  float far_byte = 0.00003f;    // a byte out of another core's cache
   float turn = 1.0f;           // where ranks outnumber cores: for one of them to give another its core
   std::int32_t cores = 1;      // that ranks share
   std::int32_t ranks = 0;      // that `measured` is for
@@ -66,6 +66,11 @@ inline Profile profile_of(const AlgorithmRef& algorithm, Operation operation, in
     profile.messages = 4 * meeting;
     profile.received = (all_read ? n - 1.0 : 0.0) / n;
     profile.sent = (all_written ? n - 1.0 : 1.0) / n;
+    if (algorithm.staged) {  // put in what others read, take out what they wrote, into lines that they had just read
+      profile.local = all_read || operation == Operation::broadcast ? (n - 1.0) / n : 0.0;
+      profile.received += all_written ? (n - 1.0) / n : 0.0;
+      if (all_read || operation == Operation::broadcast) profile.sent = 0;
+    }
     return profile;
   }
   std::vector<Plan> plans;
@@ -125,7 +130,8 @@ inline Profile profile_of(const AlgorithmRef& algorithm, Operation operation, in
 /// Chooses, and remembers what it chose.
 class Chooser {
  public:
-  explicit Chooser(int n, const CostModel& model = {}) : n_(n), model_(model) {}
+  /// `stages`: the ranks have blocks of shared memory.
+  explicit Chooser(int n, const CostModel& model = {}, bool stages = false) : n_(n), stages_(stages), model_(model) {}
 
   const CostModel& model() const { return model_; }
 
@@ -149,7 +155,7 @@ class Chooser {
     const double b = static_cast<double>(bytes);
     const double hop = crowd > 1 ? static_cast<double>(model_.turn) * crowd : static_cast<double>(model_.line);
     const double far = static_cast<double>(model_.far_byte), near = static_cast<double>(model_.near_byte);
-    const double moving = algorithm.share ? b * (p.received + p.sent) * far : b * (p.sent * near + p.received * far + p.local * near);
+    const double moving = algorithm.share ? b * ((p.received + p.sent) * far + p.local * near) : b * (p.sent * near + p.received * far + p.local * near);
     return {p.chain * hop + crowd * (p.messages * static_cast<double>(model_.message) + moving), false};
   }
 
@@ -162,7 +168,7 @@ class Chooser {
     std::vector<Candidate> all;
     for (const std::string_view name : algorithms_for(operation)) {
       const AlgorithmRef algorithm = find_algorithm(operation, name);
-      if (!algorithm.share || direct) all.push_back({algorithm, estimate(algorithm, operation, bytes)});
+      if ((!algorithm.direct() || direct) && (!algorithm.staged || stages_)) all.push_back({algorithm, estimate(algorithm, operation, bytes)});
     }
     std::stable_sort(all.begin(), all.end(), [](const Candidate& a, const Candidate& b) { return a.estimate.microseconds < b.estimate.microseconds; });
     return all;
@@ -198,6 +204,7 @@ class Chooser {
   }
 
   int n_;
+  bool stages_;
   CostModel model_;
   AlgorithmRef chosen_[CostModel::operations][2][CostModel::classes];
   std::array<std::deque<std::pair<std::uint8_t, detail::Profile>>, CostModel::operations> profiles_;

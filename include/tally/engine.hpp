@@ -24,6 +24,7 @@
 #include "plan.hpp"
 #include "progress.hpp"
 #include "share.hpp"
+#include "staging.hpp"
 #include "transport/concept.hpp"
 
 namespace tally::inline v0 {
@@ -50,8 +51,9 @@ class AnyEngine {
   virtual std::uint64_t reserve_memory(std::size_t stride) = 0;
   virtual std::unique_ptr<SymmetricMemory> map_memory(std::uint64_t token, std::size_t stride) = 0;
   virtual void discard_memory(std::uint64_t token, std::size_t stride) = 0;  // some could not map it: nobody keeps it
-  /// Whether ranks can load and store each other's private memory.
+  /// Whether ranks can load and store each other's private memory, and whether they have blocks of shared memory.
   virtual bool one_address_space() const = 0;
+  virtual bool stages() const = 0;
 };
 
 template <Transport T, class Accounting = Timed>
@@ -105,6 +107,8 @@ class Engine final : public AnyEngine {
     else return false;
   }
 
+  bool stages() const override { return DirectAccess<T>; }
+
   void abort(const std::string& why) override {
     transport_->abort({Errc::aborted, rank(), -1, "rank " + std::to_string(rank()) + " aborted the communicator" + (why.empty() ? "" : ": " + why)});
   }
@@ -117,7 +121,8 @@ class Engine final : public AnyEngine {
       prepare(call);
       if (transport_->aborted()) raise_abort();
       transport_->enter({sequence_, fingerprint_, call.layout.count, true, false});
-      if (call.algorithm.share) take_share(call);
+      if (call.algorithm.staged) take_staged_share(call);
+      else if (call.algorithm.share) take_share(call);
       else run_plan(*prepared_, call.input, call.output, call.fold);
       if (call.finish && call.layout.output_count() > 0) {
         progress_.enter(State::reduce);
@@ -226,6 +231,7 @@ class Engine final : public AnyEngine {
     }
   };
   static constexpr std::size_t cache_limit = std::size_t{16} << 20;  // bytes of plans kept
+  static constexpr std::size_t staged_piece = std::size_t{512} << 10;  // bytes of a piece of a staged share, at most
   static constexpr std::size_t local_slice = std::size_t{64} << 10;  // a local step lets the network go on after this
 
   void prepare(const Call& call) {
@@ -337,12 +343,8 @@ class Engine final : public AnyEngine {
   void take_share(const Call& call) {
     if constexpr (DirectAccess<T>) {
       const Share share = call.algorithm.share(call.layout.shape());
-      names_.resize(static_cast<std::size_t>(size()));
-      names_[static_cast<std::size_t>(rank())] = {name_of(call.input, call.input_memory), name_of(call.output, call.output_memory), call.layout.count};
       lent_ = transport_->one_address_space();
-      meet();
-      for (Rank r = 0; r < size(); ++r)
-        if (names_[static_cast<std::size_t>(r)].count != call.layout.count) raise_mismatch(r, fingerprint_);
+      meet({name_of(call.input, call.input_memory), name_of(call.output, call.output_memory), call.layout.count});
       {
         // Who aborts waits for this, since its memory may go as soon as its call has returned.
         struct Sharing {
@@ -371,13 +373,54 @@ class Engine final : public AnyEngine {
         const std::size_t own = share.source < 0 || share.source == rank() ? 1 : 0;
         transport_->shared(stored, bytes * (std::max(pass_.sources.size(), own) - own));
       }
-      meet();
+      meet({0, 0, call.layout.count});
       lent_ = false;
     } else {
-      throw Error(Errc::unsupported, std::string(call.algorithm.name) + " needs ranks that can reach each other's memory", {rank(), -1, sequence_, {}});
+      refuse_share(call);
     }
   }
-  void meet() {
+  /// The same in blocks of shared memory, piece by piece. Between two meetings each rank puts in one piece, combines its
+  /// share of the one before and takes out the one before that, so three pieces are under way.
+  void take_staged_share(const Call& call) {
+    if constexpr (DirectAccess<T>) {
+      const std::size_t area = transport_->staging_bytes(), gap = area / 64;
+      const Staging staging(call, std::min(area / 4 - gap, staged_piece));
+      const std::size_t pieces = staging.pieces();
+      std::size_t at[3] = {};
+      const auto block = [&](Rank r, std::size_t i) { return transport_->staging(r) + at[i % 3]; };
+      const auto moving = [&](std::size_t bytes, State state) {
+        if (bytes > short_bytes) progress_.enter(state);
+      };
+      for (std::size_t i = 0; i < pieces + 2; ++i) {
+        if (i < pieces) {
+          if (staged_at_ + staging.bytes(i) > area) staged_at_ = 0;
+          at[i % 3] = staged_at_;
+          staged_at_ += (staging.bytes(i) + gap + 127) / 128 * 128;
+          moving(staging.bytes(i), State::copy);
+          staging.put(i, block(rank(), i));
+        }
+        if (i >= 1 && i - 1 < pieces) {
+          const Staging::Bytes bytes = staging.find(i - 1, pass_, [&](Rank r) { return block(r, i - 1); });
+          moving(bytes.length, call.fold.function ? State::reduce : State::copy);
+          pass_.run(bytes.length, call.grain, &call.fold);
+          transport_->shared(bytes.stored, bytes.loaded);
+        }
+        if (i >= 2) {
+          moving(staging.bytes(i - 2), State::copy);
+          staging.take(i - 2, block(rank(), i - 2));
+        }
+        if (i < std::max<std::size_t>(pieces + 1, 1)) meet({0, 0, call.layout.count});
+      }
+    } else {
+      refuse_share(call);
+    }
+  }
+  [[noreturn]] void refuse_share(const Call& call) {
+    throw Error(Errc::unsupported, std::string(call.algorithm.name) + " needs ranks that share memory", {rank(), -1, sequence_, {}});
+  }
+  void meet(const Names& mine) {
+    names_.resize(static_cast<std::size_t>(size()));
+    names_[static_cast<std::size_t>(rank())] = mine;
     if (!meeting_) {
       // Few messages for many ranks, one latency for few.
       const Layout layout{Operation::all_gather, rank(), size(), 0, sizeof(Names), true};
@@ -385,6 +428,8 @@ class Engine final : public AnyEngine {
     }
     auto* names = reinterpret_cast<std::byte*>(names_.data());
     run_plan(*meeting_, names + sizeof(Names) * static_cast<std::size_t>(rank()), names, Fold{});
+    for (Rank r = 0; r < size(); ++r)
+      if (names_[static_cast<std::size_t>(r)].count != mine.count) raise_mismatch(r, fingerprint_);
   }
   std::uint64_t name_of(const std::byte* place, const SymmetricMemory* memory) const {
     if (!place) return 0;
@@ -582,6 +627,7 @@ class Engine final : public AnyEngine {
   std::shared_ptr<Prepared> meeting_;
   std::vector<Names> names_;               // of all ranks' buffers, for shares
   SharePass pass_;
+  std::size_t staged_at_ = 0;              // where in all ranks' blocks the next piece begins
   bool lent_ = false;                      // other ranks may be at work in this rank's private memory
   Key key_;
   Scratch scratch_;

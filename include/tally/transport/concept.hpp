@@ -133,6 +133,8 @@ concept DirectAccess = Transport<T> && requires(T& t, const T& c, Rank rank) {
   { t.map(std::uint64_t{}, std::size_t{}) } -> std::same_as<std::shared_ptr<std::byte>>;
   t.discard(std::uint64_t{}, std::size_t{});  // not all could map it
   { c.one_address_space() } -> std::same_as<bool>;
+  { c.staging(rank) } -> std::same_as<std::byte*>;  // a block of each rank's that all can load and store
+  { c.staging_bytes() } -> std::same_as<std::size_t>;
   t.sharing(true);
   t.shared(std::uint64_t{}, std::uint64_t{});  // to count: bytes stored to and loaded from others
   { c.is_sharing(rank) } -> std::same_as<bool>;

@@ -89,12 +89,12 @@ class SlotLayout {
     if (options.slot_bytes < 128 || options.slot_bytes > std::size_t{1} << 30)
       throw Error(Errc::invalid_argument, "slot_bytes must be 128 to 1 GiB, not " + std::to_string(options.slot_bytes));
     if (options.lanes < 1 || options.lanes > 1024) throw Error(Errc::invalid_argument, "lanes must be 1 to 1024, not " + std::to_string(options.lanes));
-    while (bytes() > options.budget && (slots_ > 1 || slot_bytes_ > 128)) {
+    while (end_of_rings() > options.budget && (slots_ > 1 || slot_bytes_ > 128)) {
       if (slots_ > 8 || slot_bytes_ <= 1024) slots_ = std::max(1u, slots_ / 2), slot_bytes_ = slots_ == 1 ? round(slot_bytes_ / 2) : slot_bytes_;
       else slot_bytes_ = round(slot_bytes_ / 2);
     }
-    if (bytes() > options.budget)
-      throw Error(Errc::no_resources, std::to_string(n) + " ranks need " + std::to_string(bytes()) + " bytes for slots, the budget is " + std::to_string(options.budget));
+    if (end_of_rings() > options.budget)
+      throw Error(Errc::no_resources, std::to_string(n) + " ranks need " + std::to_string(end_of_rings()) + " bytes for slots, the budget is " + std::to_string(options.budget));
   }
   int size() const { return n_; }
   int lanes() const { return lanes_; }
@@ -124,10 +124,10 @@ class SlotLayout {
   std::size_t consumed() const { return payloads() + payload_area(); }
   std::size_t credits() const { return consumed() + detail::line; }
   std::size_t ring_bytes() const { return (credits() + slots_ * sizeof(detail::Credit) + 2 * detail::line - 1) / (2 * detail::line) * (2 * detail::line); }
-  std::size_t bytes() const {
-    const auto n = static_cast<std::size_t>(n_);
-    return rings() + static_cast<std::size_t>(lanes_) * n * (n - 1) * ring_bytes();
-  }
+  /// A block for every rank, for shares of what others cannot reach. Memory that is not used is never touched.
+  std::size_t staging(Rank r) const { return end_of_rings() + static_cast<std::size_t>(r) * staging_bytes(); }
+  std::size_t staging_bytes() const { return std::max(std::size_t{4} << 20, static_cast<std::size_t>(n_) << 10); }
+  std::size_t bytes() const { return end_of_rings() + static_cast<std::size_t>(n_) * staging_bytes(); }
   /// What two processes must agree on before they use the same mapping.
   std::uint64_t hash() const {
     return detail::hash_text("tally slots " + std::to_string(detail::slot_protocol) + " " + std::to_string(n_) + " " + std::to_string(lanes_) + " " +
@@ -137,6 +137,10 @@ class SlotLayout {
  private:
   static std::size_t round(std::size_t bytes) { return std::max<std::size_t>(128, bytes / 128 * 128); }
   std::size_t rings() const { return note() + note_bytes; }
+  std::size_t end_of_rings() const {
+    const auto n = static_cast<std::size_t>(n_);
+    return (rings() + static_cast<std::size_t>(lanes_) * n * (n - 1) * ring_bytes() + 4095) / 4096 * 4096;
+  }
 
   int n_, lanes_;
   unsigned slots_;
@@ -396,6 +400,8 @@ class SlotTransport {
   std::shared_ptr<std::byte> map(std::uint64_t token, std::size_t bytes) { return memory_->map(token, bytes); }
   void discard(std::uint64_t token, std::size_t bytes) { memory_->discard(token, bytes); }
   bool one_address_space() const { return memory_->one_address_space(); }
+  std::byte* staging(Rank r) const { return memory_->base() + layout_.staging(r); }
+  std::size_t staging_bytes() const { return layout_.staging_bytes(); }
   void sharing(bool now) { line_->sharing.store(now, now ? std::memory_order_relaxed : std::memory_order_release), now ? full_fence() : void(); }
   void shared(std::uint64_t sent, std::uint64_t received) { counters_.bytes_sent += sent, counters_.bytes_received += received; }
   bool is_sharing(Rank r) const { return memory_->rank_line(r).sharing.load(std::memory_order_acquire) != 0; }
