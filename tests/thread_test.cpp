@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // The thread transport under the conformance suite.
+#include <deque>
 #include <memory>
 #include <mutex>
+#include <random>
 
 #include <tally/transport/thread.hpp>
 
@@ -35,7 +37,7 @@ TEST_CASE("slots fit their budget") {
   for (const int n : {2, 3, 8, 32, 64}) {
     const SlotLayout layout(n, SlotOptions{});
     CAPTURE(n, layout.slots(), layout.slot_bytes());
-    CHECK(layout.bytes() <= std::size_t{64} << 20);
+    CHECK(layout.staging(0) <= std::size_t{64} << 20);  // what follows the rings is apart
     CHECK(layout.slots() >= 2);
     CHECK(layout.slot_bytes() >= 1024);
     // Rings do not overlap: ring_bytes apart, in this order.
@@ -46,9 +48,39 @@ TEST_CASE("slots fit their budget") {
         CHECK(layout.ring(0, from, to) == expected);
         expected += layout.ring_bytes();
       }
-    CHECK(expected == layout.bytes());
+    CHECK((expected <= layout.staging(0) && layout.staging(0) < expected + 4096));
+    CHECK(layout.staging(n - 1) + layout.staging_bytes() == layout.bytes());
     CHECK(layout.rank_line(n) <= layout.ring(0, 0, 1));
   }
+}
+
+TEST_CASE("payloads under way never overlap") {
+  std::mt19937 random(7);
+  for (const int slots : {1, 2, 4, 32})
+    for (const std::size_t bytes : {std::size_t{128}, std::size_t{1024}, std::size_t{32} << 10}) {
+      SlotOptions options;
+      options.slots = slots;
+      options.slot_bytes = bytes;
+      const SlotLayout layout(2, options);
+      REQUIRE(layout.slots() == static_cast<unsigned>(slots));
+      CAPTURE(slots, bytes, layout.payload_area());
+      std::deque<std::pair<std::size_t, std::size_t>> under_way;  // begin, end
+      std::size_t at = 0, wrong = 0;
+      for (int frame = 0; frame < 20'000; ++frame) {
+        const std::size_t length = frame % 3 == 0 ? bytes : 81 + random() % (bytes - 80);
+        const std::size_t begin = layout.payload_place(at, length);
+        if (begin + length > layout.payload_area()) ++wrong;
+        for (const auto& [first, last] : under_way)
+          if (begin < last && first < begin + length) ++wrong;
+        under_way.emplace_back(begin, begin + length);
+        if (under_way.size() == static_cast<std::size_t>(slots)) under_way.pop_front();
+        at = layout.after_payload(at, length);
+      }
+      CHECK(wrong == 0);
+    }
+}
+
+TEST_CASE("slots that do not fit their budget are refused") {
   SlotOptions tiny;
   tiny.budget = 1000;
   CHECK_THROWS_AS(SlotLayout(32, tiny), Error);

@@ -231,7 +231,6 @@ class Engine final : public AnyEngine {
     }
   };
   static constexpr std::size_t cache_limit = std::size_t{16} << 20;  // bytes of plans kept
-  static constexpr std::size_t staged_piece = std::size_t{512} << 10;  // bytes of a piece of a staged share, at most
   static constexpr std::size_t local_slice = std::size_t{64} << 10;  // a local step lets the network go on after this
 
   void prepare(const Call& call) {
@@ -384,7 +383,7 @@ class Engine final : public AnyEngine {
   void take_staged_share(const Call& call) {
     if constexpr (DirectAccess<T>) {
       const std::size_t area = transport_->staging_bytes(), gap = area / 64;
-      const Staging staging(call, std::min(area / 4 - gap, staged_piece));
+      const Staging staging(call, area / 4 - gap);
       const std::size_t pieces = staging.pieces();
       std::size_t at[3] = {};
       const auto block = [&](Rank r, std::size_t i) { return transport_->staging(r) + at[i % 3]; };
@@ -424,7 +423,7 @@ class Engine final : public AnyEngine {
     if (!meeting_) {
       // Few messages for many ranks, one latency for few.
       const Layout layout{Operation::all_gather, rank(), size(), 0, sizeof(Names), true};
-      meeting_ = prepared_plan({layout, 1, size() <= 3 ? OneShot::all_gather : RecursiveDoubling::all_gather, nullptr, "meeting"});
+      meeting_ = prepared_plan({layout, 1, size() <= 8 ? OneShot::all_gather : RecursiveDoubling::all_gather, nullptr, "meeting"});
     }
     auto* names = reinterpret_cast<std::byte*>(names_.data());
     run_plan(*meeting_, names + sizeof(Names) * static_cast<std::size_t>(rank()), names, Fold{});

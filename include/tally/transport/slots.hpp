@@ -121,12 +121,15 @@ class SlotLayout {
   /// Left free after each payload. What the reader's core fetches ahead, beyond a payload's end, would be taken from
   /// the writer's core just when it is about to be written.
   std::size_t payload_gap() const { return std::min<std::size_t>(2048, slot_bytes_ / 16 / (2 * detail::line) * (2 * detail::line)); }
+  /// A payload lies in one piece: where it would not fit, the area begins anew. Writer and reader both count.
+  std::size_t payload_place(std::size_t at, std::size_t bytes) const { return at + bytes <= payload_area() ? at : 0; }
+  std::size_t after_payload(std::size_t at, std::size_t bytes) const { return payload_place(at, bytes) + (bytes + 2 * detail::line - 1) / (2 * detail::line) * (2 * detail::line) + payload_gap(); }
   std::size_t consumed() const { return payloads() + payload_area(); }
   std::size_t credits() const { return consumed() + detail::line; }
   std::size_t ring_bytes() const { return (credits() + slots_ * sizeof(detail::Credit) + 2 * detail::line - 1) / (2 * detail::line) * (2 * detail::line); }
   /// A block for every rank, for shares of what others cannot reach. Memory that is not used is never touched.
   std::size_t staging(Rank r) const { return end_of_rings() + static_cast<std::size_t>(r) * staging_bytes(); }
-  std::size_t staging_bytes() const { return std::max(std::size_t{4} << 20, static_cast<std::size_t>(n_) << 10); }
+  std::size_t staging_bytes() const { return std::max(std::size_t{3} << 20, static_cast<std::size_t>(n_) << 10); }
   std::size_t bytes() const { return end_of_rings() + static_cast<std::size_t>(n_) * staging_bytes(); }
   /// What two processes must agree on before they use the same mapping.
   std::uint64_t hash() const {
@@ -243,7 +246,7 @@ class SlotMemory {
 class SlotTransport {
  public:
   SlotTransport(std::shared_ptr<SlotMemory> memory, Rank me)
-      : memory_(std::move(memory)), layout_(memory_->layout()), me_(me), mask_(layout_.slots() - 1), area_(layout_.payload_area()), gap_(layout_.payload_gap()),
+      : memory_(std::move(memory)), layout_(memory_->layout()), me_(me), mask_(layout_.slots() - 1),
         endpoints_(static_cast<std::size_t>(layout_.lanes() * layout_.size())), line_(&memory_->rank_line(me)), header_(&memory_->header()) {
     sending_.reserve(endpoints_.size());
     receiving_.reserve(endpoints_.size());
@@ -485,9 +488,6 @@ class SlotTransport {
     crowded_ = size() > cores;
     cores_known_ = true;
   }
-  /// A payload lies in one piece: where it would not fit, the area begins anew. Writer and reader both count.
-  std::size_t place(std::size_t at, std::size_t bytes) const { return at + bytes <= area_ ? at : 0; }
-  std::size_t after(std::size_t at, std::size_t bytes) const { return place(at, bytes) + (bytes + 2 * detail::line - 1) / (2 * detail::line) * (2 * detail::line) + gap_; }
   template <Probe P>
   bool advance_send(Endpoint& e, P& probe) {
     Transfer& t = *e.sends.head;
@@ -515,8 +515,8 @@ class SlotTransport {
     else if (bytes <= detail::Slot::inline_bytes) std::memcpy(slot.payload, from, bytes);
     else {
       if (bytes > short_bytes) probe.copying();
-      std::memcpy(e.out.payloads + place(e.out_at, bytes), from, bytes);
-      e.out_at = after(e.out_at, bytes);
+      std::memcpy(e.out.payloads + layout_.payload_place(e.out_at, bytes), from, bytes);
+      e.out_at = layout_.after_payload(e.out_at, bytes);
     }
     std::uint8_t flags = t.done == 0 ? detail::flag_first : 0;
     t.done += bytes;
@@ -565,7 +565,7 @@ class SlotTransport {
     const std::size_t take = std::min(bytes - e.taken, t.ready - t.done);
     if (take > 0) {
       const bool in_slot = bytes <= detail::Slot::inline_bytes;
-      const std::byte* in = (in_slot ? slot.payload : e.in.payloads + place(e.in_at, bytes)) + e.taken;
+      const std::byte* in = (in_slot ? slot.payload : e.in.payloads + layout_.payload_place(e.in_at, bytes)) + e.taken;
       std::byte* to = t.to + t.done;
       if (!t.fold) {
         if (bytes > short_bytes) probe.copying();
@@ -581,7 +581,7 @@ class SlotTransport {
       counters_.bytes_received += take;
     }
     if (e.taken == bytes) {
-      if (bytes > detail::Slot::inline_bytes) e.in_at = after(e.in_at, bytes);
+      if (bytes > detail::Slot::inline_bytes) e.in_at = layout_.after_payload(e.in_at, bytes);
       const FrameTimes times = probe.credit_stamp(t);
       detail::Credit& credit = e.in.credits[index];
       credit.sent_at = times.sent_at;
@@ -613,7 +613,6 @@ class SlotTransport {
   SlotLayout layout_;
   Rank me_;
   std::uint64_t mask_;
-  std::size_t area_, gap_;
   std::vector<Endpoint> endpoints_;
   std::vector<Endpoint*> sending_, receiving_;  // those with transfers pending
   detail::RankLine* line_;
