@@ -66,10 +66,11 @@ inline Profile profile_of(const AlgorithmRef& algorithm, Operation operation, in
     profile.messages = 4 * meeting;
     profile.received = (all_read ? n - 1.0 : 0.0) / n;
     profile.sent = (all_written ? n - 1.0 : 1.0) / n;
-    if (algorithm.staged) {  // put in what others read, take out what they wrote, into lines that they had just read
-      profile.local = all_read || operation == Operation::broadcast ? (n - 1.0) / n : 0.0;
-      profile.received += all_written ? (n - 1.0) / n : 0.0;
-      if (all_read || operation == Operation::broadcast) profile.sent = 0;
+    if (algorithm.staged) {  // and what others read is put in, what they wrote is taken out
+      const bool put = all_read || operation == Operation::broadcast, taken = operation != Operation::reduce_scatter;
+      profile.local = put ? (n - 1.0) / n : 0.0;
+      profile.received += (taken ? (n - 1.0) / n : 0.0) + (operation == Operation::broadcast ? 1.0 / n : 0.0);
+      if (operation == Operation::all_reduce) profile.sent = 0;  // results are written where inputs were just read
     }
     return profile;
   }
