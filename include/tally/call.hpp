@@ -16,16 +16,14 @@
 
 namespace tally::inline v0 {
 
-/// An algorithm for one operation: a generator of steps, or a rank's share of memory that all can reach, which may be
-/// the callers' or, staged, the library's.
+/// An algorithm for one operation: a generator of steps, or a rank's share of memory that all can reach.
 struct AlgorithmRef {
   std::string_view name;
   Steps (*generate)(Shape) = nullptr;
   Share (*share)(Shape) = nullptr;
   std::uint8_t code = 0;  // 6 bits, the same on all ranks
-  bool staged = false;
-  /// Whether the callers' own memory must be within everyone's reach.
-  constexpr bool direct() const { return share && !staged; }
+  Reach reach{};  // of a share
+  constexpr bool is(Reach which) const { return share && reach == which; }
   constexpr explicit operator bool() const { return generate || share; }
 };
 
@@ -72,7 +70,7 @@ struct Fingerprint {
 };
 
 /// A name's place is its code on the wire: append only, and stay below the 16 where users' algorithms begin.
-inline constexpr std::string_view algorithm_names[] = {"auto", "ring", "tree", "recursive_doubling", "one_shot", "recursive_halving", "two_shot", "chain", "double_tree", "zero_copy", "staged"};
+inline constexpr std::string_view algorithm_names[] = {"auto", "ring", "tree", "recursive_doubling", "one_shot", "recursive_halving", "two_shot", "chain", "double_tree", "zero_copy", "staged", "single_copy"};
 static_assert(std::size(algorithm_names) <= 16);
 
 /// 6 bits that name an algorithm to peers.

@@ -13,6 +13,7 @@
 #include "algorithms/double_tree.hpp"
 #include "algorithms/recursive.hpp"
 #include "algorithms/ring.hpp"
+#include "algorithms/single_copy.hpp"
 #include "algorithms/staged.hpp"
 #include "algorithms/tree.hpp"
 #include "algorithms/zero_copy.hpp"
@@ -54,7 +55,7 @@ template <class A, Operation O>
   requires Algorithm<A, O>
 constexpr AlgorithmRef algorithm_ref() {
   AlgorithmRef ref{A::name, nullptr, nullptr, detail::algorithm_code(A::name)};
-  if constexpr (requires { A::staged; }) ref.staged = A::staged;
+  if constexpr (requires { A::reach; }) ref.reach = A::reach;
   const auto set = [&ref]<class R>(R (*text)(Shape)) {
     if constexpr (std::same_as<R, Steps>) ref.generate = text;
     else ref.share = text;
@@ -81,7 +82,7 @@ constexpr AlgorithmRef find_among(std::string_view name) {
 }
 template <Operation O>
 constexpr AlgorithmRef find_builtin(std::string_view name) {
-  return find_among<O, Ring, Tree, RecursiveDoubling, OneShot, RecursiveHalving, TwoShot, Chain, DoubleTree, ZeroCopy, Staged>(name);
+  return find_among<O, Ring, Tree, RecursiveDoubling, OneShot, RecursiveHalving, TwoShot, Chain, DoubleTree, ZeroCopy, Staged, SingleCopy>(name);
 }
 
 }  // namespace detail

@@ -210,7 +210,7 @@ class Communicator {
     if (!chooser_) refuse_moved();
     const bool direct = operation != Operation::barrier && (symmetric || one_address_space_);
     const AlgorithmRef& asked = overrides_.of(operation);
-    const bool follows = asked && (!asked.direct() || direct) && (!asked.staged || engine_->stages());
+    const bool follows = asked && reaches(asked, direct);
     const AlgorithmRef chosen = follows ? asked : chooser_->choose(operation, bytes, direct);
     std::string text = std::string(name_of(operation)) + " of " + std::to_string(bytes) + " bytes, " + std::to_string(size()) + " ranks: " + std::string(chosen.name) +
                        (follows ? ", because TALLY_ALGORITHM says so" : ", the least time for its size class") + "\n";
@@ -219,6 +219,8 @@ class Communicator {
       std::snprintf(line, sizeof line, "  %-20s %12.3f us  %s\n", std::string(candidate.algorithm.name).c_str(), candidate.estimate.microseconds, candidate.estimate.measured ? "measured" : "estimated");
       text += line;
     }
+    if (const std::string problem = engine_->kernel_problem(); !problem.empty()) text += "  single_copy is done as staged: " + problem + "\n";
+    else if (operation != Operation::barrier && engine_->stages() && !chooser_->has_measured(find_algorithm(operation, SingleCopy::name), operation, bytes)) text += "  single_copy is not measured: the kernel's copies are chosen by measurement alone (tally_perf --tune)\n";
     if (!direct && operation != Operation::barrier) text += "  zero_copy needs memory from allocate(): these ranks cannot reach each other's private memory\n";
     return text;
   }
@@ -312,6 +314,7 @@ class Communicator {
     const bool reads = operation != Operation::all_gather && operation != Operation::broadcast, writes = operation != Operation::reduce_scatter;
     return (in.symmetric || !reads) && (out.symmetric || !writes);
   }
+  bool reaches(const AlgorithmRef& algorithm, bool direct) const { return !algorithm.share || (algorithm.is(Reach::direct) ? direct : engine_->stages()); }
   [[noreturn, gnu::cold, gnu::noinline]] static void refuse_algorithm(Operation operation, std::string_view name) {
     std::string known;
     for (const std::string_view each : algorithms_for(operation)) known += " " + std::string(each);
@@ -389,15 +392,15 @@ class Communicator {
       if (!options.algorithm.empty()) {
         algorithm = find_algorithm(O, options.algorithm);
         if (!algorithm) refuse_algorithm(O, options.algorithm);
-        if (algorithm.direct() && !direct) refuse_unreachable(algorithm.name);
+        if (algorithm.is(Reach::direct) && !direct) refuse_unreachable(algorithm.name);
       } else {
         algorithm = overrides_.of(O);
       }
-      if (!algorithm || (algorithm.direct() && !direct) || (algorithm.staged && !engine_->stages())) algorithm = chooser_->choose(O, layout.items() * sizeof(T), direct);
+      if (!algorithm || !reaches(algorithm, direct)) algorithm = chooser_->choose(O, layout.items() * sizeof(T), direct);
     } else {
       static_assert(Algorithm<A, O>, "this algorithm does not offer this operation");
       algorithm = algorithm_ref<A, O>();
-      if (algorithm.direct() && !direct) refuse_unreachable(algorithm.name);
+      if (algorithm.is(Reach::direct) && !direct) refuse_unreachable(algorithm.name);
     }
     const nanoseconds timeout = options.timeout ? positive(*options.timeout) : timeout_;
     // All members at once: filling them one by one would first clear 150 bytes.

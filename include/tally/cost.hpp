@@ -66,7 +66,7 @@ inline Profile profile_of(const AlgorithmRef& algorithm, Operation operation, in
     profile.messages = 4 * meeting;
     profile.received = (all_read ? n - 1.0 : 0.0) / n;
     profile.sent = (all_written ? n - 1.0 : 1.0) / n;
-    if (algorithm.staged) {  // and what others read is put in, what they wrote is taken out
+    if (algorithm.is(Reach::staged)) {  // and what others read is put in, what they wrote is taken out
       const bool put = all_read || operation == Operation::broadcast, taken = operation != Operation::reduce_scatter;
       profile.local = put ? (n - 1.0) / n : 0.0;
       profile.received += (taken ? (n - 1.0) / n : 0.0) + (operation == Operation::broadcast ? 1.0 / n : 0.0);
@@ -160,7 +160,9 @@ class Chooser {
     return {p.chain * hop + crowd * (p.messages * static_cast<double>(model_.message) + moving), false};
   }
 
-  /// The candidates, the fastest first.
+  bool has_measured(const AlgorithmRef& algorithm, Operation operation, std::size_t bytes) const { return measured(algorithm, operation, bytes) > 0; }
+
+  /// The candidates, the fastest first. Nothing is known of the kernel's copies without a measurement.
   struct Candidate {
     AlgorithmRef algorithm;
     Estimate estimate;
@@ -169,7 +171,8 @@ class Chooser {
     std::vector<Candidate> all;
     for (const std::string_view name : algorithms_for(operation)) {
       const AlgorithmRef algorithm = find_algorithm(operation, name);
-      if ((!algorithm.direct() || direct) && (!algorithm.staged || stages_)) all.push_back({algorithm, estimate(algorithm, operation, bytes)});
+      const bool possible = !algorithm.share || (algorithm.is(Reach::direct) ? direct : stages_ && (algorithm.is(Reach::staged) || has_measured(algorithm, operation, bytes)));
+      if (possible) all.push_back({algorithm, estimate(algorithm, operation, bytes)});
     }
     std::stable_sort(all.begin(), all.end(), [](const Candidate& a, const Candidate& b) { return a.estimate.microseconds < b.estimate.microseconds; });
     return all;

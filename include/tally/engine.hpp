@@ -14,14 +14,14 @@
 #include <new>
 #include <optional>
 #include <string>
-#include <unordered_map>
 #include <vector>
 
 #include "account/ledger.hpp"
 #include "algorithms/direct.hpp"
 #include "algorithms/recursive.hpp"
 #include "call.hpp"
-#include "plan.hpp"
+#include "prepared.hpp"
+#include "kernel_copy.hpp"
 #include "progress.hpp"
 #include "share.hpp"
 #include "staging.hpp"
@@ -54,6 +54,8 @@ class AnyEngine {
   /// Whether ranks can load and store each other's private memory, and whether they have blocks of shared memory.
   virtual bool one_address_space() const = 0;
   virtual bool stages() const = 0;
+  /// Why the kernel does not copy between the ranks; empty if it does or nobody has tried yet.
+  virtual std::string kernel_problem() const = 0;
 };
 
 template <Transport T, class Accounting = Timed>
@@ -70,7 +72,7 @@ class Engine final : public AnyEngine {
     transport_->leave();
   }
   std::shared_ptr<void> pin(const Call& call) override {
-    return lookup(key_of(call));
+    return plans_.find(PlanKey(call));
   }
 
   Rank rank() const override { return transport_->rank(); }
@@ -108,6 +110,7 @@ class Engine final : public AnyEngine {
   }
 
   bool stages() const override { return DirectAccess<T>; }
+  std::string kernel_problem() const override { return kernel_error_ <= 0 ? "" : std::string("the kernel does not copy between the ranks' processes: ") + std::strerror(kernel_error_); }
 
   void abort(const std::string& why) override {
     transport_->abort({Errc::aborted, rank(), -1, "rank " + std::to_string(rank()) + " aborted the communicator" + (why.empty() ? "" : ": " + why)});
@@ -121,7 +124,7 @@ class Engine final : public AnyEngine {
       prepare(call);
       if (transport_->aborted()) raise_abort();
       transport_->enter({sequence_, fingerprint_, call.layout.count, true, false});
-      if (call.algorithm.staged) take_staged_share(call);
+      if (call.algorithm.is(Reach::staged)) take_staged_share(call);
       else if (call.algorithm.share) take_share(call);
       else run_plan(*prepared_, call.input, call.output, call.fold);
       if (call.finish && call.layout.output_count() > 0) {
@@ -189,31 +192,6 @@ class Engine final : public AnyEngine {
   }
 
  private:
-  /// Everything about a call that does not change from one call with this layout to the next.
-  struct Prepared : std::enable_shared_from_this<Prepared> {
-    explicit Prepared(Plan&& planned) : plan(std::move(planned)) {}
-    Plan plan;
-    std::vector<Transfer> transfers;  // one per step; local steps use the watermarks too
-    std::vector<std::size_t> ready;   // at the start
-    std::vector<char> queued;         // local steps: in local_
-    LedgerRow* row = nullptr;
-  };
-  struct Key {
-    Layout layout;
-    std::size_t grain = 0;
-    Steps (*generate)(Shape) = nullptr;
-    Share (*share)(Shape) = nullptr;
-    const char* name = nullptr;  // two algorithms may share a generator
-    friend bool operator==(const Key&, const Key&) = default;
-  };
-  struct KeyHash {
-    std::size_t operator()(const Key& key) const {
-      std::uint64_t h = static_cast<std::uint64_t>(key.layout.operation) + 31 * static_cast<std::uint64_t>(key.layout.root) + (key.layout.in_place ? 17 : 0);
-      h = h * 0x9e3779b97f4a7c15u + key.layout.count;
-      h = h * 0x9e3779b97f4a7c15u + key.grain;
-      return static_cast<std::size_t>(h * 0x9e3779b97f4a7c15u + reinterpret_cast<std::uintptr_t>(key.generate));
-    }
-  };
   struct Scratch {
     std::byte* data = nullptr;
     std::size_t bytes = 0;
@@ -230,7 +208,6 @@ class Engine final : public AnyEngine {
       bytes = needed;
     }
   };
-  static constexpr std::size_t cache_limit = std::size_t{16} << 20;  // bytes of plans kept
   static constexpr std::size_t local_slice = std::size_t{64} << 10;  // a local step lets the network go on after this
 
   void prepare(const Call& call) {
@@ -240,55 +217,22 @@ class Engine final : public AnyEngine {
     active_ = nullptr;
     if (call.pinned) {
       if (prepared_.get() != call.pinned) {
-        key_ = key_of(call);
+        key_ = PlanKey(call);
         prepared_ = static_cast<Prepared*>(call.pinned)->shared_from_this();
         give_row(*prepared_, call);
       }
     } else if (!prepared_ || fingerprint_ != last || call.layout.count != key_.layout.count || call.layout.in_place != key_.layout.in_place || call.algorithm.generate != key_.generate ||
                call.algorithm.share != key_.share || call.algorithm.name.data() != key_.name) {  // the fingerprint tells the rest
-      key_ = key_of(call);
+      key_ = PlanKey(call);
       prepared_ = nullptr;
-      prepared_ = lookup(key_);
+      prepared_ = plans_.find(key_);
       give_row(*prepared_, call);
     }
     scratch_.grow(prepared_->plan.scratch());
   }
 
-  static Steps no_steps() { co_return; }
-  static Key key_of(const Call& call) { return {call.layout, call.grain, call.algorithm.generate, call.algorithm.share, call.algorithm.name.data()}; }
   void give_row(Prepared& prepared, const Call& call) {
     if (!prepared.row) prepared.row = &ledger_.row(call.layout.operation, call.bytes(), call.algorithm.name);
-  }
-
-  std::shared_ptr<Prepared> lookup(const Key& key) {
-    if (const auto found = cache_.find(key); found != cache_.end()) return found->second;
-    if (cached_bytes_ > cache_limit) {
-      cache_.clear();
-      cached_bytes_ = 0;
-    }
-    auto prepared = prepared_plan(key);
-    cached_bytes_ += prepared->plan.bytes_held() + prepared->transfers.size() * sizeof(Transfer);
-    return cache_.emplace(key, std::move(prepared)).first->second;
-  }
-  std::shared_ptr<Prepared> prepared_plan(const Key& key) {
-    auto prepared = std::make_shared<Prepared>(Plan(key.generate ? key.generate(key.layout.shape()) : no_steps(), key.layout, key.grain));
-    const Plan& plan = prepared->plan;
-    prepared->transfers.resize(plan.steps().size());
-    prepared->queued.resize(plan.steps().size());
-    for (std::uint32_t i = 0; i < plan.steps().size(); ++i) {
-      const PlannedStep& step = plan.steps()[i];
-      Transfer& t = prepared->transfers[i];
-      t.bytes = step.count();
-      t.step = i;
-      t.peer = step.peer;
-      t.grain = static_cast<std::uint16_t>(key.grain);
-      t.side = step.side;
-      t.is_send = step.verb == Verb::send;
-      t.fold = step.verb == Verb::receive_combine || step.verb == Verb::combine ? &fold_ : nullptr;
-      prepared->ready.push_back(plan.ready(i, [](std::size_t) { return std::size_t{0}; }));
-    }
-    local_.reserve(plan.steps().size());
-    return prepared;
   }
 
   /// Posts all steps and drives them to their end.
@@ -296,6 +240,7 @@ class Engine final : public AnyEngine {
     active_ = &prepared;
     fold_ = fold;
     local_.clear();
+    local_.reserve(prepared.transfers.size());
     const auto address = [&](const Range& range) -> const std::byte* {
       const std::byte* base = range.buffer == Buffer::input ? input : range.buffer == Buffer::output ? output : scratch_.data;
       return base ? base + range.first : nullptr;
@@ -341,8 +286,13 @@ class Engine final : public AnyEngine {
   /// All meet and say where their buffers lie, each does its share in everyone's, all meet again.
   void take_share(const Call& call) {
     if constexpr (DirectAccess<T>) {
+      const bool kernel = call.algorithm.is(Reach::kernel);
+      if (kernel && !kernel_copies(call)) {
+        prepared_->row = &ledger_.row(call.layout.operation, call.bytes(), "staged");
+        return take_staged_share(call);
+      }
       const Share share = call.algorithm.share(call.layout.shape());
-      lent_ = transport_->one_address_space();
+      lent_ = kernel || transport_->one_address_space();
       meet({name_of(call.input, call.input_memory), name_of(call.output, call.output_memory), call.layout.count});
       {
         // Who aborts waits for this, since its memory may go as soon as its call has returned.
@@ -365,10 +315,11 @@ class Engine final : public AnyEngine {
           if (bytes == 0 || (share.target >= 0 && share.target != r)) continue;
           std::byte* target = reach(call, r, share.to, bytes);
           pass_.targets.push_back(target);
-          if (r != rank() && !(pass_.sources.size() == 1 && target == pass_.sources[0])) stored += bytes;  // the root has it already
+          if (r != rank() && !(share.source == r && share.from.buffer == share.to.buffer)) stored += bytes;  // a broadcast's root has it already
         }
         if (bytes > short_bytes) progress_.enter(call.fold.function ? State::reduce : State::copy);
-        pass_.run(bytes, call.grain, &call.fold);
+        if (kernel) run_by_kernel(call, share, bytes);
+        else pass_.run(bytes, call.grain, &call.fold);
         const std::size_t own = share.source < 0 || share.source == rank() ? 1 : 0;
         transport_->shared(stored, bytes * (std::max(pass_.sources.size(), own) - own));
       }
@@ -377,6 +328,51 @@ class Engine final : public AnyEngine {
     } else {
       refuse_share(call);
     }
+  }
+  /// The pass that take_share has prepared, between processes.
+  void run_by_kernel(const Call& call, const Share& share, std::size_t bytes) {
+    if (pass_.targets.empty()) return;
+    auto source = pass_.sources.begin();
+    auto target = pass_.targets.begin();
+    kernel_pass_.sources.clear();
+    kernel_pass_.targets.clear();
+    const auto process = [&](Rank r) { return r == rank() ? 0 : processes_[static_cast<std::size_t>(r)]; };
+    for (Rank r = 0; r < size(); ++r)
+      if (share.source < 0 || share.source == r) kernel_pass_.sources.push_back({process(r), const_cast<std::byte*>(*source++)});
+    for (Rank i = 0; i < size(); ++i)
+      if (const Rank r = wrap(rank() + i, size()); share.target < 0 || share.target == r) {
+        if (std::byte* place = *target++; r == rank() || share.source != r || share.from.buffer != share.to.buffer) kernel_pass_.targets.push_back({process(r), place});
+      }
+    pid_t failed = 0;
+    const int error = kernel_pass_.run(bytes, call.grain, &call.fold, pass_, failed);
+    if (error == 0) return;
+    const Rank r = static_cast<Rank>(std::find(processes_.begin(), processes_.end(), failed) - processes_.begin());
+    if (error == ESRCH || transport_->liveness(r) != Liveness::alive) raise_lost(r);
+    raise(Errc::no_resources, r, "the kernel cannot copy between rank " + std::to_string(rank()) + " and rank " + std::to_string(r) + " in " + describe_call() + ": " + std::strerror(error));
+  }
+  /// Whether it does; found out together, once.
+  bool kernel_copies(const Call& call) {
+    if (kernel_error_ >= 0) return kernel_error_ == 0;
+    admit_other_processes();
+    const auto mark = [](std::uint64_t address, std::uint64_t process) { return (address ^ process << 32) * 0x9e3779b97f4a7c15u; };
+    std::uint64_t probe = 0;
+    const std::uint64_t address = reinterpret_cast<std::uintptr_t>(&probe), me = static_cast<std::uint64_t>(::getpid());
+    probe = mark(address, me);
+    meet({address, me, call.layout.count});
+    int error = 0;
+    processes_.assign(static_cast<std::size_t>(size()), 0);
+    for (Rank r = 0; r < size(); ++r) {
+      const Names& names = names_[static_cast<std::size_t>(r)];
+      const pid_t process = processes_[static_cast<std::size_t>(r)] = static_cast<pid_t>(names.output);
+      std::uint64_t read = 0;
+      if (r == rank() || error != 0) continue;
+      error = copy_by_kernel(false, process, reinterpret_cast<std::byte*>(&read), reinterpret_cast<std::byte*>(names.input), sizeof read);
+      if (error == 0 && read != mark(names.input, names.output)) error = ESRCH;  // another process by that number: they live in different namespaces
+    }
+    meet({static_cast<std::uint64_t>(error), 0, call.layout.count});
+    kernel_error_ = 0;
+    for (const Names& names : names_) kernel_error_ = std::max(kernel_error_, static_cast<int>(names.input));
+    return kernel_error_ == 0;
   }
   /// The same in blocks of shared memory, piece by piece. Between two meetings each rank puts in one piece, combines its
   /// share of the one before and takes out the one before that, so three pieces are under way.
@@ -423,7 +419,7 @@ class Engine final : public AnyEngine {
     if (!meeting_) {
       // Few messages for many ranks, one latency for few.
       const Layout layout{Operation::all_gather, rank(), size(), 0, sizeof(Names), true};
-      meeting_ = prepared_plan({layout, 1, size() <= 8 ? OneShot::all_gather : RecursiveDoubling::all_gather, nullptr, "meeting"});
+      meeting_ = plans_.make({layout, size() <= 8 ? OneShot::all_gather : RecursiveDoubling::all_gather});
     }
     auto* names = reinterpret_cast<std::byte*>(names_.data());
     run_plan(*meeting_, names + sizeof(Names) * static_cast<std::size_t>(rank()), names, Fold{});
@@ -432,7 +428,7 @@ class Engine final : public AnyEngine {
   }
   std::uint64_t name_of(const std::byte* place, const SymmetricMemory* memory) const {
     if (!place) return 0;
-    return transport_->one_address_space() || !memory ? reinterpret_cast<std::uintptr_t>(place) : memory->name_of(place);
+    return lent_ || !memory ? reinterpret_cast<std::uintptr_t>(place) : memory->name_of(place);
   }
   /// Where the range of rank r's buffer is for this rank.
   std::byte* reach(const Call& call, Rank r, const Range& range, std::size_t bytes) {
@@ -441,7 +437,7 @@ class Engine final : public AnyEngine {
     if (r == rank()) return (input ? const_cast<std::byte*>(call.input) : call.output) + first;
     const Names& names = names_[static_cast<std::size_t>(r)];
     const std::uint64_t name = input ? names.input : names.output;
-    if (transport_->one_address_space() && name != 0) return reinterpret_cast<std::byte*>(name) + first;
+    if (lent_ && name != 0) return reinterpret_cast<std::byte*>(name) + first;
     const SymmetricMemory* memory = input || !call.output_memory ? call.input_memory : call.output_memory;
     if (std::byte* place = memory ? memory->find(r, name, first + bytes) : nullptr) return place + first;
     raise(Errc::mismatch, r, "rank " + std::to_string(r) + " does not pass the same symmetric memory as rank " + std::to_string(rank()) + " to " + describe_call());
@@ -619,18 +615,20 @@ class Engine final : public AnyEngine {
   WaitPolicy wait_;
   Ledger ledger_;
   Progress<T, Accounting> progress_;
-  std::unordered_map<Key, std::shared_ptr<Prepared>, KeyHash> cache_;
-  std::size_t cached_bytes_ = 0;
+  Fold fold_;                              // of the call; plans point at it
+  PlanCache plans_{&fold_};
   std::shared_ptr<Prepared> prepared_;     // of the call; the cache may let go of it
   Prepared* active_ = nullptr;             // whose transfers are under way: the call's, or a meeting
   std::shared_ptr<Prepared> meeting_;
   std::vector<Names> names_;               // of all ranks' buffers, for shares
   SharePass pass_;
+  KernelPass kernel_pass_;
+  std::vector<pid_t> processes_;           // of the ranks
+  int kernel_error_ = -1;                  // of the kernel's copies: -1 not tried, 0 they work, else errno
   std::size_t staged_at_ = 0;              // where in all ranks' blocks the next piece begins
   bool lent_ = false;                      // other ranks may be at work in this rank's private memory
-  Key key_;
+  PlanKey key_;
   Scratch scratch_;
-  Fold fold_;
   std::vector<std::uint32_t> local_;
   std::size_t remaining_ = 0;
   std::uint64_t sent_before_ = 0, received_before_ = 0, overhead_before_ = 0;  // the transport's counters when the last operation ended

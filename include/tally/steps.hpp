@@ -136,4 +136,11 @@ struct Share {
   Rank source = -1, target = -1;
 };
 
+/// How a share gets at other ranks' memory.
+enum class Reach : std::uint8_t {
+  direct,  // loads and stores: it is within everyone's reach
+  staged,  // through blocks of shared memory
+  kernel,  // the kernel copies from process to process
+};
+
 }  // namespace tally::inline v0

@@ -11,7 +11,7 @@ namespace tally::inline v0 {
 
 struct Staged : ZeroCopy {
   static constexpr std::string_view name = "staged";
-  static constexpr bool staged = true;
+  static constexpr Reach reach = Reach::staged;
 };
 
 }  // namespace tally::inline v0
