@@ -55,10 +55,7 @@ inline Communicator make_communicator(std::shared_ptr<SlotMemory> memory, Rank m
   ModelMeter meter = options.meter;
   meter.enabled = meter.enabled && options.accounting;
   meter.cores_per_rank = std::min(1.0, static_cast<double>(::sysconf(_SC_NPROCESSORS_ONLN)) / transport->size());
-  std::unique_ptr<AnyEngine> engine;
-  if (options.accounting) engine = std::make_unique<Engine<SlotTransport, Timed>>(std::move(transport), Clock::host(), meter, options.wait);
-  else engine = std::make_unique<Engine<SlotTransport, Unaccounted>>(std::move(transport), Clock::host(), meter, options.wait);
-  return {std::move(engine), options.timeout, model, options.algorithms};
+  return {std::make_unique<Engine<SlotTransport>>(std::move(transport), Clock::host(), meter, options.wait, options.accounting), options.timeout, model, options.algorithms};
 }
 
 /// Launchers by the variables they set: rank, size, ranks on this host, job.

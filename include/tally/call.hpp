@@ -81,7 +81,7 @@ constexpr std::uint8_t algorithm_code(std::string_view name) {
 }
 
 /// e.g. "reduce(float32 x 100, sum, root 2, tree)". `count` is exact only where the fingerprint's hash agrees.
-inline std::string describe(std::uint64_t bits, std::uint64_t count) {
+[[gnu::cold]] inline std::string describe(std::uint64_t bits, std::uint64_t count) {
   const Fingerprint f = Fingerprint::unpack(bits);
   if (f.operation == Operation::none) return "nothing";
   std::string text(name_of(f.operation));

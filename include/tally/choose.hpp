@@ -70,19 +70,18 @@ constexpr AlgorithmRef algorithm_ref() {
 
 namespace detail {
 
-template <Operation O, class... As>
-constexpr AlgorithmRef find_among(std::string_view name) {
-  AlgorithmRef found;
-  const auto look = [&]<class A>(std::type_identity<A>) {
-    if constexpr (Algorithm<A, O>)
-      if (A::name == name) found = algorithm_ref<A, O>();
-  };
-  (look(std::type_identity<As>{}), ...);
-  return found;
+template <Operation O, class A>
+constexpr AlgorithmRef ref_or_none() {
+  if constexpr (Algorithm<A, O>) return algorithm_ref<A, O>();
+  else return {};
 }
+template <Operation O, class... As>
+inline constexpr AlgorithmRef table_of[] = {ref_or_none<O, As>()...};
 template <Operation O>
 constexpr AlgorithmRef find_builtin(std::string_view name) {
-  return find_among<O, Ring, Tree, RecursiveDoubling, OneShot, RecursiveHalving, TwoShot, Chain, DoubleTree, ZeroCopy, Staged, SingleCopy>(name);
+  for (const AlgorithmRef& algorithm : table_of<O, Ring, Tree, RecursiveDoubling, OneShot, RecursiveHalving, TwoShot, Chain, DoubleTree, ZeroCopy, Staged, SingleCopy>)
+    if (algorithm && algorithm.name == name) return algorithm;
+  return {};
 }
 
 }  // namespace detail
@@ -122,7 +121,7 @@ class AlgorithmOverrides {
   const AlgorithmRef& of(Operation operation) const { return chosen_[static_cast<std::size_t>(operation)]; }
 
  private:
-  void parse(std::string_view item) {
+  [[gnu::cold]] void parse(std::string_view item) {
     const std::size_t equals = item.find('=');
     const std::string_view name = equals == item.npos ? item : item.substr(equals + 1);
     const std::string_view only = equals == item.npos ? "" : item.substr(0, equals);

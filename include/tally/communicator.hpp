@@ -206,7 +206,7 @@ class Communicator {
 
   /// Which algorithm a call of so many bytes would take (of the larger side, see Layout::items) and why: what each was
   /// measured or is estimated to take. `symmetric`: the buffers come from allocate(). Local; the same on all ranks.
-  std::string explain(Operation operation, std::size_t bytes, bool symmetric = false) {
+  [[gnu::cold]] std::string explain(Operation operation, std::size_t bytes, bool symmetric = false) {
     if (!chooser_) refuse_moved();
     const bool direct = operation != Operation::barrier && (symmetric || one_address_space_);
     const AlgorithmRef& asked = overrides_.of(operation);

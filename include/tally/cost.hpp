@@ -54,7 +54,7 @@ struct Profile {
 };
 
 /// From the texts of all ranks, with a small count.
-inline Profile profile_of(const AlgorithmRef& algorithm, Operation operation, int n) {
+[[gnu::cold]] inline Profile profile_of(const AlgorithmRef& algorithm, Operation operation, int n) {
   const std::size_t count = operation == Operation::barrier ? 1 : static_cast<std::size_t>(operation == Operation::all_gather || operation == Operation::reduce_scatter ? 4 : 4 * n);
   const Layout layout{operation == Operation::barrier ? Operation::all_reduce : operation, 0, n, 0, count, operation == Operation::barrier || operation == Operation::broadcast};
   const auto items = static_cast<double>(layout.items());
@@ -216,7 +216,7 @@ class Chooser {
 
 /// Reads what `tally_perf --tune` wrote: a line per measurement, "transport ranks operation algorithm bytes us"; #
 /// begins a comment. Takes those for n ranks. Errc::invalid_argument names the line that cannot be read.
-inline void read_model(const std::string& path, std::string_view transport, int n, CostModel& model) {
+[[gnu::cold]] inline void read_model(const std::string& path, std::string_view transport, int n, CostModel& model) {
   std::ifstream file(path);
   if (!file) throw Error(Errc::invalid_argument, "TALLY_MODEL: cannot read '" + path + "'");
   std::string text;

@@ -58,11 +58,11 @@ class AnyEngine {
   virtual std::string kernel_problem() const = 0;
 };
 
-template <Transport T, class Accounting = Timed>
+template <Transport T>
 class Engine final : public AnyEngine {
  public:
-  Engine(std::unique_ptr<T> transport, const Clock& clock, ModelMeter model, WaitPolicy wait = WaitPolicy::balanced)
-      : transport_(std::move(transport)), clock_(clock), wait_(wait), ledger_(transport_->size(), transport_->rank(), transport_->name(), model), progress_(*transport_, clock, wait) {}
+  Engine(std::unique_ptr<T> transport, const Clock& clock, ModelMeter model, WaitPolicy wait = WaitPolicy::balanced, bool accounting = true)
+      : transport_(std::move(transport)), clock_(clock), wait_(wait), accounting_(accounting), ledger_(transport_->size(), transport_->rank(), transport_->name(), model), progress_(*transport_, clock, wait, accounting) {}
   ~Engine() override {
     leave();
     ledger_.settle();  // while the stopwatches it reads are there
@@ -81,7 +81,7 @@ class Engine final : public AnyEngine {
   TransportCounters counters() const override { return transport_->counters(); }
   std::string_view transport_name() const override { return transport_->name(); }
   std::uint64_t reserve() override { return transport_->reserve(); }
-  std::unique_ptr<AnyEngine> open(std::uint64_t token) override { return std::make_unique<Engine>(transport_->open(token), clock_, ledger_.meter(), wait_); }
+  std::unique_ptr<AnyEngine> open(std::uint64_t token) override { return std::make_unique<Engine>(transport_->open(token), clock_, ledger_.meter(), wait_, accounting_); }
   void release(std::uint64_t token) override { transport_->release(token); }
   std::uint64_t reserve_memory(std::size_t stride) override {
     if constexpr (DirectAccess<T>) {
@@ -110,9 +110,9 @@ class Engine final : public AnyEngine {
   }
 
   bool stages() const override { return DirectAccess<T>; }
-  std::string kernel_problem() const override { return kernel_error_ <= 0 ? "" : std::string("the kernel does not copy between the ranks' processes: ") + std::strerror(kernel_error_); }
+  [[gnu::cold]] std::string kernel_problem() const override { return kernel_error_ <= 0 ? "" : std::string("the kernel does not copy between the ranks' processes: ") + std::strerror(kernel_error_); }
 
-  void abort(const std::string& why) override {
+  [[gnu::cold]] void abort(const std::string& why) override {
     transport_->abort({Errc::aborted, rank(), -1, "rank " + std::to_string(rank()) + " aborted the communicator" + (why.empty() ? "" : ": " + why)});
   }
 
@@ -160,32 +160,32 @@ class Engine final : public AnyEngine {
 
   void idle_moment() { ledger_.settle(); }
 
-  void check_peers() {
+  [[gnu::cold]] void check_peers() {
     for (Rank r = 0; r < size(); ++r) {
       const RankStatus status = transport_->status(r);
       if (r != rank() && status.inside && status.sequence == sequence_ && status.fingerprint != fingerprint_) raise_mismatch(r, status.fingerprint);
     }
   }
-  Rank first_lost() {
+  [[gnu::cold]] Rank first_lost() {
     Rank lost = -1;
     for_each_needed([&](const Transfer& t) {
       if (lost < 0 && transport_->liveness(t.peer) != Liveness::alive) lost = t.peer;
     });
     return lost;
   }
-  [[noreturn]] void raise_lost(Rank peer) {
+  [[noreturn, gnu::cold]] void raise_lost(Rank peer) {
     // Who aborts may be gone right after: why it went is in its notice.
     if (transport_->aborted()) raise_abort();
     const bool left = transport_->liveness(peer) == Liveness::left;
     raise(left ? Errc::peer_left : Errc::peer_lost, peer,
           "rank " + std::to_string(peer) + (left ? " left the communicator" : " died") + " while " + missing() + "; " + last_seen());
   }
-  [[noreturn]] void raise_timeout(nanoseconds waited) {
+  [[noreturn, gnu::cold]] void raise_timeout(nanoseconds waited) {
     const Rank late = late_rank();
     raise(Errc::timeout, late >= 0 ? late : first_missing(),
           missing() + " after " + detail::time_text(waited) + (late >= 0 ? "; rank " + std::to_string(late) + " has not called it; " : "; ") + last_seen());
   }
-  [[noreturn]] void raise_abort() {
+  [[noreturn, gnu::cold]] void raise_abort() {
     const AbortNotice notice = transport_->abort_notice();
     detected_ = true;
     throw Error(notice.code, notice.text, {rank(), blamed(notice), sequence_, progress_.waited()});
@@ -351,7 +351,7 @@ class Engine final : public AnyEngine {
     raise(Errc::no_resources, r, "the kernel cannot copy between rank " + std::to_string(rank()) + " and rank " + std::to_string(r) + " in " + describe_call() + ": " + std::strerror(error));
   }
   /// Whether it does; found out together, once.
-  bool kernel_copies(const Call& call) {
+  [[gnu::cold]] bool kernel_copies(const Call& call) {
     if (kernel_error_ >= 0) return kernel_error_ == 0;
     admit_other_processes();
     const auto mark = [](std::uint64_t address, std::uint64_t process) { return (address ^ process << 32) * 0x9e3779b97f4a7c15u; };
@@ -410,7 +410,7 @@ class Engine final : public AnyEngine {
       refuse_share(call);
     }
   }
-  [[noreturn]] void refuse_share(const Call& call) {
+  [[noreturn, gnu::cold]] void refuse_share(const Call& call) {
     throw Error(Errc::unsupported, std::string(call.algorithm.name) + " needs ranks that share memory", {rank(), -1, sequence_, {}});
   }
   void meet(const Names& mine) {
@@ -476,10 +476,8 @@ class Engine final : public AnyEngine {
     for (std::uint32_t d = step.first_dependent; d < step.first_dependent + step.dependents; ++d) {
       const std::uint32_t j = active_->plan.dependents()[d];
       Transfer& t = active_->transfers[j];
-      if constexpr (Accounting::timed) {
-        t.inherited.raise(moved.late);
-        t.late.raise(moved.late);
-      }
+      t.inherited.raise(moved.late);
+      t.late.raise(moved.late);
       t.ready = active_->plan.ready(j, [&](std::size_t k) { return active_->transfers[k].done; });
       if (t.peer < 0 && t.ready > t.done) queue_local(j);
     }
@@ -502,7 +500,7 @@ class Engine final : public AnyEngine {
 
   // Failure: everything pending is withdrawn, the other ranks are told, and this communicator refuses further use.
 
-  void fail(const Call& call) {
+  [[gnu::cold]] void fail(const Call& call) {
     Rank peer = -1;
     State cause = State::wait_transfer;
     if (active_) {
@@ -554,7 +552,7 @@ class Engine final : public AnyEngine {
     return first;
   }
   /// Who has not called the operation yet and is waited for, directly or through others; -1 if nobody.
-  Rank late_rank() const {
+  [[gnu::cold]] Rank late_rank() const {
     const auto absent = [&](Rank r) {
       const RankStatus status = transport_->status(r);
       return !status.left && status.sequence < sequence_;
@@ -566,7 +564,7 @@ class Engine final : public AnyEngine {
       if (r != rank() && absent(r)) return r;
     return -1;
   }
-  std::string missing() const {
+  [[gnu::cold]] std::string missing() const {
     std::string from, room;
     for_each_needed([&](const Transfer& t) {
       std::string& list = t.is_send ? room : from;
@@ -577,9 +575,9 @@ class Engine final : public AnyEngine {
     if (!room.empty()) text += (from.empty() ? " waits" : " and") + std::string(" for room at ") + room;
     return text;
   }
-  std::string describe_call() const { return detail::describe(fingerprint_, key_.layout.count) + " #" + std::to_string(sequence_); }
-  std::string describe_step(std::uint32_t i) const { return "step " + std::to_string(i) + " of " + describe_call(); }
-  std::string last_seen() const {
+  [[gnu::cold]] std::string describe_call() const { return detail::describe(fingerprint_, key_.layout.count) + " #" + std::to_string(sequence_); }
+  [[gnu::cold]] std::string describe_step(std::uint32_t i) const { return "step " + std::to_string(i) + " of " + describe_call(); }
+  [[gnu::cold]] std::string last_seen() const {
     std::string text = "last seen:";
     for (Rank r = 0; r < size(); ++r) {
       const RankStatus s = transport_->status(r);
@@ -592,16 +590,16 @@ class Engine final : public AnyEngine {
   }
 
   static Rank blamed(const AbortNotice& notice) { return notice.peer >= 0 ? notice.peer : notice.rank; }
-  [[noreturn]] void raise(Errc code, Rank peer, const std::string& text) {
+  [[noreturn, gnu::cold]] void raise(Errc code, Rank peer, const std::string& text) {
     detected_ = true;
     throw Error(code, text, {rank(), peer, sequence_, progress_.waited()});
   }
-  [[noreturn]] void raise_mismatch(Rank peer, std::uint64_t theirs) {
+  [[noreturn, gnu::cold]] void raise_mismatch(Rank peer, std::uint64_t theirs) {
     const RankStatus status = transport_->status(peer);
     raise(Errc::mismatch, peer, "operation #" + std::to_string(sequence_) + ": rank " + std::to_string(rank()) + " called " + detail::describe(fingerprint_, key_.layout.count) + ", rank " +
                                     std::to_string(peer) + " called " + detail::describe(theirs, status.count));
   }
-  [[noreturn]] void raise_out_of_step(Rank peer, const FrameInfo& frame, std::int32_t ahead) {
+  [[noreturn, gnu::cold]] void raise_out_of_step(Rank peer, const FrameInfo& frame, std::int32_t ahead) {
     const RankStatus status = transport_->status(peer);
     const std::string theirs = frame.has_fingerprint ? detail::describe(frame.fingerprint, status.count) + " " : "operation ";
     raise(Errc::mismatch, peer,
@@ -613,8 +611,9 @@ class Engine final : public AnyEngine {
   std::unique_ptr<T> transport_;
   Clock clock_;
   WaitPolicy wait_;
+  bool accounting_;
   Ledger ledger_;
-  Progress<T, Accounting> progress_;
+  Progress<T> progress_;
   Fold fold_;                              // of the call; plans point at it
   PlanCache plans_{&fold_};
   std::shared_ptr<Prepared> prepared_;     // of the call; the cache may let go of it

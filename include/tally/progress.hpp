@@ -17,14 +17,6 @@
 
 namespace tally::inline v0 {
 
-/// Accounting policies. Unaccounted reads no clock before the first stalled poll and sends no times.
-struct Timed {
-  static constexpr bool timed = true;
-};
-struct Unaccounted {
-  static constexpr bool timed = false;
-};
-
 /// What drives operations through Progress: it knows what is pending and how to describe it.
 template <class C>
 concept ProgressClient = requires(C& client, Transfer& transfer, const FrameInfo& frame, Rank rank, Liveness liveness, nanoseconds waited) {
@@ -38,18 +30,19 @@ concept ProgressClient = requires(C& client, Transfer& transfer, const FrameInfo
   client.raise_abort();
 };
 
-template <Transport T, class Accounting>
+template <Transport T>
 class Progress {
  public:
-  Progress(T& transport, const Clock& clock, WaitPolicy wait)
-      : transport_(transport), clock_(clock), watches_{Stopwatch(transport.size()), Stopwatch(transport.size())}, ladder_(clock, wait), check_interval_(clock.to_ticks(std::chrono::milliseconds(20))), off_core_(clock.to_ticks(std::chrono::microseconds(10))) {}
+  /// Without `timed` it reads no clock before the first stalled poll, and sends no times.
+  Progress(T& transport, const Clock& clock, WaitPolicy wait, bool timed)
+      : transport_(transport), clock_(clock), timed_(timed), watches_{Stopwatch(transport.size()), Stopwatch(transport.size())}, ladder_(clock, wait), check_interval_(clock.to_ticks(std::chrono::milliseconds(20))), off_core_(clock.to_ticks(std::chrono::microseconds(10))) {}
 
   /// An operation begins: the clock's first reading.
   void start(nanoseconds timeout) {
     timeout_ = timeout;
     waiting_ = heard_ = false;
     deadline_ = first_stall_ = 0;
-    if constexpr (Accounting::timed) {
+    if (timed_) {
       arrival_ = now_ = clock_.now();
       watch_ = watch_ == &watches_[0] ? &watches_[1] : &watches_[0];
       watch_->start(now_);
@@ -82,7 +75,7 @@ class Progress {
 
   /// Local work of more than a header's payload is booked as what it is.
   void enter(State state) {
-    if constexpr (Accounting::timed)
+    if (timed_)
       if (watch_->state() != state) watch_->enter(state, now_ = clock_.now());
   }
   Lateness arrival() const { return {arrival_, transport_.rank()}; }
@@ -90,13 +83,13 @@ class Progress {
   /// An operation ends, by success or, with the rank to blame for an unfinished wait, by failure. The report has
   /// everything that is known here: times and the rank that came last.
   Report finish() {
-    if constexpr (!Accounting::timed) return {};
+    if (!timed_) return {};
     if (waiting_) end_wait();
     watch_->enter(State::protocol, clock_.now());
     return report();
   }
   Report finish_failed(Rank missing, State cause) {
-    if constexpr (!Accounting::timed) return {};
+    if (!timed_) return {};
     const Ticks now = clock_.now();
     if (waiting_ && missing >= 0 && missing != transport_.rank()) {
       watch_->blame(missing, cause, now);
@@ -109,7 +102,7 @@ class Progress {
   const Stopwatch& watch() const { return *watch_; }
   /// Since start(); for error texts.
   nanoseconds waited() const {
-    const Ticks begin = Accounting::timed ? arrival_ : first_stall_;
+    const Ticks begin = timed_ ? arrival_ : first_stall_;
     return begin == 0 ? nanoseconds{} : clock_.to_ns(clock_.now() - begin);
   }
 
@@ -134,7 +127,7 @@ class Progress {
   static constexpr std::uint32_t age_limit = std::numeric_limits<std::uint32_t>::max();
 
   FrameTimes stamp(const Lateness& late) const {
-    if constexpr (!Accounting::timed) return {};
+    if (!timed_) return {};
     const Ticks sent_at = std::max(now_, late.until);
     return {sent_at, age(sent_at - arrival_), age(sent_at - late.until), static_cast<std::uint16_t>(late.culprit)};
   }
@@ -144,7 +137,7 @@ class Progress {
   /// whoever the peer depended on arrived; and the rest, in which bytes or room were on their way.
   void heard(Transfer& t, const FrameTimes& times, State rest) {
     if (waiting_) ladder_.learn(now_ - wait_began_);
-    if constexpr (!Accounting::timed) {
+    if (!timed_) {
       waiting_ = false;
       return;
     }
@@ -171,18 +164,18 @@ class Progress {
   void begin_wait(C& client) {
     waiting_ = true;
     now_ = clock_.now();
-    if constexpr (Accounting::timed) watch_->enter(State::wait_local, now_);
+    if (timed_) watch_->enter(State::wait_local, now_);
     wait_began_ = now_;
     ladder_.restart(transport_.crowded());
     if (deadline_ == 0) {
       first_stall_ = now_;
-      deadline_ = (Accounting::timed ? arrival_ : now_) + clock_.to_ticks(timeout_);
+      deadline_ = (timed_ ? arrival_ : now_) + clock_.to_ticks(timeout_);
       next_check_ = now_ + check_interval_;
       client.idle_moment();
     }
   }
   void end_wait() {
-    if constexpr (Accounting::timed) watch_->enter(State::protocol, now_);
+    if (timed_) watch_->enter(State::protocol, now_);
     waiting_ = false;
   }
 
@@ -197,7 +190,7 @@ class Progress {
     // A pause is short: if this took long, the core was given to someone else, and perhaps it should have it more often.
     if (now_ - before > off_core_) {
       ladder_.give_way();
-      if constexpr (Accounting::timed) watch_->slept(now_ - before);
+      if (timed_) watch_->slept(now_ - before);
     }
     if (park && now_ < deadline_) {
       sleep(client);
@@ -220,13 +213,14 @@ class Progress {
     transport_.park(limit, [&] { return poll(client) || transport_.aborted(); });
     if (!waiting_) return;
     now_ = clock_.now();
-    if constexpr (Accounting::timed) watch_->slept(now_ - before);
+    if (timed_) watch_->slept(now_ - before);
   }
 
   Report report() const { return detail::report_of(*watch_, clock_, heard_ || transport_.size() == 1 ? latest_.culprit : -1); }
 
   T& transport_;
   Clock clock_;
+  bool timed_;
   Stopwatch watches_[2];  // the last operation's stays readable until the next one ends
   Stopwatch* watch_ = &watches_[0];
   Ladder ladder_;
