@@ -37,7 +37,8 @@ TEST_CASE("slots fit their budget") {
   for (const int n : {2, 3, 8, 32, 64}) {
     const SlotLayout layout(n, SlotOptions{});
     CAPTURE(n, layout.slots(), layout.slot_bytes());
-    CHECK(layout.staging(0) <= std::size_t{64} << 20);  // what follows the rings is apart
+    CHECK(layout.bytes() <= SlotOptions{}.budget);
+    CHECK(layout.staging_bytes() >= std::size_t{256} << 10);
     CHECK(layout.slots() >= 2);
     CHECK(layout.slot_bytes() >= 1024);
     // Rings do not overlap: ring_bytes apart, in this order.
@@ -82,6 +83,9 @@ TEST_CASE("payloads under way never overlap") {
 
 TEST_CASE("slots that do not fit their budget are refused") {
   SlotOptions tiny;
+  tiny.budget = 200'000;
+  CHECK(SlotLayout(2, tiny).staging_bytes() == 0);
+  CHECK(SlotLayout(2, tiny).bytes() <= tiny.budget);
   tiny.budget = 1000;
   CHECK_THROWS_AS(SlotLayout(32, tiny), Error);
 }

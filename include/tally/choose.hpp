@@ -55,7 +55,7 @@ template <class A, Operation O>
   requires Algorithm<A, O>
 constexpr AlgorithmRef algorithm_ref() {
   AlgorithmRef ref{A::name, nullptr, nullptr, detail::algorithm_code(A::name)};
-  if constexpr (requires { A::reach; }) ref.reach = A::reach;
+  ref.reach = reach_of<A>;
   const auto set = [&ref]<class R>(R (*text)(Shape)) {
     if constexpr (std::same_as<R, Steps>) ref.generate = text;
     else ref.share = text;

@@ -49,7 +49,10 @@ class Persistent {
  public:
   Persistent(std::shared_ptr<AnyEngine> engine, const Call& call, std::shared_ptr<const void> op) : engine_(std::move(engine)), op_(std::move(op)), plan_(engine_->pin(call)), call_(call) { call_.pinned = plan_.get(); }
   /// As the operation itself; Errc::invalid_argument once the communicator is gone.
-  Report run() { return engine_->run(call_); }
+  Report run() {
+    if (!engine_) throw Error(Errc::invalid_argument, "this operation was moved from");
+    return engine_->run(call_);
+  }
 
  private:
   std::shared_ptr<AnyEngine> engine_;
@@ -172,7 +175,8 @@ class Communicator {
   /// Collective. A communicator of the same ranks whose operations are independent of this one's.
   Communicator duplicate() {
     std::unique_ptr<AnyEngine> opened;
-    open_together("duplicate", {}, [&] { return engine().reserve(); }, [&](std::uint64_t token) { opened = engine().open(token); }, [](std::uint64_t) {});
+    open_together("duplicate", {}, [&] { return engine().reserve(); }, [&](std::uint64_t token) { opened = engine().open(token); }, [&] { opened.reset(); },
+                  [&](std::uint64_t token) { engine_->discard(token); });
     return {std::move(opened), timeout_, chooser_->model(), overrides_};
   }
 
@@ -191,7 +195,7 @@ class Communicator {
           memory = engine_->map_memory(token, stride);
           std::memset(memory->of(rank()), 0, stride);  // its own pages by its own hand: they come to lie close to it
         },
-        [&](std::uint64_t token) { engine_->discard_memory(token, stride); });
+        [&] { memory.reset(); }, [&](std::uint64_t token) { engine_->discard_memory(token, stride); });
     return {std::move(memory), count, rank()};
   }
 
@@ -238,9 +242,9 @@ class Communicator {
     std::string text() const { return std::to_string(count) + " elements of " + std::to_string(element_bytes) + " bytes (" + std::string(name_of(static_cast<ElementType>(type))) + ")"; }
   };
   /// Rank 0 reserves, all open what it reserved; an error on all ranks if one of them could not, or if they do not agree
-  /// on what is wanted. If so, rank 0 discards it.
-  template <class Reserve, class Open, class Discard>
-  void open_together(const char* what, const Wanted& wanted, Reserve&& reserve, Open&& open, Discard&& discard) {
+  /// on what is wanted. Then all close what they opened, and rank 0 discards it.
+  template <class Reserve, class Open, class Close, class Discard>
+  void open_together(const char* what, const Wanted& wanted, Reserve&& reserve, Open&& open, Close&& close, Discard&& discard) {
     struct {
       std::uint64_t token = 0;
       Wanted wanted;
@@ -270,10 +274,12 @@ class Communicator {
       }
     }
     all_reduce(std::span(&result, 1), min);
-    if (rank() == 0 && offer.token != 0) {
-      if (result != opened) discard(offer.token);
-      engine_->release(offer.token);
+    if (result != opened && offer.token != 0) {
+      close();
+      barrier();
+      if (rank() == 0) discard(offer.token);
     }
+    if (rank() == 0 && offer.token != 0) engine_->release(offer.token);
     if (result == opened) return;
     if (problem.empty()) problem = result == differs ? "another rank asks for something else" : "another rank could not open it";
     throw Error(result == differs ? Errc::mismatch : Errc::no_resources, std::string(what) + ": " + problem, {rank(), -1, 0, {}});
@@ -320,8 +326,9 @@ class Communicator {
     for (const std::string_view each : algorithms_for(operation)) known += " " + std::string(each);
     throw Error(Errc::invalid_argument, std::string(name_of(operation)) + ": no algorithm is called '" + std::string(name) + "'; there are" + known);
   }
-  [[noreturn, gnu::cold, gnu::noinline]] static void refuse_unreachable(std::string_view algorithm) {
-    throw Error(Errc::unsupported, std::string(algorithm) + " needs memory from allocate(), or ranks that are threads: other ranks cannot reach these buffers");
+  [[noreturn, gnu::cold, gnu::noinline]] static void refuse_unreachable(const AlgorithmRef& algorithm) {
+    if (!algorithm.is(Reach::direct)) throw Error(Errc::unsupported, std::string(algorithm.name) + " needs blocks of shared memory, for which TALLY_SLOT_BUDGET is too small with so many ranks");
+    throw Error(Errc::unsupported, std::string(algorithm.name) + " needs memory from allocate(), or ranks that are threads: other ranks cannot reach these buffers");
   }
   AnyEngine& engine() const {
     if (!engine_) refuse_moved();
@@ -392,7 +399,7 @@ class Communicator {
       if (!options.algorithm.empty()) {
         algorithm = find_algorithm(O, options.algorithm);
         if (!algorithm) refuse_algorithm(O, options.algorithm);
-        if (algorithm.is(Reach::direct) && !direct) refuse_unreachable(algorithm.name);
+        if (!reaches(algorithm, direct)) refuse_unreachable(algorithm);
       } else {
         algorithm = overrides_.of(O);
       }
@@ -400,7 +407,7 @@ class Communicator {
     } else {
       static_assert(Algorithm<A, O>, "this algorithm does not offer this operation");
       algorithm = algorithm_ref<A, O>();
-      if (algorithm.is(Reach::direct) && !direct) refuse_unreachable(algorithm.name);
+      if (!reaches(algorithm, direct)) refuse_unreachable(algorithm);
     }
     const nanoseconds timeout = options.timeout ? positive(*options.timeout) : timeout_;
     // All members at once: filling them one by one would first clear 150 bytes.

@@ -47,6 +47,7 @@ class AnyEngine {
   virtual std::uint64_t reserve() = 0;
   virtual std::unique_ptr<AnyEngine> open(std::uint64_t token) = 0;
   virtual void release(std::uint64_t token) = 0;
+  virtual void discard(std::uint64_t token) = 0;  // before that, if not all could open it
   // Symmetric memory, likewise: `stride` bytes per rank.
   virtual std::uint64_t reserve_memory(std::size_t stride) = 0;
   virtual std::unique_ptr<SymmetricMemory> map_memory(std::uint64_t token, std::size_t stride) = 0;
@@ -83,6 +84,7 @@ class Engine final : public AnyEngine {
   std::uint64_t reserve() override { return transport_->reserve(); }
   std::unique_ptr<AnyEngine> open(std::uint64_t token) override { return std::make_unique<Engine>(transport_->open(token), clock_, ledger_.meter(), wait_, accounting_); }
   void release(std::uint64_t token) override { transport_->release(token); }
+  void discard(std::uint64_t token) override { transport_->discard(token); }
   std::uint64_t reserve_memory(std::size_t stride) override {
     if constexpr (DirectAccess<T>) {
       std::size_t bytes = 0;
@@ -109,7 +111,10 @@ class Engine final : public AnyEngine {
     else return false;
   }
 
-  bool stages() const override { return DirectAccess<T>; }
+  bool stages() const override {
+    if constexpr (DirectAccess<T>) return transport_->staging_bytes() > 0;
+    else return false;
+  }
   [[gnu::cold]] std::string kernel_problem() const override { return kernel_error_ <= 0 ? "" : std::string("the kernel does not copy between the ranks' processes: ") + std::strerror(kernel_error_); }
 
   [[gnu::cold]] void abort(const std::string& why) override {
@@ -384,14 +389,14 @@ class Engine final : public AnyEngine {
       std::size_t at[3] = {};
       const auto block = [&](Rank r, std::size_t i) { return transport_->staging(r) + at[i % 3]; };
       const auto moving = [&](std::size_t bytes, State state) {
-        if (bytes > short_bytes) progress_.enter(state);
+        progress_.enter(bytes > short_bytes ? state : State::protocol);
       };
       for (std::size_t i = 0; i < pieces + 2; ++i) {
         if (i < pieces) {
           if (staged_at_ + staging.bytes(i) > area) staged_at_ = 0;
           at[i % 3] = staged_at_;
           staged_at_ += (staging.bytes(i) + gap + 127) / 128 * 128;
-          moving(staging.bytes(i), State::copy);
+          moving(staging.put(i, nullptr), State::copy);
           staging.put(i, block(rank(), i));
         }
         if (i >= 1 && i - 1 < pieces) {
@@ -401,7 +406,7 @@ class Engine final : public AnyEngine {
           transport_->shared(bytes.stored, bytes.loaded);
         }
         if (i >= 2) {
-          moving(staging.bytes(i - 2), State::copy);
+          moving(staging.take(i - 2, nullptr), State::copy);
           staging.take(i - 2, block(rank(), i - 2));
         }
         if (i < std::max<std::size_t>(pieces + 1, 1)) meet({0, 0, call.layout.count});
@@ -414,6 +419,7 @@ class Engine final : public AnyEngine {
     throw Error(Errc::unsupported, std::string(call.algorithm.name) + " needs ranks that share memory", {rank(), -1, sequence_, {}});
   }
   void meet(const Names& mine) {
+    progress_.enter(State::protocol);
     names_.resize(static_cast<std::size_t>(size()));
     names_[static_cast<std::size_t>(rank())] = mine;
     if (!meeting_) {
@@ -493,7 +499,7 @@ class Engine final : public AnyEngine {
     overhead_before_ = now.overhead_sent;
     report.ledger = ledger_.handle();
     report.sequence = static_cast<std::uint32_t>(sequence_);
-    if (!prepared_) return;
+    if (!prepared_ || !prepared_->row) return;
     report.algorithm = prepared_->row->algorithm;
     ledger_.book(*prepared_->row, report, call.bytes(), progress_.watch(), clock_);
   }
@@ -529,7 +535,7 @@ class Engine final : public AnyEngine {
     transport_->exit();
     Report report = progress_.finish_failed(peer, cause);
     account(report, call);
-    if (prepared_) ++prepared_->row->failed;
+    if (prepared_ && prepared_->row) ++prepared_->row->failed;
   }
 
   /// Transfers that only their peer holds up: the first of their queue, and free to go on.

@@ -23,13 +23,14 @@ class Staging {
   /// Bytes of a block that piece i takes.
   std::size_t bytes(std::size_t i) const { return count(i) * width_; }
 
-  /// Puts what the other ranks will read of this one's input into its block. Returns the bytes.
+  /// Puts what the other ranks will read of this one's input into its block. Returns the bytes; without a block, only that.
   std::size_t put(std::size_t i, std::byte* block) const {
     std::size_t moved = 0;
     for (Rank r = 0; r < call_.layout.n; ++r) {
       const Share share = share_of(r, i);
       if (r == me() || (share.source >= 0 && share.source != me())) continue;
-      moved += copy(block + share.from.first * call_.grain, place(share.from, i), share.from.count);
+      if (block) copy(block + share.from.first * call_.grain, place(share.from, i), share.from.count);
+      moved += share.from.count * call_.grain;
     }
     return moved;
   }
@@ -57,13 +58,14 @@ class Staging {
     }
     return bytes;
   }
-  /// Takes what other ranks have written for this one out of its block. Returns the bytes.
+  /// Takes what other ranks have written for this one out of its block. Likewise.
   std::size_t take(std::size_t i, const std::byte* block) const {
     std::size_t moved = 0;
     for (Rank r = 0; r < call_.layout.n; ++r) {
       const Share share = share_of(r, i);
       if (r == me() || (share.target >= 0 && share.target != me()) || has_already(share, me())) continue;
-      moved += copy(place(share.to, i), block + share.to.first * call_.grain, share.to.count);
+      if (block) copy(place(share.to, i), block + share.to.first * call_.grain, share.to.count);
+      moved += share.to.count * call_.grain;
     }
     return moved;
   }
@@ -87,9 +89,8 @@ class Staging {
     const std::size_t first = i * most_ + (blocks ? range.first / count(i) * call_.layout.count + range.first % count(i) : range.first);
     return (input ? const_cast<std::byte*>(call_.input) : call_.output) + first * call_.grain;  // inputs are never written
   }
-  std::size_t copy(std::byte* to, const std::byte* from, std::size_t count) const {
+  void copy(std::byte* to, const std::byte* from, std::size_t count) const {
     if (count > 0) std::memcpy(to, from, count * call_.grain);
-    return count * call_.grain;
   }
 
   const Call& call_;

@@ -142,5 +142,7 @@ enum class Reach : std::uint8_t {
   staged,  // through blocks of shared memory
   kernel,  // the kernel copies from process to process
 };
+template <class Algorithm>
+inline constexpr Reach reach_of = Reach::direct;
 
 }  // namespace tally::inline v0

@@ -9,7 +9,8 @@ namespace tally::inline v0 {
 
 struct SingleCopy : ZeroCopy {
   static constexpr std::string_view name = "single_copy";
-  static constexpr Reach reach = Reach::kernel;
 };
+template <>
+inline constexpr Reach reach_of<SingleCopy> = Reach::kernel;
 
 }  // namespace tally::inline v0

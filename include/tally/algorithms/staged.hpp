@@ -11,7 +11,9 @@ namespace tally::inline v0 {
 
 struct Staged : ZeroCopy {
   static constexpr std::string_view name = "staged";
-  static constexpr Reach reach = Reach::staged;
 };
+/// Not for other algorithms: staging.hpp relies on where zero-copy's shares lie.
+template <>
+inline constexpr Reach reach_of<Staged> = Reach::staged;
 
 }  // namespace tally::inline v0

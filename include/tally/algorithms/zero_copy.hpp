@@ -11,7 +11,6 @@ namespace tally::inline v0 {
 struct ZeroCopy {
   static constexpr std::string_view name = "zero_copy";
   static constexpr Folding folding = Folding::fixed;
-  static constexpr Reach reach = Reach::direct;
 
   static Share all_reduce(Shape shape) { return {shape.in[shape.me], shape.out[shape.me]}; }
   static Share reduce(Shape shape) {

@@ -123,6 +123,7 @@ concept Transport = requires(T& t, const T& c, Transfer& transfer, RankStatus st
   { t.reserve() } -> std::same_as<std::uint64_t>;
   { t.open(std::uint64_t{}) } -> std::same_as<std::unique_ptr<T>>;
   t.release(std::uint64_t{});
+  t.discard(std::uint64_t{});  // before that: not all could open it, and nobody has it open any more
 };
 
 /// Transports whose ranks can have memory that all can load and store. An engine that is about to touch other ranks'
@@ -131,7 +132,7 @@ template <class T>
 concept DirectAccess = Transport<T> && requires(T& t, const T& c, Rank rank) {
   { t.reserve(std::size_t{}) } -> std::same_as<std::uint64_t>;
   { t.map(std::uint64_t{}, std::size_t{}) } -> std::same_as<std::shared_ptr<std::byte>>;
-  t.discard(std::uint64_t{}, std::size_t{});  // not all could map it
+  t.discard(std::uint64_t{}, std::size_t{});  // not all could map it, and nobody has it mapped any more
   { c.one_address_space() } -> std::same_as<bool>;
   { c.staging(rank) } -> std::same_as<std::byte*>;  // a block of each rank's that all can load and store
   { c.staging_bytes() } -> std::same_as<std::size_t>;

@@ -30,7 +30,7 @@ namespace tally::inline v0 {
 /// Sizes that all ranks must agree on.
 struct SlotOptions {
   int lanes = 1;
-  std::size_t budget = std::size_t{64} << 20;  // bytes for all slots of one communicator on this host
+  std::size_t budget = std::size_t{128} << 20;  // bytes of shared memory for one communicator; what is not used is never touched
   // Per ordered pair, fewer and smaller where the budget demands it.
   int slots = 32;
   std::size_t slot_bytes = 32 << 10;
@@ -85,16 +85,19 @@ struct alignas(line) SlotHeader {
 class SlotLayout {
  public:
   SlotLayout(int n, SlotOptions options) : n_(n), lanes_(options.lanes), slots_(std::bit_floor(static_cast<unsigned>(std::max(options.slots, 1)))), slot_bytes_(round(options.slot_bytes)) {
+    // Blocks have to hold an element for each rank and more; a quarter of the budget is theirs.
+    const std::size_t n_of = static_cast<std::size_t>(std::max(n, 1)), block = std::min(std::size_t{3} << 20, options.budget / (4 * n_of)) / 4096 * 4096;
+    staging_bytes_ = block < std::max(std::size_t{64} << 10, 128 * n_of) ? 0 : block;
     if (options.slots < 1 || options.slots > 1 << 20) throw Error(Errc::invalid_argument, "slots must be 1 to 1048576, not " + std::to_string(options.slots));
     if (options.slot_bytes < 128 || options.slot_bytes > std::size_t{1} << 30)
       throw Error(Errc::invalid_argument, "slot_bytes must be 128 to 1 GiB, not " + std::to_string(options.slot_bytes));
     if (options.lanes < 1 || options.lanes > 1024) throw Error(Errc::invalid_argument, "lanes must be 1 to 1024, not " + std::to_string(options.lanes));
-    while (end_of_rings() > options.budget && (slots_ > 1 || slot_bytes_ > 128)) {
+    while (bytes() > options.budget && (slots_ > 1 || slot_bytes_ > 128)) {
       if (slots_ > 8 || slot_bytes_ <= 1024) slots_ = std::max(1u, slots_ / 2), slot_bytes_ = slots_ == 1 ? round(slot_bytes_ / 2) : slot_bytes_;
       else slot_bytes_ = round(slot_bytes_ / 2);
     }
-    if (end_of_rings() > options.budget)
-      throw Error(Errc::no_resources, std::to_string(n) + " ranks need " + std::to_string(end_of_rings()) + " bytes for slots, the budget is " + std::to_string(options.budget));
+    if (bytes() > options.budget)
+      throw Error(Errc::no_resources, std::to_string(n) + " ranks need " + std::to_string(bytes()) + " bytes for slots, the budget is " + std::to_string(options.budget));
   }
   int size() const { return n_; }
   int lanes() const { return lanes_; }
@@ -129,7 +132,7 @@ class SlotLayout {
   std::size_t ring_bytes() const { return (credits() + slots_ * sizeof(detail::Credit) + 2 * detail::line - 1) / (2 * detail::line) * (2 * detail::line); }
   /// A block for every rank, for shares of what others cannot reach. Memory that is not used is never touched.
   std::size_t staging(Rank r) const { return end_of_rings() + static_cast<std::size_t>(r) * staging_bytes(); }
-  std::size_t staging_bytes() const { return std::max(std::size_t{3} << 20, static_cast<std::size_t>(n_) << 10); }
+  std::size_t staging_bytes() const { return staging_bytes_; }  // 0: they have none
   std::size_t bytes() const { return end_of_rings() + static_cast<std::size_t>(n_) * staging_bytes(); }
   /// What two processes must agree on before they use the same mapping.
   std::uint64_t hash() const {
@@ -147,7 +150,7 @@ class SlotLayout {
 
   int n_, lanes_;
   unsigned slots_;
-  std::size_t slot_bytes_;
+  std::size_t slot_bytes_, staging_bytes_ = 0;
 };
 
 /// Zeroed memory that all ranks can load and store, laid out by `layout`.
@@ -190,7 +193,7 @@ class SlotMemory {
   /// Zeroed memory for other purposes, likewise; it goes when all have let go of it.
   virtual std::uint64_t reserve(std::size_t bytes) = 0;
   virtual std::shared_ptr<std::byte> map(std::uint64_t token, std::size_t bytes) = 0;
-  /// Not all could map it: it goes, whoever has mapped it.
+  /// Not all could open or map it: nobody uses it any more.
   virtual void discard(std::uint64_t token, std::size_t bytes) = 0;
   /// Whether an address of one rank means the same to the others.
   virtual bool one_address_space() const = 0;
@@ -412,6 +415,7 @@ class SlotTransport {
   std::uint64_t reserve() { return memory_->reserve(); }
   std::unique_ptr<SlotTransport> open(std::uint64_t token) { return std::make_unique<SlotTransport>(memory_->open(token, me_), me_); }
   void release(std::uint64_t token) { memory_->release(token); }
+  void discard(std::uint64_t token) { memory_->discard(token, layout_.bytes()); }
 
   /// Goodbye: peers that still need something of this rank get an error instead of waiting.
   void leave() {
