@@ -224,11 +224,12 @@ void forbid_kernel_copies() {
   if (::prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0 || ::prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &filter) != 0) throw std::runtime_error("no seccomp here");
 }
 
+struct Mine : Staged {
+  static constexpr std::string_view name = "mine";
+  static Steps all_reduce(Shape shape) { return Ring::all_reduce(shape); }
+};
+
 TEST_CASE("an algorithm that inherits from a staged one is what it says itself") {
-  struct Mine : Staged {
-    static constexpr std::string_view name = "mine";
-    static Steps all_reduce(Shape shape) { return Ring::all_reduce(shape); }
-  };
   STATIC_REQUIRE(algorithm_ref<Mine, Operation::all_reduce>().generate != nullptr);
   STATIC_REQUIRE(algorithm_ref<Mine, Operation::reduce>().is(Reach::direct));  // its share may lie anywhere
   launch(2, [](Communicator& comm) {

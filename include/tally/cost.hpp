@@ -68,9 +68,10 @@ struct Profile {
     profile.sent = (all_written ? n - 1.0 : 1.0) / n;
     if (algorithm.is(Reach::staged)) {  // and what others read is put in, what they wrote is taken out
       const bool put = all_read || operation == Operation::broadcast, taken = operation != Operation::reduce_scatter;
-      profile.local = put ? (n - 1.0) / n : 0.0;
+      profile.local = put ? (n - 1.0) / n : operation == Operation::all_gather ? 1.0 / n : 0.0;
       profile.received += (taken ? (n - 1.0) / n : 0.0) + (operation == Operation::broadcast ? 1.0 / n : 0.0);
-      if (operation == Operation::all_reduce) profile.sent = 0;  // results are written where inputs were just read
+      // Results are written where inputs were just read; where nothing was, a line has to be fetched to be written.
+      profile.sent *= operation == Operation::all_reduce ? 0 : 2;
     }
     return profile;
   }
