@@ -121,12 +121,12 @@ class SlotLayout {
   /// times faster than out of another core's cache. Twice what all slots can hold, so that room for a slot is room for
   /// its payload, wherever the area's end cuts.
   std::size_t payload_area() const { return 2 * slots_ * (slot_bytes_ + payload_gap()); }
-  /// Left free after each payload. What the reader's core fetches ahead, beyond a payload's end, would be taken from
-  /// the writer's core just when it is about to be written.
+  /// Left free after each longer payload. What the reader's core fetches ahead, beyond a payload's end, would be taken
+  /// from the writer's core just when it is about to be written.
   std::size_t payload_gap() const { return std::min<std::size_t>(2048, slot_bytes_ / 16 / (2 * detail::line) * (2 * detail::line)); }
   /// A payload lies in one piece: where it would not fit, the area begins anew. Writer and reader both count.
   std::size_t payload_place(std::size_t at, std::size_t bytes) const { return at + bytes <= payload_area() ? at : 0; }
-  std::size_t after_payload(std::size_t at, std::size_t bytes) const { return payload_place(at, bytes) + (bytes + 2 * detail::line - 1) / (2 * detail::line) * (2 * detail::line) + payload_gap(); }
+  std::size_t after_payload(std::size_t at, std::size_t bytes) const { return payload_place(at, bytes) + (bytes + 2 * detail::line - 1) / (2 * detail::line) * (2 * detail::line) + (bytes > short_bytes ? payload_gap() : 0); }
   std::size_t consumed() const { return payloads() + payload_area(); }
   std::size_t credits() const { return consumed() + detail::line; }
   std::size_t ring_bytes() const { return (credits() + slots_ * sizeof(detail::Credit) + 2 * detail::line - 1) / (2 * detail::line) * (2 * detail::line); }
