@@ -256,6 +256,7 @@ class SlowLink {
   std::uint64_t reserve() { return 0; }
   std::unique_ptr<SlowLink> open(std::uint64_t) { return nullptr; }
   void release(std::uint64_t) {}
+  void discard(std::uint64_t) {}
 
  private:
   std::unique_ptr<SlotTransport> inner_;

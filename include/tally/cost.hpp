@@ -65,7 +65,7 @@ struct Profile {
     profile.chain = 2 * (n <= 8 ? 1 : meeting);
     profile.messages = 4 * meeting;
     profile.received = (all_read ? n - 1.0 : 0.0) / n;
-    profile.sent = (all_written ? n - 1.0 : 1.0) / n;
+    profile.sent = (all_written ? n - 1.0 : operation == Operation::reduce ? 1.0 : 0.0) / n;
     if (algorithm.is(Reach::staged)) {  // and what others read is put in, what they wrote is taken out
       const bool put = all_read || operation == Operation::broadcast, taken = operation != Operation::reduce_scatter;
       profile.local = put ? (n - 1.0) / n : operation == Operation::all_gather ? 1.0 / n : 0.0;
