@@ -235,7 +235,7 @@ TEST_CASE("an algorithm that inherits from a staged one is what it says itself")
   launch(2, [](Communicator& comm) {
     std::vector<int> data(10, 1);
     expect(comm.all_reduce<Mine>(data, sum).algorithm_name() == "mine" && data[9] == 2, "the ring");
-  });
+  }, threads);
 }
 
 TEST_CASE("where the kernel does not copy, single_copy is staged and says so", "[processes]") {
@@ -379,7 +379,7 @@ TEST_CASE("what symmetric memory refuses", "[processes]") {
   });
 }
 
-TEST_CASE("shares of different counts do not match, even where their fingerprints do") {
+TEST_CASE("shares of different counts do not match, even where their fingerprints do", "[processes]") {
   constexpr std::size_t counts[] = {600'002, 646'370};
   REQUIRE(detail::Fingerprint::hash_count(counts[0]) == detail::Fingerprint::hash_count(counts[1]));
   for (const RankKind kind : {threads, processes})
