@@ -20,8 +20,6 @@ exceptions=(
   "plan: error steps types"
   "check: error steps types plan"
   "algorithms/*: steps"
-  "algorithms/staged: algorithms/zero_copy"
-  "algorithms/single_copy: algorithms/zero_copy"
   "wait: clock"
   "share: reduce"
   "kernel_copy: share"

@@ -13,8 +13,6 @@
 #include "algorithms/double_tree.hpp"
 #include "algorithms/recursive.hpp"
 #include "algorithms/ring.hpp"
-#include "algorithms/single_copy.hpp"
-#include "algorithms/staged.hpp"
 #include "algorithms/tree.hpp"
 #include "algorithms/zero_copy.hpp"
 #include "call.hpp"
@@ -54,8 +52,7 @@ concept Algorithm = offers<A, O> && requires { { A::name } -> std::convertible_t
 template <class A, Operation O>
   requires Algorithm<A, O>
 constexpr AlgorithmRef algorithm_ref() {
-  AlgorithmRef ref{A::name, nullptr, nullptr, detail::algorithm_code(A::name)};
-  ref.reach = reach_of<A>;
+  AlgorithmRef ref{A::name, nullptr, nullptr, detail::algorithm_code(A::name), reach_of<A>};
   const auto set = [&ref]<class R>(R (*text)(Shape)) {
     if constexpr (std::same_as<R, Steps>) ref.generate = text;
     else ref.share = text;

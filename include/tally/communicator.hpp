@@ -249,7 +249,6 @@ class Communicator {
       std::uint64_t token = 0;
       Wanted wanted;
     } offer;
-    static_assert(sizeof offer == 4 * sizeof(std::uint64_t));
     enum : int { differs, failed, opened };
     int result = failed;
     std::string problem;
@@ -261,7 +260,7 @@ class Communicator {
         problem = error.what();
       }
     }
-    broadcast(std::span(&offer.token, 4), 0);
+    broadcast(std::as_writable_bytes(std::span(&offer, 1)), 0);
     if (offer.wanted != wanted) {
       problem = "rank 0 asks for " + offer.wanted.text() + ", rank " + std::to_string(rank()) + " for " + wanted.text();
       result = differs;

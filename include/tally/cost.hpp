@@ -23,6 +23,7 @@
 
 #include "choose.hpp"
 #include "plan.hpp"
+#include "share.hpp"
 
 namespace tally::inline v0 {
 
@@ -60,9 +61,9 @@ struct Profile {
   const auto items = static_cast<double>(layout.items());
   Profile profile;
   if (algorithm.share) {  // two meetings, and its share of the data
-    const double meeting = n <= 8 ? n - 1 : std::bit_width(static_cast<unsigned>(n - 1));
+    const double meeting = n <= direct_meeting_ranks ? n - 1 : std::bit_width(static_cast<unsigned>(n - 1));
     const bool all_read = reduces(operation), all_written = operation != Operation::reduce && operation != Operation::reduce_scatter;
-    profile.chain = 2 * (n <= 8 ? 1 : meeting);
+    profile.chain = 2 * (n <= direct_meeting_ranks ? 1 : meeting);
     profile.messages = 4 * meeting;
     profile.received = (all_read ? n - 1.0 : 0.0) / n;
     profile.sent = (all_written ? n - 1.0 : operation == Operation::reduce ? 1.0 : 0.0) / n;

@@ -20,8 +20,8 @@
 #include "algorithms/direct.hpp"
 #include "algorithms/recursive.hpp"
 #include "call.hpp"
-#include "prepared.hpp"
 #include "kernel_copy.hpp"
+#include "prepared.hpp"
 #include "progress.hpp"
 #include "share.hpp"
 #include "staging.hpp"
@@ -93,8 +93,9 @@ class Engine final : public AnyEngine {
       if (__builtin_mul_overflow(stride, static_cast<std::size_t>(size()), &bytes) || bytes / page > pages)
         throw Error(Errc::no_resources, std::to_string(size()) + " times " + std::to_string(stride) + " bytes are more than the " + std::to_string(pages * page) + " bytes of memory that this host has");
       return transport_->reserve(bytes);
+    } else {
+      throw Error(Errc::unsupported, "the ranks of this communicator share no memory: " + std::string(transport_->name()));
     }
-    else throw Error(Errc::unsupported, "the ranks of this communicator share no memory: " + std::string(transport_->name()));
   }
   std::unique_ptr<SymmetricMemory> map_memory(std::uint64_t token, std::size_t stride) override {
     if constexpr (DirectAccess<T>)
@@ -309,24 +310,28 @@ class Engine final : public AnyEngine {
         std::optional<Sharing> sharing;
         if (lent_) sharing.emplace(*transport_);
         if (transport_->aborted()) raise_abort();
-        const std::size_t bytes = share.from.count * call.grain;
+        const std::size_t length = share.from.count * call.grain;
+        const auto process = [&](Rank r) { return r == rank() ? 0 : processes_[static_cast<std::size_t>(r)]; };
         pass_.sources.clear();
         pass_.targets.clear();
-        for (Rank r = 0; r < size(); ++r)
-          if (bytes > 0 && (share.source < 0 || share.source == r)) pass_.sources.push_back(reach(call, r, share.from, bytes));
-        std::size_t stored = 0;
-        for (Rank i = 0; i < size(); ++i) {  // its own first, then each rank another one's
-          const Rank r = wrap(rank() + i, size());
-          if (bytes == 0 || (share.target >= 0 && share.target != r)) continue;
-          std::byte* target = reach(call, r, share.to, bytes);
-          pass_.targets.push_back(target);
-          if (r != rank() && !(share.source == r && share.from.buffer == share.to.buffer)) stored += bytes;  // a broadcast's root has it already
-        }
-        if (bytes > short_bytes) progress_.enter(call.fold.function ? State::reduce : State::copy);
-        if (kernel) run_by_kernel(call, share, bytes);
-        else pass_.run(bytes, call.grain, &call.fold);
-        const std::size_t own = share.source < 0 || share.source == rank() ? 1 : 0;
-        transport_->shared(stored, bytes * (std::max(pass_.sources.size(), own) - own));
+        kernel_pass_.sources.clear();
+        kernel_pass_.targets.clear();
+        const ShareBytes bytes = for_each_rank_of(
+            share, rank(), size(), call.grain,
+            [&](Rank r) {
+              std::byte* source = reach(call, r, share.from, length);
+              if (kernel) kernel_pass_.sources.push_back({process(r), source});
+              else pass_.sources.push_back(source);
+            },
+            [&](Rank r) {
+              std::byte* target = reach(call, r, share.to, length);
+              if (kernel) kernel_pass_.targets.push_back({process(r), target});
+              else pass_.targets.push_back(target);
+            });
+        if (length > short_bytes) progress_.enter(call.fold.function ? State::reduce : State::copy);
+        if (kernel) run_by_kernel(call, length);
+        else pass_.run(length, call.grain, &call.fold);
+        transport_->shared(bytes.stored, bytes.loaded);
       }
       meet({0, 0, call.layout.count});
       lent_ = false;
@@ -334,20 +339,7 @@ class Engine final : public AnyEngine {
       refuse_share(call);
     }
   }
-  /// The pass that take_share has prepared, between processes.
-  void run_by_kernel(const Call& call, const Share& share, std::size_t bytes) {
-    if (pass_.targets.empty()) return;
-    auto source = pass_.sources.begin();
-    auto target = pass_.targets.begin();
-    kernel_pass_.sources.clear();
-    kernel_pass_.targets.clear();
-    const auto process = [&](Rank r) { return r == rank() ? 0 : processes_[static_cast<std::size_t>(r)]; };
-    for (Rank r = 0; r < size(); ++r)
-      if (share.source < 0 || share.source == r) kernel_pass_.sources.push_back({process(r), const_cast<std::byte*>(*source++)});
-    for (Rank i = 0; i < size(); ++i)
-      if (const Rank r = wrap(rank() + i, size()); share.target < 0 || share.target == r) {
-        if (std::byte* place = *target++; r == rank() || share.source != r || share.from.buffer != share.to.buffer) kernel_pass_.targets.push_back({process(r), place});
-      }
+  void run_by_kernel(const Call& call, std::size_t bytes) {
     pid_t failed = 0;
     const int error = kernel_pass_.run(bytes, call.grain, &call.fold, pass_, failed);
     if (error == 0) return;
@@ -388,28 +380,23 @@ class Engine final : public AnyEngine {
       const std::size_t pieces = staging.pieces();
       std::size_t at[3] = {};
       const auto block = [&](Rank r, std::size_t i) { return transport_->staging(r) + at[i % 3]; };
-      const auto moving = [&](std::size_t bytes, State state) {
-        progress_.enter(bytes > short_bytes ? state : State::protocol);
-      };
+      const auto moving = [&](std::size_t bytes, State state) { progress_.enter(bytes > short_bytes ? state : State::protocol); };
+      const auto copying = [&](std::size_t bytes) { moving(bytes, State::copy); };
       for (std::size_t i = 0; i < pieces + 2; ++i) {
         if (i < pieces) {
           if (staged_at_ + staging.bytes(i) > area) staged_at_ = 0;
           at[i % 3] = staged_at_;
           staged_at_ += (staging.bytes(i) + gap + 127) / 128 * 128;
-          moving(staging.put(i, nullptr), State::copy);
-          staging.put(i, block(rank(), i));
+          staging.put(i, block(rank(), i), copying);
         }
         if (i >= 1 && i - 1 < pieces) {
-          const Staging::Bytes bytes = staging.find(i - 1, pass_, [&](Rank r) { return block(r, i - 1); });
+          const ShareBytes bytes = staging.find(i - 1, pass_, [&](Rank r) { return block(r, i - 1); });
           moving(bytes.length, call.fold.function ? State::reduce : State::copy);
           pass_.run(bytes.length, call.grain, &call.fold);
           transport_->shared(bytes.stored, bytes.loaded);
         }
-        if (i >= 2) {
-          moving(staging.take(i - 2, nullptr), State::copy);
-          staging.take(i - 2, block(rank(), i - 2));
-        }
-        if (i < std::max<std::size_t>(pieces + 1, 1)) meet({0, 0, call.layout.count});
+        if (i >= 2) staging.take(i - 2, block(rank(), i - 2), copying);
+        if (i <= pieces) meet({0, 0, call.layout.count});
       }
     } else {
       refuse_share(call);
@@ -423,9 +410,8 @@ class Engine final : public AnyEngine {
     names_.resize(static_cast<std::size_t>(size()));
     names_[static_cast<std::size_t>(rank())] = mine;
     if (!meeting_) {
-      // Few messages for many ranks, one latency for few.
       const Layout layout{Operation::all_gather, rank(), size(), 0, sizeof(Names), true};
-      meeting_ = plans_.make({layout, size() <= 8 ? OneShot::all_gather : RecursiveDoubling::all_gather});
+      meeting_ = plans_.make({layout, size() <= direct_meeting_ranks ? OneShot::all_gather : RecursiveDoubling::all_gather});
     }
     auto* names = reinterpret_cast<std::byte*>(names_.data());
     run_plan(*meeting_, names + sizeof(Names) * static_cast<std::size_t>(rank()), names, Fold{});

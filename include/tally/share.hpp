@@ -11,8 +11,36 @@
 #include <vector>
 
 #include "reduce.hpp"
+#include "steps.hpp"
 
 namespace tally::inline v0 {
+
+/// Shares begin and end with a meeting. Up to so many ranks tell each other directly: one latency; more of them in
+/// rounds: few messages.
+inline constexpr int direct_meeting_ranks = 8;
+
+struct ShareBytes {
+  std::size_t length = 0, loaded = 0, stored = 0;  // of the share; from and to other ranks' memory
+};
+/// Calls source(r) for each rank that rank `me` of n reads from, in rank order, and target(r) for each that it writes to:
+/// itself first, then each rank begins with another one.
+template <class Source, class Target>
+ShareBytes for_each_rank_of(const Share& share, Rank me, int n, std::size_t grain, Source&& source, Target&& target) {
+  ShareBytes bytes{share.from.count * grain, 0, 0};
+  if (bytes.length == 0) return bytes;
+  for (Rank r = 0; r < n; ++r) {
+    if (share.source >= 0 && share.source != r) continue;
+    source(r);
+    if (r != me) bytes.loaded += bytes.length;
+  }
+  for (int k = 0; k < n; ++k) {
+    const Rank r = wrap(me + k, n);
+    if ((share.target >= 0 && share.target != r) || share.has_already(r)) continue;
+    target(r);
+    if (r != me) bytes.stored += bytes.length;
+  }
+  return bytes;
+}
 
 class SharePass {
  public:

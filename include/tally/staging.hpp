@@ -23,51 +23,30 @@ class Staging {
   /// Bytes of a block that piece i takes.
   std::size_t bytes(std::size_t i) const { return count(i) * width_; }
 
-  /// Puts what the other ranks will read of this one's input into its block. Returns the bytes; without a block, only that.
-  std::size_t put(std::size_t i, std::byte* block) const {
-    std::size_t moved = 0;
+  /// Puts what the other ranks will read of this one's input into its block. `moving(bytes)` comes before each copy.
+  template <class Moving>
+  void put(std::size_t i, std::byte* block, Moving&& moving) const {
     for (Rank r = 0; r < call_.layout.n; ++r) {
       const Share share = share_of(r, i);
-      if (r == me() || (share.source >= 0 && share.source != me())) continue;
-      if (block) copy(block + share.from.first * call_.grain, place(share.from, i), share.from.count);
-      moved += share.from.count * call_.grain;
+      if (r != me() && (share.source < 0 || share.source == me())) copy(block + share.from.first * call_.grain, place(share.from, i), share.from.count, moving);
     }
-    return moved;
   }
-  struct Bytes {
-    std::size_t length = 0, loaded = 0, stored = 0;  // of the share; from and to other ranks' blocks
-  };
   /// Where this rank's share is: `block(r)` is rank r's block of the piece.
   template <class Block>
-  Bytes find(std::size_t i, SharePass& pass, Block&& block) const {
+  ShareBytes find(std::size_t i, SharePass& pass, Block&& block) const {
     const Share share = share_of(me(), i);
-    Bytes bytes{share.from.count * call_.grain, 0, 0};
+    const auto at = [&](Rank r, const Range& range) { return r == me() ? place(range, i) : block(r) + range.first * call_.grain; };
     pass.sources.clear();
     pass.targets.clear();
-    if (bytes.length == 0) return bytes;
-    for (Rank r = 0; r < call_.layout.n; ++r) {
-      if (share.source >= 0 && share.source != r) continue;
-      pass.sources.push_back(r == me() ? place(share.from, i) : block(r) + share.from.first * call_.grain);
-      if (r != me()) bytes.loaded += bytes.length;
-    }
-    for (int k = 0; k < call_.layout.n; ++k) {
-      const Rank r = wrap(me() + k, call_.layout.n);
-      if ((share.target >= 0 && share.target != r) || has_already(share, r)) continue;
-      pass.targets.push_back(r == me() ? place(share.to, i) : block(r) + share.to.first * call_.grain);
-      if (r != me()) bytes.stored += bytes.length;
-    }
-    return bytes;
+    return for_each_rank_of(share, me(), call_.layout.n, call_.grain, [&](Rank r) { pass.sources.push_back(at(r, share.from)); }, [&](Rank r) { pass.targets.push_back(at(r, share.to)); });
   }
   /// Takes what other ranks have written for this one out of its block. Likewise.
-  std::size_t take(std::size_t i, const std::byte* block) const {
-    std::size_t moved = 0;
+  template <class Moving>
+  void take(std::size_t i, const std::byte* block, Moving&& moving) const {
     for (Rank r = 0; r < call_.layout.n; ++r) {
       const Share share = share_of(r, i);
-      if (r == me() || (share.target >= 0 && share.target != me()) || has_already(share, me())) continue;
-      if (block) copy(place(share.to, i), block + share.to.first * call_.grain, share.to.count);
-      moved += share.to.count * call_.grain;
+      if (r != me() && (share.target < 0 || share.target == me()) && !share.has_already(me())) copy(place(share.to, i), block + share.to.first * call_.grain, share.to.count, moving);
     }
-    return moved;
   }
 
  private:
@@ -79,8 +58,6 @@ class Staging {
     layout.count = count(i);
     return call_.algorithm.share(layout.shape());
   }
-  /// Rank r is where the data comes from, and it is to go where it came from: a broadcast's root.
-  static bool has_already(const Share& share, Rank r) { return share.source == r && share.from.buffer == share.to.buffer; }
   /// Where a range of piece i lies in this rank's own memory. Where a buffer is made of n blocks, so is each piece, and
   /// no range is of two of them.
   std::byte* place(const Range& range, std::size_t i) const {
@@ -89,8 +66,11 @@ class Staging {
     const std::size_t first = i * most_ + (blocks ? range.first / count(i) * call_.layout.count + range.first % count(i) : range.first);
     return (input ? const_cast<std::byte*>(call_.input) : call_.output) + first * call_.grain;  // inputs are never written
   }
-  void copy(std::byte* to, const std::byte* from, std::size_t count) const {
-    if (count > 0) std::memcpy(to, from, count * call_.grain);
+  template <class Moving>
+  void copy(std::byte* to, const std::byte* from, std::size_t count, Moving&& moving) const {
+    if (count == 0) return;
+    moving(count * call_.grain);
+    std::memcpy(to, from, count * call_.grain);
   }
 
   const Call& call_;

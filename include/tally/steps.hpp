@@ -134,6 +134,8 @@ struct Shape {
 struct Share {
   Range from, to;  // of the same count
   Rank source = -1, target = -1;
+  /// Rank r is where the data comes from, and it would go where it came from: a broadcast's root.
+  constexpr bool has_already(Rank r) const { return source == r && from.buffer == to.buffer && from.first == to.first; }
 };
 
 /// How a share gets at other ranks' memory.
@@ -142,6 +144,7 @@ enum class Reach : std::uint8_t {
   staged,  // through blocks of shared memory
   kernel,  // the kernel copies from process to process
 };
+/// Specialised by the library's own algorithms alone.
 template <class Algorithm>
 inline constexpr Reach reach_of = Reach::direct;
 

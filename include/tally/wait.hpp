@@ -119,7 +119,8 @@ class Ladder {
   }
 
  private:
-  static constexpr int spins = 10, max_yields = 64;  // a rank on another core may be just about to send
+  static constexpr int spins = 10;  // where ranks outnumber cores: one on another core may be just about to send
+  static constexpr int max_yields = 64;
   WaitPolicy policy_;
   Ticks pause_after_, early_, even_, late_, park_after_ = 0;
   int long_waits_ = 0;  // of 256, the last ones weigh most: after four in a row it is above 160

@@ -22,4 +22,22 @@ struct ZeroCopy {
   static Share broadcast(Shape shape) { return {shape.out[shape.me], shape.out[shape.me], shape.root, -1}; }
 };
 
+/// The same for memory that other ranks cannot reach, in blocks of shared memory through which the data goes piece by
+/// piece. Each rank's own part stays where it is, and results are written back to where the inputs were read, into lines
+/// that are at hand. (Compare "release-gather" of Jain, Kaleem, Balmana, Langer, Durnov, Sannikov and Garzarán,
+/// "Framework for scalable intra-node collective operations using shared memory", SC 2018.)
+struct Staged : ZeroCopy {
+  static constexpr std::string_view name = "staged";
+};
+template <>
+inline constexpr Reach reach_of<Staged> = Reach::staged;  // staging.hpp relies on where these shares lie
+
+/// The same for private memory of processes of one host: the kernel reads and writes the other ranks' memory, so each
+/// byte is copied once on its way. Whether that is faster than staging is for measurements to say.
+struct SingleCopy : ZeroCopy {
+  static constexpr std::string_view name = "single_copy";
+};
+template <>
+inline constexpr Reach reach_of<SingleCopy> = Reach::kernel;
+
 }  // namespace tally::inline v0
