@@ -378,39 +378,43 @@ class Communicator {
 
   /// Operations that combine.
   template <class A, Operation O, class T, class Op>
-  Call folding(const Input& in, const Output& out, std::size_t count, const Op& op, Rank root, const CallOptions& options) {
+  [[gnu::always_inline]] Call folding(const Input& in, const Output& out, std::size_t count, const Op& op, Rank root, const CallOptions& options) {
     void (*finish)(void*, std::size_t, int) = nullptr;
     if constexpr (std::same_as<Op, Mean>) finish = detail::divide<T>;
     return call<A, O, T>(in, out, count, fold_of<T>(op), detail::operator_code<Op>(), finish, root, options);
   }
   /// Operations that only move.
   template <class A, Operation O, class T>
-  Call moving(const Input& in, const Output& out, std::size_t count, Rank root, const CallOptions& options) {
+  [[gnu::always_inline]] Call moving(const Input& in, const Output& out, std::size_t count, Rank root, const CallOptions& options) {
     return call<A, O, T>(in, out, count, {}, 0, nullptr, root, options);
   }
   template <class A, Operation O, class T>
-  Call call(const Input& in, const Output& out, std::size_t count, Fold fold, std::uint16_t op, void (*finish)(void*, std::size_t, int), Rank root, const CallOptions& options) {
-    const Layout layout{O, rank(), size(), root, count, in_place(O, in, out)};
+  [[gnu::always_inline]] Call call(const Input& in, const Output& out, std::size_t count, Fold fold, std::uint16_t op, void (*finish)(void*, std::size_t, int), Rank root, const CallOptions& options) {
     if (!engine_) refuse_moved();  // nothing below it is there, either
-    const bool direct = O != Operation::barrier && reachable(O, in, out);
-    AlgorithmRef algorithm;
+    const bool shared = in_place(O, in, out), direct = O != Operation::barrier && reachable(O, in, out);
+    const std::size_t bytes = Layout::items(O, count, size_) * sizeof(T);
+    // Everything below is made in one go and where it stays: what is copied right after it was written in parts costs ten times as much.
+    const nanoseconds timeout = options.timeout ? positive(*options.timeout) : timeout_;
+    const auto made = [&](const AlgorithmRef& algorithm) {
+      return Call{{O, rank_, size_, root, count, shared}, algorithm, in.data, out.data, element_type<T>(), sizeof(T), op, fold, finish, timeout, in.memory, out.memory};
+    };
     if constexpr (std::same_as<A, Auto>) {
-      if (!options.algorithm.empty()) {
-        algorithm = find_algorithm(O, options.algorithm);
-        if (!algorithm) refuse_algorithm(O, options.algorithm);
-        if (!reaches(algorithm, direct)) refuse_unreachable(algorithm);
-      } else {
-        algorithm = overrides_.of(O);
-      }
-      if (!algorithm || !reaches(algorithm, direct)) algorithm = chooser_->choose(O, layout.items() * sizeof(T), direct);
+      if (!options.algorithm.empty() || overrides_.of(O)) return made(asked_for(O, options.algorithm, bytes, direct));
+      return made(chooser_->choose(O, bytes, direct));
     } else {
       static_assert(Algorithm<A, O>, "this algorithm does not offer this operation");
-      algorithm = algorithm_ref<A, O>();
+      static constexpr AlgorithmRef algorithm = algorithm_ref<A, O>();
       if (!reaches(algorithm, direct)) refuse_unreachable(algorithm);
+      return made(algorithm);
     }
-    const nanoseconds timeout = options.timeout ? positive(*options.timeout) : timeout_;
-    // All members at once: filling them one by one would first clear 150 bytes.
-    return Call{layout, algorithm, in.data, out.data, element_type<T>(), sizeof(T), op, fold, finish, timeout, in.memory, out.memory};
+  }
+  /// The algorithm that the call names, or the environment if it can do this one, or the best.
+  [[gnu::noinline]] AlgorithmRef asked_for(Operation operation, std::string_view name, std::size_t bytes, bool direct) {
+    if (name.empty()) return reaches(overrides_.of(operation), direct) ? overrides_.of(operation) : chooser_->choose(operation, bytes, direct);
+    const AlgorithmRef algorithm = find_algorithm(operation, name);
+    if (!algorithm) refuse_algorithm(operation, name);
+    if (!reaches(algorithm, direct)) refuse_unreachable(algorithm);
+    return algorithm;
   }
 
   /// In place is: the same span, or this rank's block of the larger one. Any other overlap is an error.

@@ -181,7 +181,7 @@ class Chooser {
   }
 
  private:
-  AlgorithmRef best(Operation operation, std::size_t bytes, bool direct) { return candidates(operation, bytes, direct).front().algorithm; }
+  [[gnu::cold, gnu::noinline]] AlgorithmRef best(Operation operation, std::size_t bytes, bool direct) { return candidates(operation, bytes, direct).front().algorithm; }
 
   double measured(const AlgorithmRef& algorithm, Operation operation, std::size_t bytes) const {
     if (model_.ranks != n_ || algorithm.code >= CostModel::algorithms) return 0;

@@ -164,8 +164,6 @@ class Engine final : public AnyEngine {
     propagate(t.step);
   }
 
-  void idle_moment() { ledger_.settle(); }
-
   [[gnu::cold]] void check_peers() {
     for (Rank r = 0; r < size(); ++r) {
       const RankStatus status = transport_->status(r);
@@ -273,6 +271,7 @@ class Engine final : public AnyEngine {
       if (t.peer >= 0) progress_.post(t, *this);
       else if (t.ready > 0) queue_local(i);
     }
+    ledger_.settle();  // what was sent takes longer to arrive than this
     while (remaining_ > 0) {
       if (local_.empty()) progress_.turn(*this);
       else {

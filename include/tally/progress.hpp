@@ -22,7 +22,6 @@ template <class C>
 concept ProgressClient = requires(C& client, Transfer& transfer, const FrameInfo& frame, Rank rank, Liveness liveness, nanoseconds waited) {
   client.check(transfer, frame);         // throws if the frame is not what the transfer expects
   client.moved(transfer);                // see Probe
-  client.idle_moment();                  // once per operation that waits: time to do what could be put off
   client.check_peers();                  // throws if other ranks are seen in a call that does not match
   { client.first_lost() } -> std::same_as<Rank>;  // a rank that is gone and still needed, or -1
   client.raise_lost(rank);               // these three throw
@@ -56,7 +55,7 @@ class Progress {
   template <ProgressClient C>
   void turn(C& client) {
     if (poll(client)) return;
-    if (!waiting_) begin_wait(client);
+    if (!waiting_) begin_wait();
     else wait(client);
   }
   /// Hands a transfer to the transport, which may do it at once.
@@ -160,8 +159,7 @@ class Progress {
     latest_.raise(late);
   }
 
-  template <ProgressClient C>
-  void begin_wait(C& client) {
+  void begin_wait() {
     waiting_ = true;
     now_ = clock_.now();
     if (timed_) watch_->enter(State::wait_local, now_);
@@ -171,7 +169,6 @@ class Progress {
       first_stall_ = now_;
       deadline_ = (timed_ ? arrival_ : now_) + clock_.to_ticks(timeout_);
       next_check_ = now_ + check_interval_;
-      client.idle_moment();
     }
   }
   void end_wait() {

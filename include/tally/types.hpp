@@ -90,7 +90,8 @@ struct Layout {
     return count * blocks(Operation::all_gather);
   }
   /// Elements of the larger of input and output: the size that algorithms are chosen and accounts kept by.
-  std::size_t items() const { return count * (operation == Operation::all_gather || operation == Operation::reduce_scatter ? static_cast<std::size_t>(n) : 1); }
+  std::size_t items() const { return items(operation, count, n); }
+  static constexpr std::size_t items(Operation operation, std::size_t count, int n) { return count * (operation == Operation::all_gather || operation == Operation::reduce_scatter ? static_cast<std::size_t>(n) : 1); }
   /// In place, the smaller of input and output is this rank's block of the larger one.
   Placement placement() const {
     const std::size_t mine = static_cast<std::size_t>(me) * count;

@@ -2,8 +2,8 @@
 // Moves bytes through memory that all ranks can load and store: per ordered pair of ranks a ring of slots,
 // written by one and read by the other, with sequence numbers that only grow, so there are no locks and no
 // resets. A slot is two adjacent cache lines: a short payload travels with its header (16 bytes in the first
-// line, 80 in both), longer ones follow each other in the ring's payload area. Where the memory comes from and how a dead rank
-// is noticed is the business of SlotMemory: transport/thread.hpp and transport/shm.hpp.
+// line, 80 in both), longer ones lie elsewhere in the ring. Where the memory comes from and how a dead rank is noticed
+// is the business of SlotMemory: transport/thread.hpp and transport/shm.hpp.
 #pragma once
 
 #include <sched.h>
@@ -39,7 +39,7 @@ struct SlotOptions {
 namespace detail {
 
 inline constexpr std::size_t line = 64;
-inline constexpr std::uint32_t slot_protocol = 3;  // raise when anything below changes its meaning
+inline constexpr std::uint32_t slot_protocol = 4;  // raise when anything below changes its meaning
 
 struct alignas(2 * line) Slot {
   static constexpr std::size_t inline_bytes = 80;
@@ -116,18 +116,25 @@ class SlotLayout {
   }
   // Within a ring: slots, payload area, the reader's counter in a line of its own, the reader's credits.
   std::size_t payloads() const { return slots_ * sizeof(detail::Slot); }
-  /// Payloads go round in it whatever their length. By default that is 2 MiB, more than a core's own cache holds: its
-  /// lines have left that for the shared cache by the time they are used again, and are written and read there 2 to 4
+  /// A payload that is not long has a place that goes with its slot: where many rings share the caches, little memory used
+  /// again and again is there when it is needed. With one ring each way that pays for shorter ones only (measured).
+  std::size_t near_bytes() const { return std::min<std::size_t>(n_ > 2 ? 2048 : 512, slot_bytes_); }
+  /// Longer ones go round in an area, whatever their length. By default that is 2 MiB, more than a core's own cache holds:
+  /// its lines have left that for the shared cache by the time they are used again, and are written and read there 2 to 4
   /// times faster than out of another core's cache. Twice what all slots can hold, so that room for a slot is room for
   /// its payload, wherever the area's end cuts.
-  std::size_t payload_area() const { return 2 * slots_ * (slot_bytes_ + payload_gap()); }
-  /// Left free after each longer payload. What the reader's core fetches ahead, beyond a payload's end, would be taken
-  /// from the writer's core just when it is about to be written.
+  std::size_t payload_area() const { return slot_bytes_ > near_bytes() ? 2 * slots_ * (slot_bytes_ + payload_gap()) : 0; }
+  /// Left free after each. What the reader's core fetches ahead, beyond a payload's end, would be taken from the writer's
+  /// core just when it is about to be written.
   std::size_t payload_gap() const { return std::min<std::size_t>(2048, slot_bytes_ / 16 / (2 * detail::line) * (2 * detail::line)); }
   /// A payload lies in one piece: where it would not fit, the area begins anew. Writer and reader both count.
-  std::size_t payload_place(std::size_t at, std::size_t bytes) const { return at + bytes <= payload_area() ? at : 0; }
-  std::size_t after_payload(std::size_t at, std::size_t bytes) const { return payload_place(at, bytes) + (bytes + 2 * detail::line - 1) / (2 * detail::line) * (2 * detail::line) + (bytes > short_bytes ? payload_gap() : 0); }
-  std::size_t consumed() const { return payloads() + payload_area(); }
+  std::size_t payload_place(std::uint64_t slot, std::size_t at, std::size_t bytes) const {
+    return bytes <= near_bytes() ? payload_area() + slot * near_bytes() : at + bytes <= payload_area() ? at : 0;
+  }
+  std::size_t after_payload(std::size_t at, std::size_t bytes) const {
+    return bytes <= near_bytes() ? at : payload_place(0, at, bytes) + (bytes + 2 * detail::line - 1) / (2 * detail::line) * (2 * detail::line) + payload_gap();
+  }
+  std::size_t consumed() const { return payloads() + payload_area() + slots_ * near_bytes(); }
   std::size_t credits() const { return consumed() + detail::line; }
   std::size_t ring_bytes() const { return (credits() + slots_ * sizeof(detail::Credit) + 2 * detail::line - 1) / (2 * detail::line) * (2 * detail::line); }
   /// A block for every rank, for shares of what others cannot reach. Memory that is not used is never touched.
@@ -519,7 +526,7 @@ class SlotTransport {
     else if (bytes <= detail::Slot::inline_bytes) std::memcpy(slot.payload, from, bytes);
     else {
       if (bytes > short_bytes) probe.copying();
-      std::memcpy(e.out.payloads + layout_.payload_place(e.out_at, bytes), from, bytes);
+      std::memcpy(e.out.payloads + layout_.payload_place(index, e.out_at, bytes), from, bytes);
       e.out_at = layout_.after_payload(e.out_at, bytes);
     }
     std::uint8_t flags = t.done == 0 ? detail::flag_first : 0;
@@ -569,7 +576,7 @@ class SlotTransport {
     const std::size_t take = std::min(bytes - e.taken, t.ready - t.done);
     if (take > 0) {
       const bool in_slot = bytes <= detail::Slot::inline_bytes;
-      const std::byte* in = (in_slot ? slot.payload : e.in.payloads + layout_.payload_place(e.in_at, bytes)) + e.taken;
+      const std::byte* in = (in_slot ? slot.payload : e.in.payloads + layout_.payload_place(index, e.in_at, bytes)) + e.taken;
       std::byte* to = t.to + t.done;
       if (!t.fold) {
         if (bytes > short_bytes) probe.copying();
@@ -595,6 +602,7 @@ class SlotTransport {
       e.taken = 0;
       e.seen = false;
       e.in.consumed->store(++e.received, std::memory_order_release);
+      __builtin_prefetch(&e.in.slots[e.received & mask_]);  // a writer who is ahead has filled the next one
       wake(e);
       if (t.done == t.bytes) e.receives.pop();
     }
