@@ -92,6 +92,39 @@ TEST_CASE("double tree is proven") {
   prove<DoubleTree, Operation::reduce>(DoubleTree::folding);
   prove<DoubleTree, Operation::broadcast>(DoubleTree::folding);
 }
+TEST_CASE("hierarchical is proven for every group") {
+  for (int n = 1; n <= most_ranks; n += n < 12 ? 1 : 13)
+    for (int group = 1; group <= n + 1; group += n < 12 || group < 4 ? 1 : n / 4)
+      for (const std::size_t count : {std::size_t{0}, std::size_t{1}, static_cast<std::size_t>(n), static_cast<std::size_t>(3 * n + 1)})
+        for (const bool in_place : {false, true})
+          for (const Rank root : std::set<Rank>{0, n / 2, n - 1}) {
+            // With groups of a power of two the brackets are the fixed ones.
+            const Folding folding = (group & (group - 1)) == 0 ? Folding::fixed : Folding::cyclic;
+            std::string problem = root == 0 ? check({{Operation::all_reduce, 0, n, 0, count, in_place, group}, folding}, Hierarchical::all_reduce) : "";
+            problem += check({{Operation::reduce, 0, n, root, count, in_place, group}, root == 0 ? folding : Folding::cyclic}, Hierarchical::reduce);
+            problem += check({{Operation::broadcast, 0, n, root, count, true, group}}, Hierarchical::broadcast);
+            if (!problem.empty()) FAIL(n << " ranks in groups of " << group << ", " << count << " elements, root " << root << (in_place ? ", in place: " : ": ") << problem);
+          }
+  SUCCEED();
+}
+TEST_CASE("what has to go far goes once") {
+  // Elements that cross between groups, all ranks together: each block once in each exchange of doubling, or along each edge of a tree.
+  const auto crossing = [](Operation operation, Steps (*generate)(Shape), int n, int group, std::size_t count) {
+    std::size_t units = 0;
+    const auto texts = read_steps(generate, {operation, 0, n, 0, count, true, group});
+    for (std::size_t r = 0; r < texts.size(); ++r)
+      for (const Step& step : texts[r])
+        if (step.verb == Verb::send && static_cast<Rank>(r) / group != step.peer / group) units += step.count();
+    return units;
+  };
+  constexpr std::size_t count = 8 * 100;
+  CHECK(crossing(Operation::all_reduce, Hierarchical::all_reduce, 64, 8, count) == 8 * 3 * count);  // 8 groups, log2(8) exchanges
+  CHECK(crossing(Operation::reduce, Hierarchical::reduce, 64, 8, count) == 7 * count);
+  CHECK(crossing(Operation::broadcast, Hierarchical::broadcast, 64, 8, count) == 7 * count);
+  CHECK(crossing(Operation::all_reduce, RecursiveHalving::all_reduce, 64, 8, count) == 2 * 7 * count);  // neighbours first: the least there is
+  CHECK(crossing(Operation::all_reduce, RecursiveDoubling::all_reduce, 64, 8, count) == 64 * 3 * count);
+  CHECK(crossing(Operation::all_reduce, OneShot::all_reduce, 64, 8, count) == 64 * 56 * count);
+}
 TEST_CASE("every built-in algorithm has a code of its own and is found by name") {
   const auto code = []<class A>(std::type_identity<A>) {
     CHECK(find_algorithm(Operation::all_reduce, A::name).generate == A::all_reduce);
@@ -119,6 +152,7 @@ struct Subject {
   Operation operation;
   Folding folding;
   Steps (*generate)(Shape);
+  int group = 1;
 };
 const std::vector<Subject> subjects = {
     {"ring all_reduce", Operation::all_reduce, Folding::cyclic, Ring::all_reduce},
@@ -143,6 +177,9 @@ const std::vector<Subject> subjects = {
     {"double tree all_reduce", Operation::all_reduce, Folding::cyclic, DoubleTree::all_reduce},
     {"double tree reduce", Operation::reduce, Folding::cyclic, DoubleTree::reduce},
     {"double tree broadcast", Operation::broadcast, Folding::cyclic, DoubleTree::broadcast},
+    {"hierarchical all_reduce", Operation::all_reduce, Folding::fixed, Hierarchical::all_reduce, 4},
+    {"hierarchical reduce", Operation::reduce, Folding::fixed, Hierarchical::reduce, 2},
+    {"hierarchical broadcast", Operation::broadcast, Folding::fixed, Hierarchical::broadcast, 4},
 };
 
 bool touches(const Step& a, const Step& b, const Layout& layout) {
@@ -193,7 +230,7 @@ TEST_CASE("swapping two neighbouring steps is caught unless they are independent
   for (const Subject& subject : subjects)
     for (int n = 2; n <= 9; ++n)
       for (const bool in_place : {false, true}) {
-        const CheckRequest request{{subject.operation, 0, n, 0, static_cast<std::size_t>(2 * n + 1), in_place}, subject.folding};
+        const CheckRequest request{{subject.operation, 0, n, 0, static_cast<std::size_t>(2 * n + 1), in_place, subject.group}, subject.folding};
         const auto texts = read_steps(subject.generate, request.layout);
         for (std::size_t r = 0; r < texts.size(); ++r)
           for (std::size_t i = 0; i + 1 < texts[r].size(); ++i) {
@@ -216,7 +253,7 @@ TEST_CASE("folding on the wrong side is caught") {
   int caught = 0;
   for (const Subject& subject : subjects)
     for (int n = 2; n <= 9; ++n) {
-      const CheckRequest request{{subject.operation, 0, n, 0, static_cast<std::size_t>(2 * n + 1), true}, subject.folding};
+      const CheckRequest request{{subject.operation, 0, n, 0, static_cast<std::size_t>(2 * n + 1), true, subject.group}, subject.folding};
       const auto texts = read_steps(subject.generate, request.layout);
       for (std::size_t r = 0; r < texts.size(); ++r)
         for (std::size_t i = 0; i < texts[r].size(); ++i) {
@@ -235,7 +272,7 @@ TEST_CASE("folding on the wrong side is caught") {
 TEST_CASE("a lost step, a wrong peer and a wrong range are caught") {
   for (const Subject& subject : subjects)
     for (int n = 3; n <= 6; ++n) {
-      const CheckRequest request{{subject.operation, 0, n, 0, static_cast<std::size_t>(2 * n + 1), true}, subject.folding};
+      const CheckRequest request{{subject.operation, 0, n, 0, static_cast<std::size_t>(2 * n + 1), true, subject.group}, subject.folding};
       const auto texts = read_steps(subject.generate, request.layout);
       for (std::size_t r = 0; r < texts.size(); ++r)
         for (std::size_t i = 0; i < texts[r].size(); ++i) {

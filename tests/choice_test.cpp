@@ -7,6 +7,7 @@
 
 #include <cstdio>
 #include <cstdlib>
+#include <filesystem>
 #include <fstream>
 #include <stdexcept>
 #include <string>
@@ -198,4 +199,94 @@ TEST_CASE("the ladder learns when waits are long") {
   int turns = 0;
   while (!latency.climb(0)) ++turns;
   CHECK(turns <= 100);
+}
+
+namespace {
+/// A directory as sysfs has it, of 2 sockets of 2 caches of 2 cores: cores 0,1 and 2,3 on socket 0.
+class Sysfs {
+ public:
+  Sysfs() {
+    for (int core = 0; core < 8; ++core) {
+      const std::string dir = path() + "/cpu" + std::to_string(core);
+      const auto list = [](int first, int width) { return std::to_string(first) + "-" + std::to_string(first + width - 1); };
+      write(dir + "/topology/core_siblings_list", list(core / 4 * 4, 4));
+      write(dir + "/cache/index0/type", "Data"), write(dir + "/cache/index0/shared_cpu_list", std::to_string(core));
+      write(dir + "/cache/index1/type", "Instruction"), write(dir + "/cache/index1/shared_cpu_list", std::to_string(core));
+      write(dir + "/cache/index2/type", "Unified"), write(dir + "/cache/index2/shared_cpu_list", list(core / 2 * 2, 2));
+    }
+  }
+  ~Sysfs() { std::filesystem::remove_all(path()); }
+  std::string path() const { return "/tmp/tally_sysfs_" + std::to_string(::getpid()); }
+  Place of(std::initializer_list<int> cores) const {
+    cpu_set_t set;
+    CPU_ZERO(&set);
+    for (const int core : cores) CPU_SET(static_cast<std::size_t>(core), &set);
+    return place_of(set, path());
+  }
+
+ private:
+  static void write(const std::string& file, const std::string& text) {
+    std::filesystem::create_directories(std::filesystem::path(file).parent_path());
+    std::ofstream(file) << text << '\n';
+  }
+};
+}  // namespace
+
+TEST_CASE("the cache and the socket that cores share") {
+  const Sysfs sysfs;
+  const auto is = [](Place place, int cache, int socket) { return place.cache == cache && place.socket == socket; };
+  CHECK(is(sysfs.of({0}), 0, 0));
+  CHECK(is(sysfs.of({3}), 2, 0));
+  CHECK(is(sysfs.of({6, 7}), 6, 4));
+  CHECK(is(sysfs.of({4, 7}), -1, 4));
+  CHECK(is(sysfs.of({0, 1, 2, 3, 4, 5, 6, 7}), -1, -1));
+  CHECK(is(sysfs.of({}), -1, -1));
+  CHECK(is(sysfs.of({9}), -1, -1));  // sysfs says nothing of it
+  const auto parsed = [](const char* text) { const cpu_set_t set = detail::parse_cores(text); return CPU_COUNT(&set); };
+  CHECK(parsed("0-3,8") == 5);
+  CHECK(parsed("1023") == 1);
+  for (const char* nonsense : {"", "x", "3-1", "0-", "-3", "1024", "0-99999999999", "1,,2", "1 2"}) CHECK(parsed(nonsense) == 0);
+}
+
+TEST_CASE("groups are ranks that follow each other and share something") {
+  const Sysfs sysfs;
+  const auto group = [&](std::initializer_list<int> cores) {  // one per rank
+    std::vector<Place> places;
+    for (const int core : cores) places.push_back(core < 0 ? Place{} : sysfs.of({core}));
+    return group_of(places);
+  };
+  CHECK(group({0, 1, 2, 3, 4, 5, 6, 7}) == 2);  // by cache
+  CHECK(group({0, 1, 2}) == 2);                 // the last one is short
+  CHECK(group({0, 2, 4, 6}) == 2);              // one per cache, so by socket
+  CHECK(group({0, 1}) == 1);                    // all share one
+  CHECK(group({0, 1, 4, 2, 5, 6}) == 1);        // uneven
+  CHECK(group({0, 4, 1, 5}) == 1);              // not in order
+  CHECK(group({0, 1, 2, 3, 0, 1}) == 1);        // ranks 4 and 5 are where 0 and 1 are, not beyond them
+  CHECK(group({0, 1, -1, -1}) == 1);
+  CHECK(group({}) == 1);
+}
+
+TEST_CASE("what crosses between groups counts more, and is avoided") {
+  CostModel model;
+  model.cores = 64;
+  model.group = 8;
+  Chooser flat(64, {.cores = 64}), grouped(64, model);
+  const auto time = [](Chooser& chooser, const char* name, std::size_t bytes) { return chooser.estimate(find_algorithm(Operation::all_reduce, name), Operation::all_reduce, bytes).microseconds; };
+  for (const std::size_t bytes : {std::size_t{8}, std::size_t{1} << 20}) {
+    CHECK(time(grouped, "recursive_doubling", bytes) > time(flat, "recursive_doubling", bytes));
+    CHECK(time(grouped, "hierarchical", bytes) < time(grouped, "one_shot", bytes));
+  }
+  const auto offered = [](Chooser& chooser) {
+    for (const auto& candidate : chooser.candidates(Operation::all_reduce, 8, false))
+      if (candidate.algorithm.name == "hierarchical") return true;
+    return false;
+  };
+  CHECK(offered(grouped));
+  CHECK_FALSE(offered(flat));
+  Options options;
+  options.group = 2;
+  launch(4, [](Communicator& comm) {
+    expect(comm.group() == 2 && comm.duplicate().group() == 2, "the group asked for");
+    expect(comm.explain(Operation::all_reduce, 8).find("in groups of 2") != std::string::npos, "explained");
+  }, threads, options);
 }

@@ -4,6 +4,7 @@
 #include <catch2/catch.hpp>
 
 #include <array>
+#include <bit>
 #include <cstdint>
 #include <cstring>
 #include <numeric>
@@ -53,7 +54,8 @@ std::vector<T> inputs(Rank r, std::size_t count, bool product = false) {
 struct Traffic {
   Communicator& comm;
   TransportCounters before = comm.counters();
-  void check(const Report& report, const Layout& layout, AlgorithmRef algorithm, std::size_t grain, const std::string& what) const {
+  void check(const Report& report, Layout layout, AlgorithmRef algorithm, std::size_t grain, const std::string& what) const {
+    layout.group = comm.group();
     const Plan plan(algorithm.generate(layout.shape()), layout, grain);
     const TransportCounters after = comm.counters();
     expect(report.bytes_sent == plan.units_sent(), what + ": bytes sent as predicted");
@@ -164,6 +166,7 @@ void all_algorithms(Communicator& comm, std::size_t count, const Op& op, const s
   reducing_operations<TwoShot, T>(comm, count, op, label);
   reducing_operations<Chain, T>(comm, count, op, label);
   reducing_operations<DoubleTree, T>(comm, count, op, label);
+  reducing_operations<Hierarchical, T>(comm, count, op, label);
 }
 template <class T>
 void all_movers(Communicator& comm, std::size_t count, const std::string& label) {
@@ -174,6 +177,7 @@ void all_movers(Communicator& comm, std::size_t count, const std::string& label)
   moving_operations<TwoShot, T>(comm, count, label);
   moving_operations<Chain, T>(comm, count, label);
   moving_operations<DoubleTree, T>(comm, count, label);
+  moving_operations<Hierarchical, T>(comm, count, label);
 }
 
 void every_count(Communicator& comm) {
@@ -224,16 +228,23 @@ Options cramped() {
   options.slots.slot_bytes = 128;
   return options;
 }
+Options grouped(int group) {
+  Options options;
+  options.group = group;
+  return options;
+}
 
 }  // namespace
 
 TEST_CASE("every operation, algorithm and count, threads") {
   for (const int n : {1, 2, 3, 4, 5, 7, 8}) launch(n, every_count, threads);
   launch(5, every_count, threads, cramped());
+  launch(7, every_count, threads, grouped(3));
 }
 TEST_CASE("every operation, algorithm and count, processes", "[processes]") {
   for (const int n : {1, 2, 3, 4, 5, 7, 8}) launch(n, every_count);
   launch(5, every_count, processes, cramped());
+  launch(8, every_count, processes, grouped(4));
 }
 TEST_CASE("every element type and operator, threads") { launch(3, every_type, threads); }
 TEST_CASE("every element type and operator, processes", "[processes]") { launch(4, every_type); }
@@ -280,10 +291,12 @@ TEST_CASE("the same bits on every rank, and for every algorithm that declares th
       run(std::type_identity<Ring>{});
       run(std::type_identity<Chain>{});
       run(std::type_identity<DoubleTree>{});
+      const std::vector<double> hierarchical = run(std::type_identity<Hierarchical>{});
       expect(std::memcmp(doubling.data(), tree.data(), count * sizeof(double)) == 0, "tree has doubling's bits");
       expect(std::memcmp(doubling.data(), direct.data(), count * sizeof(double)) == 0, "one-shot has doubling's bits");
       expect(std::memcmp(doubling.data(), halving.data(), count * sizeof(double)) == 0, "halving has doubling's bits");
       expect(std::memcmp(doubling.data(), two_shot.data(), count * sizeof(double)) == 0, "two-shot has doubling's bits");
+      if (std::has_single_bit(static_cast<unsigned>(comm.group()))) expect(std::memcmp(doubling.data(), hierarchical.data(), count * sizeof(double)) == 0, "hierarchical in groups of a power of two has doubling's bits");
       // The definition itself: fold(lo, hi) = fold(lo, mid) + fold(mid, hi).
       std::vector<std::vector<double>> values;
       for (int r = 0; r < comm.size(); ++r) values.push_back(random_values(r, count));
@@ -298,6 +311,7 @@ TEST_CASE("the same bits on every rank, and for every algorithm that declares th
   };
   for (const int n : {2, 3, 5, 6, 7, 8}) launch(n, body, threads);
   launch(7, body, threads, cramped());
+  for (const int group : {2, 3, 4}) launch(7, body, threads, grouped(group));
 }
 
 TEST_CASE("algorithms can be chosen by name, and users can bring their own") {
@@ -320,7 +334,7 @@ namespace {
 struct PassAround {
   static constexpr std::string_view name = "pass_around";
   static Steps all_reduce(Shape shape) {
-    const auto [me, n, root, in, out] = shape;
+    const auto [me, n, root, in, out, group] = shape;
     const Range box[2] = {{Buffer::scratch, 0, in.count()}, {Buffer::scratch, in.count(), in.count()}};
     co_yield copy(in.all(), out.all());
     co_yield copy(in.all(), box[0]);

@@ -97,7 +97,7 @@ void good_environment(RankKind kind) {
       {"TALLY_ACCOUNTING", {"on", "off"}},
       {"TALLY_METER", {"model", "none"}},
       {"TALLY_MODEL_BUSY_WATTS", {"0", "4.5"}},
-      {"TALLY_ALGORITHM", {"auto", "ring", "tree", "recursive_doubling", "one_shot", "recursive_halving", "two_shot", "chain", "double_tree", "all_reduce=ring,barrier=tree"}},
+      {"TALLY_ALGORITHM", {"auto", "ring", "tree", "recursive_doubling", "one_shot", "recursive_halving", "two_shot", "chain", "double_tree", "hierarchical", "all_reduce=ring,barrier=tree"}},
       {"TALLY_TRANSPORT", {kind == tally::threads ? "thread" : "shm"}},
       {"TALLY_SLOTS", {"1", "3", "4096"}},
       {"TALLY_SLOT_BYTES", {"128", "1000", "1073741824"}},

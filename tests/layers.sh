@@ -9,7 +9,7 @@ cd "$root/include/tally"
 
 layers=(
   "error types steps plan check algorithms/*"
-  "clock wait memory reduce share kernel_copy transport/* energy/* account/*"
+  "clock wait memory topology reduce share kernel_copy transport/* energy/* account/*"
   "call staging prepared progress engine choose cost options"
   "communicator bootstrap launch"
   "tally"
@@ -20,6 +20,7 @@ exceptions=(
   "plan: error steps types"
   "check: error steps types plan"
   "algorithms/*: steps"
+  "algorithms/hierarchical: algorithms/direct algorithms/recursive algorithms/tree"
   "wait: clock"
   "share: reduce"
   "kernel_copy: share"

@@ -20,6 +20,7 @@
 
 #include "communicator.hpp"
 #include "options.hpp"
+#include "topology.hpp"
 #include "transport/shm.hpp"
 #include "transport/thread.hpp"
 
@@ -35,17 +36,20 @@ struct JobInfo {
 
 namespace detail {
 
-/// What all ranks are to choose algorithms by, for whoever makes the memory to write before they begin.
-inline void write_model(const SlotMemory& memory, const Options& options) {
+/// What all ranks are to choose algorithms by.
+inline CostModel model_for(const SlotMemory& memory, const Options& options) {
   CostModel model;
   const int online = static_cast<int>(::sysconf(_SC_NPROCESSORS_ONLN));
   cpu_set_t allowed;
   CPU_ZERO(&allowed);
   const int mine = ::sched_getaffinity(0, sizeof allowed, &allowed) == 0 ? CPU_COUNT(&allowed) : online;
   model.cores = mine > 1 ? mine : online;  // one: launchers bind each rank to a core of its own
+  model.group = std::max(options.group, 1);
   if (!options.model.empty()) read_model(options.model, memory.name(), memory.layout().size(), model);
-  memory.write_note(model);
+  return model;
 }
+/// For whoever makes the memory, before the ranks begin.
+inline void write_model(const SlotMemory& memory, const Options& options) { memory.write_note(model_for(memory, options)); }
 
 /// An engine for rank `me` over `memory`.
 inline Communicator make_communicator(std::shared_ptr<SlotMemory> memory, Rank me, const Options& options) {
@@ -164,6 +168,7 @@ struct Hello {
   std::uint64_t layout = 0;
   std::int32_t rank = 0, size = 0;
   std::uint8_t accounting = 0, tsc = 0, unused[6] = {};
+  Place place;
 };
 struct Welcome {
   std::uint32_t accepted = 0, code = 0;
@@ -188,6 +193,9 @@ class Rendezvous {
     mine.size = job_.size;
     mine.accounting = options_.accounting;
     mine.tsc = Clock::host().is_tsc();
+    cpu_set_t cores;
+    CPU_ZERO(&cores);
+    if (::sched_getaffinity(0, sizeof cores, &cores) == 0) mine.place = place_of(cores);
     return mine;
   }
   FileDescriptor socket() const {
@@ -227,9 +235,10 @@ class Rendezvous {
 
     auto file = std::make_shared<ShmFile>();
     auto memory = std::make_shared<ShmMemory>(file, layout_, 0, 0);
-    write_model(*memory, options_);
+    CostModel model = model_for(*memory, options_);
     std::vector<std::unique_ptr<Connection>> joined(static_cast<std::size_t>(job_.size));
     std::vector<pid_t> pids(joined.size(), ::getpid());
+    std::vector<Place> places(joined.size(), hello().place);
     std::string problem;
     std::vector<std::unique_ptr<Connection>> silent;  // guests that have not said hello yet: they hold nobody up
     Errc code = Errc::mismatch;
@@ -257,6 +266,7 @@ class Rendezvous {
         }
         const auto r = static_cast<std::size_t>(theirs.rank);
         pids[r] = guest->peer().pid;
+        places[r] = theirs.place;
         joined[r] = std::move(guest);
         --missing;
       }
@@ -275,6 +285,8 @@ class Rendezvous {
         if (guest) tell(*guest, code, problem);
       throw Error(code, problem, {0, -1, 0, {}});
     }
+    if (options_.group == 0) model.group = group_of(places);
+    memory->write_note(model);
     for (const auto& guest : joined) {
       if (!guest) continue;
       Welcome welcome;

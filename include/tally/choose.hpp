@@ -11,6 +11,7 @@
 #include "algorithms/chain.hpp"
 #include "algorithms/direct.hpp"
 #include "algorithms/double_tree.hpp"
+#include "algorithms/hierarchical.hpp"
 #include "algorithms/recursive.hpp"
 #include "algorithms/ring.hpp"
 #include "algorithms/tree.hpp"
@@ -76,7 +77,7 @@ template <Operation O, class... As>
 inline constexpr AlgorithmRef table_of[] = {ref_or_none<O, As>()...};
 template <Operation O>
 constexpr AlgorithmRef find_builtin(std::string_view name) {
-  for (const AlgorithmRef& algorithm : table_of<O, Ring, Tree, RecursiveDoubling, OneShot, RecursiveHalving, TwoShot, Chain, DoubleTree, ZeroCopy, Staged, SingleCopy>)
+  for (const AlgorithmRef& algorithm : table_of<O, Ring, Tree, RecursiveDoubling, OneShot, RecursiveHalving, TwoShot, Chain, DoubleTree, ZeroCopy, Staged, SingleCopy, Hierarchical>)
     if (algorithm && algorithm.name == name) return algorithm;
   return {};
 }

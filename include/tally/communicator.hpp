@@ -69,7 +69,7 @@ class Persistent {
 class Communicator {
  public:
   Communicator(std::shared_ptr<AnyEngine> engine, nanoseconds timeout, const CostModel& model = {}, AlgorithmOverrides overrides = {})
-      : engine_(std::move(engine)), rank_(engine_->rank()), size_(engine_->size()), timeout_(timeout), one_address_space_(engine_->one_address_space()), chooser_(std::make_unique<Chooser>(size_, model, engine_->stages())), overrides_(std::move(overrides)) {}
+      : engine_(std::move(engine)), rank_(engine_->rank()), size_(engine_->size()), timeout_(timeout), one_address_space_(engine_->one_address_space()), group_(model.group), chooser_(std::make_unique<Chooser>(size_, model, engine_->stages())), overrides_(std::move(overrides)) {}
 
   Communicator(Communicator&&) noexcept = default;
   Communicator& operator=(Communicator&& other) noexcept {
@@ -79,6 +79,7 @@ class Communicator {
     size_ = other.size_;
     timeout_ = other.timeout_;
     one_address_space_ = other.one_address_space_;
+    group_ = other.group_;
     chooser_ = std::move(other.chooser_);
     overrides_ = std::move(other.overrides_);
     return *this;
@@ -89,6 +90,8 @@ class Communicator {
 
   Rank rank() const { return rank_; }
   int size() const { return size_; }
+  /// So many ranks that follow each other, from rank 0 on, share a cache or a socket; 1 where they do not, or it is not known.
+  int group() const { return group_; }
 
   /// data = fold of all ranks' data, on every rank. Same count everywhere.
   template <class A = Auto, WritableElements Data, Reduction<ValueOf<Data>> Op>
@@ -223,6 +226,7 @@ class Communicator {
       std::snprintf(line, sizeof line, "  %-20s %12.3f us  %s\n", std::string(candidate.algorithm.name).c_str(), candidate.estimate.microseconds, candidate.estimate.measured ? "measured" : "estimated");
       text += line;
     }
+    if (group_ > 1 && group_ < size()) text += "  ranks that follow each other share a cache or a socket in groups of " + std::to_string(group_) + "\n";
     if (const std::string problem = engine_->kernel_problem(); !problem.empty()) text += "  single_copy is done as staged: " + problem + "\n";
     else if (operation != Operation::barrier && engine_->stages() && !chooser_->has_measured(find_algorithm(operation, SingleCopy::name), operation, bytes)) text += "  single_copy is not measured: the kernel's copies are chosen by measurement alone (tally_perf --tune)\n";
     if (!direct && operation != Operation::barrier) text += "  zero_copy needs memory from allocate(): these ranks cannot reach each other's private memory\n";
@@ -396,7 +400,7 @@ class Communicator {
     // Everything below is made in one go and where it stays: what is copied right after it was written in parts costs ten times as much.
     const nanoseconds timeout = options.timeout ? positive(*options.timeout) : timeout_;
     const auto made = [&](const AlgorithmRef& algorithm) {
-      return Call{{O, rank_, size_, root, count, shared}, algorithm, in.data, out.data, element_type<T>(), sizeof(T), op, fold, finish, timeout, in.memory, out.memory};
+      return Call{{O, rank_, size_, root, count, shared, group_}, algorithm, in.data, out.data, element_type<T>(), sizeof(T), op, fold, finish, timeout, in.memory, out.memory};
     };
     if constexpr (std::same_as<A, Auto>) {
       if (!options.algorithm.empty() || overrides_.of(O)) return made(asked_for(O, options.algorithm, bytes, direct));
@@ -450,6 +454,7 @@ class Communicator {
   int size_;
   nanoseconds timeout_;
   bool one_address_space_;
+  int group_;  // see Shape
   std::unique_ptr<Chooser> chooser_;
   AlgorithmOverrides overrides_;
 };

@@ -39,6 +39,8 @@ struct CostModel {
   float far_byte = 0.00003f;    // a byte out of another core's cache
   float turn = 1.0f;           // where ranks outnumber cores: for one of them to give another its core
   std::int32_t cores = 1;      // that ranks share
+  float across = 3;            // so many times more what crosses between groups; not measured: that machine has but one cache
+  std::int32_t group = 1;      // see Shape
   std::int32_t ranks = 0;      // that `measured` is for
   /// Microseconds, 0 where not measured.
   float measured[operations][algorithms][classes] = {};
@@ -48,6 +50,7 @@ static_assert(std::is_trivially_copyable_v<CostModel>);
 namespace detail {
 
 /// What an algorithm does for an operation, whatever the size: of the busiest rank, in units of the operation's bytes.
+/// What crosses between groups counts `across` times in the chain and in what is received.
 struct Profile {
   double chain = 0;     // messages that must follow each other
   double messages = 0;  // sent and received
@@ -55,10 +58,11 @@ struct Profile {
 };
 
 /// From the texts of all ranks, with a small count.
-[[gnu::cold]] inline Profile profile_of(const AlgorithmRef& algorithm, Operation operation, int n) {
+[[gnu::cold]] inline Profile profile_of(const AlgorithmRef& algorithm, Operation operation, int n, int group = 1, double across = 1) {
   const std::size_t count = operation == Operation::barrier ? 1 : static_cast<std::size_t>(operation == Operation::all_gather || operation == Operation::reduce_scatter ? 4 : 4 * n);
-  const Layout layout{operation == Operation::barrier ? Operation::all_reduce : operation, 0, n, 0, count, operation == Operation::barrier || operation == Operation::broadcast};
+  const Layout layout{operation == Operation::barrier ? Operation::all_reduce : operation, 0, n, 0, count, operation == Operation::barrier || operation == Operation::broadcast, group};
   const auto items = static_cast<double>(layout.items());
+  const auto distance = [&](Rank a, Rank b) { return group == 1 || a / group == b / group ? 1.0 : across; };
   Profile profile;
   if (algorithm.share) {  // two meetings, and its share of the data
     const double meeting = n <= direct_meeting_ranks ? n - 1 : std::bit_width(static_cast<unsigned>(n - 1));
@@ -74,25 +78,31 @@ struct Profile {
       // Results are written where inputs were just read; where nothing was, a line has to be fetched to be written.
       profile.sent *= operation == Operation::all_reduce ? 0 : 2;
     }
+    if (group > 1 && group < n) {
+      profile.chain *= across;
+      for (double* bytes : {&profile.received, &profile.sent}) *bytes *= (group - 1 + across * (n - group)) / (n - 1);
+    }
     return profile;
   }
   std::vector<Plan> plans;
-  std::vector<std::vector<int>> done(static_cast<std::size_t>(n));  // the chain up to a step, -1 if not known yet
+  std::vector<std::vector<double>> done(static_cast<std::size_t>(n));  // the chain up to a step, -1 if not known yet
   std::vector<std::vector<std::size_t>> sends(static_cast<std::size_t>(n * n)), receives(sends.size());
   for (Rank r = 0; r < n; ++r) {
     Layout mine = layout;
     mine.me = r;
     const Plan& plan = plans.emplace_back(algorithm.generate(mine.shape()), mine, 1);
-    double local = 0;
+    double local = 0, received = 0;
     for (std::size_t i = 0; i < plan.steps().size(); ++i) {
       const PlannedStep& step = plan.steps()[i];
       if (step.peer < 0) local += static_cast<double>(step.count());
-      else (step.verb == Verb::send ? sends : receives)[static_cast<std::size_t>(step.verb == Verb::send ? r * n + step.peer : step.peer * n + r)].push_back(i);
+      else if (step.verb != Verb::send) received += static_cast<double>(step.count()) * distance(step.peer, r);
+      if (step.peer < 0) continue;
+      (step.verb == Verb::send ? sends : receives)[static_cast<std::size_t>(step.verb == Verb::send ? r * n + step.peer : step.peer * n + r)].push_back(i);
     }
     done[static_cast<std::size_t>(r)].assign(plan.steps().size(), -1);
     profile.messages = std::max(profile.messages, static_cast<double>(plan.steps().size()));
     profile.sent = std::max(profile.sent, static_cast<double>(plan.units_sent()) / items);
-    profile.received = std::max(profile.received, static_cast<double>(plan.units_received()) / items);
+    profile.received = std::max(profile.received, received / items);
     profile.local = std::max(profile.local, local / items);
   }
   // Longest chains, step by step as far as each rank gets: rounds of this are as many as the chain is long.
@@ -100,27 +110,27 @@ struct Profile {
     moved = false;
     for (Rank r = 0; r < n; ++r) {
       const Plan& plan = plans[static_cast<std::size_t>(r)];
-      std::vector<int>& mine = done[static_cast<std::size_t>(r)];
+      std::vector<double>& mine = done[static_cast<std::size_t>(r)];
       for (std::size_t i = 0; i < mine.size(); ++i) {
         if (mine[i] >= 0) continue;
         const PlannedStep& step = plan.steps()[i];
-        int chain = 0;
+        double chain = 0;
         bool known = true;
         for (std::uint32_t d = step.first_dependency; d < step.first_dependency + step.dependencies; ++d) {
-          const int earlier = mine[plan.dependencies()[d].step];
+          const double earlier = mine[plan.dependencies()[d].step];
           known = known && earlier >= 0;
           chain = std::max(chain, earlier);
         }
         if (step.peer >= 0 && step.verb != Verb::send) {
           const auto pair = static_cast<std::size_t>(step.peer * n + r);
           const auto k = static_cast<std::size_t>(std::find(receives[pair].begin(), receives[pair].end(), i) - receives[pair].begin());
-          const int sent = k < sends[pair].size() ? done[static_cast<std::size_t>(step.peer)][sends[pair][k]] : 0;
+          const double sent = k < sends[pair].size() ? done[static_cast<std::size_t>(step.peer)][sends[pair][k]] : 0;
           known = known && sent >= 0;
-          chain = std::max(chain, sent + 1);
+          chain = std::max(chain, sent + distance(step.peer, r));
         }
         if (!known) continue;
         mine[i] = chain;
-        profile.chain = std::max(profile.chain, static_cast<double>(chain));
+        profile.chain = std::max(profile.chain, chain);
         moved = true;
       }
     }
@@ -173,7 +183,7 @@ class Chooser {
     std::vector<Candidate> all;
     for (const std::string_view name : algorithms_for(operation)) {
       const AlgorithmRef algorithm = find_algorithm(operation, name);
-      const bool possible = !algorithm.share || (algorithm.is(Reach::direct) ? direct : stages_ && (algorithm.is(Reach::staged) || has_measured(algorithm, operation, bytes)));
+      const bool possible = (name != Hierarchical::name || (model_.group > 1 && model_.group < n_)) && (!algorithm.share || (algorithm.is(Reach::direct) ? direct : stages_ && (algorithm.is(Reach::staged) || has_measured(algorithm, operation, bytes))));
       if (possible) all.push_back({algorithm, estimate(algorithm, operation, bytes)});
     }
     std::stable_sort(all.begin(), all.end(), [](const Candidate& a, const Candidate& b) { return a.estimate.microseconds < b.estimate.microseconds; });
@@ -206,7 +216,7 @@ class Chooser {
     auto& known = profiles_[static_cast<std::size_t>(operation)];
     for (const auto& [code, profile] : known)
       if (code == algorithm.code) return profile;
-    return known.emplace_back(algorithm.code, detail::profile_of(algorithm, operation, std::min(n_, most_ranks))).second;
+    return known.emplace_back(algorithm.code, detail::profile_of(algorithm, operation, std::min(n_, most_ranks), model_.group, static_cast<double>(model_.across))).second;
   }
 
   int n_;

@@ -126,6 +126,7 @@ struct Shape {
   int n;
   Rank root;
   Chunks in, out;
+  int group = 1;  // so many consecutive ranks, from rank 0 on, are close to each other: they share a cache or a socket
 };
 
 /// What one rank does in an algorithm over memory that every rank can load and store. Once all ranks have said that

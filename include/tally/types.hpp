@@ -82,6 +82,7 @@ struct Layout {
   Rank root = 0;
   std::size_t count = 0;
   bool in_place = false;
+  int group = 1;  // see Shape
 
   std::size_t blocks(Operation many) const { return operation == many ? static_cast<std::size_t>(n) : 1; }
   std::size_t input_count() const { return operation == Operation::broadcast ? 0 : count * blocks(Operation::reduce_scatter); }
@@ -98,7 +99,7 @@ struct Layout {
     return {in_place, in_place && operation == Operation::all_gather ? mine : 0,
             in_place && operation == Operation::reduce_scatter ? mine : 0};
   }
-  Shape shape() const { return {me, n, root, Chunks(Buffer::input, input_count(), n), Chunks(Buffer::output, output_count(), n)}; }
+  Shape shape() const { return {me, n, root, Chunks(Buffer::input, input_count(), n), Chunks(Buffer::output, output_count(), n), group}; }
   friend bool operator==(const Layout&, const Layout&) = default;
 };
 

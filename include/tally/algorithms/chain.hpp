@@ -14,7 +14,7 @@ struct Chain {
 
   /// Down the chain to rank 0 and back up; the way up follows a few elements behind the way down.
   static Steps all_reduce(Shape shape) {
-    const auto [me, n, root, in, out] = shape;
+    const auto [me, n, root, in, out, group] = shape;
     const bool last = me == n - 1;
     if (n == 1) co_yield copy(in.all(), out.all());
     if (!last) co_yield receive_combine(me + 1, in.all(), out.all());
@@ -27,7 +27,7 @@ struct Chain {
 
   /// Interior ranks accumulate in scratch: their input is the caller's, and they have no output.
   static Steps reduce(Shape shape) {
-    const auto [me, n, root, in, out] = shape;
+    const auto [me, n, root, in, out, group] = shape;
     const bool last = wrap(me + 1, n) == root;
     const Range sum = me == root ? out.all() : Range{Buffer::scratch, 0, in.count()};
     if (n == 1) co_yield copy(in.all(), out.all());
@@ -36,7 +36,7 @@ struct Chain {
   }
 
   static Steps broadcast(Shape shape) {
-    const auto [me, n, root, in, out] = shape;
+    const auto [me, n, root, in, out, group] = shape;
     if (me != root) co_yield receive(wrap(me - 1, n), out.all());
     if (wrap(me + 1, n) != root) co_yield send(wrap(me + 1, n), out.all());
   }

@@ -12,29 +12,30 @@ namespace tally::inline v0 {
 
 namespace detail {
 
-/// result = x0 . x1 . ... . x(n-1), bracketed like a binary counter: level k of the stack holds the fold of
-/// 2^j consecutive ranks, two of the same size are folded into one as soon as they meet.
-inline Steps fold_all(Rank me, int n, Range mine, Range result) {
+/// result = x0 . x1 . ... . x(n-1) of the n ranks from `first` on, of which this is number `me`. Bracketed like a binary
+/// counter: level k of the stack, which lies in scratch from `stack` on, holds the fold of 2^j consecutive ranks, two of
+/// the same size are folded into one as soon as they meet.
+inline Steps fold_all(int me, int n, Range mine, Range result, Rank first = 0, std::size_t stack = 0) {
   const auto level = [&](int k) {
-    return k == 0 && me <= 1 ? result : Range{Buffer::scratch, static_cast<std::size_t>(k) * mine.count, mine.count};
+    return k == 0 && me <= 1 ? result : Range{Buffer::scratch, stack + static_cast<std::size_t>(k) * mine.count, mine.count};
   };
   if (n == 1) {
     co_yield copy(mine, result);
     co_return;
   }
-  Rank p = 0;
-  if (me <= 1) {  // ranks 0 and 1 fold their own value straight into the result
-    co_yield receive_combine(1 - me, mine, result, me == 0 ? Side::right : Side::left);
+  int p = 0;
+  if (me <= 1) {  // the first two fold their own value straight into the result
+    co_yield receive_combine(first + 1 - me, mine, result, me == 0 ? Side::right : Side::left);
     p = 2;
   }
   for (; p < n; ++p) {
     int depth = std::popcount(static_cast<unsigned>(p));  // values on the stack
     if (p & 1) {
       --depth;
-      co_yield p == me ? combine(mine, level(depth)) : receive_combine(p, level(depth));
+      co_yield p == me ? combine(mine, level(depth)) : receive_combine(first + p, level(depth));
       for (int size = 2; p & size; size *= 2, --depth) co_yield combine(level(depth), level(depth - 1));
     } else {
-      co_yield p == me ? copy(mine, level(depth)) : receive(p, level(depth));
+      co_yield p == me ? copy(mine, level(depth)) : receive(first + p, level(depth));
     }
   }
   for (int depth = std::popcount(static_cast<unsigned>(n)) - 1; depth > 0; --depth)
@@ -49,14 +50,14 @@ struct OneShot {
   static constexpr Folding folding = Folding::fixed;
 
   static Steps all_reduce(Shape shape) {
-    const auto [me, n, root, in, out] = shape;
+    const auto [me, n, root, in, out, group] = shape;
     for (int i = 1; i < n; ++i) co_yield send(wrap(me + i, n), in.all());
     Steps fold = detail::fold_all(me, n, in.all(), out.all());
     while (const Step* step = fold.next()) co_yield *step;
   }
 
   static Steps reduce(Shape shape) {
-    const auto [me, n, root, in, out] = shape;
+    const auto [me, n, root, in, out, group] = shape;
     if (me != root) {
       co_yield send(root, in.all());
       co_return;
@@ -66,21 +67,21 @@ struct OneShot {
   }
 
   static Steps reduce_scatter(Shape shape) {
-    const auto [me, n, root, in, out] = shape;
+    const auto [me, n, root, in, out, group] = shape;
     for (int i = 1; i < n; ++i) co_yield send(wrap(me + i, n), in[me + i]);
     Steps fold = detail::fold_all(me, n, in[me], out.all());
     while (const Step* step = fold.next()) co_yield *step;
   }
 
   static Steps all_gather(Shape shape) {
-    const auto [me, n, root, in, out] = shape;
+    const auto [me, n, root, in, out, group] = shape;
     for (int i = 1; i < n; ++i) co_yield send(wrap(me + i, n), in.all());
     co_yield copy(in.all(), out[me]);
     for (int i = 1; i < n; ++i) co_yield receive(wrap(me - i, n), out[me - i]);
   }
 
   static Steps broadcast(Shape shape) {
-    const auto [me, n, root, in, out] = shape;
+    const auto [me, n, root, in, out, group] = shape;
     if (me != root) co_yield receive(root, out.all());
     else
       for (int i = 1; i < n; ++i) co_yield send(wrap(me + i, n), out.all());
@@ -93,7 +94,7 @@ struct TwoShot {
 
   /// Rank i folds block i of everyone and sends it to everyone.
   static Steps all_reduce(Shape shape) {
-    const auto [me, n, root, in, out] = shape;
+    const auto [me, n, root, in, out, group] = shape;
     for (int i = 1; i < n; ++i) co_yield send(wrap(me + i, n), in[me + i]);
     Steps fold = detail::fold_all(me, n, in[me], out[me]);
     while (const Step* step = fold.next()) co_yield *step;
@@ -103,7 +104,7 @@ struct TwoShot {
 
   /// Rank i folds block i of everyone and sends it to the root.
   static Steps reduce(Shape shape) {
-    const auto [me, n, root, in, out] = shape;
+    const auto [me, n, root, in, out, group] = shape;
     const Range sum = me == root ? out[me] : Range{Buffer::scratch, 0, in[me].count};
     for (int i = 1; i < n; ++i) co_yield send(wrap(me + i, n), in[me + i]);
     Steps fold = detail::fold_all(me, n, in[me], sum);
@@ -115,7 +116,7 @@ struct TwoShot {
 
   /// The root sends each other rank one of n-1 blocks, and these send them to each other (van de Geijn).
   static Steps broadcast(Shape shape) {
-    const auto [me, n, root, in, out] = shape;
+    const auto [me, n, root, in, out, group] = shape;
     if (n == 1) co_return;
     const Chunks block(Buffer::output, out.count(), n - 1);
     const int mine = wrap(me - root, n) - 1;  // the root's is -1: none

@@ -18,7 +18,7 @@ struct DoubleTree {
   /// Up to rank 0 and down again. Both trees go up before either goes down: two ranks may be parent and child in
   /// one tree and child and parent in the other, and have to agree which message comes first.
   static Steps all_reduce(Shape shape) {
-    const auto [me, n, root, in, out] = shape;
+    const auto [me, n, root, in, out, group] = shape;
     if (n == 1) co_yield copy(in.all(), out.all());
     Steps rising = up(me, n, 0, in.count(), Buffer::output), falling = down(me, n, 0, out.count());
     while (const Step* step = rising.next()) co_yield *step;
@@ -27,7 +27,7 @@ struct DoubleTree {
 
   /// Interior ranks accumulate in scratch: their input is the caller's, and they have no output.
   static Steps reduce(Shape shape) {
-    const auto [me, n, root, in, out] = shape;
+    const auto [me, n, root, in, out, group] = shape;
     if (n == 1) co_yield copy(in.all(), out.all());
     Steps rising = up(me, n, root, in.count(), me == root ? Buffer::output : Buffer::scratch);
     while (const Step* step = rising.next()) co_yield *step;

@@ -18,7 +18,7 @@ struct RecursiveDoubling {
   static constexpr Folding folding = Folding::fixed;
 
   static Steps all_reduce(Shape shape) {
-    const auto [me, n, root, in, out] = shape;
+    const auto [me, n, root, in, out, group] = shape;
     Range have = in.all();
     if (n == 1) co_yield copy(in.all(), out.all());
     for (int bit = 1; bit < n; bit *= 2) {
@@ -37,7 +37,7 @@ struct RecursiveDoubling {
   }
 
   static Steps all_gather(Shape shape) {
-    const auto [me, n, root, in, out] = shape;
+    const auto [me, n, root, in, out, group] = shape;
     co_yield copy(in.all(), out[me]);
     for (int bit = 1; bit < n; bit *= 2) {
       const int low = me & ~(2 * bit - 1), high = low + bit;
@@ -64,7 +64,7 @@ struct RecursiveHalving {
   static constexpr Folding folding = Folding::fixed;
 
   static Steps all_reduce(Shape shape) {
-    const auto [me, n, root, in, out] = shape;
+    const auto [me, n, root, in, out, group] = shape;
     const int holders = power_of_two(n);
     const Chunks sum(Buffer::output, out.count(), holders);
     if (n == 1) co_yield copy(in.all(), out.all());
@@ -89,7 +89,7 @@ struct RecursiveHalving {
 
   /// Which blocks a rank ends with goes by its bits reversed: they take one hop more to where they belong.
   static Steps reduce_scatter(Shape shape) {
-    const auto [me, n, root, in, out] = shape;
+    const auto [me, n, root, in, out, group] = shape;
     const Chunks sum(Buffer::scratch, in.count(), n);
     if (n == 1) co_yield copy(in.all(), out.all());
     Steps halving = halve(me, n, n, in, sum);

@@ -14,7 +14,7 @@ struct Ring {
   /// in[i] and out[i] are block i modulo n; Side::left folds incoming . ours. Nothing copies in to out: the first
   /// fold into a block of out reads that block of in. Each rank moves 2(n-1)/n of the data (Patarasuk & Yuan, "Bandwidth optimal all-reduce algorithms", 2009).
   static Steps all_reduce(Shape shape) {
-    const auto [me, n, root, in, out] = shape;
+    const auto [me, n, root, in, out, group] = shape;
     const Rank next = wrap(me + 1, n), previous = wrap(me - 1, n);
     if (n == 1) co_yield copy(in.all(), out.all());
     // Reduce-scatter: each chunk travels once around, gaining every rank's contribution on the way.
@@ -30,7 +30,7 @@ struct Ring {
   }
 
   static Steps all_gather(Shape shape) {
-    const auto [me, n, root, in, out] = shape;
+    const auto [me, n, root, in, out, group] = shape;
     const Rank next = wrap(me + 1, n), previous = wrap(me - 1, n);
     for (int s = 0; s < n - 1; ++s) {
       co_yield send(next, s == 0 ? in.all() : out[me - s]);
@@ -41,7 +41,7 @@ struct Ring {
 
   /// Partial sums pass through two scratch blocks, so that one can be sent while the other fills.
   static Steps reduce_scatter(Shape shape) {
-    const auto [me, n, root, in, out] = shape;
+    const auto [me, n, root, in, out, group] = shape;
     const Rank next = wrap(me + 1, n), previous = wrap(me - 1, n);
     const std::size_t count = out.count();
     const auto partial = [&](int s) { return Range{Buffer::scratch, static_cast<std::size_t>(s & 1) * count, count}; };

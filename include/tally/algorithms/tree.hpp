@@ -14,7 +14,7 @@ struct Tree {
 
   /// Up to rank 0 and down again.
   static Steps all_reduce(Shape shape) {
-    const auto [me, n, root, in, out] = shape;
+    const auto [me, n, root, in, out, group] = shape;
     Range have = in.all();
     int bit = 1;
     for (; bit < n && !(me & bit); bit *= 2) {
@@ -33,7 +33,7 @@ struct Tree {
 
   /// Interior ranks accumulate in scratch: their input is the caller's, and they have no output.
   static Steps reduce(Shape shape) {
-    const auto [me, n, root, in, out] = shape;
+    const auto [me, n, root, in, out, group] = shape;
     const int v = wrap(me - root, n);
     const Range sum = v == 0 ? out.all() : Range{Buffer::scratch, 0, in.count()};
     Range have = in.all();
@@ -50,7 +50,7 @@ struct Tree {
   }
 
   static Steps broadcast(Shape shape) {
-    const auto [me, n, root, in, out] = shape;
+    const auto [me, n, root, in, out, group] = shape;
     const int v = wrap(me - root, n);
     int bit = 1;
     while (bit < n && !(v & bit)) bit *= 2;

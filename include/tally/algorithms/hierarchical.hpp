@@ -1,0 +1,122 @@
+// SPDX-License-Identifier: Apache-2.0
+// Two levels: ranks that are close to each other (Shape::group: they share a cache, or a socket) do among themselves
+// what they can, and what has to go far goes once. Member c of each group looks after block c of the data, so
+// all members use the way between the groups at the same time (Karonis et al., "Exploiting hierarchy in parallel computer
+// networks to optimize collective operation performance", 2000). The last group may be short: its members look after several blocks.
+#pragma once
+
+#include <algorithm>
+
+#include "../steps.hpp"
+#include "direct.hpp"
+#include "recursive.hpp"
+#include "tree.hpp"
+
+namespace tally::inline v0 {
+
+struct Hierarchical {
+  static constexpr std::string_view name = "hierarchical";
+  static constexpr Folding folding = Folding::cyclic;  // from rank 0 or the root's group on; brackets follow the groups
+
+  /// Each group's members fold a block each, all groups' blocks are folded by doubling, members tell each other.
+  static Steps all_reduce(Shape shape) {
+    const auto [me, n, root, in, out, group] = shape;
+    const Groups all(n, group);
+    const int mine = all.of(me), size = all.size(mine);
+    const Chunks sum(Buffer::output, out.count(), all.width);
+    if (n == 1) co_yield copy(in.all(), out.all());
+    Steps folding = fold_group(all, me, in.count(), Buffer::output);
+    while (const Step* step = folding.next()) co_yield *step;
+    for (int block = me - all.first(mine); block < all.width; block += size) {
+      Steps doubling = RecursiveDoubling::all_reduce(across(all, mine, 0, sum[block].count));
+      while (const Step* step = doubling.next()) co_yield all.place(*step, block, sum[block]);
+    }
+    Steps telling = tell_group(all, me, out.count());
+    while (const Step* step = telling.next()) co_yield *step;
+  }
+
+  /// The same, but blocks are folded in trees towards the root's group, whose members give them to the root.
+  static Steps reduce(Shape shape) {
+    const auto [me, n, root, in, out, group] = shape;
+    const Groups all(n, group);
+    const int mine = all.of(me), home = all.of(root);
+    const Buffer buffer = me == root ? Buffer::output : Buffer::scratch;
+    const Chunks sum(buffer, in.count(), all.width);
+    if (n == 1) co_yield copy(in.all(), out.all());
+    Steps folding = fold_group(all, me, in.count(), buffer);
+    while (const Step* step = folding.next()) co_yield *step;
+    for (int block = me - all.first(mine); block < all.width; block += all.size(mine)) {
+      Steps tree = Tree::reduce(across(all, mine, home, sum[block].count));
+      while (const Step* step = tree.next()) co_yield all.place(*step, block, sum[block]);
+      if (mine == home && me != root) co_yield send(root, sum[block]);
+    }
+    for (int block = 0; me == root && block < all.width; ++block)
+      if (const Rank from = all.member(home, block); from != root) co_yield receive(from, sum[block]);
+  }
+
+  /// The root gives each member of its group a block, these give it to the members of the other groups that look after
+  /// it, in trees, and all tell their group.
+  static Steps broadcast(Shape shape) {
+    const auto [me, n, root, in, out, group] = shape;
+    const Groups all(n, group);
+    const int mine = all.of(me), home = all.of(root);
+    const Chunks data(Buffer::output, out.count(), all.width);
+    for (int block = 0; me == root && block < all.width; ++block)
+      if (const Rank to = all.member(home, block); to != root) co_yield send(to, data[block]);
+    for (int block = me - all.first(mine); block < all.width; block += all.size(mine)) {
+      if (mine == home && me != root) co_yield receive(root, data[block]);
+      Steps tree = Tree::broadcast(across(all, mine, home, data[block].count));
+      while (const Step* step = tree.next()) co_yield all.place(*step, block, data[block]);
+    }
+    Steps telling = tell_group(all, me, out.count(), root);
+    while (const Step* step = telling.next()) co_yield *step;
+  }
+
+ private:
+  /// Who is close to whom, and which member of a group looks after which of `width` blocks.
+  struct Groups {
+    int n, width;
+    Groups(int ranks, int group) : n(ranks), width(std::clamp(group, 1, ranks)) {}
+    int of(Rank r) const { return r / width; }
+    int count() const { return (n + width - 1) / width; }
+    Rank first(int group) const { return group * width; }
+    int size(int group) const { return std::min(width, n - first(group)); }
+    Rank member(int group, int block) const { return first(group) + block % size(group); }
+
+    /// A step between groups, as it is between their members that look after a block, which lies at `where`.
+    Step place(Step step, int block, const Range& where) const {
+      if (step.peer >= 0) step.peer = member(step.peer, block);
+      for (Range* range : {&step.from, &step.to}) *range = {where.buffer, where.first + range->first, range->count};
+      return step;
+    }
+  };
+  /// What a group is told of one block: groups are its ranks.
+  static Shape across(const Groups& all, int mine, int home, std::size_t count) {
+    return {mine, all.count(), home, Chunks(Buffer::output, count, 1), Chunks(Buffer::output, count, 1)};
+  }
+
+  /// Block b of `to` becomes the fold of this group's inputs, at the member that looks after it.
+  static Steps fold_group(const Groups all, Rank me, std::size_t count, Buffer to) {
+    const Chunks in(Buffer::input, count, all.width), sum(to, count, all.width);
+    const int group = all.of(me), size = all.size(group), mine = me - all.first(group);
+    for (int i = 1; i < size; ++i)
+      for (int block = wrap(mine + i, size); block < all.width; block += size) co_yield send(all.member(group, block), in[block]);
+    for (int block = mine; block < all.width; block += size) {
+      Steps fold = detail::fold_all(mine, size, in[block], sum[block], all.first(group), to == Buffer::scratch ? count : 0);
+      while (const Step* step = fold.next()) co_yield *step;
+    }
+  }
+
+  /// Members give each other the blocks that they look after; `knows` (a broadcast's root) needs none.
+  static Steps tell_group(const Groups all, Rank me, std::size_t count, Rank knows = -1) {
+    const Chunks data(Buffer::output, count, all.width);
+    const int group = all.of(me), size = all.size(group), mine = me - all.first(group);
+    for (int i = 1; i < size; ++i)
+      for (int block = mine; block < all.width; block += size)
+        if (const Rank to = all.first(group) + wrap(mine + i, size); to != knows) co_yield send(to, data[block]);
+    for (int i = 1; i < size && me != knows; ++i)
+      for (int block = wrap(mine - i, size); block < all.width; block += size) co_yield receive(all.member(group, block), data[block]);
+  }
+};
+
+}  // namespace tally::inline v0

@@ -1,0 +1,95 @@
+// SPDX-License-Identifier: Apache-2.0
+// Which cores share a cache and a socket, as sysfs has it; and whether ranks that follow each other run on such cores.
+// Nothing is known of ranks that are free to run anywhere.
+#pragma once
+
+#include <sched.h>
+
+#include <charconv>
+#include <cstddef>
+#include <cstdint>
+#include <fstream>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace tally::inline v0 {
+
+/// The last-level cache and the socket that all cores a rank may run on belong to, each named by its first core; -1: not one.
+struct Place {
+  std::int32_t cache = -1, socket = -1;
+};
+
+namespace detail {
+
+/// Cores in the kernel's notation, "0-3,8"; empty if that is not what the text is.
+inline cpu_set_t parse_cores(std::string_view text) {
+  cpu_set_t cores, none;
+  CPU_ZERO(&cores);
+  CPU_ZERO(&none);
+  while (!text.empty()) {
+    const std::string_view part = text.substr(0, text.find(','));
+    text.remove_prefix(part.size() < text.size() ? part.size() + 1 : text.size());
+    unsigned first = 0, last = 0;
+    const char* const end = part.data() + part.size();
+    auto parsed = std::from_chars(part.data(), end, first);
+    last = first;
+    if (parsed.ec == std::errc{} && parsed.ptr != end && *parsed.ptr == '-') parsed = std::from_chars(parsed.ptr + 1, end, last);
+    if (parsed.ec != std::errc{} || parsed.ptr != end || last < first || last >= CPU_SETSIZE) return none;
+    for (unsigned core = first; core <= last; ++core) CPU_SET(core, &cores);
+  }
+  return cores;
+}
+inline std::string first_line(const std::string& path) {
+  std::ifstream file(path);
+  std::string text;
+  std::getline(file, text);
+  return text;
+}
+inline int first_core(const cpu_set_t& cores) {
+  for (int core = 0; core < CPU_SETSIZE; ++core)
+    if (CPU_ISSET(core, &cores)) return core;
+  return -1;
+}
+/// The first of `siblings`, if all of `cores` are among them.
+inline std::int32_t common(const cpu_set_t& cores, const cpu_set_t& siblings) {
+  cpu_set_t both;
+  CPU_AND(&both, &cores, &siblings);
+  return CPU_EQUAL(&both, &cores) ? first_core(siblings) : -1;
+}
+
+}  // namespace detail
+
+/// Where a rank is that may run on these cores.
+inline Place place_of(const cpu_set_t& cores, const std::string& sysfs = "/sys/devices/system/cpu") {
+  const int first = detail::first_core(cores);
+  if (first < 0) return {};
+  const std::string core = sysfs + "/cpu" + std::to_string(first);
+  std::string last_level;  // of the caches: they are listed from the nearest on
+  for (int i = 0; i < 16; ++i) {
+    const std::string cache = core + "/cache/index" + std::to_string(i);
+    if (detail::first_line(cache + "/type") == "Instruction") continue;
+    const std::string shared = detail::first_line(cache + "/shared_cpu_list");
+    if (shared.empty()) break;
+    last_level = shared;
+  }
+  return {detail::common(cores, detail::parse_cores(last_level)), detail::common(cores, detail::parse_cores(detail::first_line(core + "/topology/core_siblings_list")))};
+}
+
+/// How many ranks that follow each other, from rank 0 on, share a cache, or else a socket, that no other rank uses; the
+/// last group may have fewer. 1 where that is not so, or where all share one.
+inline int group_of(const std::vector<Place>& ranks) {
+  for (std::int32_t Place::*level : {&Place::cache, &Place::socket}) {
+    std::size_t width = 1;
+    while (width < ranks.size() && ranks[width].*level == ranks[0].*level) ++width;
+    bool even = width > 1 && width < ranks.size();
+    for (std::size_t r = 0; r < ranks.size() && even; ++r) {
+      even = ranks[r].*level >= 0 && ranks[r].*level == ranks[r / width * width].*level;
+      for (std::size_t earlier = 0; earlier < r / width; ++earlier) even = even && ranks[earlier * width].*level != ranks[r].*level;
+    }
+    if (even) return static_cast<int>(width);
+  }
+  return 1;
+}
+
+}  // namespace tally::inline v0
