@@ -5,12 +5,14 @@
 
 #include <unistd.h>
 
+#include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
 #include <stdexcept>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include <tally/tally.hpp>
@@ -181,7 +183,7 @@ TEST_CASE("the ladder learns when waits are long") {
   const auto parks_after = [&](Ladder& ladder) {  // microseconds
     ladder.restart(false);
     for (Ticks t = 0; t < 100'000; ++t)
-      if (ladder.climb(t * us)) return t;
+      if (ladder.climb(t * us) == Ladder::Rest::park) return t;
     return Ticks{100'000};
   };
   Ladder balanced(clock, WaitPolicy::balanced), energy(clock, WaitPolicy::energy), latency(clock, WaitPolicy::latency);
@@ -194,11 +196,48 @@ TEST_CASE("the ladder learns when waits are long") {
   CHECK(parks_after(balanced) <= 6);
   for (int i = 0; i < 8; ++i) balanced.learn(20 * us);
   CHECK(parks_after(balanced) == 51);
+  // What the processor can do between spinning and sleeping is used from 2 us on.
+  for (const bool dozes : {false, true}) {
+    Ladder ladder(clock, WaitPolicy::balanced, dozes);
+    ladder.restart(false);
+    CHECK(ladder.climb(1 * us) == Ladder::Rest::none);
+    CHECK(ladder.climb(10 * us) == (dozes ? Ladder::Rest::doze : Ladder::Rest::none));
+  }
   // Where ranks outnumber cores, every policy yields at once and soon sleeps.
   latency.restart(true);
   int turns = 0;
-  while (!latency.climb(0)) ++turns;
+  while (latency.climb(0) != Ladder::Rest::park) ++turns;
   CHECK(turns <= 100);
+}
+
+TEST_CASE("a processor that can wait for a line does, and not for long") {
+  if (!LineWait::available()) {
+    WARN("skipped: this processor has neither UMWAIT nor MWAITX, or the virtual machine hides it");
+    return;
+  }
+  alignas(64) std::atomic<std::uint64_t> line{0};
+  const auto begin = std::chrono::steady_clock::now();
+  for (int i = 0; i < 1000; ++i) {
+    LineWait::arm(&line);
+    LineWait::doze(5'000);
+  }
+  CHECK(std::chrono::steady_clock::now() - begin < std::chrono::seconds(2));  // a change that never comes
+  std::thread changer([&] {
+    for (std::uint64_t i = 1; i <= 1000; ++i) {
+      while (line.load() != 2 * i - 1) {
+      }
+      line.store(2 * i);
+    }
+  });
+  for (std::uint64_t i = 1; i <= 1000; ++i) {
+    line.store(2 * i - 1);
+    while (line.load() != 2 * i) {
+      LineWait::arm(&line);
+      if (line.load() != 2 * i) LineWait::doze(5'000);
+    }
+  }
+  changer.join();
+  CHECK(line.load() == 2000);
 }
 
 namespace {

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <concepts>
 #include <cstdint>
 #include <limits>
 
@@ -34,7 +35,7 @@ class Progress {
  public:
   /// Without `timed` it reads no clock before the first stalled poll, and sends no times.
   Progress(T& transport, const Clock& clock, WaitPolicy wait, bool timed)
-      : transport_(transport), clock_(clock), timed_(timed), watches_{Stopwatch(transport.size()), Stopwatch(transport.size())}, ladder_(clock, wait), check_interval_(clock.to_ticks(std::chrono::milliseconds(20))), off_core_(clock.to_ticks(std::chrono::microseconds(10))) {}
+      : transport_(transport), clock_(clock), timed_(timed), watches_{Stopwatch(transport.size()), Stopwatch(transport.size())}, ladder_(clock, wait), check_interval_(clock.to_ticks(std::chrono::milliseconds(20))), off_core_(clock.to_ticks(std::chrono::microseconds(10))), doze_(static_cast<std::uint32_t>(clock.to_ticks(std::chrono::microseconds(2)))) {}
 
   /// An operation begins: the clock's first reading.
   void start(nanoseconds timeout) {
@@ -181,7 +182,8 @@ class Progress {
   template <ProgressClient C>
   void wait(C& client) {
     const Ticks before = now_;
-    const bool park = ladder_.climb(now_ - wait_began_);
+    const Ladder::Rest rest = ladder_.climb(now_ - wait_began_);
+    if (rest == Ladder::Rest::doze && doze(client)) return;
     if (transport_.aborted()) client.raise_abort();
     now_ = clock_.now();
     // A pause is short: if this took long, the core was given to someone else, and perhaps it should have it more often.
@@ -189,7 +191,7 @@ class Progress {
       ladder_.give_way();
       if (timed_) watch_->slept(now_ - before);
     }
-    if (park && now_ < deadline_) {
+    if (rest == Ladder::Rest::park && now_ < deadline_) {
       sleep(client);
       if (!waiting_) return;
     }
@@ -201,6 +203,21 @@ class Progress {
       client.raise_lost(lost);
     }
     if (now_ >= deadline_) client.raise_timeout(clock_.to_ns(now_ - deadline_) + timeout_);
+  }
+
+  /// Rests until the line that is waited for changes, for 2 us at most; a pause if the transport has no such line, or more
+  /// than one. True if something moved before it came to that.
+  template <ProgressClient C>
+  bool doze(C& client) {
+    if constexpr (requires { { transport_.awaited() } -> std::same_as<const void*>; })
+      if (const void* line = transport_.awaited()) {
+        LineWait::arm(line);
+        if (poll(client)) return true;
+        LineWait::doze(doze_);
+        return false;
+      }
+    cpu_pause();
+    return false;
   }
 
   template <ProgressClient C>
@@ -222,6 +239,7 @@ class Progress {
   Stopwatch* watch_ = &watches_[0];
   Ladder ladder_;
   Ticks check_interval_, off_core_;
+  std::uint32_t doze_;
   nanoseconds timeout_{};
   Ticks arrival_ = 0, now_ = 0, deadline_ = 0, next_check_ = 0, wait_began_ = 0, first_stall_ = 0;
   Lateness latest_;

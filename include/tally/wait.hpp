@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// How a rank waits: spin, pause, then sleep in the kernel; where ranks outnumber cores it yields at once.
+// How a rank waits: spin, pause, doze where the processor can, then sleep in the kernel; where ranks outnumber cores it yields at once.
 // And how it sleeps without missing a wake-up: the sleeper announces itself, then makes every core's stores
 // visible (membarrier), so that senders need no fence of their own.
 #pragma once
@@ -10,6 +10,10 @@
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 #include <atomic>
 #include <cerrno>
@@ -30,6 +34,45 @@ inline void cpu_pause() {
   asm volatile("yield");
 #endif
 }
+
+/// Processors that can rest until a line of memory changes: Intel's UMWAIT and AMD's MWAITX do so for less power than
+/// pausing takes. arm(), look once more, doze(): a change in between is not missed, and the time is bounded.
+class LineWait {
+ public:
+  static bool available() { return kind() != Kind::none; }
+  static void arm([[maybe_unused]] const void* line) {
+#if defined(__x86_64__)
+    // In bytes, since assemblers know them only for processors that have them.
+    if (kind() == Kind::umwait) asm volatile(".byte 0xf3, 0x0f, 0xae, 0xf7" : : "D"(line) : "memory");  // umonitor rdi
+    else if (kind() == Kind::mwaitx) asm volatile(".byte 0x0f, 0x01, 0xfa" : : "a"(line), "c"(0), "d"(0) : "memory");  // monitorx
+#endif
+  }
+  /// In the lightest state there is, which is left within some 100 ns.
+  static void doze([[maybe_unused]] std::uint32_t ticks) {
+#if defined(__x86_64__)
+    if (kind() == Kind::umwait) {
+      const std::uint64_t until = __builtin_ia32_rdtsc() + ticks;
+      asm volatile(".byte 0xf2, 0x0f, 0xae, 0xf1" : : "c"(1), "d"(static_cast<std::uint32_t>(until >> 32)), "a"(static_cast<std::uint32_t>(until)) : "memory", "cc");  // umwait ecx
+    } else if (kind() == Kind::mwaitx) {
+      asm volatile(".byte 0x0f, 0x01, 0xfb" : : "a"(0xf0), "c"(2), "b"(ticks) : "memory");  // mwaitx, with the time limit
+    }
+#endif
+  }
+
+ private:
+  enum class Kind : std::uint8_t { none, umwait, mwaitx };
+  static Kind kind() {
+    static const Kind found = [] {
+#if defined(__x86_64__)
+      unsigned a = 0, b = 0, c = 0, d = 0;
+      if (__get_cpuid_count(7, 0, &a, &b, &c, &d) && (c & (1u << 5))) return Kind::umwait;
+      if (__get_cpuid(0x80000001, &a, &b, &c, &d) && (c & (1u << 29))) return Kind::mwaitx;
+#endif
+      return Kind::none;
+    }();
+    return found;
+  }
+};
 
 inline void futex_wait(std::atomic<std::uint32_t>& word, std::uint32_t while_equal, nanoseconds at_most) {
   const auto seconds = std::chrono::duration_cast<std::chrono::seconds>(at_most);
@@ -87,8 +130,8 @@ constexpr std::string_view name_of(WaitPolicy policy) { return policy == WaitPol
 /// "Empirical studies of competitive spinning", 1991), and the waits seen tell when not to begin.
 class Ladder {
  public:
-  Ladder(const Clock& clock, WaitPolicy policy)
-      : policy_(policy), pause_after_(clock.to_ticks(std::chrono::microseconds(2))), early_(clock.to_ticks(std::chrono::microseconds(5))),
+  Ladder(const Clock& clock, WaitPolicy policy, bool dozes = LineWait::available())
+      : policy_(policy), dozes_(dozes), pause_after_(clock.to_ticks(std::chrono::microseconds(2))), early_(clock.to_ticks(std::chrono::microseconds(5))),
         even_(clock.to_ticks(std::chrono::microseconds(50))), late_(clock.to_ticks(std::chrono::milliseconds(20))) {}
   void restart(bool crowded) {
     crowded_ = crowded;
@@ -104,24 +147,28 @@ class Ladder {
   void learn(Ticks waited) {
     if (waited > early_) long_waits_ += ((waited > 4 * even_ ? 256 : 0) - long_waits_) / 4;
   }
-  /// Pauses for a moment; true if the caller should park instead.
-  bool climb(Ticks waited) {
+  /// What the caller should do before it looks again; pauses and yields are done here.
+  enum class Rest : std::uint8_t { none, doze, park };
+  Rest climb(Ticks waited) {
     ++turns_;
     if (crowded_) {
-      if (turns_ <= spins) return false;
-      if (turns_ > spins + max_yields) return true;
+      if (turns_ <= spins) return Rest::none;
+      if (turns_ > spins + max_yields) return Rest::park;
       sched_yield();
-      return false;
+      return Rest::none;
     }
-    if (waited > park_after_) return true;
-    if (waited > pause_after_) cpu_pause();
-    return false;
+    if (waited > park_after_) return Rest::park;
+    if (waited <= pause_after_) return Rest::none;
+    if (dozes_) return Rest::doze;
+    cpu_pause();
+    return Rest::none;
   }
 
  private:
   static constexpr int spins = 10;  // where ranks outnumber cores: one on another core may be just about to send
   static constexpr int max_yields = 64;
   WaitPolicy policy_;
+  bool dozes_;  // or pauses
   Ticks pause_after_, early_, even_, late_, park_after_ = 0;
   int long_waits_ = 0;  // of 256, the last ones weigh most: after four in a row it is above 160
   bool crowded_ = false;

@@ -25,8 +25,8 @@ struct Hierarchical {
     const int mine = all.of(me), size = all.size(mine);
     const Chunks sum(Buffer::output, out.count(), all.width);
     if (n == 1) co_yield copy(in.all(), out.all());
-    Steps folding = fold_group(all, me, in.count(), Buffer::output);
-    while (const Step* step = folding.next()) co_yield *step;
+    Steps summing = fold_group(all, me, in.count(), Buffer::output);
+    while (const Step* step = summing.next()) co_yield *step;
     for (int block = me - all.first(mine); block < all.width; block += size) {
       Steps doubling = RecursiveDoubling::all_reduce(across(all, mine, 0, sum[block].count));
       while (const Step* step = doubling.next()) co_yield all.place(*step, block, sum[block]);
@@ -43,8 +43,8 @@ struct Hierarchical {
     const Buffer buffer = me == root ? Buffer::output : Buffer::scratch;
     const Chunks sum(buffer, in.count(), all.width);
     if (n == 1) co_yield copy(in.all(), out.all());
-    Steps folding = fold_group(all, me, in.count(), buffer);
-    while (const Step* step = folding.next()) co_yield *step;
+    Steps summing = fold_group(all, me, in.count(), buffer);
+    while (const Step* step = summing.next()) co_yield *step;
     for (int block = me - all.first(mine); block < all.width; block += all.size(mine)) {
       Steps tree = Tree::reduce(across(all, mine, home, sum[block].count));
       while (const Step* step = tree.next()) co_yield all.place(*step, block, sum[block]);

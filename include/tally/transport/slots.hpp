@@ -408,6 +408,13 @@ class SlotTransport {
     if (!recheck() && line_->parked.load(std::memory_order_relaxed) != 0) futex_wait_as(bell_bit(me_), header_->bell, bell, limit);
   }
 
+  /// The line whose change this rank waits for, if there is but one.
+  const void* awaited() const {
+    if (sending_.size() + receiving_.size() != 1) return nullptr;
+    if (sending_.empty()) return &receiving_[0]->in.slots[receiving_[0]->received & mask_];
+    return sending_[0]->out.consumed;
+  }
+
   // Memory that all ranks can load and store (see DirectAccess).
   std::uint64_t reserve(std::size_t bytes) { return memory_->reserve(bytes); }
   std::shared_ptr<std::byte> map(std::uint64_t token, std::size_t bytes) { return memory_->map(token, bytes); }
