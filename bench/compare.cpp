@@ -30,6 +30,7 @@ const std::vector<bench::Entry>& all_entries() {
       {"open_mpi", "Open MPI", Kind::peer, "compare_open_mpi", {"mpirun.openmpi", "mpirun"}, "install openmpi-bin, libopenmpi-dev and pkg-config"},
       {"mpich", "MPICH", Kind::peer, "compare_mpich", {"mpiexec.mpich", "mpiexec.hydra"}, "install mpich, libmpich-dev and pkg-config"},
       {"gloo", "Gloo", Kind::peer, "compare_gloo", {}, "install libgloo-dev"},
+      {"unaccounted", "tally, accounting off", Kind::peer, "compare_tally", {}, "build the target comparison"},
       {"trip", "a cache line there and back", Kind::limit, "compare_limits", {}, "build the target comparison"},
       {"copy", "a copy in own memory", Kind::limit, "compare_limits", {}, "build the target comparison"},
       {"combine", "a bare loop over shared buffers", Kind::limit, "compare_limits", {}, "build the target comparison"},
@@ -62,7 +63,7 @@ std::optional<int> parse(int argc, char** argv, Settings& s) {
   app.option_defaults()->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);
   app.add_option("-n,--ranks", s.ranks, "ranks of each library")->check(CLI::Range(2, bench::most_ranks))->capture_default_str();
   app.add_option("--ops", ops, "comma-separated: all_reduce, reduce, broadcast, all_gather, reduce_scatter, barrier, or all")->capture_default_str();
-  app.add_option("--peers", peers, "comma-separated: whom to race against, or none")->capture_default_str();
+  app.add_option("--peers", peers, "comma-separated: whom to race against (also: unaccounted, which is tally with its accounting off), or none")->capture_default_str();
   app.add_option("-b,--min", least, "smallest size in bytes; suffixes K, M, G")->capture_default_str();
   app.add_option("-e,--max", most, "largest size; always measured itself")->capture_default_str();
   app.add_option("-f,--factor", s.factor, "from size to size")->check(CLI::Range(2, 1 << 20))->capture_default_str();
@@ -94,7 +95,7 @@ std::optional<int> parse(int argc, char** argv, Settings& s) {
   if (peers != "none")
     for (const std::string& word : words(peers)) {
       const auto& entries = all_entries();
-      if (std::none_of(entries.begin(), entries.end(), [&](const bench::Entry& e) { return e.kind == Kind::peer && e.name == word; })) return refuse("--peers: unknown '" + word + "'; there are open_mpi, mpich, gloo, none");
+      if (std::none_of(entries.begin(), entries.end(), [&](const bench::Entry& e) { return e.kind == Kind::peer && e.name == word; })) return refuse("--peers: unknown '" + word + "'; there are open_mpi, mpich, gloo, unaccounted (tally with its accounting off), none");
       s.peers.push_back(word);
     }
   const auto low = bench::parse_size(least), high = bench::parse_size(most);

@@ -36,13 +36,16 @@ bench::Library library(tally::Communicator& comm, const Part& part) {
   return l;
 }
 
-
-void start(const bench::Seat& seat) {
+void start_with(const bench::Seat& seat, bool accounting) {
+  tally::Options options;
+  options.accounting = accounting;
   tally::launch(seat.ranks(), [&](tally::Communicator& comm) {
     seat.pin(comm.rank());
     seat.compete(comm.rank(), library(comm, [](std::span<float> span) { return span; }));
-  });
+  }, tally::processes, options);
 }
+void start(const bench::Seat& seat) { start_with(seat, true); }
+void start_unaccounted(const bench::Seat& seat) { start_with(seat, false); }
 
 /// The same calls on memory from allocate().
 void start_symmetric(const bench::Seat& seat) {
@@ -67,4 +70,4 @@ void start_symmetric(const bench::Seat& seat) {
 
 }  // namespace
 
-int main(int argc, char** argv) { return bench::run_contestant(argc, argv, {{"tally", start}, {"symmetric", start_symmetric}}); }
+int main(int argc, char** argv) { return bench::run_contestant(argc, argv, {{"tally", start}, {"symmetric", start_symmetric}, {"unaccounted", start_unaccounted}}); }

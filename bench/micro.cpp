@@ -30,6 +30,25 @@ void engine_turn(benchmark::State& state, bool accounting) {
 BENCHMARK_CAPTURE(engine_turn, timed, true);
 BENCHMARK_CAPTURE(engine_turn, unaccounted, false);
 
+/// The same turn where the transport is known when compiling, and where it is found behind a virtual call as communicators do.
+void engine_alone(benchmark::State& state, bool known) {
+  const auto memory = std::make_shared<tally::ThreadMemory>(tally::SlotLayout(1, tally::SlotOptions{}));
+  tally::Engine<tally::SlotTransport> engine(std::make_unique<tally::SlotTransport>(memory, 0), tally::Clock::host(), tally::ModelMeter{});
+  tally::AnyEngine* any = &engine;
+  benchmark::DoNotOptimize(any);  // or the compiler sees through it
+  float value = 1;
+  tally::Call call;
+  call.layout = {tally::Operation::all_reduce, 0, 1, 0, 1, true};
+  call.algorithm = tally::algorithm_ref<tally::OneShot, tally::Operation::all_reduce>();
+  call.input = call.output = reinterpret_cast<std::byte*>(&value);
+  call.grain = sizeof value;
+  call.fold = tally::fold_of<float>(tally::sum);
+  call.timeout = std::chrono::seconds(1);
+  for (auto _ : state) benchmark::DoNotOptimize(known ? engine.run(call) : any->run(call));
+}
+BENCHMARK_CAPTURE(engine_alone, transport_known, true);
+BENCHMARK_CAPTURE(engine_alone, transport_behind_a_virtual_call, false);
+
 /// Both threads call until the benchmark has enough; whether to go on travels in the data, so neither waits for more.
 void two_threads(benchmark::State& state, bool accounting) {
   tally::Options options;
