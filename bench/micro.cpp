@@ -15,7 +15,9 @@ namespace {
 tally::Communicator alone(bool accounting) {
   tally::Options options;
   options.accounting = accounting;
-  return tally::detail::make_communicator(std::make_shared<tally::ThreadMemory>(tally::SlotLayout(1, options.slots)), 0, options);
+  const auto memory = std::make_shared<tally::ThreadMemory>(tally::SlotLayout(1, options.slots));
+  tally::detail::write_model(*memory, options);
+  return tally::detail::make_communicator(memory, 0, options);
 }
 
 /// One turn of the engine: there is nobody to talk to.

@@ -892,6 +892,16 @@ TEST_CASE("a stopped rank is not dead", "[failure][processes]") {
 
 }  // namespace
 
+TEST_CASE("texts hold words and whole numbers of any size", "[failure]") {
+  using tally::detail::concat;
+  CHECK(concat({"a", std::string("bc"), std::string_view("def", 2), std::string_view()}) == "abcde");
+  CHECK(concat({std::numeric_limits<std::int64_t>::min(), " ", std::numeric_limits<std::uint64_t>::max(), " ", std::uint8_t{7}, " ", -1}) == "-9223372036854775808 18446744073709551615 7 -1");
+  const tally::Error error(Errc::timeout, {"rank ", 3, " is late"}, {1, 3, 0, {}});
+  CHECK(error.what() == std::string("deadline passed: rank 3 is late"));
+  CHECK(error.text() == "rank 3 is late");
+  CHECK(error.peer() == 3);
+}
+
 // Found by a review, kept from coming back.
 
 TEST_CASE("two lambdas of one signature are two operators", "[failure]") {

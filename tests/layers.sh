@@ -8,7 +8,7 @@ root=$(cd "${1:-$(dirname "${BASH_SOURCE[0]}")/..}" && pwd)
 cd "$root/include/tally"
 
 layers=(
-  "error types steps plan check algorithms/*"
+  "text error types steps plan check algorithms/*"
   "clock wait memory topology reduce share kernel_copy transport/* energy/* account/*"
   "call staging prepared progress engine choose cost options"
   "communicator bootstrap launch"
@@ -16,9 +16,10 @@ layers=(
 )
 # Header: what it may include of its own layer. Siblings in algorithms/, transport/ and energy/ stay apart.
 exceptions=(
+  "error: text"
   "types: steps"
-  "plan: error steps types"
-  "check: error steps types plan"
+  "plan: error steps text types"
+  "check: error steps text types plan"
   "algorithms/*: steps"
   "algorithms/hierarchical: algorithms/direct algorithms/recursive algorithms/tree"
   "wait: clock"

@@ -88,23 +88,24 @@ inline JobInfo job_from_environment() {
     JobInfo info{*environment_number<int>(l.rank, 0, *size - 1), *size, "", l.name};
     if (l.local_size)
       if (const auto local = environment_number<int>(l.local_size, 1, 1 << 15); local && *local != *size)
-        throw Error(Errc::unsupported, std::string(l.name) + " started " + std::to_string(*size) + " ranks, " + std::to_string(*local) + " of them on this host; shared memory connects one host only");
+        throw Error(Errc::unsupported, {l.name, " started ", *size, " ranks, ", *local, " of them on this host; shared memory connects one host only"});
     for (const char* name : l.job)
       if (const auto part = environment(name)) info.job.append(info.job.empty() ? "" : ".").append(*part);
     if (const auto nodes = environment_number<int>("SLURM_NNODES", 1, 1 << 20); nodes && *nodes > 1 && info.launcher == std::string("Slurm"))
-      throw Error(Errc::unsupported, "Slurm started ranks on " + std::to_string(*nodes) + " hosts; shared memory connects one host only");
+      throw Error(Errc::unsupported, {"Slurm started ranks on ", *nodes, " hosts; shared memory connects one host only"});
     // Without a name of the job, ranks of one job share their parent: the launcher's daemon, or a shell.
-    if (info.job.empty()) info.job = "parent" + std::to_string(::getppid());
+    if (info.job.empty()) info.job = concat({"parent", ::getppid()});
     return info;
   }
   return {};
 }
 
-/// A connected Unix socket that moves whole records and one descriptor, up to a deadline.
+/// A connected Unix socket, or none, that moves whole records and one descriptor, up to a deadline.
 class Connection {
  public:
   using Instant = std::chrono::steady_clock::time_point;
-  explicit Connection(FileDescriptor socket) : socket_(std::move(socket)) {}
+  explicit Connection(FileDescriptor socket = FileDescriptor()) : socket_(std::move(socket)) {}
+  explicit operator bool() const { return static_cast<bool>(socket_); }
 
   static bool wait_any(std::vector<pollfd>& events, Instant deadline) {
     for (;;) {
@@ -117,7 +118,7 @@ class Connection {
   ucred peer() const {
     ucred credentials{};
     socklen_t length = sizeof credentials;
-    if (::getsockopt(socket_.get(), SOL_SOCKET, SO_PEERCRED, &credentials, &length) != 0) throw Error(Errc::protocol, "cannot tell who connected: " + errno_text(errno));
+    if (::getsockopt(socket_.get(), SOL_SOCKET, SO_PEERCRED, &credentials, &length) != 0) throw Error(Errc::protocol, {"cannot tell who connected: ", errno_text(errno)});
     return credentials;
   }
   bool send(const void* data, std::size_t bytes, int descriptor = -1) const {
@@ -179,8 +180,8 @@ class Rendezvous {
  public:
   Rendezvous(const JobInfo& job, const Options& options) : job_(job), options_(options), layout_(job.size, options.slots), deadline_(std::chrono::steady_clock::now() + options.timeout) {
     static std::atomic<unsigned> count{0};  // several init() in one process meet one after another
-    name_ = "tally/" + std::to_string(::getuid()) + "/" + job.job + "/" + std::to_string(count++);
-    if (name_.size() >= sizeof(sockaddr_un::sun_path) - 1) name_ = "tally/" + std::to_string(::getuid()) + "/" + std::to_string(hash_text(name_));
+    name_ = concat({"tally/", ::getuid(), "/", job.job, "/", count++});
+    if (name_.size() >= sizeof(sockaddr_un::sun_path) - 1) name_ = concat({"tally/", ::getuid(), "/", hash_text(name_)});
   }
 
   std::shared_ptr<ShmMemory> meet() { return job_.rank == 0 ? host() : join(); }
@@ -200,7 +201,7 @@ class Rendezvous {
   }
   FileDescriptor socket() const {
     FileDescriptor fd(::socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0));
-    if (!fd) throw Error(Errc::no_resources, "no descriptor for a socket: " + errno_text(errno));
+    if (!fd) throw Error(Errc::no_resources, {"no descriptor for a socket: ", errno_text(errno)});
     return fd;
   }
   std::pair<sockaddr_un, socklen_t> address() const {
@@ -211,16 +212,16 @@ class Rendezvous {
   }
 
   /// What is wrong with a rank that said hello; empty if nothing.
-  std::string refuse(const Hello& theirs, const std::vector<std::unique_ptr<Connection>>& joined) const {
+  std::string refuse(const Hello& theirs, const std::vector<Connection>& joined) const {
     const Hello mine = hello();
-    const std::string them = "rank " + std::to_string(theirs.rank);
+    const std::string them = concat({"rank ", theirs.rank});
     if (theirs.magic != mine.magic) return "a process of another byte order or version connected";
-    if (theirs.size != mine.size) return "ranks disagree on size: rank 0 says " + std::to_string(mine.size) + ", " + them + " says " + std::to_string(theirs.size);
-    if (theirs.rank <= 0 || theirs.rank >= mine.size) return them + " is not one of " + std::to_string(mine.size);
-    if (joined[static_cast<std::size_t>(theirs.rank)]) return "two processes say that they are " + them;
-    if (theirs.accounting != mine.accounting) return "accounting is on at some ranks and off at others (rank 0: " + std::string(mine.accounting ? "on" : "off") + ", " + them + " not)";
-    if (theirs.tsc != mine.tsc) return them + " and rank 0 use different clocks";
-    if (theirs.layout != mine.layout) return them + " and rank 0 have different slot settings or versions of the library";
+    if (theirs.size != mine.size) return concat({"ranks disagree on size: rank 0 says ", mine.size, ", ", them, " says ", theirs.size});
+    if (theirs.rank <= 0 || theirs.rank >= mine.size) return concat({them, " is not one of ", mine.size});
+    if (joined[static_cast<std::size_t>(theirs.rank)]) return concat({"two processes say that they are ", them});
+    if (theirs.accounting != mine.accounting) return concat({"accounting is on at some ranks and off at others (rank 0: ", mine.accounting ? "on" : "off", ", ", them, " not)"});
+    if (theirs.tsc != mine.tsc) return concat({them, " and rank 0 use different clocks"});
+    if (theirs.layout != mine.layout) return concat({them, " and rank 0 have different slot settings or versions of the library"});
     return {};
   }
 
@@ -229,60 +230,60 @@ class Rendezvous {
     const auto [where, length] = address();
     if (::bind(listener.get(), reinterpret_cast<const sockaddr*>(&where), length) != 0)
       throw Error(errno == EADDRINUSE ? Errc::invalid_argument : Errc::no_resources,
-                  "rank 0 cannot listen as job '" + job_.job + "': " + (errno == EADDRINUSE ? "another rank 0 of that job runs; set TALLY_JOB to a name of your own" : errno_text(errno)));
-    if (::listen(listener.get(), job_.size) != 0) throw Error(Errc::no_resources, "rank 0 cannot listen: " + errno_text(errno));
+                  {"rank 0 cannot listen as job '", job_.job, "': ", errno == EADDRINUSE ? "another rank 0 of that job runs; set TALLY_JOB to a name of your own" : errno_text(errno)});
+    if (::listen(listener.get(), job_.size) != 0) throw Error(Errc::no_resources, {"rank 0 cannot listen: ", errno_text(errno)});
     const Connection door(std::move(listener));
 
     auto file = std::make_shared<ShmFile>();
     auto memory = std::make_shared<ShmMemory>(file, layout_, 0, 0);
     CostModel model = model_for(*memory, options_);
-    std::vector<std::unique_ptr<Connection>> joined(static_cast<std::size_t>(job_.size));
+    std::vector<Connection> joined(static_cast<std::size_t>(job_.size));
     std::vector<pid_t> pids(joined.size(), ::getpid());
     std::vector<Place> places(joined.size(), hello().place);
     std::string problem;
-    std::vector<std::unique_ptr<Connection>> silent;  // guests that have not said hello yet: they hold nobody up
+    std::vector<Connection> silent;  // guests that have not said hello yet: they hold nobody up
     Errc code = Errc::mismatch;
     for (int missing = job_.size - 1; missing > 0 && problem.empty();) {
       std::vector<pollfd> events{{door.get(), POLLIN, 0}};
-      for (const auto& guest : silent) events.push_back({guest->get(), POLLIN, 0});
+      for (const auto& guest : silent) events.push_back({guest.get(), POLLIN, 0});
       if (!Connection::wait_any(events, deadline_)) {
         for (Rank r = 1; r < job_.size; ++r)
-          if (!joined[static_cast<std::size_t>(r)]) problem += (problem.empty() ? "" : ", ") + std::to_string(r);
-        problem = "rank 0 of job '" + job_.job + "' waited " + time_text(options_.timeout) + ", but rank " + problem +
-                  " did not appear: each must be started on this host, by this user, with the same TALLY_JOB and TALLY_SIZE";
+          if (!joined[static_cast<std::size_t>(r)]) problem += concat({problem.empty() ? "" : ", ", r});
+        problem = concat({"rank 0 of job '", job_.job, "' waited ", time_text(options_.timeout), ", but rank ", problem,
+                          " did not appear: each must be started on this host, by this user, with the same TALLY_JOB and TALLY_SIZE"});
         code = Errc::timeout;
         break;
       }
       for (std::size_t i = silent.size(); i-- > 0 && problem.empty();) {
         if (!events[i + 1].revents) continue;
-        std::unique_ptr<Connection> guest = std::move(silent[i]);
+        Connection guest = std::move(silent[i]);
         silent.erase(silent.begin() + static_cast<std::ptrdiff_t>(i));
         Hello theirs;
-        if (!guest->receive(&theirs, sizeof theirs, nullptr, deadline_)) continue;  // no rank
+        if (!guest.receive(&theirs, sizeof theirs, nullptr, deadline_)) continue;  // no rank
         problem = refuse(theirs, joined);
         if (!problem.empty()) {
-          tell(*guest, code, problem);
+          tell(guest, code, problem);
           break;
         }
         const auto r = static_cast<std::size_t>(theirs.rank);
-        pids[r] = guest->peer().pid;
+        pids[r] = guest.peer().pid;
         places[r] = theirs.place;
         joined[r] = std::move(guest);
         --missing;
       }
       if (!events[0].revents || !problem.empty()) continue;
-      auto guest = std::make_unique<Connection>(FileDescriptor(::accept4(door.get(), nullptr, nullptr, SOCK_CLOEXEC)));
+      Connection guest(FileDescriptor(::accept4(door.get(), nullptr, nullptr, SOCK_CLOEXEC)));
       const int error = errno;
-      if (guest->get() < 0 && (error == EMFILE || error == ENFILE || error == ENOMEM || error == ENOBUFS)) {
-        problem = "rank 0 has no descriptor for a rank that joins: " + errno_text(error);
+      if (!guest && (error == EMFILE || error == ENFILE || error == ENOMEM || error == ENOBUFS)) {
+        problem = concat({"rank 0 has no descriptor for a rank that joins: ", errno_text(error)});
         code = Errc::no_resources;
-      } else if (guest->get() >= 0 && guest->peer().uid == ::getuid()) {
+      } else if (guest && guest.peer().uid == ::getuid()) {
         silent.push_back(std::move(guest));
       }
     }
     if (!problem.empty()) {
       for (const auto& guest : joined)
-        if (guest) tell(*guest, code, problem);
+        if (guest) tell(guest, code, problem);
       throw Error(code, problem, {0, -1, 0, {}});
     }
     if (options_.group == 0) model.group = group_of(places);
@@ -291,8 +292,8 @@ class Rendezvous {
       if (!guest) continue;
       Welcome welcome;
       welcome.accepted = 1;
-      guest->send(&welcome, sizeof welcome, file->get());
-      guest->send(pids.data(), pids.size() * sizeof(pid_t));
+      guest.send(&welcome, sizeof welcome, file->get());
+      guest.send(pids.data(), pids.size() * sizeof(pid_t));
     }
     file->watch(pids);
     return memory;
@@ -300,27 +301,28 @@ class Rendezvous {
 
   std::shared_ptr<ShmMemory> join() {
     const auto [where, length] = address();
-    std::unique_ptr<Connection> host;
+    Connection host;
     while (!host) {
       FileDescriptor fd = socket();
-      if (::connect(fd.get(), reinterpret_cast<const sockaddr*>(&where), length) == 0) host = std::make_unique<Connection>(std::move(fd));
-      else if (std::chrono::steady_clock::now() > deadline_) throw Error(Errc::timeout, "rank " + std::to_string(job_.rank) + ": rank 0 of job '" + job_.job + "' did not appear within the deadline", {job_.rank, 0, 0, {}});
+      if (::connect(fd.get(), reinterpret_cast<const sockaddr*>(&where), length) == 0) host = Connection(std::move(fd));
+      else if (std::chrono::steady_clock::now() > deadline_)
+        throw Error(Errc::timeout, {"rank ", job_.rank, ": rank 0 of job '", job_.job, "' did not appear within the deadline"}, {job_.rank, 0, 0, {}});
       else std::this_thread::sleep_for(std::chrono::milliseconds(2));
     }
-    if (host->peer().uid != ::getuid()) throw Error(Errc::protocol, "another user answers as rank 0 of job '" + job_.job + "'");
+    if (host.peer().uid != ::getuid()) throw Error(Errc::protocol, {"another user answers as rank 0 of job '", job_.job, "'"});
     const Hello mine = hello();
     Welcome welcome;
     FileDescriptor fd;
-    if (!host->send(&mine, sizeof mine) || !host->receive(&welcome, sizeof welcome, &fd, deadline_)) {
+    if (!host.send(&mine, sizeof mine) || !host.receive(&welcome, sizeof welcome, &fd, deadline_)) {
       if (std::chrono::steady_clock::now() >= deadline_)
-        throw Error(Errc::timeout, "rank " + std::to_string(job_.rank) + " joined job '" + job_.job + "', but not all others did within the deadline", {job_.rank, 0, 0, {}});
-      throw Error(Errc::peer_lost, "rank 0 of job '" + job_.job + "' went away while rank " + std::to_string(job_.rank) + " joined", {job_.rank, 0, 0, {}});
+        throw Error(Errc::timeout, {"rank ", job_.rank, " joined job '", job_.job, "', but not all others did within the deadline"}, {job_.rank, 0, 0, {}});
+      throw Error(Errc::peer_lost, {"rank 0 of job '", job_.job, "' went away while rank ", job_.rank, " joined"}, {job_.rank, 0, 0, {}});
     }
     welcome.text[sizeof welcome.text - 1] = 0;
     if (!welcome.accepted) throw Error(static_cast<Errc>(welcome.code), welcome.text, {job_.rank, 0, 0, {}});
-    if (!fd) throw Error(Errc::no_resources, "rank " + std::to_string(job_.rank) + " has no descriptor for the shared memory", {job_.rank, 0, 0, {}});
+    if (!fd) throw Error(Errc::no_resources, {"rank ", job_.rank, " has no descriptor for the shared memory"}, {job_.rank, 0, 0, {}});
     std::vector<pid_t> pids(static_cast<std::size_t>(job_.size));
-    if (!host->receive(pids.data(), pids.size() * sizeof(pid_t), nullptr, deadline_) || !fd) throw Error(Errc::protocol, "rank 0 sent no shared memory", {job_.rank, 0, 0, {}});
+    if (!host.receive(pids.data(), pids.size() * sizeof(pid_t), nullptr, deadline_) || !fd) throw Error(Errc::protocol, "rank 0 sent no shared memory", {job_.rank, 0, 0, {}});
     if (pids[static_cast<std::size_t>(job_.rank)] != ::getpid()) throw Error(Errc::unsupported, "ranks run in different process id namespaces, so they cannot watch each other", {job_.rank, 0, 0, {}});
     auto file = std::make_shared<ShmFile>(std::move(fd));
     file->watch(pids);
@@ -333,8 +335,8 @@ class Rendezvous {
     guest.send(&refusal, sizeof refusal);
   }
 
-  JobInfo job_;
-  Options options_;
+  const JobInfo& job_;  // of the caller, who waits for this
+  const Options& options_;
   SlotLayout layout_;
   Connection::Instant deadline_;
   std::string name_;

@@ -12,6 +12,7 @@
 #include "memory.hpp"
 #include "reduce.hpp"
 #include "steps.hpp"
+#include "text.hpp"
 #include "types.hpp"
 
 namespace tally::inline v0 {
@@ -84,13 +85,11 @@ constexpr std::uint8_t algorithm_code(std::string_view name) {
 [[gnu::cold]] inline std::string describe(std::uint64_t bits, std::uint64_t count) {
   const Fingerprint f = Fingerprint::unpack(bits);
   if (f.operation == Operation::none) return "nothing";
-  std::string text(name_of(f.operation));
-  const std::string algorithm = f.algorithm < std::size(algorithm_names) ? std::string(algorithm_names[f.algorithm]) : "user algorithm #" + std::to_string(f.algorithm);
-  if (f.operation == Operation::barrier) return text + "(" + algorithm + ")";
-  text += "(" + std::string(name_of(f.type)) + " x " + (Fingerprint::hash_count(count) == f.count_hash ? std::to_string(count) : "another count");
-  if (reduces(f.operation)) text += ", " + operator_text(f.op);
-  if (has_root(f.operation)) text += ", root " + std::to_string(f.root);
-  return text + ", " + algorithm + ")";
+  const std::string algorithm = f.algorithm < std::size(algorithm_names) ? std::string(algorithm_names[f.algorithm]) : concat({"user algorithm #", f.algorithm});
+  if (f.operation == Operation::barrier) return concat({name_of(f.operation), "(", algorithm, ")"});
+  const Piece elements = Fingerprint::hash_count(count) == f.count_hash ? Piece(count) : "another count";
+  const std::string folded = reduces(f.operation) ? concat({", ", operator_text(f.op)}) : "", from = has_root(f.operation) ? concat({", root ", f.root}) : "";
+  return concat({name_of(f.operation), "(", name_of(f.type), " x ", elements, folded, from, ", ", algorithm, ")"});
 }
 
 }  // namespace detail

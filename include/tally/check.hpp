@@ -14,6 +14,7 @@
 
 #include "plan.hpp"
 #include "steps.hpp"
+#include "text.hpp"
 #include "types.hpp"
 
 namespace tally::inline v0 {
@@ -49,7 +50,7 @@ class Checker {
     }
     for (Rank r = 0; r < n_; ++r)
       for (std::size_t i = 0; i < at(r).done.size(); ++i)
-        if (at(r).done[i] < events(r, i)) return "deadlock: " + where(r, i) + " stops after " + std::to_string(at(r).done[i]) + " elements";
+        if (at(r).done[i] < events(r, i)) return concat({"deadlock: ", where(r, i), " stops after ", at(r).done[i], " elements"});
     for (const Pair& pair : pairs_)
       if (pair.full || pair.sent != pair.sends.size()) return "a message was never received";
     for (Rank r = 0; r < n_; ++r)
@@ -75,14 +76,14 @@ class Checker {
     };
     for (Rank me = 0; me < n_; ++me) {
       const Share mine = share(layout(me).shape());
-      const auto name = [&](Rank whose, std::size_t u) { return "rank " + std::to_string(me) + "'s share of rank " + std::to_string(whose) + ", element " + std::to_string(u); };
-      if (mine.from.count != mine.to.count) return "rank " + std::to_string(me) + "'s share reads " + std::to_string(mine.from.count) + " elements and writes " + std::to_string(mine.to.count);
+      const auto name = [&](Rank whose, std::size_t u) { return concat({"rank ", me, "'s share of rank ", whose, ", element ", u}); };
+      if (mine.from.count != mine.to.count) return concat({"rank ", me, "'s share reads ", mine.from.count, " elements and writes ", mine.to.count});
       for (std::size_t u = 0; u < mine.from.count; ++u) {
         for (Rank r = 0; r < n_; ++r) {
           if (mine.source >= 0 && mine.source != r) continue;
           Touch* t = touch(r, mine.from, u);
           if (!t) return name(r, u) + " is read beyond its end";
-          if (t->writer >= 0 && t->writer != me) return name(r, u) + " is read, and written by rank " + std::to_string(t->writer);
+          if (t->writer >= 0 && t->writer != me) return concat({name(r, u), " is read, and written by rank ", t->writer});
           t->many_readers = t->many_readers || (t->reader >= 0 && t->reader != me);
           t->reader = me;
         }
@@ -142,7 +143,7 @@ class Checker {
   std::string where(Rank r, std::size_t i) {
     static constexpr const char* verbs[] = {"send to rank ", "receive from rank ", "receive_combine from rank ", "copy", "combine"};
     const PlannedStep& s = step(r, i);
-    return "rank " + std::to_string(r) + " step " + std::to_string(i) + " (" + verbs[static_cast<std::size_t>(s.verb)] + (s.peer >= 0 ? std::to_string(s.peer) : "") + ")";
+    return concat({"rank ", r, " step ", i, " (", verbs[static_cast<std::size_t>(s.verb)], s.peer >= 0 ? Piece(s.peer) : "", ")"});
   }
 
   static std::uint64_t mix(std::uint64_t x) {  // splitmix64
@@ -198,7 +199,7 @@ class Checker {
             static_cast<std::ptrdiff_t>(unit) + known.shift >= static_cast<std::ptrdiff_t>(earlier_unit))
           return;
       }
-      problem = where(r, j) + " element " + std::to_string(unit) + " is not ordered after step " + std::to_string(i);
+      problem = concat({where(r, j), " element ", unit, " is not ordered after step ", i});
     };
     for (std::size_t j = 0; j < plan.steps().size() && problem.empty(); ++j) {
       const PlannedStep& s = plan.steps()[j];
@@ -287,7 +288,7 @@ class Checker {
     Pair& p = pair(s.peer, r);
     if (!p.full || p.receives[p.received] != i) return false;
     if (p.slot_count != s.count()) {
-      problem_ = where(r, i) + " expects " + std::to_string(s.count()) + " elements, rank " + std::to_string(s.peer) + " sends " + std::to_string(p.slot_count);
+      problem_ = concat({where(r, i), " expects ", s.count(), " elements, rank ", s.peer, " sends ", p.slot_count});
       return false;
     }
     if (s.count() > 0) {
@@ -323,7 +324,7 @@ class Checker {
     const Layout mine = layout(r);
     for (std::size_t x = 0; x < mine.output_count(); ++x) {
       const Value& got = value(r, {Buffer::output, 0, mine.output_count()}, x);
-      const auto fail = [&](const char* why) { return "rank " + std::to_string(r) + " output " + std::to_string(x) + ": " + why; };
+      const auto fail = [&](const char* why) { return concat({"rank ", r, " output ", x, ": ", why}); };
       if (!reduces(mine.operation)) {
         const bool gather = mine.operation == Operation::all_gather;
         const Value want = gather ? leaf(static_cast<Rank>(x / mine.count), x % mine.count) : leaf(mine.root, x);

@@ -137,7 +137,7 @@ class AlgorithmOverrides {
       known.append(known.empty() ? " " : "; ").append(name_of(operation)).append(":");
       for (const std::string_view each : algorithms_for(operation)) known.append(" ").append(each);
     }
-    throw Error(Errc::invalid_argument, "TALLY_ALGORITHM has '" + std::string(item) + "', which names no algorithm (known are" + known + ", or auto)");
+    throw Error(Errc::invalid_argument, {"TALLY_ALGORITHM has '", item, "', which names no algorithm (known are", known, ", or auto)"});
   }
   AlgorithmRef chosen_[std::size(all_operations) + 1];
 };

@@ -13,7 +13,6 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
-#include <x86intrin.h>
 #endif
 
 #include "types.hpp"
@@ -35,7 +34,7 @@ class Clock {
 
   Ticks now() const {
 #if defined(__x86_64__)
-    if (tsc_) return __rdtsc();
+    if (tsc_) return __builtin_ia32_rdtsc();
 #endif
     return monotonic();
   }

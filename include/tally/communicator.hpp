@@ -189,7 +189,7 @@ class Communicator {
   template <Element T>
   Symmetric<T> allocate(std::size_t count) {
     constexpr std::size_t page = 4096;
-    if (count > (SymmetricMemory::most_bytes - page) / sizeof(T)) throw Error(Errc::invalid_argument, "allocate: " + std::to_string(count) + " elements are too many");
+    if (count > (SymmetricMemory::most_bytes - page) / sizeof(T)) throw Error(Errc::invalid_argument, {"allocate: ", count, " elements are too many"});
     const std::size_t stride = std::max((count * sizeof(T) + page - 1) / page * page, page);
     std::unique_ptr<SymmetricMemory> memory;
     open_together(
@@ -219,15 +219,15 @@ class Communicator {
     const AlgorithmRef& asked = overrides_.of(operation);
     const bool follows = asked && reaches(asked, direct);
     const AlgorithmRef chosen = follows ? asked : chooser_->choose(operation, bytes, direct);
-    std::string text = std::string(name_of(operation)) + " of " + std::to_string(bytes) + " bytes, " + std::to_string(size()) + " ranks: " + std::string(chosen.name) +
-                       (follows ? ", because TALLY_ALGORITHM says so" : ", the least time for its size class") + "\n";
+    std::string text = detail::concat({name_of(operation), " of ", bytes, " bytes, ", size(), " ranks: ", chosen.name,
+                                       follows ? ", because TALLY_ALGORITHM says so" : ", the least time for its size class", "\n"});
     for (const Chooser::Candidate& candidate : chooser_->candidates(operation, bytes, direct)) {
       char line[128];
       std::snprintf(line, sizeof line, "  %-20s %12.3f us  %s\n", std::string(candidate.algorithm.name).c_str(), candidate.estimate.microseconds, candidate.estimate.measured ? "measured" : "estimated");
       text += line;
     }
-    if (group_ > 1 && group_ < size()) text += "  ranks that follow each other share a cache or a socket in groups of " + std::to_string(group_) + "\n";
-    if (const std::string problem = engine_->kernel_problem(); !problem.empty()) text += "  single_copy is done as staged: " + problem + "\n";
+    if (group_ > 1 && group_ < size()) text += detail::concat({"  ranks that follow each other share a cache or a socket in groups of ", group_, "\n"});
+    if (const std::string problem = engine_->kernel_problem(); !problem.empty()) text += detail::concat({"  single_copy is done as staged: ", problem, "\n"});
     else if (operation != Operation::barrier && engine_->stages() && !chooser_->has_measured(find_algorithm(operation, SingleCopy::name), operation, bytes)) text += "  single_copy is not measured: the kernel's copies are chosen by measurement alone (tally_perf --tune)\n";
     if (!direct && operation != Operation::barrier) text += "  zero_copy needs memory from allocate(): these ranks cannot reach each other's private memory\n";
     return text;
@@ -243,7 +243,7 @@ class Communicator {
   struct Wanted {
     std::uint64_t count = 0, element_bytes = 0, type = 0;
     friend bool operator==(const Wanted&, const Wanted&) = default;
-    std::string text() const { return std::to_string(count) + " elements of " + std::to_string(element_bytes) + " bytes (" + std::string(name_of(static_cast<ElementType>(type))) + ")"; }
+    std::string text() const { return detail::concat({count, " elements of ", element_bytes, " bytes (", name_of(static_cast<ElementType>(type)), ")"}); }
   };
   /// Rank 0 reserves, all open what it reserved; an error on all ranks if one of them could not, or if they do not agree
   /// on what is wanted. Then all close what they opened, and rank 0 discards it.
@@ -266,7 +266,7 @@ class Communicator {
     }
     broadcast(std::as_writable_bytes(std::span(&offer, 1)), 0);
     if (offer.wanted != wanted) {
-      problem = "rank 0 asks for " + offer.wanted.text() + ", rank " + std::to_string(rank()) + " for " + wanted.text();
+      problem = detail::concat({"rank 0 asks for ", offer.wanted.text(), ", rank ", rank(), " for ", wanted.text()});
       result = differs;
     } else if (offer.token != 0) {
       try {
@@ -285,7 +285,7 @@ class Communicator {
     if (rank() == 0 && offer.token != 0) engine_->release(offer.token);
     if (result == opened) return;
     if (problem.empty()) problem = result == differs ? "another rank asks for something else" : "another rank could not open it";
-    throw Error(result == differs ? Errc::mismatch : Errc::no_resources, std::string(what) + ": " + problem, {rank(), -1, 0, {}});
+    throw Error(result == differs ? Errc::mismatch : Errc::no_resources, {what, ": ", problem}, {rank(), -1, 0, {}});
   }
 
   struct Input {
@@ -326,12 +326,12 @@ class Communicator {
   bool reaches(const AlgorithmRef& algorithm, bool direct) const { return !algorithm.share || (algorithm.is(Reach::direct) ? direct : engine_->stages()); }
   [[noreturn, gnu::cold, gnu::noinline]] static void refuse_algorithm(Operation operation, std::string_view name) {
     std::string known;
-    for (const std::string_view each : algorithms_for(operation)) known += " " + std::string(each);
-    throw Error(Errc::invalid_argument, std::string(name_of(operation)) + ": no algorithm is called '" + std::string(name) + "'; there are" + known);
+    for (const std::string_view each : algorithms_for(operation)) known.append(" ").append(each);
+    throw Error(Errc::invalid_argument, {name_of(operation), ": no algorithm is called '", name, "'; there are", known});
   }
   [[noreturn, gnu::cold, gnu::noinline]] static void refuse_unreachable(const AlgorithmRef& algorithm) {
-    if (!algorithm.is(Reach::direct)) throw Error(Errc::unsupported, std::string(algorithm.name) + " needs blocks of shared memory, for which TALLY_SLOT_BUDGET is too small with so many ranks");
-    throw Error(Errc::unsupported, std::string(algorithm.name) + " needs memory from allocate(), or ranks that are threads: other ranks cannot reach these buffers");
+    if (!algorithm.is(Reach::direct)) throw Error(Errc::unsupported, {algorithm.name, " needs blocks of shared memory, for which TALLY_SLOT_BUDGET is too small with so many ranks"});
+    throw Error(Errc::unsupported, {algorithm.name, " needs memory from allocate(), or ranks that are threads: other ranks cannot reach these buffers"});
   }
   AnyEngine& engine() const {
     if (!engine_) refuse_moved();
@@ -339,11 +339,11 @@ class Communicator {
   }
   // Out of line, so that the checks can be inlined.
   [[noreturn, gnu::cold, gnu::noinline]] static void refuse_null(const char* name, std::size_t count) {
-    throw Error(Errc::invalid_argument, std::string(name) + " is null but has " + std::to_string(count) + " elements");
+    throw Error(Errc::invalid_argument, {name, " is null but has ", count, " elements"});
   }
   [[noreturn, gnu::cold, gnu::noinline]] static void refuse_moved() { throw Error(Errc::invalid_argument, "this communicator was moved from"); }
   [[noreturn, gnu::cold, gnu::noinline]] static void refuse_overlap(Operation operation) {
-    throw Error(Errc::invalid_argument, std::string(name_of(operation)) + ": in and out overlap without being in place");
+    throw Error(Errc::invalid_argument, {name_of(operation), ": in and out overlap without being in place"});
   }
 
   // What each operation's arguments mean, checked.
@@ -434,18 +434,18 @@ class Communicator {
   }
   std::size_t product(std::size_t count) const {
     std::size_t total = 0;
-    if (__builtin_mul_overflow(count, static_cast<std::size_t>(size()), &total)) throw Error(Errc::invalid_argument, std::to_string(count) + " elements times " + std::to_string(size()) + " ranks overflow");
+    if (__builtin_mul_overflow(count, static_cast<std::size_t>(size()), &total)) throw Error(Errc::invalid_argument, {count, " elements times ", size(), " ranks overflow"});
     return total;
   }
   void expect_count(const char* name, std::size_t count, std::size_t expected) const {
-    if (count != expected) throw Error(Errc::invalid_argument, std::string(name) + " has " + std::to_string(count) + " elements, expected " + std::to_string(expected));
+    if (count != expected) throw Error(Errc::invalid_argument, {name, " has ", count, " elements, expected ", expected});
   }
   void expect_root(const char* operation, Rank root) const {
     if (root < 0 || root >= size())
-      throw Error(Errc::invalid_argument, std::string(operation) + ": root " + std::to_string(root) + " is not a rank; ranks are 0 to " + std::to_string(size() - 1));
+      throw Error(Errc::invalid_argument, {operation, ": root ", root, " is not a rank; ranks are 0 to ", size() - 1});
   }
   static nanoseconds positive(nanoseconds timeout) {
-    if (timeout <= nanoseconds{0}) throw Error(Errc::invalid_argument, "a timeout must be longer than 0, not " + std::to_string(timeout.count()) + " ns");
+    if (timeout <= nanoseconds{0}) throw Error(Errc::invalid_argument, {"a timeout must be longer than 0, not ", timeout.count(), " ns"});
     return std::min(timeout, longest_timeout);
   }
 

@@ -6,19 +6,19 @@
 #pragma once
 
 #include <algorithm>
-#include <array>
 #include <bit>
 #include <charconv>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
-#include <deque>
 #include <fstream>
+#include <initializer_list>
 #include <limits>
 #include <ostream>
 #include <string>
 #include <string_view>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "choose.hpp"
@@ -163,7 +163,7 @@ class Chooser {
   };
   Estimate estimate(const AlgorithmRef& algorithm, Operation operation, std::size_t bytes) {
     if (const double time = measured(algorithm, operation, bytes); time > 0) return {time, true};
-    const detail::Profile& p = profile(algorithm, operation);
+    const detail::Profile p = profile(algorithm, operation);
     const double crowd = std::max(1.0, static_cast<double>(n_) / std::max(1, static_cast<int>(model_.cores)));
     const double b = static_cast<double>(bytes);
     const double hop = crowd > 1 ? static_cast<double>(model_.turn) * crowd : static_cast<double>(model_.line);
@@ -184,9 +184,10 @@ class Chooser {
     for (const std::string_view name : algorithms_for(operation)) {
       const AlgorithmRef algorithm = find_algorithm(operation, name);
       const bool possible = (name != Hierarchical::name || (model_.group > 1 && model_.group < n_)) && (!algorithm.share || (algorithm.is(Reach::direct) ? direct : stages_ && (algorithm.is(Reach::staged) || has_measured(algorithm, operation, bytes))));
-      if (possible) all.push_back({algorithm, estimate(algorithm, operation, bytes)});
+      if (!possible) continue;
+      const Candidate next{algorithm, estimate(algorithm, operation, bytes)};
+      all.insert(std::upper_bound(all.begin(), all.end(), next, [](const Candidate& a, const Candidate& b) { return a.estimate.microseconds < b.estimate.microseconds; }), next);
     }
-    std::stable_sort(all.begin(), all.end(), [](const Candidate& a, const Candidate& b) { return a.estimate.microseconds < b.estimate.microseconds; });
     return all;
   }
 
@@ -210,7 +211,7 @@ class Chooser {
     const double low = std::log2(static_cast<double>(times[below])), high = std::log2(static_cast<double>(times[above]));
     return std::exp2(low + (high - low) * (at - below) / (above - below));
   }
-  const detail::Profile& profile(const AlgorithmRef& algorithm, Operation operation) {
+  detail::Profile profile(const AlgorithmRef& algorithm, Operation operation) {
     // More ranks than these change what an algorithm costs, but hardly which one is best.
     constexpr int most_ranks = 32;
     auto& known = profiles_[static_cast<std::size_t>(operation)];
@@ -223,14 +224,14 @@ class Chooser {
   bool stages_;
   CostModel model_;
   AlgorithmRef chosen_[CostModel::operations][2][CostModel::classes];
-  std::array<std::deque<std::pair<std::uint8_t, detail::Profile>>, CostModel::operations> profiles_;
+  std::vector<std::pair<std::uint8_t, detail::Profile>> profiles_[CostModel::operations];
 };
 
 /// Reads what `tally_perf --tune` wrote: a line per measurement, "transport ranks operation algorithm bytes us"; #
 /// begins a comment. Takes those for n ranks. Errc::invalid_argument names the line that cannot be read.
 [[gnu::cold]] inline void read_model(const std::string& path, std::string_view transport, int n, CostModel& model) {
   std::ifstream file(path);
-  if (!file) throw Error(Errc::invalid_argument, "TALLY_MODEL: cannot read '" + path + "'");
+  if (!file) throw Error(Errc::invalid_argument, {"TALLY_MODEL: cannot read '", path, "'"});
   std::string text;
   for (int number = 1; std::getline(file, text); ++number) {
     const std::string_view line = std::string_view(text).substr(0, text.find('#'));
@@ -241,12 +242,12 @@ class Chooser {
       at = end;
     }
     if (words.empty()) continue;
-    const auto refuse = [&](const std::string& why) { throw Error(Errc::invalid_argument, "TALLY_MODEL: " + path + " line " + std::to_string(number) + ": " + why); };
-    if (words.size() != 6) refuse("expected: transport ranks operation algorithm bytes microseconds");
+    const auto refuse = [&](std::initializer_list<detail::Piece> why) { throw Error(Errc::invalid_argument, {"TALLY_MODEL: ", path, " line ", number, ": ", detail::concat(why)}); };
+    if (words.size() != 6) refuse({"expected: transport ranks operation algorithm bytes microseconds"});
     const auto number_in = [&]<class N>(std::string_view word, N) {
       N value{};
       const auto [end, error] = std::from_chars(word.data(), word.data() + word.size(), value);
-      if (error != std::errc{} || end != word.data() + word.size() || word.starts_with("-") || value != value) refuse("'" + std::string(word) + "' is not a number");
+      if (error != std::errc{} || end != word.data() + word.size() || word.starts_with("-") || value != value) refuse({"'", word, "' is not a number"});
       return value;
     };
     const int ranks = number_in(words[1], int{});
@@ -255,16 +256,16 @@ class Chooser {
     Operation operation = Operation::none;
     for (const Operation each : all_operations)
       if (name_of(each) == words[2]) operation = each;
-    if (operation == Operation::none) refuse("'" + std::string(words[2]) + "' is not an operation");
+    if (operation == Operation::none) refuse({"'", words[2], "' is not an operation"});
     const AlgorithmRef algorithm = find_algorithm(operation, words[3]);
-    if (!algorithm) refuse("'" + std::string(words[3]) + "' is not an algorithm for " + std::string(words[2]));
-    if (!(us > 0) || !(us < 1e12)) refuse("a time must be above 0 and below 1e12 us");
-    if (bytes < 8 || !std::has_single_bit(bytes) || std::countr_zero(bytes) - 3 >= CostModel::classes) refuse("bytes must be a power of two from 8 to 16 GiB");
+    if (!algorithm) refuse({"'", words[3], "' is not an algorithm for ", words[2]});
+    if (!(us > 0) || !(us < 1e12)) refuse({"a time must be above 0 and below 1e12 us"});
+    if (bytes < 8 || !std::has_single_bit(bytes) || std::countr_zero(bytes) - 3 >= CostModel::classes) refuse({"bytes must be a power of two from 8 to 16 GiB"});
     if (words[0] != transport || ranks != n) continue;
     model.ranks = n;
     model.measured[static_cast<std::size_t>(operation)][algorithm.code][std::countr_zero(bytes) - 3] = static_cast<float>(us);
   }
-  if (file.bad()) throw Error(Errc::invalid_argument, "TALLY_MODEL: cannot read '" + path + "': is it a file?");
+  if (file.bad()) throw Error(Errc::invalid_argument, {"TALLY_MODEL: cannot read '", path, "': is it a file?"});
 }
 
 }  // namespace tally::inline v0

@@ -10,6 +10,7 @@
 #include <cstddef>
 #include <cstring>
 #include <exception>
+#include <initializer_list>
 #include <memory>
 #include <new>
 #include <optional>
@@ -91,10 +92,10 @@ class Engine final : public AnyEngine {
       const auto pages = static_cast<std::size_t>(::sysconf(_SC_PHYS_PAGES)), page = static_cast<std::size_t>(::sysconf(_SC_PAGESIZE));
       // Shared memory that is not there is noticed when it is first touched, by the kernel, who ends the process.
       if (__builtin_mul_overflow(stride, static_cast<std::size_t>(size()), &bytes) || bytes / page > pages)
-        throw Error(Errc::no_resources, std::to_string(size()) + " times " + std::to_string(stride) + " bytes are more than the " + std::to_string(pages * page) + " bytes of memory that this host has");
+        throw Error(Errc::no_resources, {size(), " times ", stride, " bytes are more than the ", pages * page, " bytes of memory that this host has"});
       return transport_->reserve(bytes);
     } else {
-      throw Error(Errc::unsupported, "the ranks of this communicator share no memory: " + std::string(transport_->name()));
+      throw Error(Errc::unsupported, {"the ranks of this communicator share no memory: ", transport_->name()});
     }
   }
   std::unique_ptr<SymmetricMemory> map_memory(std::uint64_t token, std::size_t stride) override {
@@ -116,10 +117,12 @@ class Engine final : public AnyEngine {
     if constexpr (DirectAccess<T>) return transport_->staging_bytes() > 0;
     else return false;
   }
-  [[gnu::cold]] std::string kernel_problem() const override { return kernel_error_ <= 0 ? "" : std::string("the kernel does not copy between the ranks' processes: ") + std::strerror(kernel_error_); }
+  [[gnu::cold]] std::string kernel_problem() const override {
+    return kernel_error_ <= 0 ? "" : detail::concat({"the kernel does not copy between the ranks' processes: ", std::strerror(kernel_error_)});
+  }
 
   [[gnu::cold]] void abort(const std::string& why) override {
-    transport_->abort({Errc::aborted, rank(), -1, "rank " + std::to_string(rank()) + " aborted the communicator" + (why.empty() ? "" : ": " + why)});
+    transport_->abort({Errc::aborted, rank(), -1, detail::concat({"rank ", rank(), " aborted the communicator", why.empty() ? "" : ": ", why})});
   }
 
   Report run(const Call& call) override {
@@ -156,7 +159,7 @@ class Engine final : public AnyEngine {
     if (frame.has_fingerprint && frame.fingerprint != fingerprint_) raise_mismatch(t.peer, frame.fingerprint);
     // Calls that agree send equal lengths, unless the algorithm itself is wrong.
     if (frame.first != (t.done == 0) || frame.bytes > t.bytes - t.done || frame.last != (frame.bytes == t.bytes - t.done) || frame.bytes % t.grain != 0)
-      raise(Errc::mismatch, t.peer, "rank " + std::to_string(t.peer) + " sends a message of another length than " + describe_step(t.step) + " expects (" + std::to_string(t.bytes) + " bytes)");
+      raise(Errc::mismatch, t.peer, {"rank ", t.peer, " sends a message of another length than ", describe_step(t.step), " expects (", t.bytes, " bytes)"});
   }
 
   void moved(Transfer& t) {
@@ -182,12 +185,12 @@ class Engine final : public AnyEngine {
     if (transport_->aborted()) raise_abort();
     const bool left = transport_->liveness(peer) == Liveness::left;
     raise(left ? Errc::peer_left : Errc::peer_lost, peer,
-          "rank " + std::to_string(peer) + (left ? " left the communicator" : " died") + " while " + missing() + "; " + last_seen());
+          {"rank ", peer, left ? " left the communicator" : " died", " while ", missing(), "; ", last_seen()});
   }
   [[noreturn, gnu::cold]] void raise_timeout(nanoseconds waited) {
     const Rank late = late_rank();
     raise(Errc::timeout, late >= 0 ? late : first_missing(),
-          missing() + " after " + detail::time_text(waited) + (late >= 0 ? "; rank " + std::to_string(late) + " has not called it; " : "; ") + last_seen());
+          {missing(), " after ", detail::time_text(waited), late >= 0 ? detail::concat({"; rank ", late, " has not called it; "}) : "; ", last_seen()});
   }
   [[noreturn, gnu::cold]] void raise_abort() {
     const AbortNotice notice = transport_->abort_notice();
@@ -206,7 +209,7 @@ class Engine final : public AnyEngine {
     void grow(std::size_t needed) {
       if (needed <= bytes) return;
       std::byte* larger = static_cast<std::byte*>(::operator new(needed, std::align_val_t{64}, std::nothrow));
-      if (!larger) throw Error(Errc::no_resources, "no memory for " + std::to_string(needed) + " bytes of scratch");
+      if (!larger) throw Error(Errc::no_resources, {"no memory for ", needed, " bytes of scratch"});
       ::operator delete(data, std::align_val_t{64});
       data = larger;
       bytes = needed;
@@ -344,7 +347,7 @@ class Engine final : public AnyEngine {
     if (error == 0) return;
     const Rank r = static_cast<Rank>(std::find(processes_.begin(), processes_.end(), failed) - processes_.begin());
     if (error == ESRCH || transport_->liveness(r) != Liveness::alive) raise_lost(r);
-    raise(Errc::no_resources, r, "the kernel cannot copy between rank " + std::to_string(rank()) + " and rank " + std::to_string(r) + " in " + describe_call() + ": " + std::strerror(error));
+    raise(Errc::no_resources, r, {"the kernel cannot copy between rank ", rank(), " and rank ", r, " in ", describe_call(), ": ", std::strerror(error)});
   }
   /// Whether it does; found out together, once.
   [[gnu::cold]] bool kernel_copies(const Call& call) {
@@ -402,7 +405,7 @@ class Engine final : public AnyEngine {
     }
   }
   [[noreturn, gnu::cold]] void refuse_share(const Call& call) {
-    throw Error(Errc::unsupported, std::string(call.algorithm.name) + " needs ranks that share memory", {rank(), -1, sequence_, {}});
+    throw Error(Errc::unsupported, {call.algorithm.name, " needs ranks that share memory"}, {rank(), -1, sequence_, {}});
   }
   void meet(const Names& mine) {
     progress_.enter(State::protocol);
@@ -431,7 +434,7 @@ class Engine final : public AnyEngine {
     if (lent_ && name != 0) return reinterpret_cast<std::byte*>(name) + first;
     const SymmetricMemory* memory = input || !call.output_memory ? call.input_memory : call.output_memory;
     if (std::byte* place = memory ? memory->find(r, name, first + bytes) : nullptr) return place + first;
-    raise(Errc::mismatch, r, "rank " + std::to_string(r) + " does not pass the same symmetric memory as rank " + std::to_string(rank()) + " to " + describe_call());
+    raise(Errc::mismatch, r, {"rank ", r, " does not pass the same symmetric memory as rank ", rank(), " to ", describe_call()});
   }
 
   void queue_local(std::uint32_t i) {
@@ -505,9 +508,9 @@ class Engine final : public AnyEngine {
     } catch (const Error& error) {
       failed_.emplace(error);
     } catch (const std::exception& error) {
-      failed_.emplace(Errc::aborted, "rank " + std::to_string(rank()) + ": exception during " + describe_call() + ": " + error.what(), ErrorContext{rank(), rank(), sequence_, {}});
+      failed_.emplace(Errc::aborted, detail::concat({"rank ", rank(), ": exception during ", describe_call(), ": ", error.what()}), ErrorContext{rank(), rank(), sequence_, {}});
     } catch (...) {
-      failed_.emplace(Errc::aborted, "rank " + std::to_string(rank()) + ": exception during " + describe_call(), ErrorContext{rank(), rank(), sequence_, {}});
+      failed_.emplace(Errc::aborted, detail::concat({"rank ", rank(), ": exception during ", describe_call()}), ErrorContext{rank(), rank(), sequence_, {}});
     }
     transport_->abort({failed_->errc(), rank(), failed_->peer(), std::string(failed_->text())});
     if (detected_) {  // several ranks may find the same failure at once: the first notice wins, so all raise the same
@@ -559,44 +562,42 @@ class Engine final : public AnyEngine {
     std::string from, room;
     for_each_needed([&](const Transfer& t) {
       std::string& list = t.is_send ? room : from;
-      list += (list.empty() ? "rank " : ", rank ") + std::to_string(t.peer);
+      list += detail::concat({list.empty() ? "rank " : ", rank ", t.peer});
     });
-    std::string text = "rank " + std::to_string(rank()) + " in " + describe_call();
-    if (!from.empty()) text += " waits for data from " + from;
-    if (!room.empty()) text += (from.empty() ? " waits" : " and") + std::string(" for room at ") + room;
-    return text;
+    return detail::concat({"rank ", rank(), " in ", describe_call(), from.empty() ? "" : " waits for data from ", from,
+                           room.empty() ? "" : from.empty() ? " waits for room at " : " and for room at ", room});
   }
-  [[gnu::cold]] std::string describe_call() const { return detail::describe(fingerprint_, key_.layout.count) + " #" + std::to_string(sequence_); }
-  [[gnu::cold]] std::string describe_step(std::uint32_t i) const { return "step " + std::to_string(i) + " of " + describe_call(); }
+  [[gnu::cold]] std::string describe_call() const { return detail::concat({detail::describe(fingerprint_, key_.layout.count), " #", sequence_}); }
+  [[gnu::cold]] std::string describe_step(std::uint32_t i) const { return detail::concat({"step ", i, " of ", describe_call()}); }
   [[gnu::cold]] std::string last_seen() const {
     std::string text = "last seen:";
     for (Rank r = 0; r < size(); ++r) {
       const RankStatus s = transport_->status(r);
-      text += (r ? "; rank " : " rank ") + std::to_string(r);
-      if (s.left) text += " left after #" + std::to_string(s.sequence);
+      text += detail::concat({r ? "; rank " : " rank ", r});
+      if (s.left) text += detail::concat({" left after #", s.sequence});
       else if (s.sequence == 0) text += " has called nothing";
-      else text += (s.inside ? " in " : " after ") + detail::describe(s.fingerprint, s.count) + " #" + std::to_string(s.sequence);
+      else text += detail::concat({s.inside ? " in " : " after ", detail::describe(s.fingerprint, s.count), " #", s.sequence});
     }
     return text;
   }
 
   static Rank blamed(const AbortNotice& notice) { return notice.peer >= 0 ? notice.peer : notice.rank; }
-  [[noreturn, gnu::cold]] void raise(Errc code, Rank peer, const std::string& text) {
+  [[noreturn, gnu::cold]] void raise(Errc code, Rank peer, std::initializer_list<detail::Piece> text) {
     detected_ = true;
     throw Error(code, text, {rank(), peer, sequence_, progress_.waited()});
   }
   [[noreturn, gnu::cold]] void raise_mismatch(Rank peer, std::uint64_t theirs) {
     const RankStatus status = transport_->status(peer);
-    raise(Errc::mismatch, peer, "operation #" + std::to_string(sequence_) + ": rank " + std::to_string(rank()) + " called " + detail::describe(fingerprint_, key_.layout.count) + ", rank " +
-                                    std::to_string(peer) + " called " + detail::describe(theirs, status.count));
+    raise(Errc::mismatch, peer, {"operation #", sequence_, ": rank ", rank(), " called ", detail::describe(fingerprint_, key_.layout.count), ", rank ", peer,
+                                  " called ", detail::describe(theirs, status.count)});
   }
   [[noreturn, gnu::cold]] void raise_out_of_step(Rank peer, const FrameInfo& frame, std::int32_t ahead) {
     const RankStatus status = transport_->status(peer);
-    const std::string theirs = frame.has_fingerprint ? detail::describe(frame.fingerprint, status.count) + " " : "operation ";
+    const std::string theirs = frame.has_fingerprint ? detail::concat({detail::describe(frame.fingerprint, status.count), " "}) : "operation ";
     raise(Errc::mismatch, peer,
-          "rank " + std::to_string(rank()) + " in " + describe_call() + " expects data from rank " + std::to_string(peer) + ", which " +
-              (ahead > 0 ? "has sent none for it and went on to " : "has sent some that was not read in ") + theirs + "#" + std::to_string(frame.operation) +
-              (ahead == -1 ? ", where rank " + std::to_string(rank()) + " called " + detail::describe(previous_.fingerprint, previous_.count) : ""));
+          {"rank ", rank(), " in ", describe_call(), " expects data from rank ", peer, ", which ",
+           ahead > 0 ? "has sent none for it and went on to " : "has sent some that was not read in ", theirs, "#", frame.operation,
+           ahead == -1 ? detail::concat({", where rank ", rank(), " called ", detail::describe(previous_.fingerprint, previous_.count)}) : ""});
   }
 
   std::unique_ptr<T> transport_;

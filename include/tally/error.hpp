@@ -5,9 +5,12 @@
 
 #include <chrono>
 #include <cstdint>
+#include <initializer_list>
 #include <string>
 #include <string_view>
 #include <system_error>
+
+#include "text.hpp"
 
 namespace tally::inline v0 {
 
@@ -61,8 +64,10 @@ struct ErrorContext {
 /// Thrown by everything in the library. what() is complete: "deadline passed: ...".
 class Error : public std::system_error {
  public:
-  Error(Errc code, const std::string& text, ErrorContext context = {})
-      : std::system_error(make_error_code(code)), context_(context), what_(std::string(name_of(code)) + ": " + text) {}
+  [[gnu::cold, gnu::noinline]] Error(Errc code, std::string_view text, ErrorContext context = {})
+      : std::system_error(make_error_code(code)), context_(context), what_(detail::concat({name_of(code), ": ", text})) {}
+  /// The text in pieces: Error(code, {"rank ", r, " died"}).
+  [[gnu::cold, gnu::noinline]] Error(Errc code, std::initializer_list<detail::Piece> text, ErrorContext context = {}) : Error(code, detail::concat(text), context) {}
 
   const char* what() const noexcept override { return what_.c_str(); }
   Errc errc() const noexcept { return static_cast<Errc>(code().value()); }

@@ -71,7 +71,7 @@ inline void rethrow_cause(const std::vector<RankFailure>& in_order) {
       cause = &failure;
       break;
     }
-  throw Error(cause->code, "rank " + std::to_string(cause->context.rank) + ": " + cause->text, cause->context);
+  throw Error(cause->code, {"rank ", cause->context.rank, ": ", cause->text}, cause->context);
 }
 
 /// After all ranks succeeded: calls that only send cannot notice by themselves that nobody received.
@@ -80,15 +80,15 @@ inline void throw_if_unread(const SlotMemory& memory) {
   const SlotMemory::Unread unread = memory.unread();
   if (unread.from < 0) return;
   throw Error(Errc::mismatch,
-              "rank " + std::to_string(unread.from) + " sent rank " + std::to_string(unread.to) + " data in " + describe(unread.fingerprint, memory.rank_line(unread.from).count.load()) + " #" +
-                  std::to_string(unread.operation) + " that nobody received: the ranks called different operations",
+              {"rank ", unread.from, " sent rank ", unread.to, " data in ", describe(unread.fingerprint, memory.rank_line(unread.from).count.load()), " #", unread.operation,
+               " that nobody received: the ranks called different operations"},
               {unread.from, unread.to, unread.operation, {}});
 }
 
 /// Runs f as one rank. A failure is told to the other ranks before it goes on.
 template <class F>
 void run_rank(const std::shared_ptr<SlotMemory>& memory, Rank me, const Options& options, F& f) {
-  const auto abort = [&](const std::string& why) { memory->abort({Errc::aborted, me, -1, "rank " + std::to_string(me) + " aborted the communicator: " + why}); };
+  const auto abort = [&](const char* why) { memory->abort({Errc::aborted, me, -1, concat({"rank ", me, " aborted the communicator: ", why})}); };
   try {
     Communicator comm = make_communicator(memory, me, options);
     try {
@@ -131,8 +131,8 @@ void launch_threads(int n, F& f, const Options& options) {
       RankFailure failure;
       failure.code = Errc::no_resources;
       failure.context.rank = started;
-      failure.set_text(std::string("could not be started: ") + error.what());
-      SlotTransport(memory, started).abort({failure.code, started, -1, "rank " + std::to_string(started) + " " + failure.text});
+      failure.set_text(concat({"could not be started: ", error.what()}));
+      SlotTransport(memory, started).abort({failure.code, started, -1, concat({"rank ", started, " ", failure.text})});
       const std::lock_guard lock(failing);
       failures.push_back(failure);
     }
@@ -213,8 +213,8 @@ class Children {
     failure = {};
     failure.context.rank = rank;
     if (!status) failure.set_text("ended without a word, and its exit status is lost because SIGCHLD is ignored or reaped elsewhere");
-    else failure.set_text(WIFSIGNALED(*status) ? "killed by signal " + std::to_string(WTERMSIG(*status)) + " (" + ::strsignal(WTERMSIG(*status)) + ")"
-                                         : "exited with status " + std::to_string(WEXITSTATUS(*status)));
+    else if (WIFSIGNALED(*status)) failure.set_text(concat({"killed by signal ", WTERMSIG(*status), " (", ::strsignal(WTERMSIG(*status)), ")"}));
+    else failure.set_text(concat({"exited with status ", WEXITSTATUS(*status)}));
     return failure;
   }
   std::vector<Child> children_;
@@ -250,7 +250,7 @@ template <class F>
 void launch_processes(int n, F& f, const Options& options) {
   options.expect_transport("shm", "processes of one host");
   if (const int count = running_threads(); count > 1)
-    throw Error(Errc::unsupported, "launch() would fork while " + std::to_string(count - 1) + " other threads run, which is not safe; launch before starting them, or use tally::threads");
+    throw Error(Errc::unsupported, {"launch() would fork while ", count - 1, " other threads run, which is not safe; launch before starting them, or use tally::threads"});
   const SlotLayout layout(n, options.slots);
   const auto file = std::make_shared<ShmFile>();
   const ShmMemory memory(file, layout, 0, -1);
@@ -264,10 +264,10 @@ void launch_processes(int n, F& f, const Options& options) {
   const pid_t parent = ::getpid();
   for (Rank r = 0; r < n; ++r) {
     int ends[2];
-    if (::pipe2(ends, O_CLOEXEC) != 0) throw Error(Errc::no_resources, "no descriptors to start rank " + std::to_string(r) + ": " + errno_text(errno));
+    if (::pipe2(ends, O_CLOEXEC) != 0) throw Error(Errc::no_resources, {"no descriptors to start rank ", r, ": ", errno_text(errno)});
     FileDescriptor read_end(ends[0]), write_end(ends[1]);
     const pid_t pid = ::fork();
-    if (pid < 0) throw Error(Errc::no_resources, "cannot start rank " + std::to_string(r) + " (fork): " + errno_text(errno));
+    if (pid < 0) throw Error(Errc::no_resources, {"cannot start rank ", r, " (fork): ", errno_text(errno)});
     if (pid == 0) live_as_rank(r, n, file, layout, write_end, parent, f, options);
     Children::Child child;
     child.pid = pid;
@@ -275,7 +275,7 @@ void launch_processes(int n, F& f, const Options& options) {
     child.pipe = std::move(read_end);
     const bool watched = static_cast<bool>(child.process);
     children.add(std::move(child));
-    if (!watched) throw Error(Errc::no_resources, "no descriptor to watch rank " + std::to_string(r) + " (pidfd_open): " + errno_text(errno));
+    if (!watched) throw Error(Errc::no_resources, {"no descriptor to watch rank ", r, " (pidfd_open): ", errno_text(errno)});
     memory.rank_line(r).pid.store(static_cast<std::uint32_t>(pid));
   }
   memory.header().ready.store(1);
@@ -291,7 +291,7 @@ void launch_processes(int n, F& f, const Options& options) {
 /// rank, with its rank; the others are ended. Options are defaults that the environment overrides.
 template <std::invocable<Communicator&> F>
 void launch(int n, F f, RankKind kind = processes, const Options& defaults = {}) {
-  if (n < 1 || n > 1 << 15) throw Error(Errc::invalid_argument, "cannot launch " + std::to_string(n) + " ranks: there must be 1 to 32768");
+  if (n < 1 || n > 1 << 15) throw Error(Errc::invalid_argument, {"cannot launch ", n, " ranks: there must be 1 to 32768"});
   const Options options = Options::from_environment(defaults);
   if (kind == RankKind::threads) detail::launch_threads(n, f, options);
   else detail::launch_processes(n, f, options);

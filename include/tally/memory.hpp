@@ -61,7 +61,7 @@ class SymmetricSpan : public std::ranges::view_base {
   /// Elements first..first+count-1; Errc::invalid_argument if there are none such.
   SymmetricSpan subspan(std::size_t first, std::size_t count) const {
     if (first > size_ || count > size_ - first)
-      throw Error(Errc::invalid_argument, "subspan: elements " + std::to_string(first) + " to " + std::to_string(first + count) + " of " + std::to_string(size_));
+      throw Error(Errc::invalid_argument, {"subspan: elements ", first, " to ", first + count, " of ", size_});
     return {data_ + first, count, memory_};
   }
 
@@ -89,7 +89,7 @@ class Symmetric {
   const SymmetricMemory* symmetric_memory() const { return memory_.get(); }
   /// Rank r's block. What it holds is the ranks' own business outside of collectives: a barrier orders accesses.
   std::span<T> of(Rank r) const {
-    if (!memory_ || r < 0 || r >= memory_->size()) throw Error(Errc::invalid_argument, "of: " + std::to_string(r) + " is not a rank of this allocation");
+    if (!memory_ || r < 0 || r >= memory_->size()) throw Error(Errc::invalid_argument, {"of: ", r, " is not a rank of this allocation"});
     return {reinterpret_cast<T*>(memory_->of(r)), size_};
   }
 

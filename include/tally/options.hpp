@@ -32,7 +32,7 @@ std::optional<N> environment_number(const char* name, N least, N most) {
   N value{};
   const auto [end, error] = std::from_chars(text->data(), text->data() + text->size(), value);
   if (error != std::errc{} || end != text->data() + text->size() || !(value >= least && value <= most))
-    throw Error(Errc::invalid_argument, std::string(name) + "='" + std::string(*text) + "' is not a number from " + std::to_string(least) + " to " + std::to_string(most));
+    throw Error(Errc::invalid_argument, {name, "='", *text, "' is not a number from ", std::to_string(least), " to ", std::to_string(most)});
   return value;
 }
 
@@ -64,7 +64,7 @@ struct Options {
       if (*v == "latency") o.wait = WaitPolicy::latency;
       else if (*v == "balanced") o.wait = WaitPolicy::balanced;
       else if (*v == "energy") o.wait = WaitPolicy::energy;
-      else throw Error(Errc::invalid_argument, "TALLY_WAIT='" + std::string(*v) + "' is unknown; it may be latency, balanced or energy");
+      else throw Error(Errc::invalid_argument, {"TALLY_WAIT='", *v, "' is unknown; it may be latency, balanced or energy"});
     }
     if (const auto v = environment("TALLY_ALGORITHM")) o.algorithms = AlgorithmOverrides(*v);
     if (const auto v = environment("TALLY_MODEL")) o.model = *v;
@@ -76,7 +76,7 @@ struct Options {
     if (const auto n = environment_number<int>("TALLY_SLOTS", 1, 4096)) o.slots.slots = *n;
     if (const auto n = environment_number<std::size_t>("TALLY_SLOT_BYTES", 128, std::size_t{1} << 30)) o.slots.slot_bytes = *n;
     if (const auto n = environment_number<std::size_t>("TALLY_SLOT_BUDGET", 4096, std::size_t{1} << 40)) o.slots.budget = *n;
-    if (o.timeout <= nanoseconds{0}) throw Error(Errc::invalid_argument, "a timeout must be longer than 0, not " + std::to_string(o.timeout.count()) + " ns");
+    if (o.timeout <= nanoseconds{0}) throw Error(Errc::invalid_argument, {"a timeout must be longer than 0, not ", o.timeout.count(), " ns"});
     o.timeout = std::min(o.timeout, longest_timeout);
     if (!(o.meter.busy_watts >= 0) || !(o.meter.idle_watts >= 0)) throw Error(Errc::invalid_argument, "watts must not be negative");
     return o;
@@ -86,14 +86,14 @@ struct Options {
   /// The transport that connects these ranks, or an error if another one was asked for.
   void expect_transport(std::string_view possible, std::string_view ranks) const {
     if (transport.empty() || transport == possible) return;
-    throw Error(Errc::invalid_argument, "transport '" + transport + "' does not connect ranks that are " + std::string(ranks) + "; '" + std::string(possible) + "' does");
+    throw Error(Errc::invalid_argument, {"transport '", transport, "' does not connect ranks that are ", ranks, "; '", possible, "' does"});
   }
 
  private:
   static bool one_of(const char* name, std::string_view value, std::string_view no, std::string_view yes) {
     if (value == yes) return true;
     if (value == no) return false;
-    throw Error(Errc::invalid_argument, std::string(name) + "='" + std::string(value) + "' is unknown; it may be " + std::string(no) + " or " + std::string(yes));
+    throw Error(Errc::invalid_argument, {name, "='", value, "' is unknown; it may be ", no, " or ", yes});
   }
 };
 

@@ -7,12 +7,14 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
 #include <map>
 #include <string>
 #include <vector>
 
 #include "error.hpp"
 #include "steps.hpp"
+#include "text.hpp"
 #include "types.hpp"
 
 namespace tally::inline v0 {
@@ -109,27 +111,26 @@ class Plan {
   }
 
   void check(const Step& step) const {
-    const auto fail = [&](const std::string& why) {
-      throw Error(Errc::invalid_argument, std::string(name_of(layout_.operation)) + " algorithm, rank " + std::to_string(layout_.me) +
-                                              " of " + std::to_string(layout_.n) + ", step " + std::to_string(steps_.size()) + ": " + why);
+    const auto fail = [&](std::initializer_list<detail::Piece> why) {
+      throw Error(Errc::invalid_argument, {name_of(layout_.operation), " algorithm, rank ", layout_.me, " of ", layout_.n, ", step ", steps_.size(), ": ", detail::concat(why)});
     };
     const bool network = step.verb == Verb::send || step.verb == Verb::receive || step.verb == Verb::receive_combine;
     if (network && (step.peer < 0 || step.peer >= layout_.n || step.peer == layout_.me))
-      fail("peer " + std::to_string(step.peer) + " is not another rank");
+      fail({"peer ", step.peer, " is not another rank"});
     const auto inside = [&](const Range& range) {
       const std::size_t size = range.buffer == Buffer::input ? layout_.input_count() : layout_.output_count();
       if (range.buffer != Buffer::scratch && (range.first > size || range.count > size - range.first))
-        fail("elements " + std::to_string(range.first) + "+" + std::to_string(range.count) + " are outside of a buffer of " + std::to_string(size));
+        fail({"elements ", range.first, "+", range.count, " are outside of a buffer of ", size});
     };
     const bool reads = step.verb != Verb::receive, writes = step.verb != Verb::send;
     if (reads) inside(step.from);
     if (writes) inside(step.to);
-    if (writes && step.to.buffer == Buffer::input) fail("the input is the caller's and must not be written");
+    if (writes && step.to.buffer == Buffer::input) fail({"the input is the caller's and must not be written"});
     if (!reads || !writes) return;
-    if (step.from.count != step.to.count) fail("its two ranges differ in length");
+    if (step.from.count != step.to.count) fail({"its two ranges differ in length"});
     const Place from = place(step.from), to = place(step.to);
     if (from.space == to.space && from.first != to.first && from.first < to.first + to.count && to.first < from.first + from.count)
-      fail("its two ranges overlap without being the same");
+      fail({"its two ranges overlap without being the same"});
   }
 
   void add(Spaces& spaces, const Step& step, unsigned conflicts) {

@@ -13,6 +13,7 @@
 #include <typeinfo>
 #include <utility>
 
+#include "text.hpp"
 #include "types.hpp"
 
 namespace tally::inline v0 {
@@ -218,7 +219,7 @@ std::uint16_t operator_code() {
 }
 inline std::string operator_text(std::uint16_t code) {
   constexpr std::string_view names[] = {"", "sum", "prod", "min", "max", "mean"};
-  return code < std::size(names) ? std::string(names[code]) : "user operator #" + std::to_string(code);
+  return code < std::size(names) ? std::string(names[code]) : concat({"user operator #", code});
 }
 
 }  // namespace detail

@@ -13,6 +13,8 @@
 #include <string_view>
 #include <vector>
 
+#include "text.hpp"
+
 namespace tally::inline v0 {
 
 /// The last-level cache and the socket that all cores a rank may run on belong to, each named by its first core; -1: not one.
@@ -64,10 +66,10 @@ inline std::int32_t common(const cpu_set_t& cores, const cpu_set_t& siblings) {
 inline Place place_of(const cpu_set_t& cores, const std::string& sysfs = "/sys/devices/system/cpu") {
   const int first = detail::first_core(cores);
   if (first < 0) return {};
-  const std::string core = sysfs + "/cpu" + std::to_string(first);
+  const std::string core = detail::concat({sysfs, "/cpu", first});
   std::string last_level;  // of the caches: they are listed from the nearest on
   for (int i = 0; i < 16; ++i) {
-    const std::string cache = core + "/cache/index" + std::to_string(i);
+    const std::string cache = detail::concat({core, "/cache/index", i});
     if (detail::first_line(cache + "/type") == "Instruction") continue;
     const std::string shared = detail::first_line(cache + "/shared_cpu_list");
     if (shared.empty()) break;

@@ -101,8 +101,8 @@ class Ledger final : public detail::ReportSource {
     if (sequence == 0 || recent.sequence != sequence) return false;
     if (!recent.stalled) return true;
     extra.slept = recent.slept;
-    extra.blame.assign(recent.blame.begin(), recent.blame.begin() + recent.blamed);
-    std::sort(extra.blame.begin(), extra.blame.end(), [](const Blame& a, const Blame& b) { return a.total() > b.total(); });
+    for (std::size_t i = 0; i < recent.blamed; ++i)
+      extra.blame.insert(std::upper_bound(extra.blame.begin(), extra.blame.end(), recent.blame[i], [](const Blame& a, const Blame& b) { return a.total() > b.total(); }), recent.blame[i]);
     return true;
   }
 
@@ -195,7 +195,7 @@ class Ledger final : public detail::ReportSource {
 
 /// A table, one line per operation, size class and algorithm, as seen by this rank.
 inline std::ostream& operator<<(std::ostream& out, const Ledger& ledger) {
-  using detail::time_text;
+  using detail::concat, detail::time_text;
   const auto line = [&](const std::array<std::string, 11>& cells) {
     static constexpr int widths[] = {14, 10, 18, 9, 10, 10, 10, 10, 11, 10, 0};
     for (std::size_t i = 0; i < cells.size(); ++i) {
@@ -216,11 +216,11 @@ inline std::ostream& operator<<(std::ostream& out, const Ledger& ledger) {
     std::string joules = detail::joules_text(energy);
     const bool timed = row->elapsed > nanoseconds{0};
     const auto time = [&](nanoseconds t) { return timed ? time_text(t) : std::string("-"); };
-    if (energy.known()) joules += " (" + detail::joules_text(ledger.idle_energy(*row)) + "), " + std::string(name_of(energy.provenance));
+    if (energy.known()) joules += concat({" (", detail::joules_text(ledger.idle_energy(*row)), "), ", name_of(energy.provenance)});
     const Rank worst = row->worst();
     line({std::string(name_of(row->operation)), detail::bytes_text(std::uint64_t{1} << row->size_class), std::string(ledger.algorithm_name(row->algorithm)),
-          std::to_string(row->calls) + (row->failed ? " (" + std::to_string(row->failed) + " failed)" : ""), detail::bytes_text(row->bytes), time(row->elapsed), time(row->busy()),
-          time(row->wait_arrival), time(row->wait_transfer + row->wait_credit + row->wait_local), worst < 0 ? "-" : "rank " + std::to_string(worst), joules});
+          row->failed ? concat({row->calls, " (", row->failed, " failed)"}) : concat({row->calls}), detail::bytes_text(row->bytes), time(row->elapsed), time(row->busy()),
+          time(row->wait_arrival), time(row->wait_transfer + row->wait_credit + row->wait_local), worst < 0 ? "-" : concat({"rank ", worst}), joules});
   }
   return out;
 }

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "../energy/model.hpp"
+#include "../text.hpp"
 #include "states.hpp"
 
 namespace tally::inline v0 {
@@ -162,7 +163,7 @@ template <std::size_t N>
 std::string scaled(double value, const char* const (&units)[N], double base) {
   std::size_t i = 0;
   while (i + 1 < N && std::abs(value) >= base) value /= base, ++i;
-  return digits(value) + ' ' + units[i];
+  return concat({digits(value), " ", units[i]});
 }
 inline std::string time_text(nanoseconds t) {
   static constexpr const char* units[] = {"ns", "us", "ms", "s"};
@@ -178,7 +179,7 @@ inline std::string joules_text(const Quantity& q) {
   std::size_t i = 0;
   double scale = 1e-9;
   while (i + 1 < std::size(units) && std::abs(q.value) / scale >= 1000) scale *= 1000, ++i;
-  return digits(q.value / scale) + " +- " + digits(q.sigma / scale) + ' ' + units[i];
+  return concat({digits(q.value / scale), " +- ", digits(q.sigma / scale), " ", units[i]});
 }
 
 }  // namespace detail

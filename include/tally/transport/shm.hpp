@@ -60,7 +60,7 @@ class FileDescriptor {
 class ShmFile {
  public:
   ShmFile() : fd_(::memfd_create("tally", MFD_CLOEXEC | MFD_ALLOW_SEALING)) {
-    if (!fd_) throw Error(Errc::no_resources, "no descriptor for shared memory (memfd_create): " + detail::errno_text(errno));
+    if (!fd_) throw Error(Errc::no_resources, {"no descriptor for shared memory (memfd_create): ", detail::errno_text(errno)});
     ::fcntl(fd_.get(), F_ADD_SEALS, F_SEAL_SHRINK);
   }
   /// A file received from another process.
@@ -75,13 +75,13 @@ class ShmFile {
     rlimit limit{};
     // Past this limit the kernel sends SIGXFSZ before it returns an error.
     if (::getrlimit(RLIMIT_FSIZE, &limit) == 0 && limit.rlim_cur != RLIM_INFINITY && limit.rlim_cur < bytes)
-      throw Error(Errc::no_resources, "shared memory of " + std::to_string(bytes) + " bytes exceeds the file size limit (ulimit -f) of " + std::to_string(limit.rlim_cur));
+      throw Error(Errc::no_resources, {"shared memory of ", bytes, " bytes exceeds the file size limit (ulimit -f) of ", limit.rlim_cur});
     struct stat info {};
     if (::fstat(fd_.get(), &info) == 0 && static_cast<std::size_t>(info.st_size) >= bytes) return;
     if (::ftruncate(fd_.get(), static_cast<off_t>(bytes)) == 0) return;
     const int error = errno;  // another rank may have made it longer meanwhile
     if (::fstat(fd_.get(), &info) == 0 && static_cast<std::size_t>(info.st_size) >= bytes) return;
-    throw Error(Errc::no_resources, "no memory for " + std::to_string(bytes) + " bytes of shared memory: " + detail::errno_text(error));
+    throw Error(Errc::no_resources, {"no memory for ", bytes, " bytes of shared memory: ", detail::errno_text(error)});
   }
 
   /// Adds a region at the end and returns where it begins: on a page.
@@ -99,7 +99,7 @@ class ShmFile {
     for (const pid_t pid : pids) {
       detail::FileDescriptor process(pid == ::getpid() ? -1 : static_cast<int>(::syscall(SYS_pidfd_open, pid, 0)));
       if (!process && pid != ::getpid() && errno != ESRCH)
-        throw Error(Errc::no_resources, "no descriptor to watch process " + std::to_string(pid) + " (pidfd_open): " + detail::errno_text(errno));
+        throw Error(Errc::no_resources, {"no descriptor to watch process ", pid, " (pidfd_open): ", detail::errno_text(errno)});
       gone_.push_back(pid != ::getpid() && !process);
       processes_.push_back(std::move(process));
     }
@@ -125,7 +125,7 @@ class ShmMemory final : public SlotMemory {
   ShmMemory(std::shared_ptr<ShmFile> file, const SlotLayout& layout, std::size_t offset, Rank me) : SlotMemory(layout), file_(std::move(file)), offset_(offset), me_(me) {
     file_->grow(offset + mapped());
     void* base = ::mmap(nullptr, mapped(), PROT_READ | PROT_WRITE, MAP_SHARED, file_->get(), static_cast<off_t>(offset));
-    if (base == MAP_FAILED) throw Error(Errc::no_resources, "cannot map " + std::to_string(mapped()) + " bytes of shared memory: " + detail::errno_text(errno));
+    if (base == MAP_FAILED) throw Error(Errc::no_resources, {"cannot map ", mapped(), " bytes of shared memory: ", detail::errno_text(errno)});
     base_ = static_cast<std::byte*>(base);
   }
   ~ShmMemory() override {
@@ -152,7 +152,7 @@ class ShmMemory final : public SlotMemory {
     const std::size_t front = detail::in_pages(1), all = detail::in_pages(bytes) + front;
     file_->grow(token + all);
     void* base = ::mmap(nullptr, all, PROT_READ | PROT_WRITE, MAP_SHARED, file_->get(), static_cast<off_t>(token));
-    if (base == MAP_FAILED) throw Error(Errc::no_resources, "cannot map " + std::to_string(all) + " bytes of shared memory: " + detail::errno_text(errno));
+    if (base == MAP_FAILED) throw Error(Errc::no_resources, {"cannot map ", all, " bytes of shared memory: ", detail::errno_text(errno)});
     ::madvise(base, all, MADV_HUGEPAGE);
     const auto let_go = [file = file_, base, all, token, n = static_cast<std::uint32_t>(layout().size()), process = ::getpid()](std::byte*) {
       const bool last = ::getpid() == process && static_cast<std::atomic<std::uint32_t>*>(base)->fetch_add(1) + 1 == n;

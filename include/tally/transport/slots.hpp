@@ -88,16 +88,16 @@ class SlotLayout {
     // Blocks have to hold an element for each rank and more; a quarter of the budget is theirs.
     const std::size_t n_of = static_cast<std::size_t>(std::max(n, 1)), block = std::min(std::size_t{3} << 20, options.budget / (4 * n_of)) / 4096 * 4096;
     staging_bytes_ = block < std::max(std::size_t{64} << 10, 128 * n_of) ? 0 : block;
-    if (options.slots < 1 || options.slots > 1 << 20) throw Error(Errc::invalid_argument, "slots must be 1 to 1048576, not " + std::to_string(options.slots));
+    if (options.slots < 1 || options.slots > 1 << 20) throw Error(Errc::invalid_argument, {"slots must be 1 to 1048576, not ", options.slots});
     if (options.slot_bytes < 128 || options.slot_bytes > std::size_t{1} << 30)
-      throw Error(Errc::invalid_argument, "slot_bytes must be 128 to 1 GiB, not " + std::to_string(options.slot_bytes));
-    if (options.lanes < 1 || options.lanes > 1024) throw Error(Errc::invalid_argument, "lanes must be 1 to 1024, not " + std::to_string(options.lanes));
+      throw Error(Errc::invalid_argument, {"slot_bytes must be 128 to 1 GiB, not ", options.slot_bytes});
+    if (options.lanes < 1 || options.lanes > 1024) throw Error(Errc::invalid_argument, {"lanes must be 1 to 1024, not ", options.lanes});
     while (bytes() > options.budget && (slots_ > 1 || slot_bytes_ > 128)) {
       if (slots_ > 8 || slot_bytes_ <= 1024) slots_ = std::max(1u, slots_ / 2), slot_bytes_ = slots_ == 1 ? round(slot_bytes_ / 2) : slot_bytes_;
       else slot_bytes_ = round(slot_bytes_ / 2);
     }
     if (bytes() > options.budget)
-      throw Error(Errc::no_resources, std::to_string(n) + " ranks need " + std::to_string(bytes()) + " bytes for slots, the budget is " + std::to_string(options.budget));
+      throw Error(Errc::no_resources, {n, " ranks need ", bytes(), " bytes for slots, the budget is ", options.budget});
   }
   int size() const { return n_; }
   int lanes() const { return lanes_; }
@@ -143,8 +143,7 @@ class SlotLayout {
   std::size_t bytes() const { return end_of_rings() + static_cast<std::size_t>(n_) * staging_bytes(); }
   /// What two processes must agree on before they use the same mapping.
   std::uint64_t hash() const {
-    return detail::hash_text("tally slots " + std::to_string(detail::slot_protocol) + " " + std::to_string(n_) + " " + std::to_string(lanes_) + " " +
-                             std::to_string(slots_) + " " + std::to_string(slot_bytes_) + " " + std::to_string(bytes()));
+    return detail::hash_text(detail::concat({"tally slots ", detail::slot_protocol, " ", n_, " ", lanes_, " ", slots_, " ", slot_bytes_, " ", bytes()}));
   }
 
  private:
@@ -185,7 +184,7 @@ class SlotMemory {
   void read_note(T& what) const {
     std::uint64_t size = 0;
     std::memcpy(&size, base_ + layout_.note(), sizeof size);
-    if (size != sizeof what) throw Error(Errc::protocol, "the note in shared memory has " + std::to_string(size) + " bytes, expected " + std::to_string(sizeof what) + ": were the ranks built with the same tally?");
+    if (size != sizeof what) throw Error(Errc::protocol, {"the note in shared memory has ", size, " bytes, expected ", sizeof what, ": were the ranks built with the same tally?"});
     std::memcpy(&what, base_ + layout_.note() + detail::line, sizeof what);
   }
 
@@ -624,7 +623,7 @@ class SlotTransport {
     else if (bytes > 0) std::memcpy(to, from, bytes);
   }
   [[noreturn]] void broken(const Transfer& t, std::size_t bytes) const {
-    throw Error(Errc::protocol, "rank " + std::to_string(t.peer) + " announced a frame of " + std::to_string(bytes) + " bytes, slots hold " + std::to_string(layout_.slot_bytes()),
+    throw Error(Errc::protocol, {"rank ", t.peer, " announced a frame of ", bytes, " bytes, slots hold ", layout_.slot_bytes()},
                 {me_, t.peer, t.operation, {}});
   }
 

@@ -29,28 +29,27 @@ class ThreadMemory final : public SlotMemory {
   std::uint64_t reserve() override {
     auto memory = std::make_shared<ThreadMemory>(layout());
     const std::lock_guard lock(mutex_);
-    reserved_[++last_token_] = std::move(memory);
+    reserved_.emplace(++last_token_, std::move(memory));
     return last_token_;
   }
   std::shared_ptr<SlotMemory> open(std::uint64_t token, Rank) override {
     const std::lock_guard lock(mutex_);
-    return reserved_.at(token);
+    return std::static_pointer_cast<SlotMemory>(reserved_.at(token));
   }
   void release(std::uint64_t token) override {
     const std::lock_guard lock(mutex_);
     reserved_.erase(token);
-    blocks_.erase(token);
   }
 
   std::uint64_t reserve(std::size_t bytes) override {
     auto block = zeroed(bytes, "symmetric memory");
     const std::lock_guard lock(mutex_);
-    blocks_[++last_token_] = std::move(block);
+    reserved_.emplace(++last_token_, std::move(block));
     return last_token_;
   }
   std::shared_ptr<std::byte> map(std::uint64_t token, std::size_t) override {
     const std::lock_guard lock(mutex_);
-    return blocks_.at(token);
+    return std::static_pointer_cast<std::byte>(reserved_.at(token));
   }
   void discard(std::uint64_t, std::size_t) override {}  // it goes with its owners
   bool one_address_space() const override { return true; }
@@ -59,7 +58,7 @@ class ThreadMemory final : public SlotMemory {
   /// Pages come zeroed, when they are first touched, and go with the last owner.
   static std::shared_ptr<std::byte> zeroed(std::size_t bytes, const char* what) {
     void* base = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (base == MAP_FAILED) throw Error(Errc::no_resources, "no memory for " + std::to_string(bytes) + " bytes of " + what + ": " + std::generic_category().message(errno));
+    if (base == MAP_FAILED) throw Error(Errc::no_resources, {"no memory for ", bytes, " bytes of ", what, ": ", std::generic_category().message(errno)});
     ::madvise(base, bytes, MADV_HUGEPAGE);  // where it cannot be had, nothing is lost
     return {static_cast<std::byte*>(base), [bytes](std::byte* memory) { ::munmap(memory, bytes); }};
   }
@@ -67,8 +66,7 @@ class ThreadMemory final : public SlotMemory {
   std::shared_ptr<std::byte> slots_;
   // Owned here, so that a duplicate() that fails half-way leaks nothing and frees nothing under another's feet.
   std::mutex mutex_;
-  std::map<std::uint64_t, std::shared_ptr<SlotMemory>> reserved_;
-  std::map<std::uint64_t, std::shared_ptr<std::byte>> blocks_;
+  std::map<std::uint64_t, std::shared_ptr<void>> reserved_;  // slots and blocks
   std::uint64_t last_token_ = 0;
 };
 
