@@ -252,6 +252,7 @@ class Sysfs {
       write(dir + "/cache/index0/type", "Data"), write(dir + "/cache/index0/shared_cpu_list", std::to_string(core));
       write(dir + "/cache/index1/type", "Instruction"), write(dir + "/cache/index1/shared_cpu_list", std::to_string(core));
       write(dir + "/cache/index2/type", "Unified"), write(dir + "/cache/index2/shared_cpu_list", list(core / 2 * 2, 2));
+      write(dir + "/cache/index0/size", "32K"), write(dir + "/cache/index1/size", "32K"), write(dir + "/cache/index2/size", "512K");
     }
   }
   ~Sysfs() { std::filesystem::remove_all(path()); }
@@ -281,6 +282,8 @@ TEST_CASE("the cache and the socket that cores share") {
   CHECK(is(sysfs.of({0, 1, 2, 3, 4, 5, 6, 7}), -1, -1));
   CHECK(is(sysfs.of({}), -1, -1));
   CHECK(is(sysfs.of({9}), -1, -1));  // sysfs says nothing of it
+  CHECK(last_level_cache_bytes(sysfs.path()) == std::size_t{512} << 10);
+  CHECK(last_level_cache_bytes("/nowhere") == std::size_t{32} << 20);
   const auto parsed = [](const char* text) { const cpu_set_t set = detail::parse_cores(text); return CPU_COUNT(&set); };
   CHECK(parsed("0-3,8") == 5);
   CHECK(parsed("1023") == 1);

@@ -11,6 +11,8 @@
 #include <random>
 #include <stdexcept>
 #include <string>
+#include <string_view>
+#include <utility>
 #include <vector>
 
 #include <tally/tally.hpp>
@@ -312,6 +314,41 @@ TEST_CASE("the same bits on every rank, and for every algorithm that declares th
   for (const int n : {2, 3, 5, 6, 7, 8}) launch(n, body, threads);
   launch(7, body, threads, cramped());
   for (const int group : {2, 3, 4}) launch(7, body, threads, grouped(group));
+}
+
+TEST_CASE("results that the caches cannot hold", "[processes]") {
+  // Ranks that share a cache fill it more than once: what is only written goes past it, however it comes.
+  const auto body = [](Communicator& comm) {
+    const auto n = static_cast<std::size_t>(comm.size()), me = static_cast<std::size_t>(comm.rank());
+    const std::size_t count = (last_level_cache_bytes() / n + 1000) / sizeof(std::uint64_t) / (n + 1) + 13;
+    expect(exceeds_caches({Operation::all_gather, comm.rank(), comm.size(), 0, count, false}, sizeof(std::uint64_t)), "more than the caches hold");
+    std::vector<std::uint64_t> in(count), out(count * n);
+    for (std::size_t i = 0; i < count; ++i) in[i] = me << 56 | i;
+    const auto gathered = [&] {
+      std::size_t wrong = 0;
+      for (std::size_t r = 0; r < n; ++r)
+        for (std::size_t i = 0; i < count; ++i) wrong += std::exchange(out[r * count + i], 0) != (r << 56 | i);
+      return wrong == 0;
+    };
+    for (const char* algorithm : {"one_shot", "ring", "recursive_doubling", "staged"}) {
+      comm.all_gather(in, out, {.algorithm = algorithm});
+      expect(gathered(), std::string("all_gather by ") + algorithm);
+      if (comm.rank() == 1)
+        for (std::size_t i = 0; i < out.size(); ++i) out[i] = i;
+      if (std::string_view(algorithm) == "ring" || std::string_view(algorithm) == "recursive_doubling") continue;
+      comm.broadcast(out, 1, {.algorithm = algorithm});
+      std::size_t wrong = 0;
+      for (std::size_t i = 0; i < out.size(); ++i) wrong += out[i] != i;
+      expect(wrong == 0, std::string("broadcast by ") + algorithm);
+    }
+    const Symmetric<std::uint64_t> from = comm.allocate<std::uint64_t>(count), to = comm.allocate<std::uint64_t>(count * n);
+    std::copy(in.begin(), in.end(), from.span().begin());
+    comm.all_gather(from.span(), to.span());
+    std::copy(to.span().begin(), to.span().end(), out.begin());
+    expect(gathered(), "all_gather in symmetric memory");
+  };
+  launch(2, body);
+  launch(3, body, threads);
 }
 
 TEST_CASE("algorithms can be chosen by name, and users can bring their own") {

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The thread transport under the conformance suite.
+#include <algorithm>
 #include <deque>
 #include <memory>
 #include <mutex>
@@ -88,4 +89,18 @@ TEST_CASE("slots that do not fit their budget are refused") {
   CHECK(SlotLayout(2, tiny).bytes() <= tiny.budget);
   tiny.budget = 1000;
   CHECK_THROWS_AS(SlotLayout(32, tiny), Error);
+}
+
+TEST_CASE("copying past the caches copies what it should and nothing else") {
+  std::vector<std::byte> from(1000), to(1000);
+  for (std::size_t i = 0; i < from.size(); ++i) from[i] = static_cast<std::byte>(i * 7 + 1);
+  std::size_t wrong = 0;
+  for (const std::size_t at : {std::size_t{0}, std::size_t{1}, std::size_t{15}, std::size_t{16}, std::size_t{63}, std::size_t{64}, std::size_t{70}})
+    for (const std::size_t source : {std::size_t{0}, std::size_t{3}, std::size_t{64}})
+      for (std::size_t bytes = 0; bytes < 400; ++bytes) {
+        std::fill(to.begin(), to.end(), std::byte{0});
+        copy_past_caches(to.data() + at, from.data() + source, bytes);
+        for (std::size_t i = 0; i < to.size(); ++i) wrong += to[i] != (i >= at && i < at + bytes ? from[source + i - at] : std::byte{0});
+      }
+  CHECK(wrong == 0);
 }

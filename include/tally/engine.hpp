@@ -332,7 +332,7 @@ class Engine final : public AnyEngine {
             });
         if (length > short_bytes) progress_.enter(call.fold.function ? State::reduce : State::copy);
         if (kernel) run_by_kernel(call, length);
-        else pass_.run(length, call.grain, &call.fold);
+        else pass_.run(length, call.grain, &call.fold, writes_past_caches(call) && !call.fold.function);
         transport_->shared(bytes.stored, bytes.loaded);
       }
       meet({0, 0, call.layout.count});
@@ -341,6 +341,8 @@ class Engine final : public AnyEngine {
       refuse_share(call);
     }
   }
+  /// Shares likewise (see Prepared): what was just read is not only written.
+  bool writes_past_caches(const Call& call) const { return prepared_->past_caches && !call.layout.in_place; }
   void run_by_kernel(const Call& call, std::size_t bytes) {
     pid_t failed = 0;
     const int error = kernel_pass_.run(bytes, call.grain, &call.fold, pass_, failed);
@@ -378,7 +380,7 @@ class Engine final : public AnyEngine {
   void take_staged_share(const Call& call) {
     if constexpr (DirectAccess<T>) {
       const std::size_t area = transport_->staging_bytes(), gap = area / 64;
-      const Staging staging(call, area / 4 - gap);
+      const Staging staging(call, area / 4 - gap, writes_past_caches(call));
       const std::size_t pieces = staging.pieces();
       std::size_t at[3] = {};
       const auto block = [&](Rank r, std::size_t i) { return transport_->staging(r) + at[i % 3]; };
@@ -453,7 +455,8 @@ class Engine final : public AnyEngine {
       const std::byte* from = t.from + t.done;
       std::byte* to = t.to + t.done;
       if (bytes > short_bytes) progress_.enter(t.fold ? State::reduce : State::copy);
-      if (!t.fold) std::memmove(to, from, bytes);
+      if (t.past_caches) copy_past_caches(to, from, bytes);
+      else if (!t.fold) std::memmove(to, from, bytes);
       else if (t.side == Side::right) (*t.fold)(to, to, from, bytes);
       else (*t.fold)(to, from, to, bytes);
       t.done += bytes;

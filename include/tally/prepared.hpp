@@ -13,14 +13,23 @@
 #include "account/ledger.hpp"
 #include "call.hpp"
 #include "plan.hpp"
+#include "topology.hpp"
 #include "transport/concept.hpp"
 
 namespace tally::inline v0 {
 
+/// Whether a call's results will have left the caches before anybody looks at them, as the ranks that share a cache move
+/// more than it holds.
+inline bool exceeds_caches(const Layout& layout, std::size_t grain) {
+  static const std::size_t cache = last_level_cache_bytes();
+  const auto sharing = static_cast<std::size_t>(layout.group > 1 ? layout.group : layout.n);
+  return (layout.input_count() + layout.output_count()) * grain >= cache / 4 * 3 / sharing;
+}
+
 /// Everything about a call that does not change from one call with this layout to the next.
 struct Prepared : std::enable_shared_from_this<Prepared> {
   /// Transfers that combine will use `fold`.
-  Prepared(Plan&& planned, const Fold* fold) : plan(std::move(planned)), transfers(plan.steps().size()), queued(plan.steps().size()) {
+  Prepared(Plan&& planned, const Fold* fold) : plan(std::move(planned)), past_caches(exceeds_caches(plan.layout(), plan.grain())), transfers(plan.steps().size()), queued(plan.steps().size()) {
     for (std::uint32_t i = 0; i < plan.steps().size(); ++i) {
       const PlannedStep& step = plan.steps()[i];
       Transfer& t = transfers[i];
@@ -31,12 +40,15 @@ struct Prepared : std::enable_shared_from_this<Prepared> {
       t.side = step.side;
       t.is_send = step.verb == Verb::send;
       t.fold = step.verb == Verb::receive_combine || step.verb == Verb::combine ? fold : nullptr;
+      // What was not read before and will not be read on is only written. (For folds it did not pay.)
+      t.past_caches = past_caches && !t.is_send && !t.fold && step.to.buffer == Buffer::output && step.dependencies == 0 && step.dependents == 0;
       ready.push_back(plan.ready(i, [](std::size_t) { return std::size_t{0}; }));
     }
   }
   std::size_t bytes_held() const { return plan.bytes_held() + transfers.size() * sizeof(Transfer); }
 
   Plan plan;
+  bool past_caches;                 // see exceeds_caches
   std::vector<Transfer> transfers;  // one per step; local steps use the watermarks too
   std::vector<std::size_t> ready;   // at the start
   std::vector<char> queued;         // local steps: waiting to be run

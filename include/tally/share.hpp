@@ -10,6 +10,7 @@
 #include <cstring>
 #include <vector>
 
+#include "copy.hpp"
 #include "reduce.hpp"
 #include "steps.hpp"
 
@@ -49,8 +50,8 @@ class SharePass {
   std::vector<std::byte*> targets;
 
   /// Every target's `bytes` bytes become the fold of the sources', whole elements of `grain` bytes. A target may be
-  /// a source, no other overlap is allowed. Without a fold there is one source.
-  void run(std::size_t bytes, std::size_t grain, const Fold* fold) {
+  /// a source, no other overlap is allowed. Without a fold there is one source. `past_caches`: nobody looks at the targets soon.
+  void run(std::size_t bytes, std::size_t grain, const Fold* fold, bool past_caches = false) {
     if (targets.empty()) return;
     const bool one_copy = sources.size() == 1 && targets.size() == 1;
     const std::size_t piece = one_copy ? bytes : std::max(grain, piece_bytes - piece_bytes % grain);
@@ -61,8 +62,11 @@ class SharePass {
       const std::byte* result = targets[0] + at;
       if (sources.size() == 1) result = sources[0] + at;
       else fold_all(targets[0] + at, at, now, *fold);
-      for (std::byte* target : targets)
-        if (target + at != result) std::memcpy(target + at, result, now);
+      for (std::byte* target : targets) {
+        if (target + at == result) continue;
+        if (past_caches) copy_past_caches(target + at, result, now);
+        else std::memcpy(target + at, result, now);
+      }
     }
   }
 

@@ -9,6 +9,7 @@
 #include <cstring>
 
 #include "call.hpp"
+#include "copy.hpp"
 #include "share.hpp"
 #include "steps.hpp"
 
@@ -16,8 +17,8 @@ namespace tally::inline v0 {
 
 class Staging {
  public:
-  /// No piece takes more than `limit` bytes of a block.
-  Staging(const Call& call, std::size_t limit) : call_(call), width_(call.layout.items() / std::max<std::size_t>(call.layout.count, 1) * call.grain), most_(std::max<std::size_t>(limit / std::max<std::size_t>(width_, 1), 1)) {}
+  /// No piece takes more than `limit` bytes of a block. `past_caches`: nobody looks at the results soon.
+  Staging(const Call& call, std::size_t limit, bool past_caches = false) : call_(call), past_caches_(past_caches), width_(call.layout.items() / std::max<std::size_t>(call.layout.count, 1) * call.grain), most_(std::max<std::size_t>(limit / std::max<std::size_t>(width_, 1), 1)) {}
 
   std::size_t pieces() const { return (call_.layout.count + most_ - 1) / most_; }
   /// Bytes of a block that piece i takes.
@@ -28,7 +29,7 @@ class Staging {
   void put(std::size_t i, std::byte* block, Moving&& moving) const {
     for (Rank r = 0; r < call_.layout.n; ++r) {
       const Share share = share_of(r, i);
-      if (r != me() && (share.source < 0 || share.source == me())) copy(block + share.from.first * call_.grain, place(share.from, i), share.from.count, moving);
+      if (r != me() && (share.source < 0 || share.source == me())) copy(block + share.from.first * call_.grain, place(share.from, i), share.from.count, false, moving);
     }
   }
   /// Where this rank's share is: `block(r)` is rank r's block of the piece.
@@ -45,7 +46,7 @@ class Staging {
   void take(std::size_t i, const std::byte* block, Moving&& moving) const {
     for (Rank r = 0; r < call_.layout.n; ++r) {
       const Share share = share_of(r, i);
-      if (r != me() && (share.target < 0 || share.target == me()) && !share.has_already(me())) copy(place(share.to, i), block + share.to.first * call_.grain, share.to.count, moving);
+      if (r != me() && (share.target < 0 || share.target == me()) && !share.has_already(me())) copy(place(share.to, i), block + share.to.first * call_.grain, share.to.count, past_caches_, moving);
     }
   }
 
@@ -67,13 +68,15 @@ class Staging {
     return (input ? const_cast<std::byte*>(call_.input) : call_.output) + first * call_.grain;  // inputs are never written
   }
   template <class Moving>
-  void copy(std::byte* to, const std::byte* from, std::size_t count, Moving&& moving) const {
+  void copy(std::byte* to, const std::byte* from, std::size_t count, bool past_caches, Moving&& moving) const {
     if (count == 0) return;
     moving(count * call_.grain);
-    std::memcpy(to, from, count * call_.grain);
+    if (past_caches) copy_past_caches(to, from, count * call_.grain);
+    else std::memcpy(to, from, count * call_.grain);
   }
 
   const Call& call_;
+  bool past_caches_;
   std::size_t width_;  // bytes of a block per element of the call
   std::size_t most_;   // elements of a piece
 };

@@ -5,6 +5,7 @@
 
 #include <sched.h>
 
+#include <algorithm>
 #include <charconv>
 #include <cstddef>
 #include <cstdint>
@@ -76,6 +77,19 @@ inline Place place_of(const cpu_set_t& cores, const std::string& sysfs = "/sys/d
     last_level = shared;
   }
   return {detail::common(cores, detail::parse_cores(last_level)), detail::common(cores, detail::parse_cores(detail::first_line(core + "/topology/core_siblings_list")))};
+}
+
+/// Bytes of the first core's last-level cache; 32 MiB where sysfs does not say.
+inline std::size_t last_level_cache_bytes(const std::string& sysfs = "/sys/devices/system/cpu") {
+  std::size_t bytes = 0;
+  for (int i = 0; i < 16; ++i) {
+    const std::string text = detail::first_line(detail::concat({sysfs, "/cpu0/cache/index", i, "/size"}));  // "32768K"
+    std::size_t kilobytes = 0;
+    const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), kilobytes);
+    if (error != std::errc{} || end == text.data() + text.size() || *end != 'K' || kilobytes > std::size_t{1} << 40) break;
+    bytes = std::max(bytes, kilobytes << 10);
+  }
+  return bytes > 0 ? bytes : std::size_t{32} << 20;
 }
 
 /// How many ranks that follow each other, from rank 0 on, share a cache, or else a socket, that no other rank uses; the

@@ -50,6 +50,7 @@ struct Transfer {
   std::uint16_t grain = 1;  // bytes that are never split
   Side side = Side::right;
   bool is_send = false;
+  bool past_caches = false;  // receive without a fold: nobody has looked at the destination lately, or will soon
   bool pending = false;  // posted, and not yet complete or cancelled
   Lateness inherited;    // what this transfer's dependencies were late by
   Lateness late;         // the same and what its own frames or credits were late by

@@ -22,6 +22,7 @@
 #include <utility>
 #include <vector>
 
+#include "../copy.hpp"
 #include "../wait.hpp"
 #include "concept.hpp"
 
@@ -586,7 +587,8 @@ class SlotTransport {
       std::byte* to = t.to + t.done;
       if (!t.fold) {
         if (bytes > short_bytes) probe.copying();
-        std::memcpy(to, in, take);
+        if (t.past_caches) copy_past_caches(to, in, take);
+        else std::memcpy(to, in, take);
       } else {
         if (bytes > short_bytes) probe.reducing();
         const std::byte* acc = t.from + t.done;

@@ -1,0 +1,31 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copying what will have left the caches before anybody looks at it: stores that go past them, so that the lines they
+// fill need not be read first. That saves a third of what memory has to move.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+namespace tally::inline v0 {
+
+/// As memcpy; on return every core sees the bytes.
+inline void copy_past_caches(std::byte* to, const std::byte* from, std::size_t bytes) {
+#if defined(__x86_64__) && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)  // they do not see such stores
+  using Vector [[gnu::vector_size(16)]] = long long;
+  constexpr std::size_t line = 64;
+  const std::size_t lead = std::min(bytes, (line - reinterpret_cast<std::uintptr_t>(to) % line) % line);
+  std::memcpy(to, from, lead);
+  to += lead, from += lead, bytes -= lead;
+  for (; bytes >= line; to += line, from += line, bytes -= line) {
+    Vector part[line / sizeof(Vector)];
+    std::memcpy(part, from, line);
+    for (std::size_t i = 0; i < std::size(part); ++i) asm volatile("movntdq %1, %0" : "=m"(*reinterpret_cast<Vector*>(to + i * sizeof(Vector))) : "x"(part[i]));
+  }
+  asm volatile("sfence" : : : "memory");
+#endif
+  std::memcpy(to, from, bytes);
+}
+
+}  // namespace tally::inline v0
