@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 # What it costs to include the umbrella: a program with one all_reduce, at -O2, stays below 560 KiB of object code. The
-# time is printed; it was 4 to 5 s of one core of an AMD EPYC at 3 GHz, and depends on what else the machine does.
+# time is printed; it depends on what else the machine does.
 # usage: run.sh INCLUDE COMPILER
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
