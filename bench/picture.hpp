@@ -62,7 +62,7 @@ struct Bounds {
 /// Colours that the colour-blind can tell apart (Okabe and Ito), the first line's the strongest.
 inline std::string style(const Line& line) {
   static constexpr std::array colours{"#0072b2", "#d55e00", "#009e73", "#cc79a7", "#666666", "#999999", "#000000", "#e69f00"};
-  static constexpr std::array points{7, 5, 9, 13, 0, 0, 0, 11};
+  static constexpr std::array points{7, 5, 9, 13, 15, 0, 0, 11};
   static constexpr std::array dashes{1, 1, 1, 1, 4, 3, 2, 1};
   const auto i = static_cast<std::size_t>(line.colour) % colours.size();
   std::ostringstream text;
@@ -121,8 +121,14 @@ inline void columns(std::ostream& out, const Panel& panel) {
   out << "unset logscale x\nset xrange [-0.6:" << static_cast<double>(count) - 0.4 << "]\nset xtics nomirror norotate (";
   for (std::size_t i = 0; i < count; ++i) {
     std::string name = panel.lines[i].title;
-    for (std::size_t begin = 0, at = 0; (at = name.find(' ', at)) != name.npos; ++at)
-      if (at - begin > 10) name.replace(at, 1, "\\n"), begin = at + 2;
+    constexpr std::size_t widest = 11;  // characters, or it would run into its neighbours
+    for (std::size_t begin = 0; name.size() - begin > widest;) {
+      std::size_t space = name.rfind(' ', begin + widest);
+      if (space == name.npos || space < begin) space = name.find(' ', begin);
+      if (space == name.npos) break;
+      name.replace(space, 1, "\\n");
+      begin = space + 2;
+    }
     out << (i ? ", " : "") << '"' << name << "\" " << i;
   }
   out << ")\n";
@@ -153,7 +159,7 @@ inline std::string script(const Picture& picture, const std::string& file) {
       << "set size 1," << top / whole << "\nset origin 0," << 1 - top / whole << "\nset title \"" << picture.title << "\" font ',14'\nunset border\nunset tics\n"
       << "set key center center horizontal Left reverse samplen 3 font ',11'\nset xrange [0:1]\nset yrange [0:1]\nset lmargin 1\nset rmargin 1\nset bmargin 0\n"
       << "plot NaN notitle" << legend(picture) << '\n'
-      << "unset key\nset lmargin 10\nset rmargin 2\nset bmargin 3.5\nset border 3 lc rgb '#444444'\nset tics nomirror out\nset grid xtics ytics lc rgb '#dddddd' lw 0.6\nset logscale y\n"
+      << "unset key\nset lmargin 10\nset rmargin 2\nset bmargin 4.5\nset border 3 lc rgb '#444444'\nset tics nomirror out\nset grid xtics ytics lc rgb '#dddddd' lw 0.6\nset logscale y\n"
       << "set size " << 1 / static_cast<double>(across) << ',' << height / whole << '\n';
   for (std::size_t i = 0; i < panels; ++i) {
     const Panel& panel = picture.panels[i];

@@ -194,10 +194,12 @@ class Rendezvous {
     mine.size = job_.size;
     mine.accounting = options_.accounting;
     mine.tsc = Clock::host().is_tsc();
+    return mine;
+  }
+  static Place own_place() {
     cpu_set_t cores;
     CPU_ZERO(&cores);
-    if (::sched_getaffinity(0, sizeof cores, &cores) == 0) mine.place = place_of(cores);
-    return mine;
+    return ::sched_getaffinity(0, sizeof cores, &cores) == 0 ? place_of(cores) : Place{};
   }
   FileDescriptor socket() const {
     FileDescriptor fd(::socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0));
@@ -239,7 +241,7 @@ class Rendezvous {
     CostModel model = model_for(*memory, options_);
     std::vector<Connection> joined(static_cast<std::size_t>(job_.size));
     std::vector<pid_t> pids(joined.size(), ::getpid());
-    std::vector<Place> places(joined.size(), hello().place);
+    std::vector<Place> places(joined.size(), own_place());
     std::string problem;
     std::vector<Connection> silent;  // guests that have not said hello yet: they hold nobody up
     Errc code = Errc::mismatch;
@@ -310,7 +312,8 @@ class Rendezvous {
       else std::this_thread::sleep_for(std::chrono::milliseconds(2));
     }
     if (host.peer().uid != ::getuid()) throw Error(Errc::protocol, {"another user answers as rank 0 of job '", job_.job, "'"});
-    const Hello mine = hello();
+    Hello mine = hello();
+    mine.place = own_place();
     Welcome welcome;
     FileDescriptor fd;
     if (!host.send(&mine, sizeof mine) || !host.receive(&welcome, sizeof welcome, &fd, deadline_)) {
