@@ -318,6 +318,14 @@ TEST_CASE("what crosses between groups counts more, and is avoided") {
     CHECK(time(grouped, "recursive_doubling", bytes) > time(flat, "recursive_doubling", bytes));
     CHECK(time(grouped, "hierarchical", bytes) < time(grouped, "one_shot", bytes));
   }
+  for (const int group : {31, 32, 64}) {  // and where a group has more ranks than an estimate looks at
+    CostModel wide;
+    wide.cores = 2 * group;
+    wide.group = group;
+    Chooser near(2 * group, {.cores = 2 * group}), far(2 * group, wide);
+    CHECK(time(far, "staged", 1 << 20) > 1.5 * time(near, "staged", 1 << 20));
+    CHECK(time(far, "hierarchical", 1 << 20) < 0.8 * time(far, "two_shot", 1 << 20));
+  }
   const auto offered = [](Chooser& chooser) {
     for (const auto& candidate : chooser.candidates(Operation::all_reduce, 8, false))
       if (candidate.algorithm.name == "hierarchical") return true;
@@ -331,4 +339,6 @@ TEST_CASE("what crosses between groups counts more, and is avoided") {
     expect(comm.group() == 2 && comm.duplicate().group() == 2, "the group asked for");
     expect(comm.explain(Operation::all_reduce, 8).find("in groups of 2") != std::string::npos, "explained");
   }, threads, options);
+  options.group = 1 << 15;
+  launch(2, [](Communicator& comm) { expect(comm.group() == 2, "no more than there are"); }, threads, options);
 }

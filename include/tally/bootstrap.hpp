@@ -7,6 +7,7 @@
 #include <sys/un.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <bit>
 #include <cerrno>
@@ -44,7 +45,7 @@ inline CostModel model_for(const SlotMemory& memory, const Options& options) {
   CPU_ZERO(&allowed);
   const int mine = ::sched_getaffinity(0, sizeof allowed, &allowed) == 0 ? CPU_COUNT(&allowed) : online;
   model.cores = mine > 1 ? mine : online;  // one: launchers bind each rank to a core of its own
-  model.group = std::max(options.group, 1);
+  model.group = std::clamp(options.group, 1, std::max(memory.layout().size(), 1));
   if (!options.model.empty()) read_model(options.model, memory.name(), memory.layout().size(), model);
   return model;
 }

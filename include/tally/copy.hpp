@@ -13,7 +13,7 @@ namespace tally::inline v0 {
 /// As memcpy; on return every core sees the bytes.
 inline void copy_past_caches(std::byte* to, const std::byte* from, std::size_t bytes) {
 #if defined(__x86_64__) && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)  // they do not see such stores
-  using Vector [[gnu::vector_size(16)]] = long long;
+  using Vector [[gnu::vector_size(16), gnu::may_alias]] = long long;  // whatever the elements are
   constexpr std::size_t line = 64;
   const std::size_t lead = std::min(bytes, (line - reinterpret_cast<std::uintptr_t>(to) % line) % line);
   std::memcpy(to, from, lead);

@@ -212,12 +212,15 @@ class Chooser {
     return std::exp2(low + (high - low) * (at - below) / (above - below));
   }
   detail::Profile profile(const AlgorithmRef& algorithm, Operation operation) {
-    // More ranks than these change what an algorithm costs, but hardly which one is best.
+    // More ranks than these change what an algorithm costs, but hardly which one is best, if they are in as many groups.
     constexpr int most_ranks = 32;
+    const int ranks = std::min(n_, most_ranks);
+    const bool groups = model_.group > 1 && model_.group < n_;
+    const int group = groups ? static_cast<int>(std::max<std::int64_t>(2, std::int64_t{model_.group} * ranks / n_)) : 1;
     auto& known = profiles_[static_cast<std::size_t>(operation)];
     for (const auto& [code, profile] : known)
       if (code == algorithm.code) return profile;
-    return known.emplace_back(algorithm.code, detail::profile_of(algorithm, operation, std::min(n_, most_ranks), model_.group, static_cast<double>(model_.across))).second;
+    return known.emplace_back(algorithm.code, detail::profile_of(algorithm, operation, ranks, group, static_cast<double>(model_.across))).second;
   }
 
   int n_;

@@ -27,7 +27,7 @@ class ThreadMemory final : public SlotMemory {
   bool runs(Rank) override { return true; }  // a thread ends only by leaving
 
   std::uint64_t reserve() override {
-    auto memory = std::make_shared<ThreadMemory>(layout());
+    std::shared_ptr<SlotMemory> memory = std::make_shared<ThreadMemory>(layout());  // as what it is taken out again
     const std::lock_guard lock(mutex_);
     reserved_.emplace(++last_token_, std::move(memory));
     return last_token_;
