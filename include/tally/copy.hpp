@@ -21,7 +21,7 @@ inline void copy_past_caches(std::byte* to, const std::byte* from, std::size_t b
   for (; bytes >= line; to += line, from += line, bytes -= line) {
     Vector part[line / sizeof(Vector)];
     std::memcpy(part, from, line);
-    for (std::size_t i = 0; i < std::size(part); ++i) asm volatile("movntdq %1, %0" : "=m"(*reinterpret_cast<Vector*>(to + i * sizeof(Vector))) : "x"(part[i]));
+    for (std::size_t i = 0; i < line / sizeof(Vector); ++i) asm volatile("movntdq %1, %0" : "=m"(*reinterpret_cast<Vector*>(to + i * sizeof(Vector))) : "x"(part[i]));
   }
   asm volatile("sfence" : : : "memory");
 #endif

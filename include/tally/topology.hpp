@@ -95,7 +95,7 @@ inline std::size_t last_level_cache_bytes(const std::string& sysfs = "/sys/devic
 /// How many ranks that follow each other, from rank 0 on, share a cache, or else a socket, that no other rank uses; the
 /// last group may have fewer. 1 where that is not so, or where all share one.
 inline int group_of(const std::vector<Place>& ranks) {
-  for (std::int32_t Place::*level : {&Place::cache, &Place::socket}) {
+  for (const auto level : {&Place::cache, &Place::socket}) {
     std::size_t width = 1;
     while (width < ranks.size() && ranks[width].*level == ranks[0].*level) ++width;
     bool even = width > 1 && width < ranks.size();
