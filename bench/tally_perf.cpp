@@ -425,7 +425,7 @@ void parse(int argc, char** argv, CLI::App& app, Settings& s) {
   CLI::Option* ranks = app.add_option("-n,--ranks", s.ranks, "number of ranks to start [2]; a launcher's number under mpirun, torchrun or TALLY_RANK");
   app.add_option("--op", op, "all_reduce, reduce, broadcast, all_gather, reduce_scatter or barrier")->capture_default_str();
   app.add_option("--transport", s.transport, "shm (ranks are processes) or thread")->capture_default_str();
-  app.add_option("--algorithm", s.algorithm, "auto, ring, tree, recursive_doubling, one_shot, recursive_halving, two_shot, chain, double_tree, or zero_copy (thread only)")->capture_default_str();
+  app.add_option("--algorithm", s.algorithm, "auto, ring, tree, recursive_doubling, one_shot, recursive_halving, two_shot, chain, double_tree, hierarchical, zero_copy (where ranks are threads), staged, or single_copy")->capture_default_str();
   app.add_option("-b,--min", least, "smallest size in bytes")->capture_default_str();
   app.add_option("-e,--max", most, "largest size")->capture_default_str();
   app.add_option("-f,--factor", s.factor, "from size to size")->capture_default_str();
