@@ -66,7 +66,7 @@ int main(int argc, char** argv) {
   CLI::App app{"Measures what it costs one rank of two to wait for the other, which comes late to every call."};
   int times = 200;
   std::string json;
-  app.add_option("--times", times, "calls per row")->capture_default_str()->check(CLI::Range(1, 1'000'000));
+  app.add_option("--times", times, "calls per row; a tenth of them where they are 100 ms late")->capture_default_str()->check(CLI::Range(1, 1'000'000));
   app.add_option("--json", json, "also JSON lines to this file");
   CLI11_PARSE(app, argc, argv);
   std::ofstream file;
@@ -97,6 +97,12 @@ int main(int argc, char** argv) {
         if (file)
           file << nlohmann::ordered_json{{"policy", name_of(policy)}, {"late_ms", late}, {"calls", calls}, {"cpu_us", row.cpu_us}, {"cpu_share", row.cpu_share}, {"added_us", row.added_us}, {"added_p99_us", row.added_p99_us}}.dump() << std::endl;
       };
-      tally::launch(2, work, tally::processes, options);
+      try {
+        tally::launch(2, work, tally::processes, options);
+      } catch (const std::exception& error) {
+        progress.clear();
+        std::cerr << "late: " << error.what() << '\n';
+        return 1;
+      }
     }
 }
