@@ -40,7 +40,7 @@ class Workplace {
  public:
   Workplace() {
     const char* const wanted = std::getenv("TMPDIR");
-    path_ = std::string(::access("/dev/shm", W_OK | X_OK) == 0 ? "/dev/shm" : wanted ? wanted : "/tmp") + "/tally-compare-XXXXXX";
+    path_ = std::string(::access("/dev/shm", W_OK | X_OK) == 0 ? "/dev/shm" : wanted ? wanted : "/tmp") + "/tally-compare-" + std::string(6, 'X');  // which mkdtemp replaces
     if (!::mkdtemp(path_.data())) throw_errno(path_);
     int ends[2];
     if (::pipe2(ends, O_CLOEXEC) != 0) throw_errno("pipe");

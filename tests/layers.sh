@@ -26,7 +26,7 @@ exceptions=(
   "share: copy reduce"
   "kernel_copy: share"
   "transport/concept: clock reduce"
-  "transport/slots: clock copy wait reduce transport/concept"
+  "transport/slots: clock copy topology wait reduce transport/concept"
   "transport/thread: transport/slots"
   "transport/shm: transport/slots"
   "energy/model: energy/meter"

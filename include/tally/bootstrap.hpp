@@ -41,9 +41,8 @@ namespace detail {
 inline CostModel model_for(const SlotMemory& memory, const Options& options) {
   CostModel model;
   const int online = static_cast<int>(::sysconf(_SC_NPROCESSORS_ONLN));
-  cpu_set_t allowed;
-  CPU_ZERO(&allowed);
-  const int mine = ::sched_getaffinity(0, sizeof allowed, &allowed) == 0 ? CPU_COUNT(&allowed) : online;
+  const cpu_set_t allowed = own_cores();
+  const int mine = CPU_COUNT(&allowed);
   model.cores = mine > 1 ? mine : online;  // one: launchers bind each rank to a core of its own
   model.group = std::clamp(options.group, 1, std::max(memory.layout().size(), 1));
   if (!options.model.empty()) read_model(options.model, memory.name(), memory.layout().size(), model);
@@ -197,11 +196,6 @@ class Rendezvous {
     mine.tsc = Clock::host().is_tsc();
     return mine;
   }
-  static Place own_place() {
-    cpu_set_t cores;
-    CPU_ZERO(&cores);
-    return ::sched_getaffinity(0, sizeof cores, &cores) == 0 ? place_of(cores) : Place{};
-  }
   FileDescriptor socket() const {
     FileDescriptor fd(::socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0));
     if (!fd) throw Error(Errc::no_resources, {"no descriptor for a socket: ", errno_text(errno)});
@@ -242,7 +236,7 @@ class Rendezvous {
     CostModel model = model_for(*memory, options_);
     std::vector<Connection> joined(static_cast<std::size_t>(job_.size));
     std::vector<pid_t> pids(joined.size(), ::getpid());
-    std::vector<Place> places(joined.size(), own_place());
+    std::vector<Place> places(joined.size(), place_of(own_cores()));
     std::string problem;
     std::vector<Connection> silent;  // guests that have not said hello yet: they hold nobody up
     Errc code = Errc::mismatch;
@@ -314,7 +308,7 @@ class Rendezvous {
     }
     if (host.peer().uid != ::getuid()) throw Error(Errc::protocol, {"another user answers as rank 0 of job '", job_.job, "'"});
     Hello mine = hello();
-    mine.place = own_place();
+    mine.place = place_of(own_cores());
     Welcome welcome;
     FileDescriptor fd;
     if (!host.send(&mine, sizeof mine) || !host.receive(&welcome, sizeof welcome, &fd, deadline_)) {

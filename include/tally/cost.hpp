@@ -183,8 +183,8 @@ class Chooser {
     std::vector<Candidate> all;
     for (const std::string_view name : algorithms_for(operation)) {
       const AlgorithmRef algorithm = find_algorithm(operation, name);
-      const bool possible = (name != Hierarchical::name || (model_.group > 1 && model_.group < n_)) && (!algorithm.share || (algorithm.is(Reach::direct) ? direct : stages_ && (algorithm.is(Reach::staged) || has_measured(algorithm, operation, bytes))));
-      if (!possible) continue;
+      const bool possible = !algorithm.share || (algorithm.is(Reach::direct) ? direct : stages_ && (algorithm.is(Reach::staged) || has_measured(algorithm, operation, bytes)));
+      if (!possible || (name == Hierarchical::name && !grouped())) continue;
       const Candidate next{algorithm, estimate(algorithm, operation, bytes)};
       all.insert(std::upper_bound(all.begin(), all.end(), next, [](const Candidate& a, const Candidate& b) { return a.estimate.microseconds < b.estimate.microseconds; }), next);
     }
@@ -192,6 +192,7 @@ class Chooser {
   }
 
  private:
+  bool grouped() const { return model_.group > 1 && model_.group < n_; }
   [[gnu::cold, gnu::noinline]] AlgorithmRef best(Operation operation, std::size_t bytes, bool direct) { return candidates(operation, bytes, direct).front().algorithm; }
 
   double measured(const AlgorithmRef& algorithm, Operation operation, std::size_t bytes) const {
@@ -212,14 +213,13 @@ class Chooser {
     return std::exp2(low + (high - low) * (at - below) / (above - below));
   }
   detail::Profile profile(const AlgorithmRef& algorithm, Operation operation) {
-    // More ranks than these change what an algorithm costs, but hardly which one is best, if they are in as many groups.
-    constexpr int most_ranks = 32;
-    const int ranks = std::min(n_, most_ranks);
-    const bool groups = model_.group > 1 && model_.group < n_;
-    const int group = groups ? static_cast<int>(std::max<std::int64_t>(2, std::int64_t{model_.group} * ranks / n_)) : 1;
     auto& known = profiles_[static_cast<std::size_t>(operation)];
     for (const auto& [code, profile] : known)
       if (code == algorithm.code) return profile;
+    // More ranks than these change what an algorithm costs, but hardly which one is best, if they are in as many groups.
+    constexpr int most_ranks = 32;
+    const int ranks = std::min(n_, most_ranks);
+    const int group = grouped() ? static_cast<int>(std::max<std::int64_t>(2, std::int64_t{model_.group} * ranks / n_)) : 1;
     return known.emplace_back(algorithm.code, detail::profile_of(algorithm, operation, ranks, group, static_cast<double>(model_.across))).second;
   }
 

@@ -63,6 +63,14 @@ inline std::int32_t common(const cpu_set_t& cores, const cpu_set_t& siblings) {
 
 }  // namespace detail
 
+/// The cores that the calling thread may run on; empty where the kernel does not say.
+inline cpu_set_t own_cores() {
+  cpu_set_t cores;
+  CPU_ZERO(&cores);
+  if (::sched_getaffinity(0, sizeof cores, &cores) != 0) CPU_ZERO(&cores);
+  return cores;
+}
+
 /// Where a rank is that may run on these cores.
 inline Place place_of(const cpu_set_t& cores, const std::string& sysfs = "/sys/devices/system/cpu") {
   const int first = detail::first_core(cores);

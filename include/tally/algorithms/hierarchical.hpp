@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Two levels: ranks that are close to each other (Shape::group: they share a cache, or a socket) do among themselves
-// what they can, and what has to go far goes once. Member c of each group looks after block c of the data, so
+// what they can, and what has to go far goes once per group. Member c of each group looks after block c of the data, so
 // all members use the way between the groups at the same time (Karonis et al., "Exploiting hierarchy in parallel computer
 // networks to optimize collective operation performance", 2000). The last group may be short: its members look after several blocks.
 #pragma once
@@ -22,12 +22,12 @@ struct Hierarchical {
   static Steps all_reduce(Shape shape) {
     const auto [me, n, root, in, out, group] = shape;
     const Groups all(n, group);
-    const int mine = all.of(me), size = all.size(mine);
+    const int mine = all.of(me);
     const Chunks sum(Buffer::output, out.count(), all.width);
     if (n == 1) co_yield copy(in.all(), out.all());
     Steps summing = fold_group(all, me, in.count(), Buffer::output);
     while (const Step* step = summing.next()) co_yield *step;
-    for (int block = me - all.first(mine); block < all.width; block += size) {
+    for (int block = me - all.first(mine); block < all.width; block += all.size(mine)) {
       Steps doubling = RecursiveDoubling::all_reduce(across(all, mine, 0, sum[block].count));
       while (const Step* step = doubling.next()) co_yield all.place(*step, block, sum[block]);
     }

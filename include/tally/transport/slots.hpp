@@ -23,6 +23,7 @@
 #include <vector>
 
 #include "../copy.hpp"
+#include "../topology.hpp"
 #include "../wait.hpp"
 #include "concept.hpp"
 
@@ -486,9 +487,8 @@ class SlotTransport {
     if (e.peer_parked->load(std::memory_order_relaxed) != 0 && e.peer_parked->exchange(0) != 0) to_wake_ |= e.peer_bit;
   }
   void publish_cores() {
-    cpu_set_t set;
-    CPU_ZERO(&set);
-    if (::sched_getaffinity(0, sizeof set, &set) != 0) CPU_SET(0, &set);
+    cpu_set_t set = own_cores();
+    if (CPU_COUNT(&set) == 0) CPU_SET(0, &set);
     for (std::size_t core = 0; core < CPU_SETSIZE; ++core)
       if (CPU_ISSET(core, &set)) line_->cores[core / 64].fetch_or(std::uint64_t{1} << (core % 64));
     line_->cores_known.store(1, std::memory_order_release);
