@@ -40,8 +40,8 @@ void engine_alone(benchmark::State& state, bool known) {
   benchmark::DoNotOptimize(any);  // or the compiler sees through it
   float value = 1;
   tally::Call call;
-  call.layout = {tally::Operation::all_reduce, 0, 1, 0, 1, true};
-  call.algorithm = tally::algorithm_ref<tally::OneShot, tally::Operation::all_reduce>();
+  call.layout = {tally::Collective::all_reduce, 0, 1, 0, 1, true};
+  call.algorithm = tally::algorithm_ref<tally::OneShot, tally::Collective::all_reduce>();
   call.input = call.output = reinterpret_cast<std::byte*>(&value);
   call.grain = sizeof value;
   call.fold = tally::fold_of<float>(tally::sum);
@@ -80,7 +80,7 @@ BENCHMARK_CAPTURE(two_threads, timed, true)->UseRealTime();
 BENCHMARK_CAPTURE(two_threads, unaccounted, false)->UseRealTime();
 
 void plan_ring(benchmark::State& state) {
-  const tally::Layout layout{tally::Operation::all_reduce, 3, 8, 0, 1024, true};
+  const tally::Layout layout{tally::Collective::all_reduce, 3, 8, 0, 1024, true};
   for (auto _ : state) {
     const tally::Plan plan(tally::Ring::all_reduce(layout.shape()), layout, sizeof(float));
     benchmark::DoNotOptimize(plan.steps().data());
@@ -119,7 +119,7 @@ void book(benchmark::State& state) {
   constexpr int ranks = 8;
   const tally::Clock& clock = tally::Clock::host();
   tally::Ledger ledger(ranks, 0, "none", tally::ModelMeter{});
-  tally::LedgerRow& row = ledger.row(tally::Operation::all_reduce, 4096, "ring");
+  tally::LedgerRow& row = ledger.row(tally::Collective::all_reduce, 4096, "ring");
   tally::Stopwatch watch(ranks);
   watch.start(1000);
   watch.enter(tally::State::wait_transfer, 2000);

@@ -19,13 +19,13 @@ namespace {
 
 using Json = nlohmann::ordered_json;
 using bench::Reduce;
-using tally::Operation;
+using tally::Collective;
 
 constexpr double unknown = std::numeric_limits<double>::quiet_NaN();
 
 struct Settings {
   int ranks = 2;
-  Operation op = Operation::all_reduce;
+  Collective op = Collective::all_reduce;
   std::string transport = "shm", algorithm = "auto", type = "f32", reduce_name = "sum", json, tune;
   Reduce reduce = Reduce::sum;
   std::size_t least = 8, most = std::size_t{64} << 20, factor = 2;
@@ -57,7 +57,7 @@ struct Account {
   double calls = 0, elapsed = 0, idle = 0, arrival = 0, transfer = 0, energy = 0, idle_energy = 0;
   tally::Provenance provenance = tally::Provenance::none;
 
-  static Account of(const tally::Ledger& ledger, Operation operation) {
+  static Account of(const tally::Ledger& ledger, Collective operation) {
     Account a;
     for (const tally::LedgerRow& row : ledger.rows()) {
       if (row.operation != operation) continue;
@@ -84,17 +84,17 @@ class Collective {
     in_ = whole_in_ = first_.as<T>(count);
     out_ = whole_out_ = apart() ? second_.as<T>(count) : in_;
     const std::size_t mine = static_cast<std::size_t>(comm.rank()) * block_;
-    if (s_.op == Operation::all_gather) in_ = s_.in_place ? whole_out_.subspan(mine, block_) : whole_in_.first(block_);
-    if (s_.op == Operation::reduce_scatter) out_ = s_.in_place ? whole_in_.subspan(mine, block_) : whole_out_.first(block_);
+    if (s_.op == Collective::all_gather) in_ = s_.in_place ? whole_out_.subspan(mine, block_) : whole_in_.first(block_);
+    if (s_.op == Collective::reduce_scatter) out_ = s_.in_place ? whole_in_.subspan(mine, block_) : whole_out_.first(block_);
   }
 
   tally::Report call() {
     switch (s_.op) {
-      case Operation::all_reduce: return s_.in_place ? comm_.all_reduce(in_, Op{}) : comm_.all_reduce(in_, out_, Op{});
-      case Operation::reduce: return comm_.reduce(in_, out_, Op{}, s_.root);
-      case Operation::broadcast: return comm_.broadcast(in_, s_.root);
-      case Operation::all_gather: return comm_.all_gather(in_, out_);
-      case Operation::reduce_scatter: return comm_.reduce_scatter(in_, out_, Op{});
+      case Collective::all_reduce: return s_.in_place ? comm_.all_reduce(in_, Op{}) : comm_.all_reduce(in_, out_, Op{});
+      case Collective::reduce: return comm_.reduce(in_, out_, Op{}, s_.root);
+      case Collective::broadcast: return comm_.broadcast(in_, s_.root);
+      case Collective::all_gather: return comm_.all_gather(in_, out_);
+      case Collective::reduce_scatter: return comm_.reduce_scatter(in_, out_, Op{});
       default: return comm_.barrier();
     }
   }
@@ -107,11 +107,11 @@ class Collective {
   std::uint64_t count_wrong(int turn) const {
     const int n = comm_.size();
     switch (s_.op) {
-      case Operation::all_reduce: return result(turn).count_wrong(out_);
-      case Operation::reduce: return comm_.rank() == s_.root ? result(turn).count_wrong(out_) : 0;
-      case Operation::broadcast: return input(s_.root, turn).count_wrong(out_);
-      case Operation::reduce_scatter: return result(turn).count_wrong(out_, static_cast<std::size_t>(comm_.rank()) * block_);
-      case Operation::all_gather: {
+      case Collective::all_reduce: return result(turn).count_wrong(out_);
+      case Collective::reduce: return comm_.rank() == s_.root ? result(turn).count_wrong(out_) : 0;
+      case Collective::broadcast: return input(s_.root, turn).count_wrong(out_);
+      case Collective::reduce_scatter: return result(turn).count_wrong(out_, static_cast<std::size_t>(comm_.rank()) * block_);
+      case Collective::all_gather: {
         std::uint64_t wrong = 0;
         for (int r = 0; r < n; ++r) wrong += input(r, turn).count_wrong(out_.subspan(static_cast<std::size_t>(r) * block_, block_));
         return wrong;
@@ -126,7 +126,7 @@ class Collective {
   }
 
  private:
-  bool apart() const { return !s_.in_place && s_.op != Operation::broadcast && s_.op != Operation::barrier; }
+  bool apart() const { return !s_.in_place && s_.op != Collective::broadcast && s_.op != Collective::barrier; }
   bench::Pattern<T> input(int rank, int turn) const { return bench::Pattern<T>::input(s_.reduce, comm_.size(), rank, turn); }
   bench::Pattern<T> result(int turn) const { return bench::Pattern<T>::result(s_.reduce, comm_.size(), turn); }
 
@@ -138,10 +138,10 @@ class Collective {
 };
 
 /// Bytes on the busiest link per byte of data, as nccl-tests has it.
-double bus_factor(Operation operation, int n) {
+double bus_factor(Collective operation, int n) {
   const double others = static_cast<double>(n - 1) / n;
-  if (operation == Operation::all_reduce) return 2 * others;
-  if (operation == Operation::all_gather || operation == Operation::reduce_scatter) return others;
+  if (operation == Collective::all_reduce) return 2 * others;
+  if (operation == Collective::all_gather || operation == Collective::reduce_scatter) return others;
   return 1;
 }
 
@@ -254,7 +254,7 @@ class Output {
     placement_ = placement;
     table_ << "# machine    " << bench::machine_line() << '\n'
            << "# ranks      " << ranks << (s_.transport == "thread" ? " threads" : " processes") << (s_.launcher.empty() ? "" : " started by " + s_.launcher) << '\n'
-           << "# operation  " << name_of(s_.op) << ", " << (s_.op == Operation::barrier ? "no data" : s_.in_place ? "in place" : "out of place") << '\n'
+           << "# operation  " << name_of(s_.op) << ", " << (s_.op == Collective::barrier ? "no data" : s_.in_place ? "in place" : "out of place") << '\n'
            << "# transport  " << s_.transport << '\n'
            << "# algorithm  " << s_.algorithm << '\n'
            << "# placement  " << placement << '\n'
@@ -351,8 +351,8 @@ std::string placement(tally::Communicator& comm, const Settings& s, bool pinned)
 
 template <class T>
 std::vector<std::size_t> counts_of(const Settings& s, int n) {
-  if (s.op == Operation::barrier) return {0};
-  const std::size_t unit = s.op == Operation::all_gather || s.op == Operation::reduce_scatter ? static_cast<std::size_t>(n) : 1;
+  if (s.op == Collective::barrier) return {0};
+  const std::size_t unit = s.op == Collective::all_gather || s.op == Collective::reduce_scatter ? static_cast<std::size_t>(n) : 1;
   std::vector<std::size_t> counts;
   for (std::size_t bytes = s.least; bytes <= s.most;) {
     const std::size_t count = std::max<std::size_t>(bytes / sizeof(T) / unit, 1) * unit;
@@ -452,7 +452,7 @@ void parse(int argc, char** argv, CLI::App& app, Settings& s) {
     if (job.size == 1 && s.transport == "shm") s.transport = "thread";  // what one rank alone gets
   }
   require(s.ranks >= 1 && s.ranks <= 1 << 15, "-n", "there must be 1 to 32768 ranks");
-  const auto operation = std::find_if(std::begin(tally::all_operations), std::end(tally::all_operations), [&](Operation o) { return name_of(o) == op; });
+  const auto operation = std::find_if(std::begin(tally::all_operations), std::end(tally::all_operations), [&](Collective o) { return name_of(o) == op; });
   require(operation != std::end(tally::all_operations), "--op", "unknown operation '" + op + "'; there are all_reduce, reduce, broadcast, all_gather, reduce_scatter, barrier");
   s.op = *operation;
   require(s.transport == "shm" || s.transport == "thread", "--transport", "unknown transport '" + s.transport + "'; there are shm and thread");
@@ -482,7 +482,7 @@ void parse(int argc, char** argv, CLI::App& app, Settings& s) {
   s.most = *high;
   require(s.factor >= 2, "-f", "the factor must be 2 or more");
   require(s.root >= 0 && s.root < s.ranks, "--root", std::to_string(s.root) + " is not a rank: there are " + std::to_string(s.ranks));
-  require(s.op != Operation::broadcast || place->count() == 0 || s.in_place, "--out-of-place", "broadcast has only one buffer");
+  require(s.op != Collective::broadcast || place->count() == 0 || s.in_place, "--out-of-place", "broadcast has only one buffer");
   require(s.iterations >= 0, "--iterations", "must not be negative");
   require(s.warmup >= 0, "--warmup", "must not be negative");
   if (seconds->count() > 0) s.tune_seconds = s.seconds;

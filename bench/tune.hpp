@@ -34,9 +34,9 @@ class Tuning {
             << "# transport ranks operation algorithm bytes microseconds\n";
     }
     const Progress progress(out_ != nullptr);
-    for (const tally::Operation op : tally::all_operations)
+    for (const tally::Collective op : tally::all_operations)
       for (std::size_t bytes = std::max<std::size_t>(8, std::bit_ceil(s_.least)); bytes <= s_.most; bytes *= 4) {
-        if (op == tally::Operation::barrier && bytes > 8) break;
+        if (op == tally::Collective::barrier && bytes > 8) break;
         progress.show(std::string(name_of(op)) + " of " + size_text(bytes) + " ...");
         measure(op, bytes);
       }
@@ -44,7 +44,7 @@ class Tuning {
   }
 
  private:
-  void measure(tally::Operation op, std::size_t bytes) {
+  void measure(tally::Collective op, std::size_t bytes) {
     const auto names = tally::algorithms_for(op);
     std::vector<std::vector<double>> times(names.size());
     std::vector<int> calls(names.size(), 1);
@@ -72,24 +72,24 @@ class Tuning {
       *out_ << comm_.transport_name() << ' ' << comm_.size() << ' ' << name_of(op) << ' ' << names[a] << ' ' << bytes << ' ' << quantile(times[a], 0.5) << std::endl;
   }
 
-  void call(tally::Operation op, std::string_view algorithm, std::size_t bytes) {
+  void call(tally::Collective op, std::string_view algorithm, std::size_t bytes) {
     if (algorithm == tally::ZeroCopy::name) return call_on(op, algorithm, bytes, [this](std::size_t first, std::size_t count) { return memory_.subspan(first, count); });
     if (private_.empty()) private_.resize(memory_.size());
     call_on(op, algorithm, bytes, [this](std::size_t first, std::size_t count) { return std::span(private_).subspan(first, count); });
   }
   template <class Part>
-  void call_on(tally::Operation op, std::string_view algorithm, std::size_t bytes, Part&& part) {
-    using tally::Operation;
+  void call_on(tally::Collective op, std::string_view algorithm, std::size_t bytes, Part&& part) {
+    using tally::Collective;
     const auto n = static_cast<std::size_t>(comm_.size());
     const std::size_t block = std::max<std::size_t>(bytes / sizeof(float) / n, 1), other = memory_.size() / 2;
-    const std::size_t count = op == Operation::all_gather || op == Operation::reduce_scatter ? block * n : bytes / sizeof(float);
+    const std::size_t count = op == Collective::all_gather || op == Collective::reduce_scatter ? block * n : bytes / sizeof(float);
     const tally::CallOptions options{{}, algorithm};
     switch (op) {
-      case Operation::all_reduce: comm_.all_reduce(part(0, count), tally::sum, options); break;
-      case Operation::reduce: comm_.reduce(part(0, count), part(other, count), tally::sum, 0, options); break;
-      case Operation::broadcast: comm_.broadcast(part(0, count), 0, options); break;
-      case Operation::all_gather: comm_.all_gather(part(0, block), part(other, count), options); break;
-      case Operation::reduce_scatter: comm_.reduce_scatter(part(0, count), part(other, block), tally::sum, options); break;
+      case Collective::all_reduce: comm_.all_reduce(part(0, count), tally::sum, options); break;
+      case Collective::reduce: comm_.reduce(part(0, count), part(other, count), tally::sum, 0, options); break;
+      case Collective::broadcast: comm_.broadcast(part(0, count), 0, options); break;
+      case Collective::all_gather: comm_.all_gather(part(0, block), part(other, count), options); break;
+      case Collective::reduce_scatter: comm_.reduce_scatter(part(0, count), part(other, block), tally::sum, options); break;
       default: comm_.barrier(options);
     }
   }

@@ -35,7 +35,7 @@ std::set<std::size_t> counts(int n) {
   return result;
 }
 
-template <class A, Operation O>
+template <class A, Collective O>
 void prove(Folding folding) {
   for (int n = 1; n <= most_ranks; ++n)
     for (const std::size_t count : counts(n))
@@ -53,44 +53,44 @@ void prove(Folding folding) {
 }  // namespace
 
 TEST_CASE("ring is proven") {
-  prove<Ring, Operation::all_reduce>(Ring::folding);
-  prove<Ring, Operation::all_gather>(Ring::folding);
-  prove<Ring, Operation::reduce_scatter>(Ring::folding);
+  prove<Ring, Collective::all_reduce>(Ring::folding);
+  prove<Ring, Collective::all_gather>(Ring::folding);
+  prove<Ring, Collective::reduce_scatter>(Ring::folding);
 }
 TEST_CASE("tree is proven") {
-  prove<Tree, Operation::all_reduce>(Tree::folding);
-  prove<Tree, Operation::reduce>(Tree::reduce_folding);
-  prove<Tree, Operation::broadcast>(Tree::folding);
+  prove<Tree, Collective::all_reduce>(Tree::folding);
+  prove<Tree, Collective::reduce>(Tree::reduce_folding);
+  prove<Tree, Collective::broadcast>(Tree::folding);
 }
 TEST_CASE("recursive doubling is proven") {
-  prove<RecursiveDoubling, Operation::all_reduce>(RecursiveDoubling::folding);
-  prove<RecursiveDoubling, Operation::all_gather>(RecursiveDoubling::folding);
+  prove<RecursiveDoubling, Collective::all_reduce>(RecursiveDoubling::folding);
+  prove<RecursiveDoubling, Collective::all_gather>(RecursiveDoubling::folding);
 }
 TEST_CASE("one-shot is proven") {
-  prove<OneShot, Operation::all_reduce>(OneShot::folding);
-  prove<OneShot, Operation::reduce>(OneShot::folding);
-  prove<OneShot, Operation::broadcast>(OneShot::folding);
-  prove<OneShot, Operation::all_gather>(OneShot::folding);
-  prove<OneShot, Operation::reduce_scatter>(OneShot::folding);
+  prove<OneShot, Collective::all_reduce>(OneShot::folding);
+  prove<OneShot, Collective::reduce>(OneShot::folding);
+  prove<OneShot, Collective::broadcast>(OneShot::folding);
+  prove<OneShot, Collective::all_gather>(OneShot::folding);
+  prove<OneShot, Collective::reduce_scatter>(OneShot::folding);
 }
 TEST_CASE("recursive halving is proven") {
-  prove<RecursiveHalving, Operation::all_reduce>(RecursiveHalving::folding);
-  prove<RecursiveHalving, Operation::reduce_scatter>(RecursiveHalving::folding);
+  prove<RecursiveHalving, Collective::all_reduce>(RecursiveHalving::folding);
+  prove<RecursiveHalving, Collective::reduce_scatter>(RecursiveHalving::folding);
 }
 TEST_CASE("two-shot is proven") {
-  prove<TwoShot, Operation::all_reduce>(TwoShot::folding);
-  prove<TwoShot, Operation::reduce>(TwoShot::folding);
-  prove<TwoShot, Operation::broadcast>(TwoShot::folding);
+  prove<TwoShot, Collective::all_reduce>(TwoShot::folding);
+  prove<TwoShot, Collective::reduce>(TwoShot::folding);
+  prove<TwoShot, Collective::broadcast>(TwoShot::folding);
 }
 TEST_CASE("chain is proven") {
-  prove<Chain, Operation::all_reduce>(Chain::folding);
-  prove<Chain, Operation::reduce>(Chain::folding);
-  prove<Chain, Operation::broadcast>(Chain::folding);
+  prove<Chain, Collective::all_reduce>(Chain::folding);
+  prove<Chain, Collective::reduce>(Chain::folding);
+  prove<Chain, Collective::broadcast>(Chain::folding);
 }
 TEST_CASE("double tree is proven") {
-  prove<DoubleTree, Operation::all_reduce>(DoubleTree::folding);
-  prove<DoubleTree, Operation::reduce>(DoubleTree::folding);
-  prove<DoubleTree, Operation::broadcast>(DoubleTree::folding);
+  prove<DoubleTree, Collective::all_reduce>(DoubleTree::folding);
+  prove<DoubleTree, Collective::reduce>(DoubleTree::folding);
+  prove<DoubleTree, Collective::broadcast>(DoubleTree::folding);
 }
 TEST_CASE("hierarchical is proven for every group") {
   for (int n = 1; n <= most_ranks; n += n < 12 ? 1 : 13)
@@ -100,16 +100,16 @@ TEST_CASE("hierarchical is proven for every group") {
           for (const Rank root : std::set<Rank>{0, n / 2, n - 1}) {
             // With groups of a power of two the brackets are the fixed ones.
             const Folding folding = (group & (group - 1)) == 0 ? Folding::fixed : Folding::cyclic;
-            std::string problem = root == 0 ? check({{Operation::all_reduce, 0, n, 0, count, in_place, group}, folding}, Hierarchical::all_reduce) : "";
-            problem += check({{Operation::reduce, 0, n, root, count, in_place, group}, root == 0 ? folding : Folding::cyclic}, Hierarchical::reduce);
-            problem += check({{Operation::broadcast, 0, n, root, count, true, group}}, Hierarchical::broadcast);
+            std::string problem = root == 0 ? check({{Collective::all_reduce, 0, n, 0, count, in_place, group}, folding}, Hierarchical::all_reduce) : "";
+            problem += check({{Collective::reduce, 0, n, root, count, in_place, group}, root == 0 ? folding : Folding::cyclic}, Hierarchical::reduce);
+            problem += check({{Collective::broadcast, 0, n, root, count, true, group}}, Hierarchical::broadcast);
             if (!problem.empty()) FAIL(n << " ranks in groups of " << group << ", " << count << " elements, root " << root << (in_place ? ", in place: " : ": ") << problem);
           }
   SUCCEED();
 }
 TEST_CASE("what has to go far goes once") {
   // Elements that cross between groups, all ranks together: each block once in each exchange of doubling, or along each edge of a tree.
-  const auto crossing = [](Operation operation, Steps (*generate)(Shape), int n, int group, std::size_t count) {
+  const auto crossing = [](Collective operation, Steps (*generate)(Shape), int n, int group, std::size_t count) {
     std::size_t units = 0;
     const auto texts = read_steps(generate, {operation, 0, n, 0, count, true, group});
     for (std::size_t r = 0; r < texts.size(); ++r)
@@ -118,68 +118,68 @@ TEST_CASE("what has to go far goes once") {
     return units;
   };
   constexpr std::size_t count = 8 * 100;
-  CHECK(crossing(Operation::all_reduce, Hierarchical::all_reduce, 64, 8, count) == 8 * 3 * count);  // 8 groups, log2(8) exchanges
-  CHECK(crossing(Operation::reduce, Hierarchical::reduce, 64, 8, count) == 7 * count);
-  CHECK(crossing(Operation::broadcast, Hierarchical::broadcast, 64, 8, count) == 7 * count);
-  CHECK(crossing(Operation::all_reduce, RecursiveHalving::all_reduce, 64, 8, count) == 2 * 7 * count);  // neighbours first: the least there is
-  CHECK(crossing(Operation::all_reduce, RecursiveDoubling::all_reduce, 64, 8, count) == 64 * 3 * count);
-  CHECK(crossing(Operation::all_reduce, OneShot::all_reduce, 64, 8, count) == 64 * 56 * count);
+  CHECK(crossing(Collective::all_reduce, Hierarchical::all_reduce, 64, 8, count) == 8 * 3 * count);  // 8 groups, log2(8) exchanges
+  CHECK(crossing(Collective::reduce, Hierarchical::reduce, 64, 8, count) == 7 * count);
+  CHECK(crossing(Collective::broadcast, Hierarchical::broadcast, 64, 8, count) == 7 * count);
+  CHECK(crossing(Collective::all_reduce, RecursiveHalving::all_reduce, 64, 8, count) == 2 * 7 * count);  // neighbours first: the least there is
+  CHECK(crossing(Collective::all_reduce, RecursiveDoubling::all_reduce, 64, 8, count) == 64 * 3 * count);
+  CHECK(crossing(Collective::all_reduce, OneShot::all_reduce, 64, 8, count) == 64 * 56 * count);
 }
 TEST_CASE("every built-in algorithm has a code of its own and is found by name") {
   const auto code = []<class A>(std::type_identity<A>) {
-    CHECK(find_algorithm(Operation::all_reduce, A::name).generate == A::all_reduce);
-    return find_algorithm(Operation::all_reduce, A::name).code;
+    CHECK(find_algorithm(Collective::all_reduce, A::name).generate == A::all_reduce);
+    return find_algorithm(Collective::all_reduce, A::name).code;
   };
   const std::vector<int> codes{code(std::type_identity<Ring>{}),    code(std::type_identity<Tree>{}),  code(std::type_identity<RecursiveDoubling>{}), code(std::type_identity<OneShot>{}), code(std::type_identity<RecursiveHalving>{}),
                                code(std::type_identity<TwoShot>{}), code(std::type_identity<Chain>{}), code(std::type_identity<DoubleTree>{})};
   CHECK(codes == std::vector<int>{1, 2, 3, 4, 5, 6, 7, 8});
 }
 TEST_CASE("tree reduces to root 0 in the fixed order") {
-  for (int n = 1; n <= most_ranks; ++n) CHECK(check({{Operation::reduce, 0, n, 0, 3}, Folding::fixed}, Tree::reduce) == "");
+  for (int n = 1; n <= most_ranks; ++n) CHECK(check({{Collective::reduce, 0, n, 0, 3}, Folding::fixed}, Tree::reduce) == "");
 }
 
 TEST_CASE("the checker knows the declared order") {
   // Ring folds in cyclic order, which is not the fixed one as soon as a chunk starts elsewhere than at rank 0.
-  CHECK(check({{Operation::all_reduce, 0, 2, 0, 4}, Folding::fixed}, Ring::all_reduce) != "");
-  CHECK(check({{Operation::all_reduce, 0, 5, 0, 10}, Folding::fixed}, Ring::all_reduce) != "");
-  CHECK(check({{Operation::reduce, 0, 4, 1, 1}, Folding::fixed}, Tree::reduce) != "");
+  CHECK(check({{Collective::all_reduce, 0, 2, 0, 4}, Folding::fixed}, Ring::all_reduce) != "");
+  CHECK(check({{Collective::all_reduce, 0, 5, 0, 10}, Folding::fixed}, Ring::all_reduce) != "");
+  CHECK(check({{Collective::reduce, 0, 4, 1, 1}, Folding::fixed}, Tree::reduce) != "");
 }
 
 namespace {
 
 struct Subject {
   std::string name;
-  Operation operation;
+  Collective operation;
   Folding folding;
   Steps (*generate)(Shape);
   int group = 1;
 };
 const std::vector<Subject> subjects = {
-    {"ring all_reduce", Operation::all_reduce, Folding::cyclic, Ring::all_reduce},
-    {"ring all_gather", Operation::all_gather, Folding::cyclic, Ring::all_gather},
-    {"ring reduce_scatter", Operation::reduce_scatter, Folding::cyclic, Ring::reduce_scatter},
-    {"tree all_reduce", Operation::all_reduce, Folding::fixed, Tree::all_reduce},
-    {"tree reduce", Operation::reduce, Folding::fixed, Tree::reduce},
-    {"tree broadcast", Operation::broadcast, Folding::fixed, Tree::broadcast},
-    {"doubling all_reduce", Operation::all_reduce, Folding::fixed, RecursiveDoubling::all_reduce},
-    {"doubling all_gather", Operation::all_gather, Folding::fixed, RecursiveDoubling::all_gather},
-    {"one-shot all_reduce", Operation::all_reduce, Folding::fixed, OneShot::all_reduce},
-    {"one-shot reduce_scatter", Operation::reduce_scatter, Folding::fixed, OneShot::reduce_scatter},
-    {"one-shot all_gather", Operation::all_gather, Folding::fixed, OneShot::all_gather},
-    {"halving all_reduce", Operation::all_reduce, Folding::fixed, RecursiveHalving::all_reduce},
-    {"halving reduce_scatter", Operation::reduce_scatter, Folding::fixed, RecursiveHalving::reduce_scatter},
-    {"two-shot all_reduce", Operation::all_reduce, Folding::fixed, TwoShot::all_reduce},
-    {"two-shot reduce", Operation::reduce, Folding::fixed, TwoShot::reduce},
-    {"two-shot broadcast", Operation::broadcast, Folding::fixed, TwoShot::broadcast},
-    {"chain all_reduce", Operation::all_reduce, Folding::cyclic, Chain::all_reduce},
-    {"chain reduce", Operation::reduce, Folding::cyclic, Chain::reduce},
-    {"chain broadcast", Operation::broadcast, Folding::cyclic, Chain::broadcast},
-    {"double tree all_reduce", Operation::all_reduce, Folding::cyclic, DoubleTree::all_reduce},
-    {"double tree reduce", Operation::reduce, Folding::cyclic, DoubleTree::reduce},
-    {"double tree broadcast", Operation::broadcast, Folding::cyclic, DoubleTree::broadcast},
-    {"hierarchical all_reduce", Operation::all_reduce, Folding::fixed, Hierarchical::all_reduce, 4},
-    {"hierarchical reduce", Operation::reduce, Folding::fixed, Hierarchical::reduce, 2},
-    {"hierarchical broadcast", Operation::broadcast, Folding::fixed, Hierarchical::broadcast, 4},
+    {"ring all_reduce", Collective::all_reduce, Folding::cyclic, Ring::all_reduce},
+    {"ring all_gather", Collective::all_gather, Folding::cyclic, Ring::all_gather},
+    {"ring reduce_scatter", Collective::reduce_scatter, Folding::cyclic, Ring::reduce_scatter},
+    {"tree all_reduce", Collective::all_reduce, Folding::fixed, Tree::all_reduce},
+    {"tree reduce", Collective::reduce, Folding::fixed, Tree::reduce},
+    {"tree broadcast", Collective::broadcast, Folding::fixed, Tree::broadcast},
+    {"doubling all_reduce", Collective::all_reduce, Folding::fixed, RecursiveDoubling::all_reduce},
+    {"doubling all_gather", Collective::all_gather, Folding::fixed, RecursiveDoubling::all_gather},
+    {"one-shot all_reduce", Collective::all_reduce, Folding::fixed, OneShot::all_reduce},
+    {"one-shot reduce_scatter", Collective::reduce_scatter, Folding::fixed, OneShot::reduce_scatter},
+    {"one-shot all_gather", Collective::all_gather, Folding::fixed, OneShot::all_gather},
+    {"halving all_reduce", Collective::all_reduce, Folding::fixed, RecursiveHalving::all_reduce},
+    {"halving reduce_scatter", Collective::reduce_scatter, Folding::fixed, RecursiveHalving::reduce_scatter},
+    {"two-shot all_reduce", Collective::all_reduce, Folding::fixed, TwoShot::all_reduce},
+    {"two-shot reduce", Collective::reduce, Folding::fixed, TwoShot::reduce},
+    {"two-shot broadcast", Collective::broadcast, Folding::fixed, TwoShot::broadcast},
+    {"chain all_reduce", Collective::all_reduce, Folding::cyclic, Chain::all_reduce},
+    {"chain reduce", Collective::reduce, Folding::cyclic, Chain::reduce},
+    {"chain broadcast", Collective::broadcast, Folding::cyclic, Chain::broadcast},
+    {"double tree all_reduce", Collective::all_reduce, Folding::cyclic, DoubleTree::all_reduce},
+    {"double tree reduce", Collective::reduce, Folding::cyclic, DoubleTree::reduce},
+    {"double tree broadcast", Collective::broadcast, Folding::cyclic, DoubleTree::broadcast},
+    {"hierarchical all_reduce", Collective::all_reduce, Folding::fixed, Hierarchical::all_reduce, 4},
+    {"hierarchical reduce", Collective::reduce, Folding::fixed, Hierarchical::reduce, 2},
+    {"hierarchical broadcast", Collective::broadcast, Folding::fixed, Hierarchical::broadcast, 4},
 };
 
 bool touches(const Step& a, const Step& b, const Layout& layout) {
@@ -301,7 +301,7 @@ TEST_CASE("a lost step, a wrong peer and a wrong range are caught") {
 
 TEST_CASE("dropping a class of conflicts is caught") {
   // Which classes an algorithm has at all, found by hand; each must be missed when it is dropped.
-  const auto problem = [](Operation operation, Folding folding, Steps (*generate)(Shape), unsigned dropped, int n, bool in_place) {
+  const auto problem = [](Collective operation, Folding folding, Steps (*generate)(Shape), unsigned dropped, int n, bool in_place) {
     return check({{operation, 0, n, 0, static_cast<std::size_t>(2 * n + 1), in_place}, folding, all_conflicts & ~dropped}, generate);
   };
   for (int n = 4; n <= 9; ++n) {
@@ -312,16 +312,16 @@ TEST_CASE("dropping a class of conflicts is caught") {
       const bool gathers_directly = subject.name == "one-shot all_gather";  // sends its input, receives elsewhere: no conflicts
       if (!gathers_directly) CHECK(problem(subject.operation, subject.folding, subject.generate, read_after_write, n, true) != "");
     }
-    CHECK(problem(Operation::all_reduce, Folding::cyclic, Ring::all_reduce, write_after_read, n, true) != "");
-    CHECK(problem(Operation::all_reduce, Folding::fixed, RecursiveDoubling::all_reduce, write_after_read, n, true) != "");
-    CHECK(problem(Operation::all_reduce, Folding::fixed, OneShot::all_reduce, write_after_read, n, true) != "");
-    CHECK(problem(Operation::all_reduce, Folding::fixed, Tree::all_reduce, write_after_read, n, true) != "");
-    CHECK(problem(Operation::all_reduce, Folding::cyclic, Ring::all_reduce, write_after_write, n, true) != "");
+    CHECK(problem(Collective::all_reduce, Folding::cyclic, Ring::all_reduce, write_after_read, n, true) != "");
+    CHECK(problem(Collective::all_reduce, Folding::fixed, RecursiveDoubling::all_reduce, write_after_read, n, true) != "");
+    CHECK(problem(Collective::all_reduce, Folding::fixed, OneShot::all_reduce, write_after_read, n, true) != "");
+    CHECK(problem(Collective::all_reduce, Folding::fixed, Tree::all_reduce, write_after_read, n, true) != "");
+    CHECK(problem(Collective::all_reduce, Folding::cyclic, Ring::all_reduce, write_after_write, n, true) != "");
   }
 }
 
 TEST_CASE("illegal steps are refused with their place") {
-  const auto problem = [](auto text) { return check({{Operation::all_reduce, 0, 2, 0, 4}, Folding::fixed}, std::vector<std::vector<Step>>{{text}, {}}); };
+  const auto problem = [](auto text) { return check({{Collective::all_reduce, 0, 2, 0, 4}, Folding::fixed}, std::vector<std::vector<Step>>{{text}, {}}); };
   const Range data{Buffer::output, 0, 4};
   CHECK(problem(send(2, data)).find("peer 2 is not another rank") != std::string::npos);
   CHECK(problem(send(0, data)).find("peer 0 is not another rank") != std::string::npos);
@@ -336,7 +336,7 @@ TEST_CASE("illegal steps are refused with their place") {
 TEST_CASE("rings move the least data possible") {
   for (int n = 2; n <= 16; ++n) {
     const std::size_t count = 12 * static_cast<std::size_t>(n);
-    const Layout layout{Operation::all_reduce, 1, n, 0, count, true};
+    const Layout layout{Collective::all_reduce, 1, n, 0, count, true};
     const Plan plan(Ring::all_reduce(layout.shape()), layout, sizeof(float));
     CHECK(plan.units_sent() == 2 * (count / static_cast<std::size_t>(n)) * static_cast<std::size_t>(n - 1) * sizeof(float));
     CHECK(plan.units_received() == plan.units_sent());
@@ -349,20 +349,20 @@ TEST_CASE("recursive halving and two-shot move the least data possible") {
     CAPTURE(n);
     const auto m = static_cast<std::size_t>(n);
     const std::size_t count = 12 * m, least = 2 * (count / m) * (m - 1);
-    const auto plan = [&](Operation operation, Steps (*generate)(Shape), Rank me, std::size_t items) {
+    const auto plan = [&](Collective operation, Steps (*generate)(Shape), Rank me, std::size_t items) {
       const Layout layout{operation, me, n, 0, items, true};
       return Plan(generate(layout.shape()), layout, 1);
     };
     for (Rank me = 0; me < n; ++me) {
       CAPTURE(me);
-      const Plan direct = plan(Operation::all_reduce, TwoShot::all_reduce, me, count);
+      const Plan direct = plan(Collective::all_reduce, TwoShot::all_reduce, me, count);
       CHECK(direct.units_sent() == least);
       CHECK(direct.units_received() == least);
       CHECK(direct.messages_sent() == 2 * (m - 1));
       // The root sends each element once: whoever gets it first sends it to the others.
-      const Plan cast = plan(Operation::broadcast, TwoShot::broadcast, me, 12 * (m - 1));
+      const Plan cast = plan(Collective::broadcast, TwoShot::broadcast, me, 12 * (m - 1));
       CHECK(cast.units_sent() == (me == 0 ? 12 * (m - 1) : 12 * (m - 2)));
-      const Plan halving = plan(Operation::all_reduce, RecursiveHalving::all_reduce, me, 16 * m);
+      const Plan halving = plan(Collective::all_reduce, RecursiveHalving::all_reduce, me, 16 * m);
       if ((n & (n - 1)) == 0) {
         CHECK(halving.units_sent() == 2 * 16 * (m - 1));
         CHECK(halving.units_received() == 2 * 16 * (m - 1));
@@ -379,7 +379,7 @@ TEST_CASE("the two trees share the work") {
   const std::size_t half = 100;
   for (int n = 3; n <= most_ranks; ++n) {
     std::vector<int> hops[2] = {std::vector<int>(static_cast<std::size_t>(n), -1), std::vector<int>(static_cast<std::size_t>(n), -1)};
-    const auto texts = read_steps(DoubleTree::broadcast, {Operation::broadcast, 0, n, 0, 2 * half});
+    const auto texts = read_steps(DoubleTree::broadcast, {Collective::broadcast, 0, n, 0, 2 * half});
     hops[0][0] = hops[1][0] = 0;
     for (int round = 0; round < n; ++round)
       for (std::size_t r = 0; r < texts.size(); ++r)

@@ -49,29 +49,29 @@ std::string problem_with(const std::string& text) {
 }  // namespace
 
 TEST_CASE("profiles are what the texts say") {
-  const auto profile = [](std::string_view name, Operation operation, int n) { return detail::profile_of(find_algorithm(operation, name), operation, n); };
+  const auto profile = [](std::string_view name, Collective operation, int n) { return detail::profile_of(find_algorithm(operation, name), operation, n); };
   for (const int n : {2, 3, 4, 8}) {
     const double others = n - 1, share = others / n;
-    const auto ring = profile("ring", Operation::all_reduce, n);
+    const auto ring = profile("ring", Collective::all_reduce, n);
     CHECK(ring.chain == 2 * others);
     CHECK(ring.messages == 4 * others);
     CHECK(ring.sent == Approx(2 * share));
     CHECK(ring.received == Approx(2 * share));
-    const auto one_shot = profile("one_shot", Operation::all_reduce, n);
+    const auto one_shot = profile("one_shot", Collective::all_reduce, n);
     CHECK(one_shot.chain == 1);
     CHECK(one_shot.sent == Approx(others));
-    const auto two_shot = profile("two_shot", Operation::all_reduce, n);
+    const auto two_shot = profile("two_shot", Collective::all_reduce, n);
     CHECK(two_shot.chain == 2);
     CHECK(two_shot.sent == Approx(2 * share));
-    CHECK(profile("chain", Operation::broadcast, n).chain == others);
-    CHECK(profile("zero_copy", Operation::all_reduce, n).sent == Approx(share));
+    CHECK(profile("chain", Collective::broadcast, n).chain == others);
+    CHECK(profile("zero_copy", Collective::all_reduce, n).sent == Approx(share));
   }
-  CHECK(profile("recursive_doubling", Operation::all_reduce, 8).chain == 3);
-  CHECK(profile("tree", Operation::broadcast, 8).chain == 3);
-  CHECK(profile("recursive_halving", Operation::all_reduce, 8).sent == Approx(2 * 7.0 / 8));
-  CHECK(profile("one_shot", Operation::barrier, 4).chain == 1);
+  CHECK(profile("recursive_doubling", Collective::all_reduce, 8).chain == 3);
+  CHECK(profile("tree", Collective::broadcast, 8).chain == 3);
+  CHECK(profile("recursive_halving", Collective::all_reduce, 8).sent == Approx(2 * 7.0 / 8));
+  CHECK(profile("one_shot", Collective::barrier, 4).chain == 1);
   // All profiles of all operations are found, also where ranks are no power of two.
-  for (const Operation operation : all_operations)
+  for (const Collective operation : all_operations)
     for (const std::string_view name : algorithms_for(operation))
       for (const int n : {1, 5, 7}) CHECK(profile(name, operation, n).chain >= (n == 1 ? 0 : 1));
 }
@@ -80,12 +80,12 @@ TEST_CASE("estimates prefer few messages for little data and few bytes for much"
   CostModel model;
   model.cores = 64;
   Chooser chooser(16, model);
-  const auto chosen = [&](Operation operation, std::size_t bytes) { return std::string(chooser.choose(operation, bytes, false).name); };
-  CHECK((chosen(Operation::all_reduce, 8) == "recursive_doubling" || chosen(Operation::all_reduce, 8) == "one_shot"));
-  const auto sent = [&](const std::string& name) { return detail::profile_of(find_algorithm(Operation::all_reduce, name), Operation::all_reduce, 16).sent; };
-  CHECK(sent(chosen(Operation::all_reduce, std::size_t{64} << 20)) < 2.0);
-  CHECK(chooser.choose(Operation::all_reduce, std::size_t{1} << 20, true).share != nullptr);
-  CHECK(chooser.choose(Operation::all_reduce, std::size_t{1} << 20, false).share == nullptr);
+  const auto chosen = [&](Collective operation, std::size_t bytes) { return std::string(chooser.choose(operation, bytes, false).name); };
+  CHECK((chosen(Collective::all_reduce, 8) == "recursive_doubling" || chosen(Collective::all_reduce, 8) == "one_shot"));
+  const auto sent = [&](const std::string& name) { return detail::profile_of(find_algorithm(Collective::all_reduce, name), Collective::all_reduce, 16).sent; };
+  CHECK(sent(chosen(Collective::all_reduce, std::size_t{64} << 20)) < 2.0);
+  CHECK(chooser.choose(Collective::all_reduce, std::size_t{1} << 20, true).share != nullptr);
+  CHECK(chooser.choose(Collective::all_reduce, std::size_t{1} << 20, false).share == nullptr);
 }
 
 TEST_CASE("measurements come before estimates, and are interpolated") {
@@ -94,7 +94,7 @@ TEST_CASE("measurements come before estimates, and are interpolated") {
   read_model(file.path(), "shm", 2, model);
   CHECK(model.ranks == 2);
   Chooser chooser(2, model);
-  const auto estimate = [&](std::string_view name, std::size_t bytes) { return chooser.estimate(find_algorithm(Operation::all_reduce, name), Operation::all_reduce, bytes); };
+  const auto estimate = [&](std::string_view name, std::size_t bytes) { return chooser.estimate(find_algorithm(Collective::all_reduce, name), Collective::all_reduce, bytes); };
   CHECK(estimate("tree", 8).measured);
   CHECK(estimate("tree", 8).microseconds == Approx(5));
   CHECK(estimate("tree", 16).microseconds == Approx(10));
@@ -104,7 +104,7 @@ TEST_CASE("measurements come before estimates, and are interpolated") {
   CHECK(estimate("ring", 32).microseconds == Approx(1));
   CHECK_FALSE(estimate("one_shot", 8).measured);
   Chooser three(3, model);
-  CHECK_FALSE(three.estimate(find_algorithm(Operation::all_reduce, "tree"), Operation::all_reduce, 8).measured);
+  CHECK_FALSE(three.estimate(find_algorithm(Collective::all_reduce, "tree"), Collective::all_reduce, 8).measured);
 }
 
 TEST_CASE("a model that cannot be read is refused with its line") {
@@ -137,10 +137,10 @@ void model_decides(RankKind kind) {
     Communicator other = comm.duplicate();
     expect(other.all_reduce(small, sum).algorithm_name() == "tree", "a duplicate has the same model");
     expect(comm.all_reduce(large, sum, {.algorithm = "two_shot"}).algorithm_name() == "two_shot", "by name");
-    const std::string why = comm.explain(Operation::all_reduce, 8);
+    const std::string why = comm.explain(Collective::all_reduce, 8);
     expect(why.find("all_reduce of 8 bytes, 3 ranks: tree") == 0 && why.find("0.010 us  measured") != why.npos && why.find("estimated") != why.npos, why);
     if (comm.transport_name() == "shm") expect(why.find("zero_copy needs memory from allocate()") != why.npos, why);
-    expect(comm.explain(Operation::all_reduce, 1 << 20, true).find("zero_copy") != std::string::npos, "symmetric");
+    expect(comm.explain(Collective::all_reduce, 1 << 20, true).find("zero_copy") != std::string::npos, "symmetric");
     std::string text;
     try {
       comm.all_reduce(large, sum, {.algorithm = "rong"});
@@ -158,7 +158,7 @@ TEST_CASE("rank 0's model decides, processes", "[processes]") { model_decides(pr
 TEST_CASE("a choice is explained where the environment made it") {
   Options options;
   options.algorithms = AlgorithmOverrides("all_reduce=ring");
-  launch(2, [](Communicator& comm) { expect(comm.explain(Operation::all_reduce, 8).find("ring, because TALLY_ALGORITHM says so") != std::string::npos, "the reason"); }, threads, options);
+  launch(2, [](Communicator& comm) { expect(comm.explain(Collective::all_reduce, 8).find("ring, because TALLY_ALGORITHM says so") != std::string::npos, "the reason"); }, threads, options);
 }
 
 TEST_CASE("waiting policies") {
@@ -313,7 +313,7 @@ TEST_CASE("what crosses between groups counts more, and is avoided") {
   model.cores = 64;
   model.group = 8;
   Chooser flat(64, {.cores = 64}), grouped(64, model);
-  const auto time = [](Chooser& chooser, const char* name, std::size_t bytes) { return chooser.estimate(find_algorithm(Operation::all_reduce, name), Operation::all_reduce, bytes).microseconds; };
+  const auto time = [](Chooser& chooser, const char* name, std::size_t bytes) { return chooser.estimate(find_algorithm(Collective::all_reduce, name), Collective::all_reduce, bytes).microseconds; };
   for (const std::size_t bytes : {std::size_t{8}, std::size_t{1} << 20}) {
     CHECK(time(grouped, "recursive_doubling", bytes) > time(flat, "recursive_doubling", bytes));
     CHECK(time(grouped, "hierarchical", bytes) < time(grouped, "one_shot", bytes));
@@ -327,7 +327,7 @@ TEST_CASE("what crosses between groups counts more, and is avoided") {
     CHECK(time(far, "hierarchical", 1 << 20) < 0.8 * time(far, "two_shot", 1 << 20));
   }
   const auto offered = [](Chooser& chooser) {
-    for (const auto& candidate : chooser.candidates(Operation::all_reduce, 8, false))
+    for (const auto& candidate : chooser.candidates(Collective::all_reduce, 8, false))
       if (candidate.algorithm.name == "hierarchical") return true;
     return false;
   };
@@ -337,7 +337,7 @@ TEST_CASE("what crosses between groups counts more, and is avoided") {
   options.group = 2;
   launch(4, [](Communicator& comm) {
     expect(comm.group() == 2 && comm.duplicate().group() == 2, "the group asked for");
-    expect(comm.explain(Operation::all_reduce, 8).find("in groups of 2") != std::string::npos, "explained");
+    expect(comm.explain(Collective::all_reduce, 8).find("in groups of 2") != std::string::npos, "explained");
   }, threads, options);
   options.group = 1 << 15;
   launch(2, [](Communicator& comm) { expect(comm.group() == 2, "no more than there are"); }, threads, options);

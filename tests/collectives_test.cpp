@@ -75,32 +75,32 @@ void reducing_operations(Communicator& comm, std::size_t count, const Op& op, co
   const Rank me = comm.rank();
   constexpr bool product = std::is_same_v<Op, Prod>;
   const std::vector<T> mine = inputs<T>(me, count, product), want = folded<T>(n, count, op);
-  if constexpr (Algorithm<A, Operation::all_reduce>) {
+  if constexpr (Algorithm<A, Collective::all_reduce>) {
     const std::string what = label + " all_reduce " + std::string(A::name);
     std::vector<T> data = mine;
     Traffic traffic{comm};
     const Report report = comm.template all_reduce<A>(std::span(data), op);
     expect(data == want, what + " in place");
-    traffic.check(report, {Operation::all_reduce, me, n, 0, count, count > 0}, algorithm_ref<A, Operation::all_reduce>(), sizeof(T), what);
+    traffic.check(report, {Collective::all_reduce, me, n, 0, count, count > 0}, algorithm_ref<A, Collective::all_reduce>(), sizeof(T), what);
     std::vector<T> out(count);
     const std::vector<T> in = mine;
     comm.template all_reduce<A>(std::span(in), std::span(out), op);
     expect(out == want && in == mine, what + " out of place");
   }
-  if constexpr (Algorithm<A, Operation::reduce>) {
+  if constexpr (Algorithm<A, Collective::reduce>) {
     for (const Rank root : {0, n - 1, n / 2}) {
       const std::string what = label + " reduce " + std::string(A::name) + " to " + std::to_string(root);
       std::vector<T> out(me == root ? count : 0), in = mine;
       Traffic traffic{comm};
       const Report report = comm.template reduce<A>(in, out, op, root);
       expect(in == mine && (me != root || out == want), what);
-      traffic.check(report, {Operation::reduce, me, n, root, count, false}, algorithm_ref<A, Operation::reduce>(), sizeof(T), what);
+      traffic.check(report, {Collective::reduce, me, n, root, count, false}, algorithm_ref<A, Collective::reduce>(), sizeof(T), what);
       std::vector<T> untouched(count, T(99));
       comm.template reduce<A>(in, me == root ? std::span(in) : std::span(untouched), op, root);
       expect(me == root ? in == want : untouched == std::vector<T>(count, T(99)), what + " in place");
     }
   }
-  if constexpr (Algorithm<A, Operation::reduce_scatter>) {
+  if constexpr (Algorithm<A, Collective::reduce_scatter>) {
     const std::string what = label + " reduce_scatter " + std::string(A::name);
     const std::size_t all = count * static_cast<std::size_t>(n), first = count * static_cast<std::size_t>(me);
     const std::vector<T> whole = folded<T>(n, all, op), block(whole.begin() + static_cast<std::ptrdiff_t>(first), whole.begin() + static_cast<std::ptrdiff_t>(first + count));
@@ -109,7 +109,7 @@ void reducing_operations(Communicator& comm, std::size_t count, const Op& op, co
     Traffic traffic{comm};
     const Report report = comm.template reduce_scatter<A>(in, out, op);
     expect(out == block && in == original, what);
-    traffic.check(report, {Operation::reduce_scatter, me, n, 0, count, false}, algorithm_ref<A, Operation::reduce_scatter>(), sizeof(T), what);
+    traffic.check(report, {Collective::reduce_scatter, me, n, 0, count, false}, algorithm_ref<A, Collective::reduce_scatter>(), sizeof(T), what);
     comm.template reduce_scatter<A>(std::span(in), std::span(in).subspan(first, count), op);
     expect(std::vector<T>(in.begin() + static_cast<std::ptrdiff_t>(first), in.begin() + static_cast<std::ptrdiff_t>(first + count)) == block, what + " in place");
     for (std::size_t i = 0; i < all; ++i)
@@ -121,17 +121,17 @@ template <class A, class T>
 void moving_operations(Communicator& comm, std::size_t count, const std::string& label) {
   const int n = comm.size();
   const Rank me = comm.rank();
-  if constexpr (Algorithm<A, Operation::broadcast>) {
+  if constexpr (Algorithm<A, Collective::broadcast>) {
     for (const Rank root : {0, n - 1, n / 2}) {
       const std::string what = label + " broadcast " + std::string(A::name) + " from " + std::to_string(root);
       std::vector<T> data = me == root ? inputs<T>(root, count) : std::vector<T>(count);
       Traffic traffic{comm};
       const Report report = comm.template broadcast<A>(data, root);
       expect(data == inputs<T>(root, count), what);
-      traffic.check(report, {Operation::broadcast, me, n, root, count, false}, algorithm_ref<A, Operation::broadcast>(), sizeof(T), what);
+      traffic.check(report, {Collective::broadcast, me, n, root, count, false}, algorithm_ref<A, Collective::broadcast>(), sizeof(T), what);
     }
   }
-  if constexpr (Algorithm<A, Operation::all_gather>) {
+  if constexpr (Algorithm<A, Collective::all_gather>) {
     const std::string what = label + " all_gather " + std::string(A::name);
     const std::vector<T> in = inputs<T>(me, count);
     std::vector<T> out(count * static_cast<std::size_t>(n)), want;
@@ -142,7 +142,7 @@ void moving_operations(Communicator& comm, std::size_t count, const std::string&
     Traffic traffic{comm};
     const Report report = comm.template all_gather<A>(std::span(in), std::span(out));
     expect(out == want, what);
-    traffic.check(report, {Operation::all_gather, me, n, 0, count, false}, algorithm_ref<A, Operation::all_gather>(), sizeof(T), what);
+    traffic.check(report, {Collective::all_gather, me, n, 0, count, false}, algorithm_ref<A, Collective::all_gather>(), sizeof(T), what);
     std::fill(out.begin(), out.end(), T(0));
     const auto block = std::span(out).subspan(static_cast<std::size_t>(me) * count, count);
     std::copy(in.begin(), in.end(), block.begin());
@@ -321,7 +321,7 @@ TEST_CASE("results that the caches cannot hold", "[processes]") {
   const auto body = [](Communicator& comm) {
     const auto n = static_cast<std::size_t>(comm.size()), me = static_cast<std::size_t>(comm.rank());
     const std::size_t count = (last_level_cache_bytes() / n + 1000) / sizeof(std::uint64_t) / (n + 1) + 13;
-    expect(exceeds_caches({Operation::all_gather, comm.rank(), comm.size(), 0, count, false}, sizeof(std::uint64_t)), "more than the caches hold");
+    expect(exceeds_caches({Collective::all_gather, comm.rank(), comm.size(), 0, count, false}, sizeof(std::uint64_t)), "more than the caches hold");
     std::vector<std::uint64_t> in(count), out(count * n);
     for (std::size_t i = 0; i < count; ++i) in[i] = me << 56 | i;
     const auto gathered = [&] {
@@ -360,8 +360,8 @@ TEST_CASE("algorithms can be chosen by name, and users can bring their own") {
     expect(comm.broadcast(data, 0).algorithm_name() == "one_shot", "one_shot by option");
     expect(comm.all_reduce<Ring>(data, sum).algorithm_name() == "ring", "by type, before any option");
   }, threads, options);
-  CHECK(AlgorithmOverrides("ring").of(Operation::all_gather).name == "ring");
-  CHECK(AlgorithmOverrides("ring").of(Operation::broadcast).generate == nullptr);
+  CHECK(AlgorithmOverrides("ring").of(Collective::all_gather).name == "ring");
+  CHECK(AlgorithmOverrides("ring").of(Collective::broadcast).generate == nullptr);
   CHECK_THROWS_AS(AlgorithmOverrides("all_reduce=rign"), Error);
   CHECK_THROWS_AS(AlgorithmOverrides("broadcast=ring"), Error);
 }
@@ -386,7 +386,7 @@ struct PassAround {
 
 TEST_CASE("a user's algorithm runs and is checked") {
   // It folds from each rank's own value on, so ranks differ in their bits: the checker says so.
-  CHECK(check({{Operation::all_reduce, 0, 4, 0, 10, true}, Folding::cyclic}, PassAround::all_reduce) != "");
+  CHECK(check({{Collective::all_reduce, 0, 4, 0, 10, true}, Folding::cyclic}, PassAround::all_reduce) != "");
   launch(4, [](Communicator& comm) {
     std::vector<int> data(1000, comm.rank() + 1);
     const Report report = comm.all_reduce<PassAround>(data, sum);

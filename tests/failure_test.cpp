@@ -16,7 +16,7 @@
 using namespace test;
 using tally::Communicator;
 using tally::Errc;
-using tally::Operation;
+using tally::Collective;
 using tally::Options;
 using tally::Rank;
 using tally::RankKind;
@@ -140,7 +140,7 @@ struct Other {
 /// One way in which rank 1's call differs from the others', and what every text must say about it.
 struct Disagreement {
   const char* name;
-  Operation operation;  // which must offer the algorithm
+  Collective operation;  // which must offer the algorithm
   std::vector<std::string> (*parts)(std::size_t);
   void (*call)(Communicator&, std::vector<float>&, bool odd);
 };
@@ -148,41 +148,41 @@ struct Disagreement {
 std::string times(const char* type, std::size_t count) { return std::string(type) + " x " + std::to_string(count); }
 
 const Disagreement disagreements[] = {
-    {"operation", Operation::all_reduce, [](std::size_t) { return std::vector<std::string>{"all_reduce(", "reduce_scatter("}; },
+    {"operation", Collective::all_reduce, [](std::size_t) { return std::vector<std::string>{"all_reduce(", "reduce_scatter("}; },
      [](Communicator& comm, std::vector<float>& data, bool odd) {
        std::vector<float> many(data.size() * static_cast<std::size_t>(comm.size()));
        if (odd) comm.reduce_scatter(many, data, tally::sum);
        else comm.all_reduce(data, tally::sum);
      }},
-    {"barrier", Operation::all_reduce, [](std::size_t count) { return std::vector<std::string>{times("all_reduce(float32", count), "barrier("}; },
+    {"barrier", Collective::all_reduce, [](std::size_t count) { return std::vector<std::string>{times("all_reduce(float32", count), "barrier("}; },
      [](Communicator& comm, std::vector<float>& data, bool odd) {
        if (odd) comm.barrier();
        else comm.all_reduce(data, tally::sum);
      }},
-    {"count", Operation::all_reduce, [](std::size_t count) { return std::vector<std::string>{times("float32", count) + ",", times("float32", count + 1) + ","}; },
+    {"count", Collective::all_reduce, [](std::size_t count) { return std::vector<std::string>{times("float32", count) + ",", times("float32", count + 1) + ","}; },
      [](Communicator& comm, std::vector<float>& data, bool odd) {
        data.resize(data.size() + odd);
        comm.all_reduce(data, tally::sum);
      }},
-    {"type", Operation::all_reduce, [](std::size_t count) { return std::vector<std::string>{times("float32", count), times("int32", count)}; },
+    {"type", Collective::all_reduce, [](std::size_t count) { return std::vector<std::string>{times("float32", count), times("int32", count)}; },
      [](Communicator& comm, std::vector<float>& data, bool odd) {
        std::vector<int> integers(data.size());
        if (odd) comm.all_reduce(integers, tally::sum);
        else comm.all_reduce(data, tally::sum);
      }},
-    {"operator", Operation::all_reduce, [](std::size_t) { return std::vector<std::string>{", sum", ", max"}; },
+    {"operator", Collective::all_reduce, [](std::size_t) { return std::vector<std::string>{", sum", ", max"}; },
      [](Communicator& comm, std::vector<float>& data, bool odd) {
        if (odd) comm.all_reduce(data, tally::max);
        else comm.all_reduce(data, tally::sum);
      }},
-    {"user's operator", Operation::all_reduce, [](std::size_t) { return std::vector<std::string>{", sum", "user operator"}; },
+    {"user's operator", Collective::all_reduce, [](std::size_t) { return std::vector<std::string>{", sum", "user operator"}; },
      [](Communicator& comm, std::vector<float>& data, bool odd) {
        if (odd) comm.all_reduce(data, tally::commutative(Other{}));
        else comm.all_reduce(data, tally::sum);
      }},
-    {"root of broadcast", Operation::broadcast, [](std::size_t) { return std::vector<std::string>{"root 0", "root 1"}; },
+    {"root of broadcast", Collective::broadcast, [](std::size_t) { return std::vector<std::string>{"root 0", "root 1"}; },
      [](Communicator& comm, std::vector<float>& data, bool odd) { comm.broadcast(data, odd ? 1 : 0); }},
-    {"root of reduce", Operation::reduce, [](std::size_t) { return std::vector<std::string>{"root 0", "root 1"}; },
+    {"root of reduce", Collective::reduce, [](std::size_t) { return std::vector<std::string>{"root 0", "root 1"}; },
      [](Communicator& comm, std::vector<float>& data, bool odd) {
        std::vector<float> out(data.size());
        comm.reduce(data, out, tally::sum, odd ? 1 : 0);
@@ -369,7 +369,7 @@ void check_timeout(const Outcome& outcome, std::chrono::nanoseconds deadline, in
 }
 
 void call_deadline(RankKind kind) {
-  for (const std::string_view algorithm : tally::algorithms_for(Operation::all_reduce))
+  for (const std::string_view algorithm : tally::algorithms_for(Collective::all_reduce))
     for (const std::size_t count : {std::size_t{1}, std::size_t{1'000'000}}) {
       CAPTURE(algorithm, count);
       const LateComer late(1);
@@ -574,7 +574,7 @@ TALLY_TEST_BOTH("who aborts and leaves at once is still quoted", "[failure]", ab
 // ---- Operators that throw.
 
 void throwing_operator(RankKind kind) {
-  for (const std::string_view algorithm : tally::algorithms_for(Operation::all_reduce))
+  for (const std::string_view algorithm : tally::algorithms_for(Collective::all_reduce))
     for (const std::size_t count : {std::size_t{1}, std::size_t{300'000}}) {
       const Shared<std::atomic<int>> first;  // the first rank to combine anything throws
       const Shared<std::atomic<int>> thrower;
@@ -634,7 +634,7 @@ TALLY_TEST_BOTH("launch names the rank whose operator threw", "[failure]", throw
 // ---- Ranks that leave.
 
 void early_return(RankKind kind) {
-  for (const std::string_view algorithm : tally::algorithms_for(Operation::all_reduce)) {
+  for (const std::string_view algorithm : tally::algorithms_for(Collective::all_reduce)) {
     const Outcome outcome = outcome_of(
         4, kind,
         [](Communicator& comm) {
@@ -660,7 +660,7 @@ TALLY_TEST_BOTH("a rank that leaves early is named", "[failure]", early_return)
 void sent_everything(RankKind kind) {
   // The root has sent all and is gone before anyone looks; what it sent is still good.
   for (const std::size_t count : {std::size_t{1}, std::size_t{15}, std::size_t{5000}})
-    for (const std::string_view algorithm : tally::algorithms_for(Operation::broadcast))
+    for (const std::string_view algorithm : tally::algorithms_for(Collective::broadcast))
       tally::launch(
           3,
           [&](Communicator& comm) {
@@ -674,7 +674,7 @@ void sent_everything(RankKind kind) {
 TALLY_TEST_BOTH("a rank that sent everything may leave", "[failure]", sent_everything)
 
 void last_operation(RankKind kind) {
-  for (const std::string_view algorithm : tally::algorithms_for(Operation::all_reduce))
+  for (const std::string_view algorithm : tally::algorithms_for(Collective::all_reduce))
     for (int late = 0; late < 4; ++late)
       tally::launch(
           4,
@@ -740,7 +740,7 @@ TEST_CASE("a killed rank is noticed and named", "[failure][processes]") {
 }
 
 TEST_CASE("a killed rank among four is noticed under every algorithm", "[failure][processes]") {
-  for (const std::string_view algorithm : tally::algorithms_for(Operation::all_reduce))
+  for (const std::string_view algorithm : tally::algorithms_for(Collective::all_reduce))
     for (const int victim : {0, 2}) survive(4, victim, algorithm, false);
 }
 
@@ -755,7 +755,7 @@ void die_after(std::chrono::nanoseconds delay) {
 TEST_CASE("a rank killed at any moment is named", "[failure][processes]") {
   for (int trial = 0; trial < 24; ++trial) {
     const int victim = trial % 3;
-    const std::string_view algorithm = tally::algorithms_for(Operation::all_reduce)[static_cast<std::size_t>(trial / 3 % 4)];
+    const std::string_view algorithm = tally::algorithms_for(Collective::all_reduce)[static_cast<std::size_t>(trial / 3 % 4)];
     const Outcome outcome = outcome_of(
         3, tally::processes,
         [&](Communicator& comm) {
@@ -970,7 +970,7 @@ TEST_CASE("a communicator that was moved from refuses, and hides nobody's error"
     CHECK_THROWS_AS(comm.persistent_all_reduce(data, tally::sum), tally::Error);
     CHECK_THROWS_AS(comm.duplicate(), tally::Error);
     CHECK_THROWS_AS(comm.allocate<int>(1), tally::Error);
-    CHECK_THROWS_AS(comm.explain(Operation::all_reduce, 8), tally::Error);
+    CHECK_THROWS_AS(comm.explain(Collective::all_reduce, 8), tally::Error);
     CHECK_THROWS_AS(comm.ledger(), tally::Error);
     comm.abort("nothing happens");
   }, tally::threads);

@@ -55,7 +55,7 @@ void all_of_them(RankKind kind) {
       }
       // Booked in the same rows as ordinary calls.
       std::uint64_t calls = 0;
-      for (const LedgerRow& row : comm.ledger().rows()) calls += row.operation == Operation::all_reduce ? row.calls : 0;
+      for (const LedgerRow& row : comm.ledger().rows()) calls += row.operation == Collective::all_reduce ? row.calls : 0;
       expect(calls == 150, "all_reduce calls in the ledger: " + std::to_string(calls));
     }, kind);
 }
@@ -69,7 +69,7 @@ TEST_CASE("plans in use stay when the engine's cache is emptied") {
   constexpr int n = 4;
   launch(n, [](Communicator& comm) {
     const auto held = [&](std::size_t count) {
-      const Layout layout{Operation::all_reduce, 0, n, 0, count, true};  // the same sum on all ranks
+      const Layout layout{Collective::all_reduce, 0, n, 0, count, true};  // the same sum on all ranks
       return Plan(Ring::all_reduce(layout.shape()), layout, 1).bytes_held();
     };
     std::vector<std::uint8_t> data(40'000);

@@ -144,7 +144,7 @@ class Guarded {
 };
 
 /// f(algorithm) with the one that was drawn, or the automatic one where it does not offer the operation.
-template <Operation O, class F>
+template <Collective O, class F>
 void with_algorithm(Named named, F&& f) {
   const auto offered = [&]<class A>(A algorithm) {
     if constexpr (Algorithm<A, O>) f(algorithm);
@@ -178,13 +178,13 @@ class Caller {
     const auto own = [&](std::size_t i) { return values.input(me, i); };
     const auto folded = [&](std::size_t i) { return values.folded(i); };
     const auto unchanged = [](std::size_t) { return Guarded<T>::guard; };
-    const auto both = [&]<Operation O>(std::integral_constant<Operation, O>, auto&& f) {
+    const auto both = [&]<Collective O>(std::integral_constant<Collective, O>, auto&& f) {
       with_algorithm<O>(plan.algorithm, [&]<class A>(A algorithm) { with_operator(plan.op, [&](const auto& op) { f(algorithm, op); }); });
     };
     switch (plan.kind) {
       case Kind::all_reduce: {
         const std::span<T> in = filled(in_.reset(count, plan.offset), own), out = plan.in_place ? in : out_.reset(count, plan.offset / 2);
-        both(std::integral_constant<Operation, Operation::all_reduce>{}, [&]<class A>(A, const auto& op) { comm.all_reduce<A>(in, out, op); });
+        both(std::integral_constant<Collective, Collective::all_reduce>{}, [&]<class A>(A, const auto& op) { comm.all_reduce<A>(in, out, op); });
         expect(plan, "the result", out, folded);
         if (!plan.in_place) expect(plan, "the input", in, own);
         break;
@@ -192,7 +192,7 @@ class Caller {
       case Kind::reduce: {
         const bool root = me == plan.root, shared = plan.in_place && root;
         const std::span<T> in = filled(in_.reset(count, plan.offset), own), out = shared ? in : out_.reset(root || plan.in_place ? count : 0, plan.offset / 2);
-        both(std::integral_constant<Operation, Operation::reduce>{}, [&]<class A>(A, const auto& op) { comm.reduce<A>(in, out, op, plan.root); });
+        both(std::integral_constant<Collective, Collective::reduce>{}, [&]<class A>(A, const auto& op) { comm.reduce<A>(in, out, op, plan.root); });
         if (root) expect(plan, "the result", out, folded);
         else expect(plan, "the unused result", out, unchanged);
         if (!shared) expect(plan, "the input", in, own);
@@ -201,27 +201,27 @@ class Caller {
       case Kind::broadcast: {
         const std::span<T> data = in_.reset(count, plan.offset);
         if (me == plan.root) filled(data, own);
-        with_algorithm<Operation::broadcast>(plan.algorithm, [&]<class A>(A) { comm.broadcast<A>(data, plan.root); });
+        with_algorithm<Collective::broadcast>(plan.algorithm, [&]<class A>(A) { comm.broadcast<A>(data, plan.root); });
         expect(plan, "the result", data, [&](std::size_t i) { return values.input(plan.root, i); });
         break;
       }
       case Kind::all_gather: {
         const std::span<T> out = out_.reset(n * count, plan.offset), in = filled(plan.in_place ? out.subspan(mine, count) : in_.reset(count, plan.offset / 2), own);
-        with_algorithm<Operation::all_gather>(plan.algorithm, [&]<class A>(A) { comm.all_gather<A>(in, out); });
+        with_algorithm<Collective::all_gather>(plan.algorithm, [&]<class A>(A) { comm.all_gather<A>(in, out); });
         for (std::size_t r = 0; r < n; ++r) expect(plan, "the block of rank " + std::to_string(r), out.subspan(r * count, count), [&](std::size_t i) { return values.input(static_cast<Rank>(r), i); });
         if (!plan.in_place) expect(plan, "the input", in, own);
         break;
       }
       case Kind::reduce_scatter: {
         const std::span<T> in = filled(in_.reset(n * count, plan.offset), own), out = plan.in_place ? in.subspan(mine, count) : out_.reset(count, plan.offset / 2);
-        both(std::integral_constant<Operation, Operation::reduce_scatter>{}, [&]<class A>(A, const auto& op) { comm.reduce_scatter<A>(in, out, op); });
+        both(std::integral_constant<Collective, Collective::reduce_scatter>{}, [&]<class A>(A, const auto& op) { comm.reduce_scatter<A>(in, out, op); });
         expect(plan, "the result", out, [&](std::size_t i) { return values.folded(mine + i); });
         expect(plan, "the input before the result", in.first(mine), own);
         expect(plan, "the input after the result", in.subspan(mine + count), [&](std::size_t i) { return own(mine + count + i); });
         if (!plan.in_place) expect(plan, "the input", in, own);
         break;
       }
-      case Kind::barrier: with_algorithm<Operation::barrier>(plan.algorithm, [&]<class A>(A) { comm.barrier<A>(); }); break;
+      case Kind::barrier: with_algorithm<Collective::barrier>(plan.algorithm, [&]<class A>(A) { comm.barrier<A>(); }); break;
     }
     if (!in_.untouched_outside() || !out_.untouched_outside()) throw std::runtime_error(plan.text() + ": wrote outside of its buffers");
   }

@@ -27,7 +27,7 @@ using namespace tally;
 
 namespace {
 
-template <Operation O>
+template <Collective O>
 void prove(const char* what) {
   INFO(what);
   for (int n = 1; n <= 64; ++n) {
@@ -35,7 +35,7 @@ void prove(const char* what) {
     for (const std::size_t count : {std::size_t{0}, std::size_t{1}, m - 1, m, m + 1, 3 * m + 1})
       for (const Rank root : {0, n / 2, n - 1})
         for (const bool in_place : {false, true}) {
-          if (O == Operation::broadcast && !in_place) continue;
+          if (O == Collective::broadcast && !in_place) continue;
           if (!has_root(O) && root != 0) continue;
           const std::string problem = check({{O, 0, n, root, count, in_place}, ZeroCopy::folding}, algorithm_ref<ZeroCopy, O>().share);
           if (!problem.empty()) FAIL("n " << n << " count " << count << " root " << root << (in_place ? " in place: " : ": ") << problem);
@@ -146,21 +146,21 @@ std::size_t shared_pages() {
 }  // namespace
 
 TEST_CASE("zero-copy shares are proven for every rank count and element count") {
-  prove<Operation::all_reduce>("all_reduce");
-  prove<Operation::reduce>("reduce");
-  prove<Operation::reduce_scatter>("reduce_scatter");
-  prove<Operation::all_gather>("all_gather");
-  prove<Operation::broadcast>("broadcast");
+  prove<Collective::all_reduce>("all_reduce");
+  prove<Collective::reduce>("reduce");
+  prove<Collective::reduce_scatter>("reduce_scatter");
+  prove<Collective::all_gather>("all_gather");
+  prove<Collective::broadcast>("broadcast");
 }
 
 TEST_CASE("the proof of shares can fail") {
-  const auto problem = [](Operation operation, Share (*share)(Shape), bool in_place) { return check({{operation, 0, 4, 0, 8, in_place}, Folding::fixed}, share); };
-  CHECK(problem(Operation::all_reduce, [](Shape s) { return Share{s.in.all(), s.out.all()}; }, true).find("read") != std::string::npos);
-  CHECK(problem(Operation::all_reduce, [](Shape s) { return Share{s.in[s.me + 1], s.out[s.me]}; }, false).find("folded") != std::string::npos);
-  CHECK(problem(Operation::all_reduce, [](Shape s) { return Share{s.in[s.me], s.out[s.me], s.me, -1}; }, false).find("folded") != std::string::npos);
-  CHECK(problem(Operation::all_reduce, [](Shape s) { return Share{s.in[0], s.out[0]}; }, false).find("written twice") != std::string::npos);
-  CHECK(problem(Operation::all_reduce, [](Shape s) { return Share{s.in[0], s.out.all()}; }, false).find("reads") != std::string::npos);
-  CHECK(problem(Operation::all_gather, [](Shape s) { return Share{s.in.all(), s.out[s.me], s.me, s.me}; }, false).find("belongs") != std::string::npos);
+  const auto problem = [](Collective operation, Share (*share)(Shape), bool in_place) { return check({{operation, 0, 4, 0, 8, in_place}, Folding::fixed}, share); };
+  CHECK(problem(Collective::all_reduce, [](Shape s) { return Share{s.in.all(), s.out.all()}; }, true).find("read") != std::string::npos);
+  CHECK(problem(Collective::all_reduce, [](Shape s) { return Share{s.in[s.me + 1], s.out[s.me]}; }, false).find("folded") != std::string::npos);
+  CHECK(problem(Collective::all_reduce, [](Shape s) { return Share{s.in[s.me], s.out[s.me], s.me, -1}; }, false).find("folded") != std::string::npos);
+  CHECK(problem(Collective::all_reduce, [](Shape s) { return Share{s.in[0], s.out[0]}; }, false).find("written twice") != std::string::npos);
+  CHECK(problem(Collective::all_reduce, [](Shape s) { return Share{s.in[0], s.out.all()}; }, false).find("reads") != std::string::npos);
+  CHECK(problem(Collective::all_gather, [](Shape s) { return Share{s.in.all(), s.out[s.me], s.me, s.me}; }, false).find("belongs") != std::string::npos);
 }
 
 TEST_CASE("zero-copy operations on symmetric memory, threads") { run_everything(threads); }
@@ -230,8 +230,8 @@ struct Mine : Staged {
 };
 
 TEST_CASE("an algorithm that inherits from a staged one is what it says itself") {
-  CHECK(algorithm_ref<Mine, Operation::all_reduce>().generate != nullptr);
-  CHECK(algorithm_ref<Mine, Operation::reduce>().is(Reach::direct));  // its share may lie anywhere
+  CHECK(algorithm_ref<Mine, Collective::all_reduce>().generate != nullptr);
+  CHECK(algorithm_ref<Mine, Collective::reduce>().is(Reach::direct));  // its share may lie anywhere
   launch(2, [](Communicator& comm) {
     std::vector<int> data(10, 1);
     expect(comm.all_reduce<Mine>(data, sum).algorithm_name() == "mine" && data[9] == 2, "the ring");
@@ -241,15 +241,15 @@ TEST_CASE("an algorithm that inherits from a staged one is what it says itself")
 TEST_CASE("where the kernel does not copy, single_copy is staged and says so", "[processes]") {
   launch(3, [](Communicator& comm) {
     std::vector<float> data(10'000, 1.0f);
-    expect(comm.explain(Operation::all_reduce, 40'000).find("single_copy is not measured") != std::string::npos, "before");
+    expect(comm.explain(Collective::all_reduce, 40'000).find("single_copy is not measured") != std::string::npos, "before");
     if (comm.rank() == 1) forbid_kernel_copies();
     for (int round = 0; round < 3; ++round) {
       std::fill(data.begin(), data.end(), 1.0f);
       const Report report = comm.all_reduce<SingleCopy>(data, sum);
       expect(report.algorithm_name() == "staged" && data[0] == 3 && data[9'999] == 3, "staged on all ranks");
     }
-    const std::string why = comm.explain(Operation::all_reduce, 40'000);
-    expect(why.find("single_copy is done as staged: the kernel does not copy between the ranks' processes: Operation not permitted") != std::string::npos, why);
+    const std::string why = comm.explain(Collective::all_reduce, 40'000);
+    expect(why.find("single_copy is done as staged: the kernel does not copy between the ranks' processes: Collective not permitted") != std::string::npos, why);
     for (const LedgerRow& row : comm.ledger().rows()) expect(comm.ledger().algorithm_name(row.algorithm) != "single_copy" || row.calls == 0, "the ledger knows");
   });
 }

@@ -50,7 +50,7 @@ namespace detail {
 
 /// operation 6, type 6, operator 12, root 16, algorithm 6, flags 2, count (hashed) 16 bits.
 struct Fingerprint {
-  Operation operation{};
+  Collective operation{};
   ElementType type{};
   std::uint16_t op = 0, root = 0;
   std::uint8_t algorithm = 0;
@@ -65,7 +65,7 @@ struct Fingerprint {
            static_cast<std::uint64_t>(root) << 24 | static_cast<std::uint64_t>(algorithm & 0x3f) << 18 | count_hash;
   }
   static constexpr Fingerprint unpack(std::uint64_t bits) {
-    return {static_cast<Operation>(bits >> 58),           static_cast<ElementType>(bits >> 52 & 0x3f), static_cast<std::uint16_t>(bits >> 40 & 0xfff),
+    return {static_cast<Collective>(bits >> 58),           static_cast<ElementType>(bits >> 52 & 0x3f), static_cast<std::uint16_t>(bits >> 40 & 0xfff),
             static_cast<std::uint16_t>(bits >> 24 & 0xffff), static_cast<std::uint8_t>(bits >> 18 & 0x3f), static_cast<std::uint16_t>(bits & 0xffff)};
   }
 };
@@ -84,9 +84,9 @@ constexpr std::uint8_t algorithm_code(std::string_view name) {
 /// e.g. "reduce(float32 x 100, sum, root 2, tree)". `count` is exact only where the fingerprint's hash agrees.
 [[gnu::cold]] inline std::string describe(std::uint64_t bits, std::uint64_t count) {
   const Fingerprint f = Fingerprint::unpack(bits);
-  if (f.operation == Operation::none) return "nothing";
+  if (f.operation == Collective::none) return "nothing";
   const std::string algorithm = f.algorithm < std::size(algorithm_names) ? std::string(algorithm_names[f.algorithm]) : concat({"user algorithm #", f.algorithm});
-  if (f.operation == Operation::barrier) return concat({name_of(f.operation), "(", algorithm, ")"});
+  if (f.operation == Collective::barrier) return concat({name_of(f.operation), "(", algorithm, ")"});
   const Piece elements = Fingerprint::hash_count(count) == f.count_hash ? Piece(count) : "another count";
   const std::string folded = reduces(f.operation) ? concat({", ", operator_text(f.op)}) : "", from = has_root(f.operation) ? concat({", root ", f.root}) : "";
   return concat({name_of(f.operation), "(", name_of(f.type), " x ", elements, folded, from, ", ", algorithm, ")"});

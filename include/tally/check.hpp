@@ -239,7 +239,7 @@ class Checker {
     state.memory[1].resize(placement.shared ? 0 : out);
     state.memory[2].resize(plan.scratch());
     for (std::size_t x = 0; x < in; ++x) state.memory[0][placement.input_first + x] = leaf(r, x);
-    if (mine.operation == Operation::broadcast && r == mine.root)
+    if (mine.operation == Collective::broadcast && r == mine.root)
       for (std::size_t x = 0; x < out; ++x) state.memory[placement.shared ? 0 : 1][x] = leaf(r, x);
     for (std::size_t i = 0; i < plan.steps().size(); ++i) {
       const PlannedStep& s = plan.steps()[i];
@@ -326,18 +326,18 @@ class Checker {
       const Value& got = value(r, {Buffer::output, 0, mine.output_count()}, x);
       const auto fail = [&](const char* why) { return concat({"rank ", r, " output ", x, ": ", why}); };
       if (!reduces(mine.operation)) {
-        const bool gather = mine.operation == Operation::all_gather;
+        const bool gather = mine.operation == Collective::all_gather;
         const Value want = gather ? leaf(static_cast<Rank>(x / mine.count), x % mine.count) : leaf(mine.root, x);
         if (got.bracket != want.bracket) return fail("not the element that belongs here");
         continue;
       }
-      const std::size_t element = mine.operation == Operation::reduce_scatter ? static_cast<std::size_t>(r) * mine.count + x : x;
+      const std::size_t element = mine.operation == Collective::reduce_scatter ? static_cast<std::size_t>(r) * mine.count + x : x;
       std::uint64_t sum = 0;
       for (Rank p = 0; p < n_; ++p) sum += leaf(p, element).sum;
       if (got.sum != sum) return fail("not every input folded exactly once");
       if (got.length != n_) return fail("not folded in rank order");
       if (request_.folding == Folding::fixed && got.bracket != fixed(0, n_, element).bracket) return fail("not the declared bracketing");
-      if (mine.operation != Operation::all_reduce || r == 0) continue;
+      if (mine.operation != Collective::all_reduce || r == 0) continue;
       if (got.bracket != value(0, {Buffer::output, 0, mine.output_count()}, x).bracket) return fail("other bits than rank 0");
     }
     return {};
@@ -377,7 +377,7 @@ inline std::string check(const CheckRequest& request, const std::vector<std::vec
 inline std::string check(const CheckRequest& request, Share (*share)(Shape)) {
   return detail::Checker(request, std::vector<std::vector<Step>>(static_cast<std::size_t>(request.layout.n))).run(share);
 }
-/// Proves a generator, e.g. `check({{Operation::all_reduce, 0, 5, 0, 16}, Ring::folding}, Ring::all_reduce)`.
+/// Proves a generator, e.g. `check({{Collective::all_reduce, 0, 5, 0, 16}, Ring::folding}, Ring::all_reduce)`.
 template <class Generator>
   requires std::is_invocable_r_v<Steps, Generator, Shape>
 std::string check(const CheckRequest& request, Generator&& generate) {

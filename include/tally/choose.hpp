@@ -25,32 +25,32 @@ template <class R>
 concept StepsOrShare = std::same_as<R, Steps> || std::same_as<R, Share>;
 
 /// Algorithm A can do operation O. A barrier is an all_reduce of one byte.
-template <class A, Operation O>
+template <class A, Collective O>
 inline constexpr bool offers = false;
 template <class A>
   requires requires(Shape s) { { A::all_reduce(s) } -> StepsOrShare; }
-inline constexpr bool offers<A, Operation::all_reduce> = true;
+inline constexpr bool offers<A, Collective::all_reduce> = true;
 template <class A>
   requires requires(Shape s) { { A::all_reduce(s) } -> std::same_as<Steps>; }
-inline constexpr bool offers<A, Operation::barrier> = true;
+inline constexpr bool offers<A, Collective::barrier> = true;
 template <class A>
   requires requires(Shape s) { { A::reduce(s) } -> StepsOrShare; }
-inline constexpr bool offers<A, Operation::reduce> = true;
+inline constexpr bool offers<A, Collective::reduce> = true;
 template <class A>
   requires requires(Shape s) { { A::broadcast(s) } -> StepsOrShare; }
-inline constexpr bool offers<A, Operation::broadcast> = true;
+inline constexpr bool offers<A, Collective::broadcast> = true;
 template <class A>
   requires requires(Shape s) { { A::all_gather(s) } -> StepsOrShare; }
-inline constexpr bool offers<A, Operation::all_gather> = true;
+inline constexpr bool offers<A, Collective::all_gather> = true;
 template <class A>
   requires requires(Shape s) { { A::reduce_scatter(s) } -> StepsOrShare; }
-inline constexpr bool offers<A, Operation::reduce_scatter> = true;
+inline constexpr bool offers<A, Collective::reduce_scatter> = true;
 
 /// A type with a `name` and a static generator for the operation; users' own types count.
-template <class A, Operation O>
+template <class A, Collective O>
 concept Algorithm = offers<A, O> && requires { { A::name } -> std::convertible_to<std::string_view>; };
 
-template <class A, Operation O>
+template <class A, Collective O>
   requires Algorithm<A, O>
 constexpr AlgorithmRef algorithm_ref() {
   AlgorithmRef ref{A::name, nullptr, nullptr, detail::algorithm_code(A::name), reach_of<A>};
@@ -58,24 +58,24 @@ constexpr AlgorithmRef algorithm_ref() {
     if constexpr (std::same_as<R, Steps>) ref.generate = text;
     else ref.share = text;
   };
-  if constexpr (O == Operation::all_reduce || O == Operation::barrier) set(&A::all_reduce);
-  else if constexpr (O == Operation::reduce) set(&A::reduce);
-  else if constexpr (O == Operation::broadcast) set(&A::broadcast);
-  else if constexpr (O == Operation::all_gather) set(&A::all_gather);
+  if constexpr (O == Collective::all_reduce || O == Collective::barrier) set(&A::all_reduce);
+  else if constexpr (O == Collective::reduce) set(&A::reduce);
+  else if constexpr (O == Collective::broadcast) set(&A::broadcast);
+  else if constexpr (O == Collective::all_gather) set(&A::all_gather);
   else set(&A::reduce_scatter);
   return ref;
 }
 
 namespace detail {
 
-template <Operation O, class A>
+template <Collective O, class A>
 constexpr AlgorithmRef ref_or_none() {
   if constexpr (Algorithm<A, O>) return algorithm_ref<A, O>();
   else return {};
 }
-template <Operation O, class... As>
+template <Collective O, class... As>
 inline constexpr AlgorithmRef table_of[] = {ref_or_none<O, As>()...};
-template <Operation O>
+template <Collective O>
 constexpr AlgorithmRef find_builtin(std::string_view name) {
   for (const AlgorithmRef& algorithm : table_of<O, Ring, Tree, RecursiveDoubling, OneShot, RecursiveHalving, TwoShot, Chain, DoubleTree, ZeroCopy, Staged, SingleCopy, Hierarchical>)
     if (algorithm && algorithm.name == name) return algorithm;
@@ -85,20 +85,20 @@ constexpr AlgorithmRef find_builtin(std::string_view name) {
 }  // namespace detail
 
 /// The built-in algorithm of that name for the operation; without a generator if there is none.
-constexpr AlgorithmRef find_algorithm(Operation operation, std::string_view name) {
+constexpr AlgorithmRef find_algorithm(Collective operation, std::string_view name) {
   switch (operation) {
-    case Operation::all_reduce: return detail::find_builtin<Operation::all_reduce>(name);
-    case Operation::barrier: return detail::find_builtin<Operation::barrier>(name);
-    case Operation::reduce: return detail::find_builtin<Operation::reduce>(name);
-    case Operation::broadcast: return detail::find_builtin<Operation::broadcast>(name);
-    case Operation::all_gather: return detail::find_builtin<Operation::all_gather>(name);
-    case Operation::reduce_scatter: return detail::find_builtin<Operation::reduce_scatter>(name);
-    case Operation::none: break;
+    case Collective::all_reduce: return detail::find_builtin<Collective::all_reduce>(name);
+    case Collective::barrier: return detail::find_builtin<Collective::barrier>(name);
+    case Collective::reduce: return detail::find_builtin<Collective::reduce>(name);
+    case Collective::broadcast: return detail::find_builtin<Collective::broadcast>(name);
+    case Collective::all_gather: return detail::find_builtin<Collective::all_gather>(name);
+    case Collective::reduce_scatter: return detail::find_builtin<Collective::reduce_scatter>(name);
+    case Collective::none: break;
   }
   return {};
 }
 /// Names of the built-in algorithms that can do the operation.
-inline std::vector<std::string_view> algorithms_for(Operation operation) {
+inline std::vector<std::string_view> algorithms_for(Collective operation) {
   std::vector<std::string_view> names;
   for (const std::string_view name : detail::algorithm_names)
     if (find_algorithm(operation, name)) names.push_back(name);
@@ -116,7 +116,7 @@ class AlgorithmOverrides {
       parse(item);
     }
   }
-  const AlgorithmRef& of(Operation operation) const { return chosen_[static_cast<std::size_t>(operation)]; }
+  const AlgorithmRef& of(Collective operation) const { return chosen_[static_cast<std::size_t>(operation)]; }
 
  private:
   [[gnu::cold]] void parse(std::string_view item) {
@@ -124,7 +124,7 @@ class AlgorithmOverrides {
     const std::string_view name = equals == item.npos ? item : item.substr(equals + 1);
     const std::string_view only = equals == item.npos ? "" : item.substr(0, equals);
     bool found = name == "auto";
-    for (const Operation operation : all_operations) {
+    for (const Collective operation : all_operations) {
       if (!only.empty() && name_of(operation) != only) continue;
       const AlgorithmRef algorithm = find_algorithm(operation, name);
       if (!algorithm) continue;
@@ -133,7 +133,7 @@ class AlgorithmOverrides {
     }
     if (found) return;
     std::string known;
-    for (const Operation operation : all_operations) {
+    for (const Collective operation : all_operations) {
       known.append(known.empty() ? " " : "; ").append(name_of(operation)).append(":");
       for (const std::string_view each : algorithms_for(operation)) known.append(" ").append(each);
     }

@@ -172,7 +172,7 @@ class Communicator {
   Report barrier(const CallOptions& options = {}) {
     std::byte token{};
     const Output memory{&token, 1};
-    return engine().run(call<A, Operation::barrier, unsigned char>(memory, memory, 1, fold_of<unsigned char>(max), 0, nullptr, 0, options));
+    return engine().run(call<A, Collective::barrier, unsigned char>(memory, memory, 1, fold_of<unsigned char>(max), 0, nullptr, 0, options));
   }
 
   /// Collective. A communicator of the same ranks whose operations are independent of this one's.
@@ -213,9 +213,9 @@ class Communicator {
 
   /// Which algorithm a call of so many bytes would take (of the larger side, see Layout::items) and why: what each was
   /// measured or is estimated to take. `symmetric`: the buffers come from allocate(). Local; the same on all ranks.
-  [[gnu::cold]] std::string explain(Operation operation, std::size_t bytes, bool symmetric = false) {
+  [[gnu::cold]] std::string explain(Collective operation, std::size_t bytes, bool symmetric = false) {
     if (!chooser_) refuse_moved();
-    const bool direct = operation != Operation::barrier && (symmetric || one_address_space_);
+    const bool direct = operation != Collective::barrier && (symmetric || one_address_space_);
     const AlgorithmRef& asked = overrides_.of(operation);
     const bool follows = asked && reaches(asked, direct);
     const AlgorithmRef chosen = follows ? asked : chooser_->choose(operation, bytes, direct);
@@ -228,8 +228,8 @@ class Communicator {
     }
     if (group_ > 1 && group_ < size()) text += detail::concat({"  ranks that follow each other share a cache or a socket in groups of ", group_, "\n"});
     if (const std::string problem = engine_->kernel_problem(); !problem.empty()) text += detail::concat({"  single_copy is done as staged: ", problem, "\n"});
-    else if (operation != Operation::barrier && engine_->stages() && !chooser_->has_measured(find_algorithm(operation, SingleCopy::name), operation, bytes)) text += "  single_copy is not measured: the kernel's copies are chosen by measurement alone (tally_perf --tune)\n";
-    if (!direct && operation != Operation::barrier) text += "  zero_copy needs memory from allocate(): these ranks cannot reach each other's private memory\n";
+    else if (operation != Collective::barrier && engine_->stages() && !chooser_->has_measured(find_algorithm(operation, SingleCopy::name), operation, bytes)) text += "  single_copy is not measured: the kernel's copies are chosen by measurement alone (tally_perf --tune)\n";
+    if (!direct && operation != Collective::barrier) text += "  zero_copy needs memory from allocate(): these ranks cannot reach each other's private memory\n";
     return text;
   }
 
@@ -318,13 +318,13 @@ class Communicator {
     else return {};
   }
   /// Whether all ranks can reach what a share needs of the others' buffers. The same on all ranks.
-  bool reachable(Operation operation, const Input& in, const Output& out) const {
+  bool reachable(Collective operation, const Input& in, const Output& out) const {
     if (one_address_space_) return true;
-    const bool reads = operation != Operation::all_gather && operation != Operation::broadcast, writes = operation != Operation::reduce_scatter;
+    const bool reads = operation != Collective::all_gather && operation != Collective::broadcast, writes = operation != Collective::reduce_scatter;
     return (in.symmetric || !reads) && (out.symmetric || !writes);
   }
   bool reaches(const AlgorithmRef& algorithm, bool direct) const { return !algorithm.share || (algorithm.is(Reach::direct) ? direct : engine_->stages()); }
-  [[noreturn, gnu::cold, gnu::noinline]] static void refuse_algorithm(Operation operation, std::string_view name) {
+  [[noreturn, gnu::cold, gnu::noinline]] static void refuse_algorithm(Collective operation, std::string_view name) {
     std::string known;
     for (const std::string_view each : algorithms_for(operation)) known.append(" ").append(each);
     throw Error(Errc::invalid_argument, {name_of(operation), ": no algorithm is called '", name, "'; there are", known});
@@ -342,7 +342,7 @@ class Communicator {
     throw Error(Errc::invalid_argument, {name, " is null but has ", count, " elements"});
   }
   [[noreturn, gnu::cold, gnu::noinline]] static void refuse_moved() { throw Error(Errc::invalid_argument, "this communicator was moved from"); }
-  [[noreturn, gnu::cold, gnu::noinline]] static void refuse_overlap(Operation operation) {
+  [[noreturn, gnu::cold, gnu::noinline]] static void refuse_overlap(Collective operation) {
     throw Error(Errc::invalid_argument, {name_of(operation), ": in and out overlap without being in place"});
   }
 
@@ -350,52 +350,52 @@ class Communicator {
   template <class A, class Data, class Op>
   Call all_reduce_call(Data& data, const Op& op, const CallOptions& options) {
     const Output memory = memory_of("data", data);
-    return folding<A, Operation::all_reduce, ValueOf<Data>>(memory, memory, std::ranges::size(data), op, 0, options);
+    return folding<A, Collective::all_reduce, ValueOf<Data>>(memory, memory, std::ranges::size(data), op, 0, options);
   }
   template <class A, class In, class Out, class Op>
   Call all_reduce_call(In& in, Out& out, const Op& op, const CallOptions& options) {
     expect_count("all_reduce: out", std::ranges::size(out), std::ranges::size(in));
-    return folding<A, Operation::all_reduce, ValueOf<In>>(memory_of("in", in), memory_of("out", out), std::ranges::size(in), op, 0, options);
+    return folding<A, Collective::all_reduce, ValueOf<In>>(memory_of("in", in), memory_of("out", out), std::ranges::size(in), op, 0, options);
   }
   template <class A, class In, class Out, class Op>
   Call reduce_call(In& in, Out& out, const Op& op, Rank root, const CallOptions& options) {
     expect_root("reduce", root);
     if (rank() == root) expect_count("reduce: out", std::ranges::size(out), std::ranges::size(in));
     const Output result = rank() == root ? memory_of("out", out) : nowhere(out);
-    return folding<A, Operation::reduce, ValueOf<In>>(memory_of("in", in), result, std::ranges::size(in), op, root, options);
+    return folding<A, Collective::reduce, ValueOf<In>>(memory_of("in", in), result, std::ranges::size(in), op, root, options);
   }
   template <class A, class Data>
   Call broadcast_call(Data& data, Rank root, const CallOptions& options) {
     expect_root("broadcast", root);
-    return moving<A, Operation::broadcast, ValueOf<Data>>(Input{}, memory_of("data", data), std::ranges::size(data), root, options);
+    return moving<A, Collective::broadcast, ValueOf<Data>>(Input{}, memory_of("data", data), std::ranges::size(data), root, options);
   }
   template <class A, class In, class Out>
   Call all_gather_call(In& in, Out& out, const CallOptions& options) {
     expect_count("all_gather: out", std::ranges::size(out), product(std::ranges::size(in)));
-    return moving<A, Operation::all_gather, ValueOf<In>>(memory_of("in", in), memory_of("out", out), std::ranges::size(in), 0, options);
+    return moving<A, Collective::all_gather, ValueOf<In>>(memory_of("in", in), memory_of("out", out), std::ranges::size(in), 0, options);
   }
   template <class A, class In, class Out, class Op>
   Call reduce_scatter_call(In& in, Out& out, const Op& op, const CallOptions& options) {
     expect_count("reduce_scatter: in", std::ranges::size(in), product(std::ranges::size(out)));
-    return folding<A, Operation::reduce_scatter, ValueOf<In>>(memory_of("in", in), memory_of("out", out), std::ranges::size(out), op, 0, options);
+    return folding<A, Collective::reduce_scatter, ValueOf<In>>(memory_of("in", in), memory_of("out", out), std::ranges::size(out), op, 0, options);
   }
 
   /// Operations that combine.
-  template <class A, Operation O, class T, class Op>
+  template <class A, Collective O, class T, class Op>
   [[gnu::always_inline]] Call folding(const Input& in, const Output& out, std::size_t count, const Op& op, Rank root, const CallOptions& options) {
     void (*finish)(void*, std::size_t, int) = nullptr;
     if constexpr (std::same_as<Op, Mean>) finish = detail::divide<T>;
     return call<A, O, T>(in, out, count, fold_of<T>(op), detail::operator_code<Op>(), finish, root, options);
   }
   /// Operations that only move.
-  template <class A, Operation O, class T>
+  template <class A, Collective O, class T>
   [[gnu::always_inline]] Call moving(const Input& in, const Output& out, std::size_t count, Rank root, const CallOptions& options) {
     return call<A, O, T>(in, out, count, {}, 0, nullptr, root, options);
   }
-  template <class A, Operation O, class T>
+  template <class A, Collective O, class T>
   [[gnu::always_inline]] Call call(const Input& in, const Output& out, std::size_t count, Fold fold, std::uint16_t op, void (*finish)(void*, std::size_t, int), Rank root, const CallOptions& options) {
     if (!engine_) refuse_moved();  // nothing below it is there, either
-    const bool shared = in_place(O, in, out), direct = O != Operation::barrier && reachable(O, in, out);
+    const bool shared = in_place(O, in, out), direct = O != Collective::barrier && reachable(O, in, out);
     const std::size_t bytes = Layout::items(O, count, size_) * sizeof(T);
     // Everything below is made in one go and where it stays: what is copied right after it was written in parts costs ten times as much.
     const nanoseconds timeout = options.timeout ? positive(*options.timeout) : timeout_;
@@ -413,7 +413,7 @@ class Communicator {
     }
   }
   /// The algorithm that the call names, or the environment if it can do this one, or the best.
-  [[gnu::noinline]] AlgorithmRef asked_for(Operation operation, std::string_view name, std::size_t bytes, bool direct) {
+  [[gnu::noinline]] AlgorithmRef asked_for(Collective operation, std::string_view name, std::size_t bytes, bool direct) {
     if (name.empty()) return reaches(overrides_.of(operation), direct) ? overrides_.of(operation) : chooser_->choose(operation, bytes, direct);
     const AlgorithmRef algorithm = find_algorithm(operation, name);
     if (!algorithm) refuse_algorithm(operation, name);
@@ -422,14 +422,14 @@ class Communicator {
   }
 
   /// In place is: the same span, or this rank's block of the larger one. Any other overlap is an error.
-  bool in_place(Operation operation, const Input& in, const Output& out) const {
+  bool in_place(Collective operation, const Input& in, const Output& out) const {
     if (in.bytes == 0 || out.bytes == 0) return false;
     const std::less<> before;
     if (!before(in.data, out.data + out.bytes) || !before(out.data, in.data + in.bytes)) return false;
     const std::size_t mine = static_cast<std::size_t>(rank()) * std::min(in.bytes, out.bytes);
-    const std::byte* const expected_in = out.data + (operation == Operation::all_gather ? mine : 0);
-    const std::byte* const expected_out = in.data + (operation == Operation::reduce_scatter ? mine : 0);
-    if (operation == Operation::reduce_scatter ? out.data == expected_out : in.data == expected_in) return true;
+    const std::byte* const expected_in = out.data + (operation == Collective::all_gather ? mine : 0);
+    const std::byte* const expected_out = in.data + (operation == Collective::reduce_scatter ? mine : 0);
+    if (operation == Collective::reduce_scatter ? out.data == expected_out : in.data == expected_in) return true;
     refuse_overlap(operation);
   }
   std::size_t product(std::size_t count) const {

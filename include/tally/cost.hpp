@@ -58,25 +58,25 @@ struct Profile {
 };
 
 /// From the texts of all ranks, with a small count.
-[[gnu::cold]] inline Profile profile_of(const AlgorithmRef& algorithm, Operation operation, int n, int group = 1, double across = 1) {
-  const std::size_t count = operation == Operation::barrier ? 1 : static_cast<std::size_t>(operation == Operation::all_gather || operation == Operation::reduce_scatter ? 4 : 4 * n);
-  const Layout layout{operation == Operation::barrier ? Operation::all_reduce : operation, 0, n, 0, count, operation == Operation::barrier || operation == Operation::broadcast, group};
+[[gnu::cold]] inline Profile profile_of(const AlgorithmRef& algorithm, Collective operation, int n, int group = 1, double across = 1) {
+  const std::size_t count = operation == Collective::barrier ? 1 : static_cast<std::size_t>(operation == Collective::all_gather || operation == Collective::reduce_scatter ? 4 : 4 * n);
+  const Layout layout{operation == Collective::barrier ? Collective::all_reduce : operation, 0, n, 0, count, operation == Collective::barrier || operation == Collective::broadcast, group};
   const auto items = static_cast<double>(layout.items());
   const auto distance = [&](Rank a, Rank b) { return group == 1 || a / group == b / group ? 1.0 : across; };
   Profile profile;
   if (algorithm.share) {  // two meetings, and its share of the data
     const double meeting = n <= direct_meeting_ranks ? n - 1 : std::bit_width(static_cast<unsigned>(n - 1));
-    const bool all_read = reduces(operation), all_written = operation != Operation::reduce && operation != Operation::reduce_scatter;
+    const bool all_read = reduces(operation), all_written = operation != Collective::reduce && operation != Collective::reduce_scatter;
     profile.chain = 2 * (n <= direct_meeting_ranks ? 1 : meeting);
     profile.messages = 4 * meeting;
     profile.received = (all_read ? n - 1.0 : 0.0) / n;
-    profile.sent = (all_written ? n - 1.0 : operation == Operation::reduce ? 1.0 : 0.0) / n;
+    profile.sent = (all_written ? n - 1.0 : operation == Collective::reduce ? 1.0 : 0.0) / n;
     if (algorithm.is(Reach::staged)) {  // and what others read is put in, what they wrote is taken out
-      const bool put = all_read || operation == Operation::broadcast, taken = operation != Operation::reduce_scatter;
-      profile.local = put ? (n - 1.0) / n : operation == Operation::all_gather ? 1.0 / n : 0.0;
-      profile.received += (taken ? (n - 1.0) / n : 0.0) + (operation == Operation::broadcast ? 1.0 / n : 0.0);
+      const bool put = all_read || operation == Collective::broadcast, taken = operation != Collective::reduce_scatter;
+      profile.local = put ? (n - 1.0) / n : operation == Collective::all_gather ? 1.0 / n : 0.0;
+      profile.received += (taken ? (n - 1.0) / n : 0.0) + (operation == Collective::broadcast ? 1.0 / n : 0.0);
       // Results are written where inputs were just read; where nothing was, a line has to be fetched to be written.
-      profile.sent *= operation == Operation::all_reduce ? 0 : 2;
+      profile.sent *= operation == Collective::all_reduce ? 0 : 2;
     }
     if (group > 1 && group < n) {
       profile.chain *= across;
@@ -149,7 +149,7 @@ class Chooser {
   const CostModel& model() const { return model_; }
 
   /// `direct`: all ranks can reach each other's buffers.
-  const AlgorithmRef& choose(Operation operation, std::size_t bytes, bool direct) {
+  const AlgorithmRef& choose(Collective operation, std::size_t bytes, bool direct) {
     // One choice for all sizes between two classes, so that it need not be made for every call.
     const std::size_t size_class = bytes <= 8 ? 0 : static_cast<std::size_t>(std::bit_width((bytes - 1) >> 3));
     AlgorithmRef& known = chosen_[static_cast<std::size_t>(operation)][direct][std::min<std::size_t>(size_class, CostModel::classes - 1)];
@@ -161,7 +161,7 @@ class Chooser {
     double microseconds = 0;
     bool measured = false;
   };
-  Estimate estimate(const AlgorithmRef& algorithm, Operation operation, std::size_t bytes) {
+  Estimate estimate(const AlgorithmRef& algorithm, Collective operation, std::size_t bytes) {
     if (const double time = measured(algorithm, operation, bytes); time > 0) return {time, true};
     const detail::Profile p = profile(algorithm, operation);
     const double crowd = std::max(1.0, static_cast<double>(n_) / std::max(1, static_cast<int>(model_.cores)));
@@ -172,14 +172,14 @@ class Chooser {
     return {p.chain * hop + crowd * (p.messages * static_cast<double>(model_.message) + moving), false};
   }
 
-  bool has_measured(const AlgorithmRef& algorithm, Operation operation, std::size_t bytes) const { return measured(algorithm, operation, bytes) > 0; }
+  bool has_measured(const AlgorithmRef& algorithm, Collective operation, std::size_t bytes) const { return measured(algorithm, operation, bytes) > 0; }
 
   /// The candidates, the fastest first. Nothing is known of the kernel's copies without a measurement.
   struct Candidate {
     AlgorithmRef algorithm;
     Estimate estimate;
   };
-  std::vector<Candidate> candidates(Operation operation, std::size_t bytes, bool direct) {
+  std::vector<Candidate> candidates(Collective operation, std::size_t bytes, bool direct) {
     std::vector<Candidate> all;
     for (const std::string_view name : algorithms_for(operation)) {
       const AlgorithmRef algorithm = find_algorithm(operation, name);
@@ -193,9 +193,9 @@ class Chooser {
 
  private:
   bool grouped() const { return model_.group > 1 && model_.group < n_; }
-  [[gnu::cold, gnu::noinline]] AlgorithmRef best(Operation operation, std::size_t bytes, bool direct) { return candidates(operation, bytes, direct).front().algorithm; }
+  [[gnu::cold, gnu::noinline]] AlgorithmRef best(Collective operation, std::size_t bytes, bool direct) { return candidates(operation, bytes, direct).front().algorithm; }
 
-  double measured(const AlgorithmRef& algorithm, Operation operation, std::size_t bytes) const {
+  double measured(const AlgorithmRef& algorithm, Collective operation, std::size_t bytes) const {
     if (model_.ranks != n_ || algorithm.code >= CostModel::algorithms) return 0;
     const auto& times = model_.measured[static_cast<std::size_t>(operation)][algorithm.code];
     // Between the nearest sizes measured on both sides, straight in logarithms; beyond the last one, as its bytes.
@@ -212,7 +212,7 @@ class Chooser {
     const double low = std::log2(static_cast<double>(times[below])), high = std::log2(static_cast<double>(times[above]));
     return std::exp2(low + (high - low) * (at - below) / (above - below));
   }
-  detail::Profile profile(const AlgorithmRef& algorithm, Operation operation) {
+  detail::Profile profile(const AlgorithmRef& algorithm, Collective operation) {
     auto& known = profiles_[static_cast<std::size_t>(operation)];
     for (const auto& [code, profile] : known)
       if (code == algorithm.code) return profile;
@@ -256,10 +256,10 @@ class Chooser {
     const int ranks = number_in(words[1], int{});
     const auto bytes = number_in(words[4], std::uint64_t{});
     const double us = number_in(words[5], double{});
-    Operation operation = Operation::none;
-    for (const Operation each : all_operations)
+    Collective operation = Collective::none;
+    for (const Collective each : all_operations)
       if (name_of(each) == words[2]) operation = each;
-    if (operation == Operation::none) refuse({"'", words[2], "' is not an operation"});
+    if (operation == Collective::none) refuse({"'", words[2], "' is not an operation"});
     const AlgorithmRef algorithm = find_algorithm(operation, words[3]);
     if (!algorithm) refuse({"'", words[3], "' is not an algorithm for ", words[2]});
     if (!(us > 0) || !(us < 1e12)) refuse({"a time must be above 0 and below 1e12 us"});

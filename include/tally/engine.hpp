@@ -414,7 +414,7 @@ class Engine final : public AnyEngine {
     names_.resize(static_cast<std::size_t>(size()));
     names_[static_cast<std::size_t>(rank())] = mine;
     if (!meeting_) {
-      const Layout layout{Operation::all_gather, rank(), size(), 0, sizeof(Names), true};
+      const Layout layout{Collective::all_gather, rank(), size(), 0, sizeof(Names), true};
       meeting_ = plans_.make({layout, size() <= direct_meeting_ranks ? OneShot::all_gather : RecursiveDoubling::all_gather});
     }
     auto* names = reinterpret_cast<std::byte*>(names_.data());

@@ -63,7 +63,7 @@ class Staging {
   /// no range is of two of them.
   std::byte* place(const Range& range, std::size_t i) const {
     const bool input = range.buffer == Buffer::input;
-    const bool blocks = call_.layout.operation == (input ? Operation::reduce_scatter : Operation::all_gather);
+    const bool blocks = call_.layout.operation == (input ? Collective::reduce_scatter : Collective::all_gather);
     const std::size_t first = i * most_ + (blocks ? range.first / count(i) * call_.layout.count + range.first % count(i) : range.first);
     return (input ? const_cast<std::byte*>(call_.input) : call_.output) + first * call_.grain;  // inputs are never written
   }

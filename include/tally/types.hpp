@@ -18,26 +18,26 @@ using nanoseconds = std::chrono::nanoseconds;
 /// Longer deadlines are cut to this (30 years), so that adding one to a point in time cannot overflow.
 inline constexpr nanoseconds longest_timeout = std::chrono::seconds(1'000'000'000);
 
-enum class Operation : std::uint8_t { none, all_reduce, reduce, broadcast, all_gather, reduce_scatter, barrier };
-inline constexpr Operation all_operations[] = {Operation::all_reduce,     Operation::reduce, Operation::broadcast, Operation::all_gather,
-                                               Operation::reduce_scatter, Operation::barrier};
+enum class Collective : std::uint8_t { none, all_reduce, reduce, broadcast, all_gather, reduce_scatter, barrier };
+inline constexpr Collective all_operations[] = {Collective::all_reduce,     Collective::reduce, Collective::broadcast, Collective::all_gather,
+                                               Collective::reduce_scatter, Collective::barrier};
 
-constexpr std::string_view name_of(Operation operation) {
+constexpr std::string_view name_of(Collective operation) {
   switch (operation) {
-    case Operation::none: return "nothing";
-    case Operation::all_reduce: return "all_reduce";
-    case Operation::reduce: return "reduce";
-    case Operation::broadcast: return "broadcast";
-    case Operation::all_gather: return "all_gather";
-    case Operation::reduce_scatter: return "reduce_scatter";
-    case Operation::barrier: return "barrier";
+    case Collective::none: return "nothing";
+    case Collective::all_reduce: return "all_reduce";
+    case Collective::reduce: return "reduce";
+    case Collective::broadcast: return "broadcast";
+    case Collective::all_gather: return "all_gather";
+    case Collective::reduce_scatter: return "reduce_scatter";
+    case Collective::barrier: return "barrier";
   }
   return "unknown operation";
 }
-constexpr bool reduces(Operation operation) {
-  return operation == Operation::all_reduce || operation == Operation::reduce || operation == Operation::reduce_scatter;
+constexpr bool reduces(Collective operation) {
+  return operation == Collective::all_reduce || operation == Collective::reduce || operation == Collective::reduce_scatter;
 }
-constexpr bool has_root(Operation operation) { return operation == Operation::reduce || operation == Operation::broadcast; }
+constexpr bool has_root(Collective operation) { return operation == Collective::reduce || operation == Collective::broadcast; }
 
 /// Elements as they are named to peers: kind and size, so `long` and `long long` are the same type.
 enum class ElementType : std::uint8_t { none, i8, i16, i32, i64, u8, u16, u32, u64, f32, f64, f80, byte };
@@ -76,7 +76,7 @@ struct Placement {
 /// One rank's arguments of one operation, as far as they matter for what moves where.
 /// `count` is the caller's block: elements per rank for all_gather and reduce_scatter, all elements elsewhere.
 struct Layout {
-  Operation operation{};
+  Collective operation{};
   Rank me = 0;
   int n = 1;
   Rank root = 0;
@@ -84,20 +84,20 @@ struct Layout {
   bool in_place = false;
   int group = 1;  // see Shape
 
-  std::size_t blocks(Operation many) const { return operation == many ? static_cast<std::size_t>(n) : 1; }
-  std::size_t input_count() const { return operation == Operation::broadcast ? 0 : count * blocks(Operation::reduce_scatter); }
+  std::size_t blocks(Collective many) const { return operation == many ? static_cast<std::size_t>(n) : 1; }
+  std::size_t input_count() const { return operation == Collective::broadcast ? 0 : count * blocks(Collective::reduce_scatter); }
   std::size_t output_count() const {
-    if (operation == Operation::reduce && me != root) return 0;
-    return count * blocks(Operation::all_gather);
+    if (operation == Collective::reduce && me != root) return 0;
+    return count * blocks(Collective::all_gather);
   }
   /// Elements of the larger of input and output: the size that algorithms are chosen and accounts kept by.
   std::size_t items() const { return items(operation, count, n); }
-  static constexpr std::size_t items(Operation operation, std::size_t count, int n) { return count * (operation == Operation::all_gather || operation == Operation::reduce_scatter ? static_cast<std::size_t>(n) : 1); }
+  static constexpr std::size_t items(Collective operation, std::size_t count, int n) { return count * (operation == Collective::all_gather || operation == Collective::reduce_scatter ? static_cast<std::size_t>(n) : 1); }
   /// In place, the smaller of input and output is this rank's block of the larger one.
   Placement placement() const {
     const std::size_t mine = static_cast<std::size_t>(me) * count;
-    return {in_place, in_place && operation == Operation::all_gather ? mine : 0,
-            in_place && operation == Operation::reduce_scatter ? mine : 0};
+    return {in_place, in_place && operation == Collective::all_gather ? mine : 0,
+            in_place && operation == Collective::reduce_scatter ? mine : 0};
   }
   Shape shape() const { return {me, n, root, Chunks(Buffer::input, input_count(), n), Chunks(Buffer::output, output_count(), n), group}; }
   friend bool operator==(const Layout&, const Layout&) = default;

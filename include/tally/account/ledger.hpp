@@ -20,7 +20,7 @@ namespace tally::inline v0 {
 
 /// Sums over all calls of one operation, size class and algorithm.
 struct LedgerRow {
-  Operation operation = Operation::none;
+  Collective operation = Collective::none;
   std::uint8_t size_class = 0;  // sizes up to 2^size_class bytes, and above 2^(size_class - 1)
   std::uint8_t algorithm = 0;
   std::uint64_t calls = 0, failed = 0;
@@ -72,7 +72,7 @@ class Ledger final : public detail::ReportSource {
   // For engines.
   std::uint64_t handle() const { return handle_; }
   static std::uint8_t size_class(std::uint64_t bytes) { return static_cast<std::uint8_t>(bytes <= 1 ? 0 : std::bit_width(bytes - 1)); }
-  LedgerRow& row(Operation operation, std::uint64_t bytes, std::string_view algorithm) {
+  LedgerRow& row(Collective operation, std::uint64_t bytes, std::string_view algorithm) {
     const std::uint8_t size = size_class(bytes), index = algorithm_index(algorithm);
     for (LedgerRow& row : rows_)
       if (row.operation == operation && row.size_class == size && row.algorithm == index) return row;
