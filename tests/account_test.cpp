@@ -230,6 +230,7 @@ class SlowLink {
   std::string_view name() const { return "slow"; }
   const TransportCounters& counters() const { return inner_->counters(); }
   bool crowded() { return false; }
+  void interrupt() {}
   template <Probe P>
   void post(Transfer& t, P& probe) { inner_->post(t, probe); }
   void cancel(Transfer& t) { inner_->cancel(t); }

@@ -4,6 +4,8 @@
 #include <catch2/catch.hpp>
 
 #include <algorithm>
+#include <numeric>
+#include <random>
 #include <set>
 #include <string>
 #include <vector>
@@ -36,8 +38,8 @@ std::set<std::size_t> counts(int n) {
 }
 
 template <class A, Collective O>
-void prove(Folding folding) {
-  for (int n = 1; n <= most_ranks; ++n)
+void prove(Folding folding, int most = most_ranks) {
+  for (int n = 1; n <= std::min(most, most_ranks); ++n)
     for (const std::size_t count : counts(n))
       for (const bool in_place : {false, true}) {
         const std::set<Rank> roots = has_root(O) ? std::set<Rank>{0, n / 2, n - 1} : std::set<Rank>{0};
@@ -50,8 +52,99 @@ void prove(Folding folding) {
   SUCCEED();
 }
 
+/// Random blocks for all ranks of a v-variant or a neighbour exchange: some empty, in any order, with gaps.
+struct Irregular {
+  std::vector<std::vector<std::size_t>> in_counts, in_firsts, out_counts, out_firsts;
+  std::vector<std::vector<Rank>> to, from;
+  std::vector<Extents> extents;
+  std::vector<Layout> layouts;
+
+  Irregular(Collective operation, int n, Rank root, bool in_place, bool packed, std::mt19937& random) {
+    const auto ranks = static_cast<std::size_t>(n);
+    for (auto* lists : {&in_counts, &in_firsts, &out_counts, &out_firsts}) lists->resize(ranks);
+    to.resize(ranks), from.resize(ranks), extents.resize(ranks), layouts.resize(ranks);
+    const auto some = [&](std::size_t most) { return std::uniform_int_distribution<std::size_t>(0, most)(random); };
+    const auto counts = [&] {
+      std::vector<std::size_t> list(ranks);
+      for (std::size_t& count : list) count = some(3) == 0 ? 0 : some(7);
+      return list;
+    };
+    const auto places = [&](const std::vector<std::size_t>& sizes) {
+      std::vector<std::size_t> order(sizes.size()), firsts(sizes.size());
+      if (packed) return std::vector<std::size_t>{};
+      std::iota(order.begin(), order.end(), std::size_t{0});
+      std::shuffle(order.begin(), order.end(), random);
+      std::size_t at = some(3);
+      for (const std::size_t block : order) firsts[block] = at, at += sizes[block] + some(2);
+      return firsts;
+    };
+    const std::vector<std::size_t> all = counts(), firsts = places(all);  // what all ranks know
+    if (operation == Collective::neighbour_exchange)
+      for (std::size_t a = 0; a < ranks; ++a)
+        for (std::size_t b = 0; b < ranks; ++b)
+          for (std::size_t edges = some(4) < 2 ? some(2) : 0; edges > 0; --edges) to[a].push_back(static_cast<Rank>(b)), from[b].push_back(static_cast<Rank>(a));
+    if (operation == Collective::all_to_all_v)
+      for (std::size_t a = 0; a < ranks; ++a) in_counts[a] = counts();
+    for (std::size_t r = 0; r < ranks; ++r) {
+      const bool is_root = static_cast<Rank>(r) == root;
+      if (operation == Collective::all_gather_v || (operation == Collective::gather_v && is_root)) out_counts[r] = all, out_firsts[r] = firsts;
+      if (operation == Collective::reduce_scatter_v || (operation == Collective::scatter_v && is_root)) in_counts[r] = all, in_firsts[r] = firsts;
+      if (operation == Collective::all_to_all_v) {
+        for (std::size_t s = 0; s < ranks; ++s) out_counts[r].push_back(in_counts[s][r]);
+        in_firsts[r] = places(in_counts[r]), out_firsts[r] = places(out_counts[r]);
+      }
+      std::shuffle(to[r].begin(), to[r].end(), random), std::shuffle(from[r].begin(), from[r].end(), random);
+      extents[r] = {in_counts[r], in_firsts[r], out_counts[r], out_firsts[r], to[r], from[r]};
+      const bool own = operation != Collective::all_to_all_v && operation != Collective::neighbour_exchange;
+      layouts[r] = {operation, static_cast<Rank>(r), n, root, own ? all[r] : operation == Collective::neighbour_exchange ? 3u : 0u, in_place, 1, &extents[r]};
+    }
+  }
+};
+
+template <class A, Collective O>
+void prove_irregular() {
+  std::mt19937 random(1);
+  for (int n = 1; n <= 12; ++n)
+    for (int i = 0; i < 40; ++i)
+      for (const bool in_place : {false, true}) {
+        if (in_place && (O == Collective::all_to_all_v || O == Collective::neighbour_exchange)) continue;
+        const Irregular blocks(O, n, i % n, in_place, i % 3 == 0, random);
+        const std::string problem = check({blocks.layouts[0], algorithm_ref<A, O>().folding, all_conflicts, blocks.layouts}, algorithm_ref<A, O>().generate);
+        if (!problem.empty()) FAIL(A::name << " " << name_of(O) << ", " << n << " ranks, blocks #" << i << (in_place ? ", in place: " : ": ") << problem);
+      }
+  SUCCEED();
+}
+
 }  // namespace
 
+TEST_CASE("blocks of any size are proven") {
+  prove_irregular<OneShot, Collective::all_gather_v>();
+  prove_irregular<Ring, Collective::all_gather_v>();
+  prove_irregular<OneShot, Collective::reduce_scatter_v>();
+  prove_irregular<Ring, Collective::reduce_scatter_v>();
+  prove_irregular<OneShot, Collective::gather_v>();
+  prove_irregular<OneShot, Collective::scatter_v>();
+  prove_irregular<Pairwise, Collective::all_to_all_v>();
+  prove_irregular<Pairwise, Collective::neighbour_exchange>();
+}
+TEST_CASE("all-to-all is proven") {
+  // Their work grows with the fourth power of the ranks.
+  prove<Pairwise, Collective::all_to_all>(Folding::cyclic, 24);
+  prove<Bruck, Collective::all_to_all>(Folding::cyclic, 24);
+  prove<Bruck, Collective::all_gather>(Folding::cyclic, 40);
+}
+TEST_CASE("gather and scatter are proven") {
+  prove<OneShot, Collective::gather>(OneShot::folding);
+  prove<OneShot, Collective::scatter>(OneShot::folding);
+  prove<Tree, Collective::gather>(Tree::folding);
+  prove<Tree, Collective::scatter>(Tree::folding);
+}
+TEST_CASE("scans are proven") {
+  prove<Chain, Collective::scan>(Folding::ordered);
+  prove<Chain, Collective::exclusive_scan>(Folding::ordered);
+  prove<RecursiveDoubling, Collective::scan>(Folding::fixed);
+  prove<RecursiveDoubling, Collective::exclusive_scan>(Folding::fixed);
+}
 TEST_CASE("ring is proven") {
   prove<Ring, Collective::all_reduce>(Ring::folding);
   prove<Ring, Collective::all_gather>(Ring::folding);

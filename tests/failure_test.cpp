@@ -313,7 +313,7 @@ TEST_CASE("what a rank is seen doing belongs together", "[failure]") {
   std::atomic<bool> stop{false};
   std::jthread publishing([&] {
     for (std::uint64_t sequence = 1; !stop.load(std::memory_order_relaxed); ++sequence) {
-      writer.enter({sequence, print_of(sequence), sequence, true, false});
+      writer.enter({sequence, print_of(sequence), sequence, tally::RankStatus::inside_operation, false});
       for (int i = 0; i < 200; ++i) tally::cpu_pause();  // inside for a while, so that the reader catches it there
       writer.exit();
     }

@@ -249,7 +249,7 @@ TEST_CASE("where the kernel does not copy, single_copy is staged and says so", "
       expect(report.algorithm_name() == "staged" && data[0] == 3 && data[9'999] == 3, "staged on all ranks");
     }
     const std::string why = comm.explain(Collective::all_reduce, 40'000);
-    expect(why.find("single_copy is done as staged: the kernel does not copy between the ranks' processes: Collective not permitted") != std::string::npos, why);
+    expect(why.find("single_copy is done as staged: the kernel does not copy between the ranks' processes: Operation not permitted") != std::string::npos, why);
     for (const LedgerRow& row : comm.ledger().rows()) expect(comm.ledger().algorithm_name(row.algorithm) != "single_copy" || row.calls == 0, "the ledger knows");
   });
 }

@@ -44,12 +44,13 @@ TEST_CASE("slots fit their budget") {
     CHECK(layout.slot_bytes() >= 1024);
     // Rings do not overlap: ring_bytes apart, in this order.
     std::size_t expected = layout.ring(0, 0, 1);
-    for (Rank from = 0; from < n; ++from)
-      for (Rank to = 0; to < n; ++to) {
-        if (from == to) continue;
-        CHECK(layout.ring(0, from, to) == expected);
-        expected += layout.ring_bytes();
-      }
+    for (int lane = 0; lane < layout.lanes(); ++lane)
+      for (Rank from = 0; from < n; ++from)
+        for (Rank to = 0; to < n; ++to) {
+          if (from == to) continue;
+          CHECK(layout.ring(lane, from, to) == expected);
+          expected += layout.ring_bytes();
+        }
     CHECK((expected <= layout.staging(0) && layout.staging(0) < expected + 4096));
     CHECK(layout.staging(n - 1) + layout.staging_bytes() == layout.bytes());
     CHECK(layout.rank_line(n) <= layout.ring(0, 0, 1));

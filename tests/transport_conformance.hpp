@@ -48,8 +48,9 @@ struct Driver {
     ++credits;
     expect(times.culprit == 100 + t.peer, "the receiver's credit stamp");
   }
-  void copying() {}
-  void reducing() {}
+  void copying(Transfer&) {}
+  void reducing(Transfer&) {}
+  Transfer* unexpected(Rank, const FrameInfo&) { return nullptr; }
   void moved(Transfer& t) {
     ++moves;
     expect(t.done <= t.ready && t.ready <= t.bytes, "done <= ready <= bytes");
@@ -298,7 +299,7 @@ inline void conformance(const Run& run) {
   SECTION("status, goodbye and abort reach every rank") {
     run(3, small, [](auto& transport) {
       const Rank me = transport.rank();
-      transport.enter({7, 100u + static_cast<unsigned>(me), 55, true, false});
+      transport.enter({7, 100u + static_cast<unsigned>(me), 55, RankStatus::inside_operation, false});
       const auto eventually = [](auto&& condition, const char* what) {
         const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(30);
         while (!condition()) {

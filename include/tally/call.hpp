@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <span>
 #include <string>
 #include <string_view>
 
@@ -24,6 +25,7 @@ struct AlgorithmRef {
   Share (*share)(Shape) = nullptr;
   std::uint8_t code = 0;  // 6 bits, the same on all ranks
   Reach reach{};  // of a share
+  Folding folding{};
   constexpr bool is(Reach which) const { return share && reach == which; }
   constexpr explicit operator bool() const { return generate || share; }
 };
@@ -44,6 +46,20 @@ struct Call {
   void* pinned = nullptr;  // what the engine's pin() gave for this call
 
   std::size_t bytes() const { return layout.items() * grain; }
+  std::span<const std::byte> input_bytes() const { return {input, input ? layout.input_count() * grain : 0}; }
+  std::span<const std::byte> output_bytes() const { return {output, output ? layout.output_count() * grain : 0}; }
+};
+
+/// A message to or from another rank.
+struct Message {
+  bool is_send = false;
+  Rank peer = 0;
+  int tag = 0;  // -1, to receive: any
+  std::byte* data = nullptr;  // only read of a send
+  std::size_t bytes = 0;
+  ElementType type = ElementType::none;
+  std::uint16_t grain = 1;
+  nanoseconds timeout{};
 };
 
 namespace detail {
@@ -58,8 +74,12 @@ struct Fingerprint {
 
   static constexpr std::uint16_t hash_count(std::size_t count) { return static_cast<std::uint16_t>((count * 0x9e3779b97f4a7c15u) >> 48); }
   static Fingerprint of(const Call& call) {
-    return {call.layout.operation, call.type, call.operator_code, static_cast<std::uint16_t>(call.layout.root), call.algorithm.code, hash_count(call.layout.count)};
+    return {call.layout.operation, call.type, call.operator_code, static_cast<std::uint16_t>(call.layout.root), call.algorithm.code, hash_count(agreed_count(call))};
   }
+  /// What all ranks have to agree on; where sizes differ the two ends of a message find out.
+  static std::size_t agreed_count(const Call& call) { return sizes_differ(call.layout.operation) ? 0 : call.layout.count; }
+  /// Of a message: what a receive is told from others by. Its type travels apart, so that a wrong one is seen.
+  static constexpr std::uint64_t of_tag(int tag) { return static_cast<std::uint64_t>(Collective::send) << 58 | static_cast<std::uint32_t>(tag); }
   constexpr std::uint64_t pack() const {
     return static_cast<std::uint64_t>(operation) << 58 | static_cast<std::uint64_t>(type) << 52 | static_cast<std::uint64_t>(op & 0xfff) << 40 |
            static_cast<std::uint64_t>(root) << 24 | static_cast<std::uint64_t>(algorithm & 0x3f) << 18 | count_hash;
@@ -70,15 +90,15 @@ struct Fingerprint {
   }
 };
 
-/// A name's place is its code on the wire: append only, and stay below the 16 where users' algorithms begin.
-inline constexpr std::string_view algorithm_names[] = {"auto", "ring", "tree", "recursive_doubling", "one_shot", "recursive_halving", "two_shot", "chain", "double_tree", "zero_copy", "staged", "single_copy", "hierarchical"};
-static_assert(std::size(algorithm_names) <= 16);
+/// A name's place is its code on the wire: append only, and stay below the 24 where users' algorithms begin.
+inline constexpr std::string_view algorithm_names[] = {"auto", "ring", "tree", "recursive_doubling", "one_shot", "recursive_halving", "two_shot", "chain", "double_tree", "zero_copy", "staged", "single_copy", "hierarchical", "pairwise", "bruck"};
+static_assert(std::size(algorithm_names) <= 24);
 
 /// 6 bits that name an algorithm to peers.
 constexpr std::uint8_t algorithm_code(std::string_view name) {
   for (std::uint8_t i = 1; i < std::size(algorithm_names); ++i)
     if (algorithm_names[i] == name) return i;
-  return static_cast<std::uint8_t>(16 + hash_text(name) % 48);
+  return static_cast<std::uint8_t>(24 + hash_text(name) % 40);
 }
 
 /// e.g. "reduce(float32 x 100, sum, root 2, tree)". `count` is exact only where the fingerprint's hash agrees.
@@ -86,9 +106,11 @@ constexpr std::uint8_t algorithm_code(std::string_view name) {
   const Fingerprint f = Fingerprint::unpack(bits);
   if (f.operation == Collective::none) return "nothing";
   const std::string algorithm = f.algorithm < std::size(algorithm_names) ? std::string(algorithm_names[f.algorithm]) : concat({"user algorithm #", f.algorithm});
+  if (f.operation == Collective::send || f.operation == Collective::receive) return concat({name_of(f.operation), "(", count, " bytes, tag ", static_cast<std::int32_t>(bits), ")"});
   if (f.operation == Collective::barrier) return concat({name_of(f.operation), "(", algorithm, ")"});
   const Piece elements = Fingerprint::hash_count(count) == f.count_hash ? Piece(count) : "another count";
   const std::string folded = reduces(f.operation) ? concat({", ", operator_text(f.op)}) : "", from = has_root(f.operation) ? concat({", root ", f.root}) : "";
+  if (sizes_differ(f.operation)) return concat({name_of(f.operation), "(", name_of(f.type), folded, from, ", ", algorithm, ")"});
   return concat({name_of(f.operation), "(", name_of(f.type), " x ", elements, folded, from, ", ", algorithm, ")"});
 }
 

@@ -24,6 +24,7 @@ struct CheckRequest {
   Layout layout;
   Folding folding = Folding::cyclic;  // the order the algorithm declares; only for operations that reduce
   unsigned conflicts = all_conflicts;
+  std::vector<Layout> layouts = {};   // one per rank where they differ in more than `me`: v-variants and neighbour exchanges
 };
 
 namespace detail {
@@ -128,7 +129,7 @@ class Checker {
   Pair& pair(Rank from, Rank to) { return pairs_[static_cast<std::size_t>(from) * ranks_.size() + static_cast<std::size_t>(to)]; }
   const PlannedStep& step(Rank r, std::size_t i) { return at(r).plan[0].steps()[i]; }
   Layout layout(Rank r) const {
-    Layout mine = request_.layout;
+    Layout mine = request_.layouts.empty() ? request_.layout : request_.layouts[static_cast<std::size_t>(r)];
     mine.me = r;
     return mine;
   }
@@ -322,25 +323,62 @@ class Checker {
   }
   std::string wrong_result(Rank r) {
     const Layout mine = layout(r);
+    const auto fail = [&](std::size_t x, const char* why) { return concat({"rank ", r, " output ", x, ": ", why}); };
+    const auto result = [&](Rank rank, std::size_t x) -> const Value& { return value(rank, {Buffer::output, 0, 0}, x); };
+    if (!reduces(mine.operation)) {
+      std::vector<char> expected(mine.output_count());
+      for (const auto& [to, from, source] : moves(r))
+        for (std::size_t x = 0; x < to.count; ++x) {
+          expected[to.first + x] = 1;
+          if (result(r, to.first + x).bracket != leaf(source, from + x).bracket) return fail(to.first + x, "not the element that belongs here");
+        }
+      for (std::size_t x = 0; x < expected.size() && !mine.in_place; ++x)
+        if (!expected[x] && result(r, x).sum != 0) return fail(x, "nothing belongs here");
+      return {};
+    }
+    const Collective like = uniform(mine.operation);
+    const int ranks = like == Collective::scan ? r + 1 : like == Collective::exclusive_scan ? r : n_;
     for (std::size_t x = 0; x < mine.output_count(); ++x) {
-      const Value& got = value(r, {Buffer::output, 0, mine.output_count()}, x);
-      const auto fail = [&](const char* why) { return concat({"rank ", r, " output ", x, ": ", why}); };
-      if (!reduces(mine.operation)) {
-        const bool gather = mine.operation == Collective::all_gather;
-        const Value want = gather ? leaf(static_cast<Rank>(x / mine.count), x % mine.count) : leaf(mine.root, x);
-        if (got.bracket != want.bracket) return fail("not the element that belongs here");
-        continue;
-      }
-      const std::size_t element = mine.operation == Collective::reduce_scatter ? static_cast<std::size_t>(r) * mine.count + x : x;
+      const Value& got = result(r, x);
+      const std::size_t element = like == Collective::reduce_scatter ? mine.shape().in[r].first + x : x;
       std::uint64_t sum = 0;
-      for (Rank p = 0; p < n_; ++p) sum += leaf(p, element).sum;
-      if (got.sum != sum) return fail("not every input folded exactly once");
-      if (got.length != n_) return fail("not folded in rank order");
-      if (request_.folding == Folding::fixed && got.bracket != fixed(0, n_, element).bracket) return fail("not the declared bracketing");
-      if (mine.operation != Collective::all_reduce || r == 0) continue;
-      if (got.bracket != value(0, {Buffer::output, 0, mine.output_count()}, x).bracket) return fail("other bits than rank 0");
+      for (Rank p = 0; p < ranks; ++p) sum += leaf(p, element).sum;
+      if (got.sum != sum) return fail(x, "not every input folded exactly once");
+      if (got.length != ranks || (got.first != 0 && (request_.folding != Folding::cyclic || ranks < n_))) return fail(x, "not folded in rank order");
+      if (request_.folding == Folding::fixed && got.bracket != fixed(0, ranks, element).bracket) return fail(x, "not the declared bracketing");
+      if (mine.operation == Collective::all_reduce && got.bracket != result(0, x).bracket) return fail(x, "other bits than rank 0");
     }
     return {};
+  }
+  /// What belongs where in rank r's output: the elements from `first` on of another rank's input.
+  struct Move {
+    Range to;
+    std::size_t first;
+    Rank source;
+  };
+  std::vector<Move> moves(Rank r) const {
+    const Layout mine = layout(r);
+    const Shape shape = mine.shape();
+    const Collective like = uniform(mine.operation);
+    if (mine.output_count() == 0) return {};
+    if (like == Collective::broadcast) return {{shape.out.all(), 0, mine.root}};
+    if (like == Collective::scatter) return {{{Buffer::output, 0, mine.output_count()}, layout(mine.root).shape().in[r].first, mine.root}};
+    std::vector<Move> all;
+    for (int b = 0; b < shape.out.size(); ++b) {
+      if (mine.operation != Collective::neighbour_exchange) {
+        all.push_back({shape.out[b], like == Collective::all_to_all ? layout(b).shape().in[r].first : 0, b});
+        continue;
+      }
+      const Rank source = shape.out.peer(b);
+      const Layout theirs = layout(source);
+      const Shape other = theirs.shape();
+      int before = 0, at = -1;  // the k-th block from there is the k-th that it has for r
+      for (int i = 0; i < b; ++i) before += shape.out.peer(i) == source;
+      while (before >= 0)
+        if (other.in.peer(++at) == r) --before;
+      all.push_back({shape.out[b], other.in[at].first, source});
+    }
+    return all;
   }
 
   CheckRequest request_;
@@ -355,9 +393,11 @@ class Checker {
 
 /// The text of every rank, for check() and for tests that change it before checking.
 template <class Generator>
-std::vector<std::vector<Step>> read_steps(Generator&& generate, Layout layout) {
+std::vector<std::vector<Step>> read_steps(Generator&& generate, Layout layout, const std::vector<Layout>& layouts = {}) {
   std::vector<std::vector<Step>> texts(static_cast<std::size_t>(layout.n));
-  for (Rank r = 0; r < layout.n; ++r) {
+  const int n = layout.n;
+  for (Rank r = 0; r < n; ++r) {
+    if (!layouts.empty()) layout = layouts[static_cast<std::size_t>(r)];
     layout.me = r;
     Steps steps = generate(layout.shape());
     while (const Step* step = steps.next()) texts[static_cast<std::size_t>(r)].push_back(*step);
@@ -381,7 +421,7 @@ inline std::string check(const CheckRequest& request, Share (*share)(Shape)) {
 template <class Generator>
   requires std::is_invocable_r_v<Steps, Generator, Shape>
 std::string check(const CheckRequest& request, Generator&& generate) {
-  return check(request, read_steps(generate, request.layout));
+  return check(request, read_steps(generate, request.layout, request.layouts));
 }
 
 }  // namespace tally::inline v0

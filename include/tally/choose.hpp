@@ -6,8 +6,10 @@
 #include <concepts>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
+#include "algorithms/all_to_all.hpp"
 #include "algorithms/chain.hpp"
 #include "algorithms/direct.hpp"
 #include "algorithms/double_tree.hpp"
@@ -24,27 +26,129 @@ namespace tally::inline v0 {
 template <class R>
 concept StepsOrShare = std::same_as<R, Steps> || std::same_as<R, Share>;
 
-/// Algorithm A can do operation O. A barrier is an all_reduce of one byte.
+namespace detail {
+
+/// The member of an algorithm that does operation O.
+template <Collective O>
+struct TextOf;
+template <>
+struct TextOf<Collective::all_reduce> {
+  template <class A>
+    requires requires(Shape s) { { A::all_reduce(s) } -> StepsOrShare; }
+  static constexpr auto of() { return &A::all_reduce; }
+};
+template <>
+struct TextOf<Collective::reduce> {
+  template <class A>
+    requires requires(Shape s) { { A::reduce(s) } -> StepsOrShare; }
+  static constexpr auto of() { return &A::reduce; }
+};
+template <>
+struct TextOf<Collective::broadcast> {
+  template <class A>
+    requires requires(Shape s) { { A::broadcast(s) } -> StepsOrShare; }
+  static constexpr auto of() { return &A::broadcast; }
+};
+template <>
+struct TextOf<Collective::all_gather> {
+  template <class A>
+    requires requires(Shape s) { { A::all_gather(s) } -> StepsOrShare; }
+  static constexpr auto of() { return &A::all_gather; }
+};
+template <>
+struct TextOf<Collective::reduce_scatter> {
+  template <class A>
+    requires requires(Shape s) { { A::reduce_scatter(s) } -> StepsOrShare; }
+  static constexpr auto of() { return &A::reduce_scatter; }
+};
+template <>
+struct TextOf<Collective::gather> {
+  template <class A>
+    requires requires(Shape s) { { A::gather(s) } -> StepsOrShare; }
+  static constexpr auto of() { return &A::gather; }
+};
+template <>
+struct TextOf<Collective::scatter> {
+  template <class A>
+    requires requires(Shape s) { { A::scatter(s) } -> StepsOrShare; }
+  static constexpr auto of() { return &A::scatter; }
+};
+template <>
+struct TextOf<Collective::all_to_all> {
+  template <class A>
+    requires requires(Shape s) { { A::all_to_all(s) } -> StepsOrShare; }
+  static constexpr auto of() { return &A::all_to_all; }
+};
+template <>
+struct TextOf<Collective::scan> {
+  template <class A>
+    requires requires(Shape s) { { A::scan(s) } -> StepsOrShare; }
+  static constexpr auto of() { return &A::scan; }
+};
+template <>
+struct TextOf<Collective::exclusive_scan> {
+  template <class A>
+    requires requires(Shape s) { { A::exclusive_scan(s) } -> StepsOrShare; }
+  static constexpr auto of() { return &A::exclusive_scan; }
+};
+template <>
+struct TextOf<Collective::all_gather_v> {
+  template <class A>
+    requires requires(Shape s) { { A::all_gather_v(s) } -> StepsOrShare; }
+  static constexpr auto of() { return &A::all_gather_v; }
+};
+template <>
+struct TextOf<Collective::reduce_scatter_v> {
+  template <class A>
+    requires requires(Shape s) { { A::reduce_scatter_v(s) } -> StepsOrShare; }
+  static constexpr auto of() { return &A::reduce_scatter_v; }
+};
+template <>
+struct TextOf<Collective::all_to_all_v> {
+  template <class A>
+    requires requires(Shape s) { { A::all_to_all_v(s) } -> StepsOrShare; }
+  static constexpr auto of() { return &A::all_to_all_v; }
+};
+template <>
+struct TextOf<Collective::gather_v> {
+  template <class A>
+    requires requires(Shape s) { { A::gather_v(s) } -> StepsOrShare; }
+  static constexpr auto of() { return &A::gather_v; }
+};
+template <>
+struct TextOf<Collective::scatter_v> {
+  template <class A>
+    requires requires(Shape s) { { A::scatter_v(s) } -> StepsOrShare; }
+  static constexpr auto of() { return &A::scatter_v; }
+};
+template <>
+struct TextOf<Collective::neighbour_exchange> {
+  template <class A>
+    requires requires(Shape s) { { A::neighbour_exchange(s) } -> StepsOrShare; }
+  static constexpr auto of() { return &A::neighbour_exchange; }
+};
+/// A barrier is an all_reduce of one byte.
+template <>
+struct TextOf<Collective::barrier> {
+  template <class A>
+    requires requires(Shape s) { { A::all_reduce(s) } -> std::same_as<Steps>; }
+  static constexpr auto of() { return &A::all_reduce; }
+};
+
+/// The order in which A folds for O: what it says about that operation, or about all, or the least there is.
 template <class A, Collective O>
-inline constexpr bool offers = false;
-template <class A>
-  requires requires(Shape s) { { A::all_reduce(s) } -> StepsOrShare; }
-inline constexpr bool offers<A, Collective::all_reduce> = true;
-template <class A>
-  requires requires(Shape s) { { A::all_reduce(s) } -> std::same_as<Steps>; }
-inline constexpr bool offers<A, Collective::barrier> = true;
-template <class A>
-  requires requires(Shape s) { { A::reduce(s) } -> StepsOrShare; }
-inline constexpr bool offers<A, Collective::reduce> = true;
-template <class A>
-  requires requires(Shape s) { { A::broadcast(s) } -> StepsOrShare; }
-inline constexpr bool offers<A, Collective::broadcast> = true;
-template <class A>
-  requires requires(Shape s) { { A::all_gather(s) } -> StepsOrShare; }
-inline constexpr bool offers<A, Collective::all_gather> = true;
-template <class A>
-  requires requires(Shape s) { { A::reduce_scatter(s) } -> StepsOrShare; }
-inline constexpr bool offers<A, Collective::reduce_scatter> = true;
+constexpr Folding folding_of() {
+  if constexpr (O == Collective::reduce && requires { A::reduce_folding; }) return A::reduce_folding;
+  else if constexpr ((O == Collective::scan || O == Collective::exclusive_scan) && requires { A::scan_folding; }) return A::scan_folding;
+  else if constexpr (requires { A::folding; }) return A::folding;
+  else return Folding::cyclic;
+}
+
+}  // namespace detail
+
+/// Algorithm A can do operation O.
+template <class A, Collective O>
+inline constexpr bool offers = requires { detail::TextOf<O>::template of<A>(); };
 
 /// A type with a `name` and a static generator for the operation; users' own types count.
 template <class A, Collective O>
@@ -53,16 +157,10 @@ concept Algorithm = offers<A, O> && requires { { A::name } -> std::convertible_t
 template <class A, Collective O>
   requires Algorithm<A, O>
 constexpr AlgorithmRef algorithm_ref() {
-  AlgorithmRef ref{A::name, nullptr, nullptr, detail::algorithm_code(A::name), reach_of<A>};
-  const auto set = [&ref]<class R>(R (*text)(Shape)) {
-    if constexpr (std::same_as<R, Steps>) ref.generate = text;
-    else ref.share = text;
-  };
-  if constexpr (O == Collective::all_reduce || O == Collective::barrier) set(&A::all_reduce);
-  else if constexpr (O == Collective::reduce) set(&A::reduce);
-  else if constexpr (O == Collective::broadcast) set(&A::broadcast);
-  else if constexpr (O == Collective::all_gather) set(&A::all_gather);
-  else set(&A::reduce_scatter);
+  constexpr auto text = detail::TextOf<O>::template of<A>();
+  AlgorithmRef ref{A::name, nullptr, nullptr, detail::algorithm_code(A::name), reach_of<A>, detail::folding_of<A, O>()};
+  if constexpr (std::same_as<decltype(text(std::declval<Shape>())), Steps>) ref.generate = text;
+  else ref.share = text;
   return ref;
 }
 
@@ -76,26 +174,40 @@ constexpr AlgorithmRef ref_or_none() {
 template <Collective O, class... As>
 inline constexpr AlgorithmRef table_of[] = {ref_or_none<O, As>()...};
 template <Collective O>
-constexpr AlgorithmRef find_builtin(std::string_view name) {
-  for (const AlgorithmRef& algorithm : table_of<O, Ring, Tree, RecursiveDoubling, OneShot, RecursiveHalving, TwoShot, Chain, DoubleTree, ZeroCopy, Staged, SingleCopy, Hierarchical>)
-    if (algorithm && algorithm.name == name) return algorithm;
-  return {};
+constexpr const AlgorithmRef* find_builtin(std::string_view name) {
+  for (const AlgorithmRef& algorithm : table_of<O, Ring, Tree, RecursiveDoubling, OneShot, RecursiveHalving, TwoShot, Chain, DoubleTree, ZeroCopy, Staged, SingleCopy, Hierarchical, Pairwise, Bruck>)
+    if (algorithm && algorithm.name == name) return &algorithm;
+  return nullptr;
+}
+constexpr const AlgorithmRef* builtin(Collective operation, std::string_view name) {
+  switch (operation) {
+    case Collective::all_reduce: return find_builtin<Collective::all_reduce>(name);
+    case Collective::reduce: return find_builtin<Collective::reduce>(name);
+    case Collective::broadcast: return find_builtin<Collective::broadcast>(name);
+    case Collective::all_gather: return find_builtin<Collective::all_gather>(name);
+    case Collective::reduce_scatter: return find_builtin<Collective::reduce_scatter>(name);
+    case Collective::barrier: return find_builtin<Collective::barrier>(name);
+    case Collective::gather: return find_builtin<Collective::gather>(name);
+    case Collective::scatter: return find_builtin<Collective::scatter>(name);
+    case Collective::all_to_all: return find_builtin<Collective::all_to_all>(name);
+    case Collective::scan: return find_builtin<Collective::scan>(name);
+    case Collective::exclusive_scan: return find_builtin<Collective::exclusive_scan>(name);
+    case Collective::all_gather_v: return find_builtin<Collective::all_gather_v>(name);
+    case Collective::reduce_scatter_v: return find_builtin<Collective::reduce_scatter_v>(name);
+    case Collective::all_to_all_v: return find_builtin<Collective::all_to_all_v>(name);
+    case Collective::gather_v: return find_builtin<Collective::gather_v>(name);
+    case Collective::scatter_v: return find_builtin<Collective::scatter_v>(name);
+    case Collective::neighbour_exchange: return find_builtin<Collective::neighbour_exchange>(name);
+    default: return nullptr;
+  }
 }
 
 }  // namespace detail
 
 /// The built-in algorithm of that name for the operation; without a generator if there is none.
 constexpr AlgorithmRef find_algorithm(Collective operation, std::string_view name) {
-  switch (operation) {
-    case Collective::all_reduce: return detail::find_builtin<Collective::all_reduce>(name);
-    case Collective::barrier: return detail::find_builtin<Collective::barrier>(name);
-    case Collective::reduce: return detail::find_builtin<Collective::reduce>(name);
-    case Collective::broadcast: return detail::find_builtin<Collective::broadcast>(name);
-    case Collective::all_gather: return detail::find_builtin<Collective::all_gather>(name);
-    case Collective::reduce_scatter: return detail::find_builtin<Collective::reduce_scatter>(name);
-    case Collective::none: break;
-  }
-  return {};
+  const AlgorithmRef* found = detail::builtin(operation, name);
+  return found ? *found : AlgorithmRef{};
 }
 /// Names of the built-in algorithms that can do the operation.
 inline std::vector<std::string_view> algorithms_for(Collective operation) {
@@ -139,7 +251,7 @@ class AlgorithmOverrides {
     }
     throw Error(Errc::invalid_argument, {"TALLY_ALGORITHM has '", item, "', which names no algorithm (known are", known, ", or auto)"});
   }
-  AlgorithmRef chosen_[std::size(all_operations) + 1];
+  AlgorithmRef chosen_[static_cast<std::size_t>(Collective::neighbour_exchange) + 1];
 };
 
 }  // namespace tally::inline v0

@@ -218,10 +218,10 @@ class Communicator {
     const bool direct = operation != Collective::barrier && (symmetric || one_address_space_);
     const AlgorithmRef& asked = overrides_.of(operation);
     const bool follows = asked && reaches(asked, direct);
-    const AlgorithmRef chosen = follows ? asked : chooser_->choose(operation, bytes, direct);
+    const AlgorithmRef chosen = follows ? asked : chooser_->choose(operation, bytes, {direct});
     std::string text = detail::concat({name_of(operation), " of ", bytes, " bytes, ", size(), " ranks: ", chosen.name,
                                        follows ? ", because TALLY_ALGORITHM says so" : ", the least time for its size class", "\n"});
-    for (const Chooser::Candidate& candidate : chooser_->candidates(operation, bytes, direct)) {
+    for (const Chooser::Candidate& candidate : chooser_->candidates(operation, bytes, {direct})) {
       char line[128];
       std::snprintf(line, sizeof line, "  %-20s %12.3f us  %s\n", std::string(candidate.algorithm.name).c_str(), candidate.estimate.microseconds, candidate.estimate.measured ? "measured" : "estimated");
       text += line;
@@ -396,15 +396,15 @@ class Communicator {
   [[gnu::always_inline]] Call call(const Input& in, const Output& out, std::size_t count, Fold fold, std::uint16_t op, void (*finish)(void*, std::size_t, int), Rank root, const CallOptions& options) {
     if (!engine_) refuse_moved();  // nothing below it is there, either
     const bool shared = in_place(O, in, out), direct = O != Collective::barrier && reachable(O, in, out);
-    const std::size_t bytes = Layout::items(O, count, size_) * sizeof(T);
+    const std::size_t bytes = Layout{O, rank_, size_, root, count}.items() * sizeof(T);
     // Everything below is made in one go and where it stays: what is copied right after it was written in parts costs ten times as much.
     const nanoseconds timeout = options.timeout ? positive(*options.timeout) : timeout_;
     const auto made = [&](const AlgorithmRef& algorithm) {
-      return Call{{O, rank_, size_, root, count, shared, group_}, algorithm, in.data, out.data, element_type<T>(), sizeof(T), op, fold, finish, timeout, in.memory, out.memory};
+      return Call{{O, rank_, size_, root, count, shared, group_, nullptr}, algorithm, in.data, out.data, element_type<T>(), sizeof(T), op, fold, finish, timeout, in.memory, out.memory};
     };
     if constexpr (std::same_as<A, Auto>) {
       if (!options.algorithm.empty() || overrides_.of(O)) return made(asked_for(O, options.algorithm, bytes, direct));
-      return made(chooser_->choose(O, bytes, direct));
+      return made(chooser_->choose(O, bytes, {direct}));
     } else {
       static_assert(Algorithm<A, O>, "this algorithm does not offer this operation");
       static constexpr AlgorithmRef algorithm = algorithm_ref<A, O>();
@@ -414,7 +414,7 @@ class Communicator {
   }
   /// The algorithm that the call names, or the environment if it can do this one, or the best.
   [[gnu::noinline]] AlgorithmRef asked_for(Collective operation, std::string_view name, std::size_t bytes, bool direct) {
-    if (name.empty()) return reaches(overrides_.of(operation), direct) ? overrides_.of(operation) : chooser_->choose(operation, bytes, direct);
+    if (name.empty()) return reaches(overrides_.of(operation), direct) ? overrides_.of(operation) : chooser_->choose(operation, bytes, {direct});
     const AlgorithmRef algorithm = find_algorithm(operation, name);
     if (!algorithm) refuse_algorithm(operation, name);
     if (!reaches(algorithm, direct)) refuse_unreachable(algorithm);

@@ -30,7 +30,7 @@ namespace tally::inline v0 {
 /// What rank 0 knows about the machine. Plain data: it lies in memory that all ranks read.
 struct CostModel {
   static constexpr int classes = 32;  // sizes 8 << class bytes; a size between two is interpolated
-  static constexpr std::size_t algorithms = std::size(detail::algorithm_names), operations = std::size(all_operations) + 1;
+  static constexpr std::size_t algorithms = std::size(detail::algorithm_names), operations = static_cast<std::size_t>(Collective::exclusive_scan) + 1;  // v-variants are taken for what they are like
 
   // The estimate's parameters, measured between two neighbouring cores of one machine (AMD Zen 4), in microseconds.
   float line = 0.1f;           // a cache line from core to core
@@ -59,7 +59,9 @@ struct Profile {
 
 /// From the texts of all ranks, with a small count.
 [[gnu::cold]] inline Profile profile_of(const AlgorithmRef& algorithm, Collective operation, int n, int group = 1, double across = 1) {
-  const std::size_t count = operation == Collective::barrier ? 1 : static_cast<std::size_t>(operation == Collective::all_gather || operation == Collective::reduce_scatter ? 4 : 4 * n);
+  operation = uniform(operation);
+  const bool blocks = Layout{operation, 0, n, 0, 1}.items() > 1;
+  const std::size_t count = operation == Collective::barrier ? 1 : static_cast<std::size_t>(blocks ? 4 : 4 * n);
   const Layout layout{operation == Collective::barrier ? Collective::all_reduce : operation, 0, n, 0, count, operation == Collective::barrier || operation == Collective::broadcast, group};
   const auto items = static_cast<double>(layout.items());
   const auto distance = [&](Rank a, Rank b) { return group == 1 || a / group == b / group ? 1.0 : across; };
@@ -140,6 +142,18 @@ struct Profile {
 
 }  // namespace detail
 
+/// What a call asks of an algorithm.
+struct Need {
+  bool direct = false;                // all ranks can reach each other's buffers
+  Folding folding = Folding::cyclic;  // or a stricter one; operations that do not combine ask for nothing
+  bool steps = false;                 // no shares: they cannot run in the background
+  static constexpr std::size_t kinds = 12;
+  constexpr std::size_t index() const { return static_cast<std::size_t>(folding) * 4 + (steps ? 2u : 0u) + (direct ? 1u : 0u); }
+  constexpr bool met_by(const AlgorithmRef& algorithm, Collective operation) const {
+    return (!reduces(operation) || algorithm.folding >= folding) && !(algorithm.share && steps);
+  }
+};
+
 /// Chooses, and remembers what it chose.
 class Chooser {
  public:
@@ -149,12 +163,12 @@ class Chooser {
   const CostModel& model() const { return model_; }
 
   /// `direct`: all ranks can reach each other's buffers.
-  const AlgorithmRef& choose(Collective operation, std::size_t bytes, bool direct) {
+  const AlgorithmRef& choose(Collective operation, std::size_t bytes, const Need& need) {
     // One choice for all sizes between two classes, so that it need not be made for every call.
     const std::size_t size_class = bytes <= 8 ? 0 : static_cast<std::size_t>(std::bit_width((bytes - 1) >> 3));
-    AlgorithmRef& known = chosen_[static_cast<std::size_t>(operation)][direct][std::min<std::size_t>(size_class, CostModel::classes - 1)];
-    if (!known) known = best(operation, std::size_t{8} << std::min<std::size_t>(size_class, CostModel::classes - 1), direct);
-    return known;
+    const AlgorithmRef*& known = chosen_[static_cast<std::size_t>(operation)][need.index()][std::min<std::size_t>(size_class, CostModel::classes - 1)];
+    if (!known) known = best(operation, std::size_t{8} << std::min<std::size_t>(size_class, CostModel::classes - 1), need);
+    return *known;
   }
 
   struct Estimate {
@@ -162,6 +176,8 @@ class Chooser {
     bool measured = false;
   };
   Estimate estimate(const AlgorithmRef& algorithm, Collective operation, std::size_t bytes) {
+    if (operation == Collective::neighbour_exchange) return {};  // it depends on the graph, and there is but one
+    operation = uniform(operation);
     if (const double time = measured(algorithm, operation, bytes); time > 0) return {time, true};
     const detail::Profile p = profile(algorithm, operation);
     const double crowd = std::max(1.0, static_cast<double>(n_) / std::max(1, static_cast<int>(model_.cores)));
@@ -179,12 +195,12 @@ class Chooser {
     AlgorithmRef algorithm;
     Estimate estimate;
   };
-  std::vector<Candidate> candidates(Collective operation, std::size_t bytes, bool direct) {
+  std::vector<Candidate> candidates(Collective operation, std::size_t bytes, const Need& need) {
     std::vector<Candidate> all;
     for (const std::string_view name : algorithms_for(operation)) {
       const AlgorithmRef algorithm = find_algorithm(operation, name);
-      const bool possible = !algorithm.share || (algorithm.is(Reach::direct) ? direct : stages_ && (algorithm.is(Reach::staged) || has_measured(algorithm, operation, bytes)));
-      if (!possible || (name == Hierarchical::name && !grouped())) continue;
+      const bool possible = !algorithm.share || (algorithm.is(Reach::direct) ? need.direct : stages_ && (algorithm.is(Reach::staged) || has_measured(algorithm, operation, bytes)));
+      if (!possible || !need.met_by(algorithm, operation) || (name == Hierarchical::name && !grouped())) continue;
       const Candidate next{algorithm, estimate(algorithm, operation, bytes)};
       all.insert(std::upper_bound(all.begin(), all.end(), next, [](const Candidate& a, const Candidate& b) { return a.estimate.microseconds < b.estimate.microseconds; }), next);
     }
@@ -193,11 +209,13 @@ class Chooser {
 
  private:
   bool grouped() const { return model_.group > 1 && model_.group < n_; }
-  [[gnu::cold, gnu::noinline]] AlgorithmRef best(Collective operation, std::size_t bytes, bool direct) { return candidates(operation, bytes, direct).front().algorithm; }
+  [[gnu::cold, gnu::noinline]] const AlgorithmRef* best(Collective operation, std::size_t bytes, const Need& need) {
+    return detail::builtin(operation, candidates(operation, bytes, need).front().algorithm.name);
+  }
 
   double measured(const AlgorithmRef& algorithm, Collective operation, std::size_t bytes) const {
-    if (model_.ranks != n_ || algorithm.code >= CostModel::algorithms) return 0;
-    const auto& times = model_.measured[static_cast<std::size_t>(operation)][algorithm.code];
+    if (model_.ranks != n_ || algorithm.code >= CostModel::algorithms || operation == Collective::neighbour_exchange) return 0;
+    const auto& times = model_.measured[static_cast<std::size_t>(uniform(operation))][algorithm.code];
     // Between the nearest sizes measured on both sides, straight in logarithms; beyond the last one, as its bytes.
     const double at = std::log2(static_cast<double>(std::max<std::size_t>(bytes, 8)) / 8);
     int below = -1, above = -1;
@@ -226,7 +244,7 @@ class Chooser {
   int n_;
   bool stages_;
   CostModel model_;
-  AlgorithmRef chosen_[CostModel::operations][2][CostModel::classes];
+  const AlgorithmRef* chosen_[static_cast<std::size_t>(Collective::neighbour_exchange) + 1][Need::kinds][CostModel::classes] = {};
   std::vector<std::pair<std::uint8_t, detail::Profile>> profiles_[CostModel::operations];
 };
 

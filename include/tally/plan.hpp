@@ -9,6 +9,8 @@
 #include <cstdint>
 #include <initializer_list>
 #include <map>
+#include <memory>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -39,6 +41,7 @@ class Plan {
  public:
   /// All counts are in units of 1/grain element: grain 1 plans in elements, grain sizeof(T) in bytes.
   Plan(Steps steps, const Layout& layout, std::size_t grain, unsigned conflicts = all_conflicts) : layout_(layout), grain_(grain) {
+    if (layout.extents) keep_extents();
     Spaces spaces;
     while (const Step* next = steps.next()) {
       check(*next);
@@ -47,6 +50,9 @@ class Plan {
     }
     link();
   }
+
+  Plan(Plan&&) = default;  // what layout() points at does not move
+  Plan(const Plan&) = delete;
 
   const Layout& layout() const { return layout_; }
   std::size_t grain() const { return grain_; }
@@ -80,6 +86,24 @@ class Plan {
   }
 
  private:
+  /// The layout's extents are the caller's, who may change them after the call.
+  void keep_extents() {
+    struct Kept {
+      std::vector<std::size_t> lists[4];
+      std::vector<Rank> to, from;
+      Extents extents;
+    };
+    const Extents& theirs = *layout_.extents;
+    const auto kept = std::make_shared<Kept>();
+    const std::span<const std::size_t> lists[] = {theirs.in_counts, theirs.in_firsts, theirs.out_counts, theirs.out_firsts};
+    for (int i = 0; i < 4; ++i) kept->lists[i].assign(lists[i].begin(), lists[i].end());
+    kept->to.assign(theirs.to.begin(), theirs.to.end());
+    kept->from.assign(theirs.from.begin(), theirs.from.end());
+    kept->extents = {kept->lists[0], kept->lists[1], kept->lists[2], kept->lists[3], kept->to, kept->from};
+    layout_.extents = &kept->extents;
+    extents_ = kept;
+  }
+
   // Memory as conflicts see it: 0 is input and, where shared, output; 1 is a separate output; 2 is scratch.
   struct Place {
     int space;
@@ -236,6 +260,7 @@ class Plan {
   }
 
   Layout layout_;
+  std::shared_ptr<const void> extents_;  // layout_ points into it
   std::size_t grain_;
   std::vector<PlannedStep> steps_;
   std::vector<Dependency> dependencies_;

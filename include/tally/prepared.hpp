@@ -26,33 +26,37 @@ inline bool exceeds_caches(const Layout& layout, std::size_t grain) {
   return (layout.input_count() + layout.output_count()) * grain >= cache / 4 * 3 / sharing;
 }
 
-/// Everything about a call that does not change from one call with this layout to the next.
+/// Everything about a call that does not change from one call with this layout to the next, and the transfers of one that
+/// is in flight.
 struct Prepared : std::enable_shared_from_this<Prepared> {
-  /// Transfers that combine will use `fold`.
-  Prepared(Plan&& planned, const Fold* fold) : plan(std::move(planned)), past_caches(exceeds_caches(plan.layout(), plan.grain())), transfers(plan.steps().size()), queued(plan.steps().size()) {
-    for (std::uint32_t i = 0; i < plan.steps().size(); ++i) {
-      const PlannedStep& step = plan.steps()[i];
+  explicit Prepared(std::shared_ptr<const Plan> planned) : plan(std::move(planned)), past_caches(exceeds_caches(plan->layout(), plan->grain())), transfers(plan->steps().size()), queued(plan->steps().size()) {
+    for (std::uint32_t i = 0; i < plan->steps().size(); ++i) {
+      const PlannedStep& step = plan->steps()[i];
       Transfer& t = transfers[i];
       t.bytes = step.count();
       t.step = i;
       t.peer = step.peer;
-      t.grain = static_cast<std::uint16_t>(plan.grain());
+      t.grain = static_cast<std::uint16_t>(plan->grain());
       t.side = step.side;
       t.is_send = step.verb == Verb::send;
-      t.fold = step.verb == Verb::receive_combine || step.verb == Verb::combine ? fold : nullptr;
+      t.fold = step.verb == Verb::receive_combine || step.verb == Verb::combine ? &fold : nullptr;
       // What was not read before and will not be read on is only written. (For folds it did not pay.)
       t.past_caches = past_caches && !t.is_send && !t.fold && step.to.buffer == Buffer::output && step.dependencies == 0 && step.dependents == 0;
-      ready.push_back(plan.ready(i, [](std::size_t) { return std::size_t{0}; }));
+      ready.push_back(plan->ready(i, [](std::size_t) { return std::size_t{0}; }));
     }
   }
-  std::size_t bytes_held() const { return plan.bytes_held() + transfers.size() * sizeof(Transfer); }
+  std::size_t bytes_held() const { return plan->bytes_held() + transfers.size() * sizeof(Transfer); }
 
-  Plan plan;
+  std::shared_ptr<const Plan> plan;
   bool past_caches;                 // see exceeds_caches
+  bool busy = false;                // in flight
+  Fold fold;                        // of the call; the transfers point at it
   std::vector<Transfer> transfers;  // one per step; local steps use the watermarks too
   std::vector<std::size_t> ready;   // at the start
   std::vector<char> queued;         // local steps: waiting to be run
   LedgerRow* row = nullptr;
+  std::shared_ptr<Prepared> original;             // another one of the same plan, which keeps the spare ones
+  std::vector<std::shared_ptr<Prepared>> spares;  // not in flight
 };
 
 /// What plans are told apart by.
@@ -71,22 +75,44 @@ struct PlanKey {
 
 class PlanCache {
  public:
-  explicit PlanCache(const Fold* fold) : fold_(fold) {}
-
-  /// Never dropped while somebody holds it.
+  /// One that is not in flight. Never dropped while somebody holds it.
   std::shared_ptr<Prepared> find(const PlanKey& key) {
-    if (const auto found = plans_.find(key); found != plans_.end()) return found->second;
-    if (bytes_ > limit) {
-      plans_.clear();
-      bytes_ = 0;
+    auto found = plans_.find(key);
+    if (found == plans_.end()) {
+      if (bytes_ > limit) {
+        plans_.clear();
+        bytes_ = 0;
+      }
+      auto prepared = make(key);
+      bytes_ += prepared->bytes_held();
+      PlanKey kept = key;
+      kept.layout = prepared->plan->layout();  // whose extents are its own
+      found = plans_.emplace(kept, std::move(prepared)).first;
     }
-    auto prepared = make(key);
-    bytes_ += prepared->bytes_held();
-    return plans_.emplace(key, std::move(prepared)).first->second;
+    return free(found->second);
+  }
+  /// The same, of the same plan.
+  static std::shared_ptr<Prepared> free(const std::shared_ptr<Prepared>& original) {
+    if (!original->busy) return original;
+    if (original->spares.empty()) {
+      auto another = std::make_shared<Prepared>(original->plan);
+      another->original = original;
+      another->row = original->row;
+      return another;
+    }
+    auto spare = std::move(original->spares.back());
+    original->spares.pop_back();
+    return spare;
+  }
+  /// It is in flight no longer.
+  static void give_back(std::shared_ptr<Prepared> prepared) {
+    prepared->busy = false;
+    Prepared* original = prepared->original.get();
+    if (original) original->spares.push_back(std::move(prepared));
   }
   /// One that is not kept. Shares have no steps.
-  std::shared_ptr<Prepared> make(const PlanKey& key) const {
-    return std::make_shared<Prepared>(Plan(key.generate ? key.generate(key.layout.shape()) : no_steps(), key.layout, key.grain), fold_);
+  static std::shared_ptr<Prepared> make(const PlanKey& key) {
+    return std::make_shared<Prepared>(std::make_shared<const Plan>(key.generate ? key.generate(key.layout.shape()) : no_steps(), key.layout, key.grain));
   }
 
  private:
@@ -96,6 +122,12 @@ class PlanCache {
       std::uint64_t h = static_cast<std::uint64_t>(key.layout.operation) + 31 * static_cast<std::uint64_t>(key.layout.root) + (key.layout.in_place ? 17 : 0);
       h = h * 0x9e3779b97f4a7c15u + key.layout.count;
       h = h * 0x9e3779b97f4a7c15u + key.grain;
+      if (const Extents* e = key.layout.extents) {
+        for (const auto& list : {e->in_counts, e->in_firsts, e->out_counts, e->out_firsts})
+          for (const std::size_t x : list) h = (h ^ x) * 0x9e3779b97f4a7c15u;
+        for (const auto& list : {e->to, e->from})
+          for (const Rank r : list) h = (h ^ static_cast<std::uint64_t>(r)) * 0x9e3779b97f4a7c15u;
+      }
       return static_cast<std::size_t>(h * 0x9e3779b97f4a7c15u + reinterpret_cast<std::uintptr_t>(key.generate));
     }
   };
@@ -103,7 +135,6 @@ class PlanCache {
 
   std::unordered_map<PlanKey, std::shared_ptr<Prepared>, Hash> plans_;
   std::size_t bytes_ = 0;
-  const Fold* fold_;
 };
 
 }  // namespace tally::inline v0

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The one loop that waits. It polls the transport; where something moved, it books the time; where nothing did,
-// it works out who is late, climbs the waiting ladder, and gives up at the deadline, on an abort, or when a peer
-// that is needed is gone. All idle time, blame, deadlines and liveness of all transports are measured here.
+// The one loop that waits. It polls the transport; where something moved, it books the time to the operation that it
+// moved for; where nothing did, it works out who is late, climbs the waiting ladder, and gives up at the deadline, on an
+// abort, or when a peer that is needed is gone. All idle time, blame, deadlines and liveness are measured here.
 #pragma once
 
 #include <algorithm>
@@ -9,6 +9,8 @@
 #include <concepts>
 #include <cstdint>
 #include <limits>
+#include <utility>
+#include <vector>
 
 #include "account/report.hpp"
 #include "account/states.hpp"
@@ -18,16 +20,31 @@
 
 namespace tally::inline v0 {
 
+/// One operation's side of the account.
+struct Account {
+  explicit Account(int n) : watch(n) {}
+  Stopwatch watch;
+  Ticks arrival = 0;  // when it was called
+  Ticks driven = 0;   // Progress::driven() when it was last served
+  Lateness latest;
+  bool heard = false;
+  std::vector<std::pair<Ticks, Ticks>> open;  // waits that ended with another operation's frame: whose they are the next own one tells
+};
+
 /// What drives operations through Progress: it knows what is pending and how to describe it.
 template <class C>
-concept ProgressClient = requires(C& client, Transfer& transfer, const FrameInfo& frame, Rank rank, Liveness liveness, nanoseconds waited) {
+concept ProgressClient = requires(C& client, Transfer& transfer, const FrameInfo& frame, Rank rank) {
+  { client.account_of(transfer) } -> std::same_as<Account&>;
+  { client.oldest() } -> std::same_as<Account&>;  // of the operations that are not done: it is the one that waits
   client.check(transfer, frame);         // throws if the frame is not what the transfer expects
   client.moved(transfer);                // see Probe
+  { client.unexpected(rank, frame) } -> std::same_as<Transfer*>;  // likewise
   client.check_peers();                  // throws if other ranks are seen in a call that does not match
   { client.first_lost() } -> std::same_as<Rank>;  // a rank that is gone and still needed, or -1
-  client.raise_lost(rank);               // these three throw
-  client.raise_timeout(waited);
-  client.raise_abort();
+  client.raise_lost(rank);               // throws
+  client.raise_abort();                  // throws
+  client.expired();                      // the limit is reached: throws, or sees to it that nobody goes on waiting
+  { client.interrupted() } -> std::same_as<bool>;  // somebody else wants to go on: do not sleep
 };
 
 template <Transport T>
@@ -35,28 +52,40 @@ class Progress {
  public:
   /// Without `timed` it reads no clock before the first stalled poll, and sends no times.
   Progress(T& transport, const Clock& clock, WaitPolicy wait, bool timed)
-      : transport_(transport), clock_(clock), timed_(timed), watches_{Stopwatch(transport.size()), Stopwatch(transport.size())}, ladder_(clock, wait), check_interval_(clock.to_ticks(std::chrono::milliseconds(20))), off_core_(clock.to_ticks(std::chrono::microseconds(10))), doze_(static_cast<std::uint32_t>(clock.to_ticks(std::chrono::microseconds(2)))) {}
+      : transport_(transport), clock_(clock), timed_(timed), ladder_(clock, wait), check_interval_(clock.to_ticks(std::chrono::milliseconds(20))), off_core_(clock.to_ticks(std::chrono::microseconds(10))), doze_(static_cast<std::uint32_t>(clock.to_ticks(std::chrono::microseconds(2)))) {}
 
-  /// An operation begins: the clock's first reading.
-  void start(nanoseconds timeout) {
+  /// An operation begins, and driving with it: the clock's first reading.
+  void begin(Account& account, nanoseconds timeout) {
+    drive(timeout);
+    account.arrival = now_;
+    account.heard = false;
+    account.latest = {now_, transport_.rank()};
+    if (timed_) account.watch.start(now_);
+    current_ = &account;
+  }
+  /// Operations that were left alone are driven again, for at most `timeout` without success.
+  /// Or since then.
+  void drive(nanoseconds timeout, Ticks since = 0) {
     timeout_ = timeout;
-    waiting_ = heard_ = false;
-    deadline_ = first_stall_ = 0;
-    if (timed_) {
-      arrival_ = now_ = clock_.now();
-      watch_ = watch_ == &watches_[0] ? &watches_[1] : &watches_[0];
-      watch_->start(now_);
-    } else {
-      arrival_ = now_ = 0;
-    }
-    latest_ = {arrival_, transport_.rank()};
+    waiting_ = false;
+    first_stall_ = 0;
+    deadline_ = since == 0 ? 0 : since + clock_.to_ticks(timeout);
+    current_ = nullptr;
+    began_ = now_ = timed_ ? clock_.now() : 0;
+  }
+  /// Nobody drives them from here on. Returns the time.
+  Ticks rest() {
+    if (timed_) now_ = clock_.now();
+    leave();
+    stop();
+    return now_;
   }
 
   /// One poll; if nothing moved, one step of waiting.
   template <ProgressClient C>
   void turn(C& client) {
     if (poll(client)) return;
-    if (!waiting_) begin_wait();
+    if (!waiting_) begin_wait(client.oldest());
     else wait(client);
   }
   /// Hands a transfer to the transport, which may do it at once.
@@ -73,36 +102,47 @@ class Progress {
     return true;
   }
 
+  /// From here on the thread works for this operation; the others queue.
+  void serve(Account& account) {
+    if (current_ != &account) change(account);
+  }
   /// Local work of more than a header's payload is booked as what it is.
   void enter(State state) {
-    if (timed_)
-      if (watch_->state() != state) watch_->enter(state, now_ = clock_.now());
+    if (timed_ && current_)
+      if (current_->watch.state() != state) current_->watch.enter(state, now_ = clock_.now());
   }
-  Lateness arrival() const { return {arrival_, transport_.rank()}; }
+  Lateness arrival(const Account& account) const { return {account.arrival, transport_.rank()}; }
 
   /// An operation ends, by success or, with the rank to blame for an unfinished wait, by failure. The report has
   /// everything that is known here: times and the rank that came last.
-  Report finish() {
+  Report finish(Account& account) {
     if (!timed_) return {};
+    serve(account);
     if (waiting_) end_wait();
-    watch_->enter(State::protocol, clock_.now());
-    return report();
+    account.watch.enter(State::protocol, now_ = clock_.now());
+    return close(account);
   }
-  Report finish_failed(Rank missing, State cause) {
+  Report finish_failed(Account& account, Rank missing, State cause) {
     if (!timed_) return {};
-    const Ticks now = clock_.now();
-    if (waiting_ && missing >= 0 && missing != transport_.rank()) {
-      watch_->blame(missing, cause, now);
-      watch_->resume(State::protocol);
+    const bool waited = waiting_ && current_ == &account && missing >= 0 && missing != transport_.rank();
+    if (!waited) serve(account);
+    now_ = clock_.now();
+    if (waited) {
+      account.watch.blame(missing, cause, now_ - account.watch.mark());
+      account.watch.resume(State::protocol, now_);
     }
-    watch_->enter(State::protocol, now);
+    account.watch.enter(State::protocol, now_);
     waiting_ = false;
-    return report();
+    return close(account);
   }
-  const Stopwatch& watch() const { return *watch_; }
-  /// Since start(); for error texts.
+  /// Driving ends with the operation that ended last.
+  void stop() {
+    driven_ += now_ - began_;
+    current_ = nullptr;
+  }
+  /// Since driving began; for error texts.
   nanoseconds waited() const {
-    const Ticks begin = timed_ ? arrival_ : first_stall_;
+    const Ticks begin = timed_ ? began_ : first_stall_;
     return begin == 0 ? nanoseconds{} : clock_.to_ns(clock_.now() - begin);
   }
 
@@ -113,67 +153,113 @@ class Progress {
     C& client;
     void arrived(Transfer& t, const FrameInfo& frame) {
       client.check(t, frame);
-      progress.heard(t, frame.times, State::wait_transfer);
+      progress.heard(client.account_of(t), t, frame.times, State::wait_transfer);
     }
-    void credited(Transfer& t, const FrameTimes& times) { progress.heard(t, times, State::wait_credit); }
-    void copying() { progress.enter(State::copy); }
-    void reducing() { progress.enter(State::reduce); }
+    Transfer* unexpected(Rank peer, const FrameInfo& frame) { return client.unexpected(peer, frame); }
+    void credited(Transfer& t, const FrameTimes& times) { progress.heard(client.account_of(t), t, times, State::wait_credit); }
+    void copying(Transfer& t) {
+      progress.serve(client.account_of(t));
+      progress.enter(State::copy);
+    }
+    void reducing(Transfer& t) {
+      progress.serve(client.account_of(t));
+      progress.enter(State::reduce);
+    }
     void moved(Transfer& t) { client.moved(t); }
-    FrameTimes stamp(const Transfer& t) const { return progress.stamp(t.late); }
-    FrameTimes credit_stamp(const Transfer& t) const { return progress.stamp(t.inherited); }
+    FrameTimes stamp(const Transfer& t) const { return progress.stamp(client.account_of(t), t.late); }
+    FrameTimes credit_stamp(const Transfer& t) const { return progress.stamp(client.account_of(t), t.inherited); }
   };
 
   static constexpr Ticks age_unit = 32;
   static constexpr std::uint32_t age_limit = std::numeric_limits<std::uint32_t>::max();
 
-  FrameTimes stamp(const Lateness& late) const {
+  FrameTimes stamp(const Account& account, const Lateness& late) const {
     if (!timed_) return {};
     const Ticks sent_at = std::max(now_, late.until);
-    return {sent_at, age(sent_at - arrival_), age(sent_at - late.until), static_cast<std::uint16_t>(late.culprit)};
+    return {sent_at, age(sent_at - account.arrival), age(sent_at - late.until), static_cast<std::uint16_t>(late.culprit)};
   }
   static std::uint32_t age(Ticks ticks) { return static_cast<std::uint32_t>(std::min<Ticks>(ticks / age_unit, age_limit)); }
 
+  Ticks driven() const { return driven_ + (now_ - began_); }
+  [[gnu::noinline]] void change(Account& account) {
+    if (timed_) {
+      now_ = clock_.now();
+      leave();
+      const Ticks away = now_ - account.watch.mark();
+      account.watch.resume(State::protocol, now_, away - std::min(away, driven() - account.driven));
+    }
+    waiting_ = false;
+    current_ = &account;
+  }
+  /// The current operation is left alone, at now_.
+  void leave() {
+    if (!timed_ || !current_) return;
+    if (waiting_) {
+      ladder_.learn(now_ - wait_began_);
+      current_->open.emplace_back(current_->watch.mark(), now_);
+      current_->watch.resume(State::wait_local, now_);
+    }
+    current_->watch.enter(State::wait_local, now_);
+    current_->driven = driven();
+    waiting_ = false;
+  }
+  Report close(Account& account) {
+    for (const auto& [begin, end] : account.open) account.watch.book(State::wait_local, end - begin);  // what it waited for was its own doing
+    account.open.clear();
+    return detail::report_of(account.watch, clock_, account.heard || transport_.size() == 1 ? account.latest.culprit : -1);
+  }
+
   /// A frame or a credit of t's peer is here. If it ended a wait, the wait is split: until the peer arrived; until
   /// whoever the peer depended on arrived; and the rest, in which bytes or room were on their way.
-  void heard(Transfer& t, const FrameTimes& times, State rest) {
-    if (waiting_) ladder_.learn(now_ - wait_began_);
+  void heard(Account& account, Transfer& t, const FrameTimes& times, State rest) {
     if (!timed_) {
+      if (waiting_) ladder_.learn(now_ - wait_began_);
       waiting_ = false;
+      current_ = &account;
       return;
     }
-    heard_ = true;
+    serve(account);
+    account.heard = true;
     const Ticks arrived = times.sent_at - std::min<Ticks>(times.sent_at, Ticks{times.arrive_age} * age_unit);
     const Ticks late_by = times.late_age == age_limit ? 0 : Ticks{times.late_age} * age_unit;
     const Ticks late_until = std::max(arrived, times.sent_at - std::min(times.sent_at, late_by));
     const Rank culprit = times.culprit < transport_.size() ? times.culprit : t.peer;  // never trust a peer's index
+    const auto split = [&](Ticks begin, Ticks end) {
+      const Ticks came = std::clamp(arrived, begin, end), ready = std::clamp(late_until, came, end);
+      account.watch.blame(t.peer, State::wait_arrival, came - begin);
+      if (culprit != transport_.rank()) account.watch.blame(culprit, State::wait_arrival, ready - came);
+      else account.watch.blame(t.peer, State::wait_transfer, ready - came);
+      account.watch.blame(t.peer, rest, end - ready);
+    };
+    for (const auto& [begin, end] : account.open) split(begin, end);
+    account.open.clear();
     if (waiting_) {
-      const Rank me = transport_.rank();
-      watch_->blame(t.peer, State::wait_arrival, std::min(arrived, now_));
-      if (culprit != me) watch_->blame(culprit, State::wait_arrival, std::min(late_until, now_));
-      else watch_->blame(t.peer, State::wait_transfer, std::min(late_until, now_));
-      watch_->blame(t.peer, rest, now_);
-      watch_->resume(State::protocol);
+      ladder_.learn(now_ - wait_began_);
+      split(account.watch.mark(), now_);
+      account.watch.resume(State::protocol, now_);
       waiting_ = false;
     }
     const Lateness late{late_until, culprit};
     t.late.raise(late);
-    latest_.raise(late);
+    account.latest.raise(late);
+    // It was here before anybody looked for it: what depends on it is late by that.
+    if (times.sent_at < began_) t.late.raise({began_, transport_.rank()});
   }
 
-  void begin_wait() {
+  void begin_wait(Account& oldest) {
+    serve(oldest);
     waiting_ = true;
     now_ = clock_.now();
-    if (timed_) watch_->enter(State::wait_local, now_);
+    if (timed_) oldest.watch.enter(State::wait_local, now_);
     wait_began_ = now_;
     ladder_.restart(transport_.crowded());
-    if (deadline_ == 0) {
-      first_stall_ = now_;
-      deadline_ = (timed_ ? arrival_ : now_) + clock_.to_ticks(timeout_);
-      next_check_ = now_ + check_interval_;
-    }
+    if (first_stall_ != 0) return;
+    first_stall_ = now_;
+    next_check_ = now_ + check_interval_;
+    if (deadline_ == 0) deadline_ = (timed_ ? began_ : now_) + clock_.to_ticks(timeout_);
   }
   void end_wait() {
-    if (timed_) watch_->enter(State::protocol, now_);
+    if (timed_) current_->watch.enter(State::protocol, now_);
     waiting_ = false;
   }
 
@@ -189,7 +275,7 @@ class Progress {
     // A pause is short: if this took long, the core was given to someone else, and perhaps it should have it more often.
     if (now_ - before > off_core_) {
       ladder_.give_way();
-      if (timed_) watch_->slept(now_ - before);
+      if (timed_) current_->watch.slept(now_ - before);
     }
     if (rest == Ladder::Rest::park && now_ < deadline_) {
       sleep(client);
@@ -202,7 +288,7 @@ class Progress {
       if (poll(client)) return;  // it may have sent everything before it went
       client.raise_lost(lost);
     }
-    if (now_ >= deadline_) client.raise_timeout(clock_.to_ns(now_ - deadline_) + timeout_);
+    if (now_ >= deadline_) client.expired();
   }
 
   /// Rests until the line that is waited for changes, for 2 us at most; a pause if the transport has no such line, or more
@@ -224,26 +310,23 @@ class Progress {
   void sleep(C& client) {
     const nanoseconds limit = std::min<nanoseconds>(std::chrono::milliseconds(25), clock_.to_ns(deadline_ - now_));
     const Ticks before = now_;
-    transport_.park(limit, [&] { return poll(client) || transport_.aborted(); });
+    transport_.park(limit, [&] { return poll(client) || transport_.aborted() || client.interrupted(); });
     if (!waiting_) return;
     now_ = clock_.now();
-    if (timed_) watch_->slept(now_ - before);
+    if (timed_) current_->watch.slept(now_ - before);
   }
-
-  Report report() const { return detail::report_of(*watch_, clock_, heard_ || transport_.size() == 1 ? latest_.culprit : -1); }
 
   T& transport_;
   Clock clock_;
   bool timed_;
-  Stopwatch watches_[2];  // the last operation's stays readable until the next one ends
-  Stopwatch* watch_ = &watches_[0];
+  Account* current_ = nullptr;  // who is served
   Ladder ladder_;
   Ticks check_interval_, off_core_;
   std::uint32_t doze_;
   nanoseconds timeout_{};
-  Ticks arrival_ = 0, now_ = 0, deadline_ = 0, next_check_ = 0, wait_began_ = 0, first_stall_ = 0;
-  Lateness latest_;
-  bool waiting_ = false, heard_ = false;
+  Ticks began_ = 0, driven_ = 0;  // driving, this time; and the times before
+  Ticks now_ = 0, deadline_ = 0, next_check_ = 0, wait_began_ = 0, first_stall_ = 0;
+  bool waiting_ = false;
 };
 
 }  // namespace tally::inline v0

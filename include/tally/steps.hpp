@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <exception>
+#include <span>
 #include <string_view>
 #include <utility>
 
@@ -87,36 +88,64 @@ class Steps {
   std::coroutine_handle<promise_type> handle_;
 };
 
-/// A buffer cut into n blocks whose sizes differ by one at most, the larger ones first. Indices wrap modulo n.
+/// A buffer cut into n blocks: of sizes that differ by one at most, the larger ones first, or of given sizes at given
+/// places. Indices wrap modulo n.
 class Chunks {
  public:
   Chunks(Buffer buffer, std::size_t count, int n)
-      : buffer_(buffer), n_(n), small_(count / static_cast<std::size_t>(n)), large_(count % static_cast<std::size_t>(n)) {}
+      : buffer_(buffer), n_(n), small_(n > 0 ? count / static_cast<std::size_t>(n) : 0), large_(n > 0 ? count % static_cast<std::size_t>(n) : 0) {}
+  /// Without `firsts` one after another. Both are the caller's and must outlive this.
+  Chunks(Buffer buffer, std::span<const std::size_t> counts, std::span<const std::size_t> firsts)
+      : buffer_(buffer), n_(static_cast<int>(counts.size())), counts_(counts.data()), firsts_(firsts.empty() ? nullptr : firsts.data()) {}
+
   Range operator[](int i) const {
     const auto block = static_cast<std::size_t>(wrap(i, n_));
-    return {buffer_, begin(block), begin(block + 1) - begin(block)};
+    return {buffer_, begin(block), counts_ ? counts_[block] : begin(block + 1) - begin(block)};
   }
-  /// Blocks first..last-1; no wrapping.
+  /// Blocks first..last-1; no wrapping, and not for blocks at given places.
   Range blocks(int first, int last) const {
     const auto lo = begin(static_cast<std::size_t>(first)), hi = begin(static_cast<std::size_t>(last));
     return {buffer_, lo, hi - lo};
   }
-  Range all() const { return blocks(0, n_); }
-  std::size_t count() const { return begin(static_cast<std::size_t>(n_)); }
+  Range all() const { return {buffer_, 0, count()}; }
+  /// Up to the end of the last block.
+  std::size_t count() const {
+    std::size_t end = 0;
+    if (!counts_) return begin(static_cast<std::size_t>(n_));
+    for (std::size_t i = 0; i < static_cast<std::size_t>(n_); ++i) {
+      const std::size_t last = firsts_ ? firsts_[i] + counts_[i] : end + counts_[i];
+      end = end < last ? last : end;
+    }
+    return end;
+  }
+  int size() const { return n_; }
+  /// Blocks of one size, for neighbours: block i goes to, or comes from, rank peer(i). Likewise.
+  Chunks(Buffer buffer, std::size_t block, std::span<const Rank> peers)
+      : buffer_(buffer), n_(static_cast<int>(peers.size())), small_(block), peers_(peers.data()) {}
+  Rank peer(int i) const { return peers_[i]; }
 
  private:
-  std::size_t begin(std::size_t block) const { return block * small_ + (block < large_ ? block : large_); }
+  std::size_t begin(std::size_t block) const {
+    if (firsts_) return firsts_[block];
+    if (!counts_) return block * small_ + (block < large_ ? block : large_);
+    std::size_t sum = 0;
+    for (std::size_t i = 0; i < block; ++i) sum += counts_[i];
+    return sum;
+  }
 
   Buffer buffer_;
   int n_;
-  std::size_t small_, large_;
+  std::size_t small_ = 0, large_ = 0;
+  const std::size_t *counts_ = nullptr, *firsts_ = nullptr;
+  const Rank* peers_ = nullptr;
 };
 
 /// The order in which an algorithm folds the ranks' values; the checker proves it.
 enum class Folding : std::uint8_t {
-  cyclic,  // consecutive ranks, wrapping around, from any rank on: needs a commutative operator
-  fixed,   // rank order, one bracketing for all algorithms that declare it:
-           // fold(lo, hi) = fold(lo, mid) . fold(mid, hi), mid = lo + the largest power of two below hi - lo
+  cyclic,   // consecutive ranks, wrapping around, from any rank on: needs a commutative operator
+  ordered,  // rank order from rank 0 on, with brackets of its own
+  fixed,    // rank order, one bracketing for all algorithms that declare it:
+            // fold(lo, hi) = fold(lo, mid) . fold(mid, hi), mid = lo + the largest power of two below hi - lo
 };
 
 /// What an algorithm is told. `in` and `out` are cut into n blocks; where both are the same memory the engine

@@ -2,10 +2,13 @@
 // The vocabulary shared by all layers: operations, element types, and how an operation's arguments lie in memory.
 #pragma once
 
+#include <algorithm>
 #include <chrono>
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
+#include <iterator>
+#include <span>
 #include <string>
 #include <string_view>
 #include <type_traits>
@@ -18,26 +21,43 @@ using nanoseconds = std::chrono::nanoseconds;
 /// Longer deadlines are cut to this (30 years), so that adding one to a point in time cannot overflow.
 inline constexpr nanoseconds longest_timeout = std::chrono::seconds(1'000'000'000);
 
-enum class Collective : std::uint8_t { none, all_reduce, reduce, broadcast, all_gather, reduce_scatter, barrier };
-inline constexpr Collective all_operations[] = {Collective::all_reduce,     Collective::reduce, Collective::broadcast, Collective::all_gather,
-                                               Collective::reduce_scatter, Collective::barrier};
+/// What a rank can be in. The place in this list is its code on the wire: append only.
+enum class Collective : std::uint8_t {
+  none, all_reduce, reduce, broadcast, all_gather, reduce_scatter, barrier, gather, scatter, all_to_all, scan, exclusive_scan,
+  all_gather_v, reduce_scatter_v, all_to_all_v, gather_v, scatter_v, neighbour_exchange, send, receive
+};
+/// Those that are done by algorithms: each but none, send and receive.
+inline constexpr Collective all_operations[] = {
+    Collective::all_reduce, Collective::reduce, Collective::broadcast, Collective::all_gather, Collective::reduce_scatter, Collective::barrier,
+    Collective::gather, Collective::scatter, Collective::all_to_all, Collective::scan, Collective::exclusive_scan,
+    Collective::all_gather_v, Collective::reduce_scatter_v, Collective::all_to_all_v, Collective::gather_v, Collective::scatter_v, Collective::neighbour_exchange};
 
 constexpr std::string_view name_of(Collective operation) {
+  constexpr std::string_view names[] = {"nothing", "all_reduce", "reduce", "broadcast", "all_gather", "reduce_scatter", "barrier", "gather", "scatter", "all_to_all", "scan", "exclusive_scan",
+                                        "all_gather_v", "reduce_scatter_v", "all_to_all_v", "gather_v", "scatter_v", "neighbour_exchange", "send", "receive"};
+  return static_cast<std::size_t>(operation) < std::size(names) ? names[static_cast<std::size_t>(operation)] : "unknown operation";
+}
+/// The operation with blocks of one size that a v-variant is like; others are like themselves.
+constexpr Collective uniform(Collective operation) {
   switch (operation) {
-    case Collective::none: return "nothing";
-    case Collective::all_reduce: return "all_reduce";
-    case Collective::reduce: return "reduce";
-    case Collective::broadcast: return "broadcast";
-    case Collective::all_gather: return "all_gather";
-    case Collective::reduce_scatter: return "reduce_scatter";
-    case Collective::barrier: return "barrier";
+    case Collective::all_gather_v: return Collective::all_gather;
+    case Collective::reduce_scatter_v: return Collective::reduce_scatter;
+    case Collective::all_to_all_v: return Collective::all_to_all;
+    case Collective::gather_v: return Collective::gather;
+    case Collective::scatter_v: return Collective::scatter;
+    default: return operation;
   }
-  return "unknown operation";
 }
+/// Every rank need not know how much the others move: only the two ends of a message agree on its length.
+constexpr bool sizes_differ(Collective operation) { return uniform(operation) != operation || operation == Collective::neighbour_exchange; }
 constexpr bool reduces(Collective operation) {
-  return operation == Collective::all_reduce || operation == Collective::reduce || operation == Collective::reduce_scatter;
+  const Collective like = uniform(operation);
+  return like == Collective::all_reduce || like == Collective::reduce || like == Collective::reduce_scatter || like == Collective::scan || like == Collective::exclusive_scan;
 }
-constexpr bool has_root(Collective operation) { return operation == Collective::reduce || operation == Collective::broadcast; }
+constexpr bool has_root(Collective operation) {
+  const Collective like = uniform(operation);
+  return like == Collective::reduce || like == Collective::broadcast || like == Collective::gather || like == Collective::scatter;
+}
 
 /// Elements as they are named to peers: kind and size, so `long` and `long long` are the same type.
 enum class ElementType : std::uint8_t { none, i8, i16, i32, i64, u8, u16, u32, u64, f32, f64, f80, byte };
@@ -73,8 +93,21 @@ struct Placement {
   friend bool operator==(const Placement&, const Placement&) = default;
 };
 
+/// Blocks of unequal sizes, or with gaps between them, and the ranks they are for: what v-variants and neighbour exchanges
+/// are given beside their buffers. In elements.
+struct Extents {
+  std::span<const std::size_t> in_counts, in_firsts, out_counts, out_firsts;  // without firsts one after another
+  std::span<const Rank> to, from;  // neighbour exchange: block i of the input goes to to[i], block i of the output comes from from[i]
+
+  friend bool operator==(const Extents& a, const Extents& b) {
+    return std::ranges::equal(a.in_counts, b.in_counts) && std::ranges::equal(a.in_firsts, b.in_firsts) && std::ranges::equal(a.out_counts, b.out_counts) &&
+           std::ranges::equal(a.out_firsts, b.out_firsts) && std::ranges::equal(a.to, b.to) && std::ranges::equal(a.from, b.from);
+  }
+};
+
 /// One rank's arguments of one operation, as far as they matter for what moves where.
-/// `count` is the caller's block: elements per rank for all_gather and reduce_scatter, all elements elsewhere.
+/// `count` is a block where each rank has its own (all_gather and gather: of the input, reduce_scatter and scatter: of the
+/// output, all_to_all: of both; likewise in v-variants, and neighbour exchanges have blocks of that size), else all elements.
 struct Layout {
   Collective operation{};
   Rank me = 0;
@@ -83,24 +116,82 @@ struct Layout {
   std::size_t count = 0;
   bool in_place = false;
   int group = 1;  // see Shape
+  const Extents* extents = nullptr;  // v-variants and neighbour exchanges; whoever keeps a layout keeps them, too
 
-  std::size_t blocks(Collective many) const { return operation == many ? static_cast<std::size_t>(n) : 1; }
-  std::size_t input_count() const { return operation == Collective::broadcast ? 0 : count * blocks(Collective::reduce_scatter); }
-  std::size_t output_count() const {
-    if (operation == Collective::reduce && me != root) return 0;
-    return count * blocks(Collective::all_gather);
+  std::size_t input_count() const {
+    switch (operation) {
+      case Collective::broadcast: return 0;
+      case Collective::scatter: return me == root ? count * ranks() : 0;
+      case Collective::reduce_scatter:
+      case Collective::all_to_all: return count * ranks();
+      case Collective::scatter_v: return me == root ? ins().count() : 0;
+      case Collective::reduce_scatter_v:
+      case Collective::all_to_all_v: return ins().count();
+      case Collective::neighbour_exchange: return count * extents->to.size();
+      default: return count;
+    }
   }
-  /// Elements of the larger of input and output: the size that algorithms are chosen and accounts kept by.
-  std::size_t items() const { return items(operation, count, n); }
-  static constexpr std::size_t items(Collective operation, std::size_t count, int n) { return count * (operation == Collective::all_gather || operation == Collective::reduce_scatter ? static_cast<std::size_t>(n) : 1); }
+  std::size_t output_count() const {
+    switch (operation) {
+      case Collective::reduce: return me == root ? count : 0;
+      case Collective::gather: return me == root ? count * ranks() : 0;
+      case Collective::exclusive_scan: return me == 0 ? 0 : count;
+      case Collective::all_gather:
+      case Collective::all_to_all: return count * ranks();
+      case Collective::gather_v: return me == root ? outs().count() : 0;
+      case Collective::all_gather_v:
+      case Collective::all_to_all_v: return outs().count();
+      case Collective::neighbour_exchange: return count * extents->from.size();
+      default: return count;
+    }
+  }
+  /// Elements of the larger side, on the root where there is one: the size that algorithms are chosen and accounts kept by. Of
+  /// gather_v, scatter_v, all_to_all_v and neighbour exchanges not every rank can know it, so it is what this rank has.
+  std::size_t items() const {
+    switch (operation) {
+      case Collective::all_gather:
+      case Collective::reduce_scatter:
+      case Collective::gather:
+      case Collective::scatter:
+      case Collective::all_to_all: return count * ranks();
+      default: return sizes_differ(operation) ? std::max(input_count(), output_count()) : count;
+    }
+  }
   /// In place, the smaller of input and output is this rank's block of the larger one.
   Placement placement() const {
-    const std::size_t mine = static_cast<std::size_t>(me) * count;
-    return {in_place, in_place && operation == Collective::all_gather ? mine : 0,
-            in_place && operation == Collective::reduce_scatter ? mine : 0};
+    if (!in_place) return {};
+    const auto mine = static_cast<std::size_t>(me);
+    switch (operation) {
+      case Collective::all_gather:
+      case Collective::gather: return {true, mine * count, 0};
+      case Collective::reduce_scatter:
+      case Collective::scatter: return {true, 0, mine * count};
+      case Collective::all_gather_v:
+      case Collective::gather_v: return {true, outs()[me].first, 0};
+      case Collective::reduce_scatter_v:
+      case Collective::scatter_v: return {true, 0, ins()[me].first};
+      default: return {true, 0, 0};
+    }
   }
-  Shape shape() const { return {me, n, root, Chunks(Buffer::input, input_count(), n), Chunks(Buffer::output, output_count(), n), group}; }
-  friend bool operator==(const Layout&, const Layout&) = default;
+  Shape shape() const {
+    if (!extents) return {me, n, root, Chunks(Buffer::input, input_count(), n), Chunks(Buffer::output, output_count(), n), group};
+    return {me, n, root, ins(), outs(), group};
+  }
+  friend bool operator==(const Layout& a, const Layout& b) {
+    return a.operation == b.operation && a.me == b.me && a.n == b.n && a.root == b.root && a.count == b.count && a.in_place == b.in_place && a.group == b.group &&
+           (a.extents == b.extents || (a.extents && b.extents && *a.extents == *b.extents));
+  }
+
+ private:
+  std::size_t ranks() const { return static_cast<std::size_t>(n); }
+  Chunks ins() const {
+    if (operation == Collective::neighbour_exchange) return {Buffer::input, count, extents->to};
+    return extents->in_counts.empty() ? Chunks(Buffer::input, count, n) : Chunks(Buffer::input, extents->in_counts, extents->in_firsts);
+  }
+  Chunks outs() const {
+    if (operation == Collective::neighbour_exchange) return {Buffer::output, count, extents->from};
+    return extents->out_counts.empty() ? Chunks(Buffer::output, count, n) : Chunks(Buffer::output, extents->out_counts, extents->out_firsts);
+  }
 };
 
 }  // namespace tally::inline v0

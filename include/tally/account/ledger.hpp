@@ -28,7 +28,9 @@ struct LedgerRow {
   std::uint64_t bytes_sent = 0, bytes_received = 0, bytes_wire = 0;
   nanoseconds elapsed{}, copy{}, reduce{}, codec{}, protocol{};
   nanoseconds wait_arrival{}, wait_transfer{}, wait_credit{}, wait_local{}, undriven{};
+  nanoseconds exposed{};          // the caller was blocked; the rest of elapsed was overlapped
   nanoseconds slept{};            // part of the waits
+  nanoseconds queued{};           // part of wait_local: other operations were served, and pay for it
   std::vector<nanoseconds> waited_for;  // per rank: arrival + transfer + credit
 
   nanoseconds busy() const { return copy + reduce + codec + protocol; }
@@ -63,8 +65,8 @@ class Ledger final : public detail::ReportSource {
     return by_peer_;
   }
 
-  Quantity energy(const LedgerRow& row) const { return model_.joules(row.busy() + row.idle() - row.slept, row.slept); }
-  Quantity idle_energy(const LedgerRow& row) const { return model_.joules(row.idle() - row.slept, row.slept); }
+  Quantity energy(const LedgerRow& row) const { return model_.joules(row.busy() + row.idle() - row.slept - row.queued, row.slept); }
+  Quantity idle_energy(const LedgerRow& row) const { return model_.joules(row.idle() - row.slept - row.queued, row.slept); }
   const ModelMeter& meter() const override { return model_; }
   std::string_view transport_name() const override { return transport_; }
   std::string_view algorithm_name(std::uint8_t index) const override { return index < algorithms_.size() ? std::string_view(algorithms_[index]) : "unknown"; }
@@ -87,7 +89,7 @@ class Ledger final : public detail::ReportSource {
   /// is called again, or the ledger is read. `watch` knows whom it waited for, and is left alone until then.
   void book(LedgerRow& row, const Report& report, std::uint64_t bytes, const Stopwatch& watch, const Clock& clock) {
     settle();
-    pending_ = {&row, bytes, report.bytes_sent, report.bytes_received, report.bytes_wire, report.sequence, &watch, &clock};
+    pending_ = {&row, bytes, report.bytes_sent, report.bytes_received, report.bytes_wire, report.sequence, report.elapsed - report.exposed, &watch, &clock};
   }
   void settle() const {
     if (!pending_.row) return;
@@ -101,6 +103,7 @@ class Ledger final : public detail::ReportSource {
     if (sequence == 0 || recent.sequence != sequence) return false;
     if (!recent.stalled) return true;
     extra.slept = recent.slept;
+    extra.queued = recent.queued;
     for (std::size_t i = 0; i < recent.blamed; ++i)
       extra.blame.insert(std::upper_bound(extra.blame.begin(), extra.blame.end(), recent.blame[i], [](const Blame& a, const Blame& b) { return a.total() > b.total(); }), recent.blame[i]);
     return true;
@@ -111,6 +114,7 @@ class Ledger final : public detail::ReportSource {
     LedgerRow* row = nullptr;
     std::uint64_t bytes = 0, bytes_sent = 0, bytes_received = 0, bytes_wire = 0;
     std::uint32_t sequence = 0;
+    nanoseconds overlapped{};
     const Stopwatch* watch = nullptr;
     const Clock* clock = nullptr;
   };
@@ -125,6 +129,7 @@ class Ledger final : public detail::ReportSource {
     row.bytes_received += pending_.bytes_received;
     row.bytes_wire += pending_.bytes_wire;
     row.elapsed += report.elapsed;
+    row.exposed += report.elapsed - pending_.overlapped;
     row.protocol += report.protocol;
     Recent& recent = recent_[pending_.sequence % recent_count];
     recent.sequence = pending_.sequence;
@@ -140,6 +145,8 @@ class Ledger final : public detail::ReportSource {
     row.undriven += report.undriven;
     recent.slept = clock.to_ns(watch.slept());
     row.slept += recent.slept;
+    recent.queued = clock.to_ns(watch.queued());
+    row.queued += recent.queued;
     recent.blamed = 0;
     for (const Rank r : watch.blamed()) {
       const Blame blame = watch.blame_of(r, clock);
@@ -154,7 +161,7 @@ class Ledger final : public detail::ReportSource {
     std::uint32_t sequence = 0;
     bool stalled = false;
     std::uint8_t blamed = 0;
-    nanoseconds slept{};
+    nanoseconds slept{}, queued{};
     std::array<Blame, 8> blame{};
   };
   /// Keeps the seven worst; the others are lumped together as rank -1.

@@ -28,7 +28,7 @@ namespace detail {
 struct ReportSource {
   virtual ~ReportSource() = default;
   struct Extra {
-    nanoseconds slept{};
+    nanoseconds slept{}, queued{};
     std::vector<Blame> blame;
   };
   /// False if the operation is no longer among the recent ones.
@@ -95,13 +95,16 @@ struct Report {
   nanoseconds busy() const { return copy + reduce + codec + protocol; }
   nanoseconds idle() const { return wait_arrival + wait_transfer + wait_credit + wait_local; }
 
-  /// Joules of this rank's core during the call; NaN where nothing can be said.
+  nanoseconds overlapped() const { return elapsed - exposed; }
+
+  /// Joules of this rank's core for this operation; NaN where nothing can be said. Time in which the thread served other
+  /// operations, or nobody drove this one, is not its own.
   Quantity energy() const {
-    return look_up([&](const ModelMeter& meter, nanoseconds slept) { return meter.joules(busy() + idle() - slept, slept); });
+    return look_up([&](const ModelMeter& meter, const detail::ReportSource::Extra& extra) { return meter.joules(busy() + idle() - extra.slept - extra.queued, extra.slept); });
   }
   /// Of them, joules while waiting.
   Quantity idle_energy() const {
-    return look_up([&](const ModelMeter& meter, nanoseconds slept) { return meter.joules(idle() - slept, slept); });
+    return look_up([&](const ModelMeter& meter, const detail::ReportSource::Extra& extra) { return meter.joules(idle() - extra.slept - extra.queued, extra.slept); });
   }
   /// The ranks waited for, worst first. Sums per cause equal wait_arrival, wait_transfer and wait_credit.
   std::vector<Blame> blame() const {
@@ -126,7 +129,7 @@ struct Report {
     Quantity result;
     detail::ReportSources::all().with(ledger, [&](const detail::ReportSource& source) {
       detail::ReportSource::Extra extra;
-      if (source.find(sequence, extra)) result = f(source.meter(), extra.slept);
+      if (source.find(sequence, extra)) result = f(source.meter(), extra);
     });
     return result;
   }
@@ -139,7 +142,7 @@ namespace detail {
 inline Report report_of(const Stopwatch& watch, const Clock& clock, Rank last_arrival) {
   const auto& ticks = watch.ticks();
   const auto part = [&](State state) { return clock.to_ns(ticks[static_cast<std::size_t>(state)]); };
-  const nanoseconds copy = part(State::copy), reduce = part(State::reduce), protocol = part(State::protocol), local = part(State::wait_local);
+  const nanoseconds copy = part(State::copy), reduce = part(State::reduce), protocol = part(State::protocol), local = part(State::wait_local), undriven = part(State::undriven);
   Blame waits;
   for (const Rank rank : watch.blamed()) {
     const Blame blame = watch.blame_of(rank, clock);
@@ -147,8 +150,8 @@ inline Report report_of(const Stopwatch& watch, const Clock& clock, Rank last_ar
     waits.transfer += blame.transfer;
     waits.credit += blame.credit;
   }
-  const nanoseconds elapsed = copy + reduce + protocol + waits.total() + local, none{};
-  return {elapsed, elapsed, copy, reduce, none, protocol, waits.arrival, waits.transfer, waits.credit, local, none, 0, 0, 0, 0, 0, static_cast<std::int16_t>(last_arrival), 0, 0};
+  const nanoseconds elapsed = copy + reduce + protocol + waits.total() + local + undriven, none{};
+  return {elapsed, elapsed, copy, reduce, none, protocol, waits.arrival, waits.transfer, waits.credit, local, undriven, 0, 0, 0, 0, 0, static_cast<std::int16_t>(last_arrival), 0, 0};
 }
 
 /// Three significant digits.
@@ -195,6 +198,8 @@ inline std::ostream& operator<<(std::ostream& out, const Report& r) {
     if (r.wait_credit > nanoseconds{0}) out << ", credit " << time_text(r.wait_credit);
     if (r.wait_local > nanoseconds{0}) out << ", local " << time_text(r.wait_local);
   }
+  if (r.undriven > nanoseconds{0}) out << ", undriven " << time_text(r.undriven);
+  if (r.exposed < r.elapsed) out << ", exposed " << time_text(r.exposed);
   out << "), ";
   if (r.last_arrival >= 0) out << "last to call was rank " << r.last_arrival << ", ";
   out << "sent " << detail::bytes_text(r.bytes_sent);

@@ -48,7 +48,7 @@ class Stopwatch {
     mark_ = now;
     state_ = State::protocol;
     ticks_.fill(0);
-    slept_ = 0;
+    slept_ = queued_ = 0;
     for (const Rank r : blamed_) {
       waits_[static_cast<std::size_t>(r)] = {};
       is_blamed_[static_cast<std::size_t>(r)] = false;
@@ -56,27 +56,41 @@ class Stopwatch {
     blamed_.clear();
   }
   State state() const { return state_; }
+  Ticks mark() const { return mark_; }
   void enter(State state, Ticks now) {
     ticks_[static_cast<std::size_t>(state_)] += now - mark_;
     mark_ = now;
     state_ = state;
   }
-  /// Books [mark, until] of a wait on `rank` and moves the mark; nothing if `until` is not later.
-  void blame(Rank rank, State cause, Ticks until) {
-    if (until <= mark_) return;
+  /// Books part of a wait on `rank`; whoever calls this moves the mark beyond it.
+  void blame(Rank rank, State cause, Ticks ticks) {
+    if (ticks == 0) return;
     const auto r = static_cast<std::size_t>(rank);
     if (!is_blamed_[r]) {
       is_blamed_[r] = true;
       blamed_.push_back(rank);
     }
-    (cause == State::wait_arrival ? waits_[r].arrival : cause == State::wait_transfer ? waits_[r].transfer : waits_[r].credit) += until - mark_;
-    mark_ = until;
+    (cause == State::wait_arrival ? waits_[r].arrival : cause == State::wait_transfer ? waits_[r].transfer : waits_[r].credit) += ticks;
   }
-  /// Leaves a wait that blame() has booked up to the mark.
-  void resume(State state) { state_ = state; }
+  /// Goes on in `state`, from `now` on: the time up to there is booked otherwise.
+  void resume(State state, Ticks now) {
+    state_ = state;
+    mark_ = now;
+  }
+  /// Goes on after a time in which others were served, for all of it but `undriven`, in which nobody was.
+  void resume(State state, Ticks now, Ticks undriven) {
+    const Ticks queued = now - mark_ - undriven;
+    ticks_[static_cast<std::size_t>(State::undriven)] += undriven;
+    ticks_[static_cast<std::size_t>(State::wait_local)] += queued;
+    queued_ += queued;
+    resume(state, now);
+  }
+  void book(State state, Ticks ticks) { ticks_[static_cast<std::size_t>(state)] += ticks; }
   void slept(Ticks ticks) { slept_ += ticks; }
 
   Ticks slept() const { return slept_; }
+  /// The part of wait_local in which the thread served other operations: it is they who pay for its core.
+  Ticks queued() const { return queued_; }
   /// Ticks of the states that have no one to blame.
   const std::array<Ticks, state_count>& ticks() const { return ticks_; }
   const std::vector<Rank>& blamed() const { return blamed_; }
@@ -89,7 +103,7 @@ class Stopwatch {
   struct Waits {
     Ticks arrival = 0, transfer = 0, credit = 0;
   };
-  Ticks mark_ = 0, slept_ = 0;
+  Ticks mark_ = 0, slept_ = 0, queued_ = 0;
   State state_ = State::protocol;
   std::array<Ticks, state_count> ticks_{};
   std::vector<Waits> waits_;

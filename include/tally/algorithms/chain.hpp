@@ -40,6 +40,24 @@ struct Chain {
     if (me != root) co_yield receive(wrap(me - 1, n), out.all());
     if (wrap(me + 1, n) != root) co_yield send(wrap(me + 1, n), out.all());
   }
+
+  static constexpr Folding scan_folding = Folding::ordered;
+  /// Each rank adds its own to what the ones before it have, and passes that on.
+  static Steps scan(Shape shape) {
+    const auto [me, n, root, in, out, group] = shape;
+    if (me == 0) co_yield copy(in.all(), out.all());
+    else co_yield receive_combine(me - 1, in.all(), out.all(), Side::left);
+    if (me + 1 < n) co_yield send(me + 1, me == 0 ? in.all() : out.all());
+  }
+  static Steps exclusive_scan(Shape shape) {
+    const auto [me, n, root, in, out, group] = shape;
+    const Range sum{Buffer::scratch, 0, in.count()};
+    const bool passes_on = me + 1 < n;
+    if (me > 0 && passes_on) co_yield copy(in.all(), sum);
+    if (me > 0) co_yield receive(me - 1, out.all());
+    if (me > 0 && passes_on) co_yield combine(out.all(), sum, Side::left);
+    if (passes_on) co_yield send(me + 1, me == 0 ? in.all() : sum);
+  }
 };
 
 }  // namespace tally::inline v0

@@ -86,6 +86,32 @@ struct OneShot {
     else
       for (int i = 1; i < n; ++i) co_yield send(wrap(me + i, n), out.all());
   }
+
+  static Steps gather(Shape shape) {
+    const auto [me, n, root, in, out, group] = shape;
+    if (me != root) {
+      co_yield send(root, in.all());
+      co_return;
+    }
+    co_yield copy(in.all(), out[me]);
+    for (int i = 1; i < n; ++i) co_yield receive(wrap(me + i, n), out[me + i]);
+  }
+
+  static Steps scatter(Shape shape) {
+    const auto [me, n, root, in, out, group] = shape;
+    if (me != root) {
+      co_yield receive(root, out.all());
+      co_return;
+    }
+    for (int i = 1; i < n; ++i) co_yield send(wrap(me + i, n), in[me + i]);
+    co_yield copy(in[me], out.all());
+  }
+
+  // Blocks of any size go the same way.
+  static Steps all_gather_v(Shape shape) { return all_gather(shape); }
+  static Steps reduce_scatter_v(Shape shape) { return reduce_scatter(shape); }
+  static Steps gather_v(Shape shape) { return gather(shape); }
+  static Steps scatter_v(Shape shape) { return scatter(shape); }
 };
 
 struct TwoShot {

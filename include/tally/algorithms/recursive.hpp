@@ -53,6 +53,40 @@ struct RecursiveDoubling {
       }
     }
   }
+
+  static Steps scan(Shape shape) { return prefix(shape, true); }
+  static Steps exclusive_scan(Shape shape) { return prefix(shape, false); }
+
+ private:
+  /// Upper halves put the lower half's total before what they have; totals are made for those who will be above.
+  static Steps prefix(Shape shape, bool inclusive) {
+    const auto [me, n, root, in, out, group] = shape;
+    const Range sum{Buffer::scratch, 0, in.count()}, other{Buffer::scratch, in.count(), in.count()};
+    Range total = in.all(), have = in.all();
+    bool begun = inclusive;  // there is something to put the next total before
+    for (int bit = 1; bit < n; bit *= 2) {
+      const int low = me & ~(2 * bit - 1), high = low + bit;
+      const int upper = std::min(bit, n - high);
+      const bool further = low + 2 * bit < n;  // there are ranks above both halves
+      if (upper <= 0) continue;
+      if (me < high) {
+        if (me - low < upper) co_yield send(me + bit, total);
+        if (further) co_yield receive_combine(me + bit, total, sum);
+      } else if (further) {
+        co_yield send(me - bit, total);
+        co_yield receive(me - bit, other);
+        co_yield copy(total, sum);
+        co_yield combine(other, sum, Side::left);
+        co_yield copy(begun ? have : other, out.all());
+        if (begun) co_yield combine(other, out.all(), Side::left);
+      } else {
+        co_yield begun ? receive_combine(me - bit, have, out.all(), Side::left) : receive(me - bit, out.all());
+      }
+      if (further) total = sum;
+      if (me >= high) have = out.all(), begun = true;
+    }
+    if (inclusive && have.buffer == Buffer::input) co_yield copy(in.all(), out.all());
+  }
 };
 
 /// Half of the bytes go in the first exchange, a quarter in the next and so on; then the finished shares come back

@@ -43,14 +43,19 @@ struct Ring {
   static Steps reduce_scatter(Shape shape) {
     const auto [me, n, root, in, out, group] = shape;
     const Rank next = wrap(me + 1, n), previous = wrap(me - 1, n);
-    const std::size_t count = out.count();
-    const auto partial = [&](int s) { return Range{Buffer::scratch, static_cast<std::size_t>(s & 1) * count, count}; };
-    if (n == 1) co_yield copy(in.all(), out.all());
+    std::size_t widest = 0;
+    for (int i = 0; i < n; ++i) widest = in[i].count > widest ? in[i].count : widest;
+    const auto partial = [&, me = me](int s) { return Range{Buffer::scratch, static_cast<std::size_t>(s & 1) * widest, in[me - s - 2].count}; };
+    if (n == 1) co_yield copy(in[0], out.all());
     for (int s = 0; s < n - 1; ++s) {
       co_yield send(next, s == 0 ? in[me - 1] : partial(s - 1));
       co_yield receive_combine(previous, in[me - s - 2], s == n - 2 ? out.all() : partial(s), Side::left);
     }
   }
+
+  // Blocks of any size go the same way.
+  static Steps all_gather_v(Shape shape) { return all_gather(shape); }
+  static Steps reduce_scatter_v(Shape shape) { return reduce_scatter(shape); }
 };
 
 }  // namespace tally::inline v0

@@ -36,6 +36,13 @@ struct FrameTimes {
 /// Moving this much takes no longer than reading the clock: it is not timed apart from headers.
 inline constexpr std::size_t short_bytes = 256;
 
+/// Whether a receive takes whatever comes next, or the next message that was sent for it. On a lane all do the same.
+enum class Matching : std::uint8_t {
+  order,        // the next one
+  fingerprint,  // the next one with the same fingerprint
+  any,          // the next one that no receive before this one takes
+};
+
 /// One side of one message. `ready` and `done` are watermarks in bytes: the owner raises ready, the transport done.
 struct Transfer {
   const std::byte* from = nullptr;  // send: the source. receive: the accumulator if there is a fold
@@ -52,24 +59,28 @@ struct Transfer {
   bool is_send = false;
   bool past_caches = false;  // receive without a fold: nobody has looked at the destination lately, or will soon
   bool pending = false;  // posted, and not yet complete or cancelled
+  Matching matching = Matching::order;
   Lateness inherited;    // what this transfer's dependencies were late by
   Lateness late;         // the same and what its own frames or credits were late by
   Transfer* next = nullptr;
+  void* owner = nullptr;  // for the owner, too
 };
+static_assert(sizeof(Transfer) == 128);
 
 /// What a frame's header claims, already checked against the transport's own limits.
 struct FrameInfo {
   std::uint32_t operation = 0;
   std::uint64_t fingerprint = 0;  // only where has_fingerprint
   bool has_fingerprint = false, first = false, last = false;  // first, last of its message
-  std::size_t bytes = 0;
+  std::size_t bytes = 0, total = 0;  // of the frame, of its message
   FrameTimes times;
 };
 
 /// What a rank says about itself, for other ranks' errors.
 struct RankStatus {
   std::uint64_t sequence = 0, fingerprint = 0, count = 0;
-  bool inside = false, left = false;
+  enum Place : std::uint32_t { outside, inside_operation, inside_message } inside = outside;
+  bool left = false;
 };
 
 enum class Liveness : std::uint8_t { alive, left, dead };
@@ -89,16 +100,18 @@ struct TransportCounters {
 template <class P>
 concept Probe = requires(P& probe, Transfer& transfer, const FrameInfo& frame, const FrameTimes& times) {
   probe.arrived(transfer, frame);                                // a frame of this transfer is here; may throw
+  // probe.unexpected(peer, frame): a message that no receive waits for. Where to put it, or null: it stays where it is
+  { probe.unexpected(Rank{}, frame) } -> std::same_as<Transfer*>;
   probe.credited(transfer, times);                               // a send that had no room has room again
-  probe.copying();                                               // from here on, until told otherwise, bytes are copied
-  probe.reducing();                                              // ... or combined
+  probe.copying(transfer);                                       // from here on, until told otherwise, bytes are copied
+  probe.reducing(transfer);                                      // ... or combined
   probe.moved(transfer);                                         // done was raised; !pending if that was all
   { probe.stamp(transfer) } -> std::same_as<FrameTimes>;         // for a frame
   { probe.credit_stamp(transfer) } -> std::same_as<FrameTimes>;  // for a credit
 };
 
 /// Transports. Within a (lane, peer, direction) transfers complete in the order they were posted, and the k-th send
-/// meets the peer's k-th receive, which must have the same size.
+/// meets the peer's k-th receive, which must have the same size; but see Matching.
 template <class T>
 concept Transport = requires(T& t, const T& c, Transfer& transfer, RankStatus status, AbortNotice notice, nanoseconds limit, Rank rank) {
   { c.rank() } -> std::same_as<Rank>;
@@ -118,6 +131,7 @@ concept Transport = requires(T& t, const T& c, Transfer& transfer, RankStatus st
   { c.abort_notice() } -> std::same_as<AbortNotice>;
   t.flush();  // nobody goes on sleeping for whom something was moved; poll() does the same at its end
   // park(limit, recheck): sleeps until a peer may have moved, an abort, or the limit
+  t.interrupt();  // ends a park() of this rank's that another thread is in, or about to be in after its recheck
   { t.crowded() } -> std::same_as<bool>;  // more ranks than cores to run them
   t.leave();
   // A second transport between the same ranks: rank 0 reserves it, all open the token, then rank 0 releases it.

@@ -31,8 +31,8 @@ namespace tally::inline v0 {
 
 /// Sizes that all ranks must agree on.
 struct SlotOptions {
-  int lanes = 1;
-  std::size_t budget = std::size_t{128} << 20;  // bytes of shared memory for one communicator; what is not used is never touched
+  int lanes = 2;  // one for collectives, one for messages
+  std::size_t budget = std::size_t{256} << 20;  // bytes of shared memory for one communicator; what is not used is never touched
   // Per ordered pair, fewer and smaller where the budget demands it.
   int slots = 32;
   std::size_t slot_bytes = 32 << 10;
@@ -41,7 +41,7 @@ struct SlotOptions {
 namespace detail {
 
 inline constexpr std::size_t line = 64;
-inline constexpr std::uint32_t slot_protocol = 4;  // raise when anything below changes its meaning
+inline constexpr std::uint32_t slot_protocol = 5;  // raise when anything below changes its meaning
 
 struct alignas(2 * line) Slot {
   static constexpr std::size_t inline_bytes = 80;
@@ -51,7 +51,8 @@ struct alignas(2 * line) Slot {
   std::uint32_t arrive_age, late_age;
   std::uint32_t operation, bytes;
   std::uint16_t culprit;
-  std::uint8_t flags, unused[5];
+  std::uint8_t flags, total_high;  // the whole message's bytes: 8 bits of 40
+  std::uint32_t total_low;
   std::byte payload[inline_bytes];
 };
 static_assert(sizeof(Slot) == 2 * line && offsetof(Slot, payload) == 48, "16 bytes of payload share the header's line");
@@ -87,8 +88,8 @@ struct alignas(line) SlotHeader {
 class SlotLayout {
  public:
   SlotLayout(int n, SlotOptions options) : n_(n), lanes_(options.lanes), slots_(std::bit_floor(static_cast<unsigned>(std::max(options.slots, 1)))), slot_bytes_(round(options.slot_bytes)) {
-    // Blocks have to hold an element for each rank and more; a quarter of the budget is theirs.
-    const std::size_t n_of = static_cast<std::size_t>(std::max(n, 1)), block = std::min(std::size_t{3} << 20, options.budget / (4 * n_of)) / 4096 * 4096;
+    // Blocks have to hold an element for each rank and more; an eighth of the budget is theirs.
+    const std::size_t n_of = static_cast<std::size_t>(std::max(n, 1)), block = std::min(std::size_t{3} << 20, options.budget / (8 * n_of)) / 4096 * 4096;
     staging_bytes_ = block < std::max(std::size_t{64} << 10, 128 * n_of) ? 0 : block;
     if (options.slots < 1 || options.slots > 1 << 20) throw Error(Errc::invalid_argument, {"slots must be 1 to 1048576, not ", options.slots});
     if (options.slot_bytes < 128 || options.slot_bytes > std::size_t{1} << 30)
@@ -108,7 +109,7 @@ class SlotLayout {
 
   std::size_t rank_line(Rank r) const { return sizeof(detail::SlotHeader) + static_cast<std::size_t>(r) * sizeof(detail::RankLine); }
   /// Room for what is to be the same on all ranks; whoever makes the memory writes it before they begin.
-  static constexpr std::size_t note_bytes = 16 << 10;
+  static constexpr std::size_t note_bytes = 32 << 10;
   std::size_t note() const { return (rank_line(n_) + 4095) / 4096 * 4096; }
   /// The ring that `from` writes and `to` reads.
   std::size_t ring(int lane, Rank from, Rank to) const {
@@ -371,12 +372,12 @@ class SlotTransport {
       const std::uint64_t before = l.sequence.load(std::memory_order_acquire);
       status.fingerprint = l.fingerprint.load(std::memory_order_acquire);
       status.count = l.count.load(std::memory_order_acquire);
-      status.inside = l.inside.load(std::memory_order_acquire) != 0;
+      status.inside = static_cast<RankStatus::Place>(l.inside.load(std::memory_order_acquire));
       status.sequence = l.sequence.load(std::memory_order_relaxed);
       if (before == status.sequence && before != changing) return status;
       cpu_pause();
     }
-    return {0, 0, 0, false, status.left};
+    return {0, 0, 0, RankStatus::outside, status.left};
   }
   Liveness liveness(Rank r) {
     if (memory_->rank_line(r).left.load(std::memory_order_acquire)) return Liveness::left;
@@ -407,6 +408,13 @@ class SlotTransport {
     else AsymmetricBarrier::heavy();
     // A peer may have taken the announcement, meaning an earlier one, before the bell was looked at: it will not ring again.
     if (!recheck() && line_->parked.load(std::memory_order_relaxed) != 0) futex_wait_as(bell_bit(me_), header_->bell, bell, limit);
+  }
+
+  void interrupt() {
+    full_fence();
+    if (line_->parked.exchange(0) == 0) return;
+    header_->bell.fetch_add(1);
+    futex_wake_those(bell_bit(me_), header_->bell);
   }
 
   /// The line whose change this rank waits for, if there is but one.
@@ -532,14 +540,14 @@ class SlotTransport {
     if (bytes <= 8) copy_small(slot.payload, from, bytes);
     else if (bytes <= detail::Slot::inline_bytes) std::memcpy(slot.payload, from, bytes);
     else {
-      if (bytes > short_bytes) probe.copying();
+      if (bytes > short_bytes) probe.copying(t);
       std::memcpy(e.out.payloads + layout_.payload_place(index, e.out_at, bytes), from, bytes);
       e.out_at = layout_.after_payload(e.out_at, bytes);
     }
     std::uint8_t flags = t.done == 0 ? detail::flag_first : 0;
     t.done += bytes;
     if (t.done == t.bytes) flags |= detail::flag_last;
-    if (e.operation != t.operation || e.sent == 0) {
+    if (e.operation != t.operation || e.sent == 0 || t.matching != Matching::order) {
       e.operation = t.operation;
       slot.fingerprint = t.fingerprint;
       flags |= detail::flag_fingerprint;
@@ -552,6 +560,8 @@ class SlotTransport {
     slot.operation = t.operation;
     slot.bytes = static_cast<std::uint32_t>(bytes);
     slot.flags = flags;
+    slot.total_high = static_cast<std::uint8_t>(t.bytes >> 32);
+    slot.total_low = static_cast<std::uint32_t>(t.bytes);
     slot.sequence.store(++e.sent, std::memory_order_release);
     wake(e);
 
@@ -566,31 +576,33 @@ class SlotTransport {
 
   template <Probe P>
   bool advance_receive(Endpoint& e, P& probe) {
-    Transfer& t = *e.receives.head;
-    if (t.done == t.ready && t.bytes != 0) return false;
+    if (const Transfer& t = *e.receives.head; t.done == t.ready && t.bytes != 0) return false;
     const std::uint64_t index = e.received & mask_;
     const detail::Slot& slot = e.in.slots[index];
     if (slot.sequence.load(std::memory_order_acquire) != e.received + 1) return false;
-    if (!e.seen) e.frame = slot.bytes;
-    const std::size_t bytes = e.frame;
     if (!e.seen) {
-      if (bytes > layout_.slot_bytes()) broken(t, bytes);
-      probe.arrived(t, FrameInfo{slot.operation, slot.fingerprint, (slot.flags & detail::flag_fingerprint) != 0, (slot.flags & detail::flag_first) != 0,
-                                 (slot.flags & detail::flag_last) != 0, bytes, FrameTimes{slot.sent_at, slot.arrive_age, slot.late_age, slot.culprit}});
+      e.frame = slot.bytes;
+      if (e.frame > layout_.slot_bytes()) broken(*e.receives.head, e.frame);
+      const FrameInfo info{slot.operation, slot.fingerprint, (slot.flags & detail::flag_fingerprint) != 0, (slot.flags & detail::flag_first) != 0,
+                           (slot.flags & detail::flag_last) != 0, e.frame, std::size_t{slot.total_high} << 32 | slot.total_low, FrameTimes{slot.sent_at, slot.arrive_age, slot.late_age, slot.culprit}};
+      if (e.receives.head->matching != Matching::order && info.first && !match(e, info, probe)) return false;
+      probe.arrived(*e.receives.head, info);
       e.seen = true;
       counters_.messages_received += slot.flags & detail::flag_first;
     }
+    Transfer& t = *e.receives.head;
+    const std::size_t bytes = e.frame;
     const std::size_t take = std::min(bytes - e.taken, t.ready - t.done);
     if (take > 0) {
       const bool in_slot = bytes <= detail::Slot::inline_bytes;
       const std::byte* in = (in_slot ? slot.payload : e.in.payloads + layout_.payload_place(index, e.in_at, bytes)) + e.taken;
       std::byte* to = t.to + t.done;
       if (!t.fold) {
-        if (bytes > short_bytes) probe.copying();
+        if (bytes > short_bytes) probe.copying(t);
         if (t.past_caches) copy_past_caches(to, in, take);
         else std::memcpy(to, in, take);
       } else {
-        if (bytes > short_bytes) probe.reducing();
+        if (bytes > short_bytes) probe.reducing(t);
         const std::byte* acc = t.from + t.done;
         if (t.side == Side::right) (*t.fold)(to, acc, in, take);
         else (*t.fold)(to, in, acc, take);
@@ -615,6 +627,28 @@ class SlotTransport {
       if (t.done == t.bytes) e.receives.pop();
     }
     probe.moved(t);
+    return true;
+  }
+
+  /// Puts the receive that the message is for at the head of the queue.
+  template <Probe P>
+  bool match(Endpoint& e, const FrameInfo& frame, P& probe) {
+    Queue& queue = e.receives;
+    Transfer *before = nullptr, *found = queue.head;
+    while (found && found->matching != Matching::any && found->fingerprint != frame.fingerprint) before = found, found = found->next;
+    if (!found) {
+      const Rank peer = queue.head->peer;
+      found = probe.unexpected(peer, frame);
+      if (!found) return false;
+      found->pending = true;
+      found->next = queue.head;
+      queue.head = found;
+    } else if (before) {
+      before->next = found->next;
+      if (queue.tail == found) queue.tail = before;
+      found->next = queue.head;
+      queue.head = found;
+    }
     return true;
   }
 

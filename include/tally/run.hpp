@@ -1,0 +1,129 @@
+// SPDX-License-Identifier: Apache-2.0
+// An operation from its post to its report, and the engine as communicators see it: without transport, accounting or
+// element types.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <exception>
+#include <functional>
+#include <memory>
+#include <new>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "account/ledger.hpp"
+#include "call.hpp"
+#include "memory.hpp"
+#include "prepared.hpp"
+#include "progress.hpp"
+
+namespace tally::inline v0 {
+
+/// Memory that only grows.
+class Scratch {
+ public:
+  Scratch() = default;
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  ~Scratch() { ::operator delete(data_, std::align_val_t{64}); }
+  std::byte* data() const { return data_; }
+  /// What it held is lost.
+  void grow(std::size_t needed) {
+    if (needed <= bytes_) return;
+    std::byte* larger = static_cast<std::byte*>(::operator new(needed, std::align_val_t{64}, std::nothrow));
+    if (!larger) throw Error(Errc::no_resources, {"no memory for ", needed, " bytes of scratch"});
+    ::operator delete(data_, std::align_val_t{64});
+    data_ = larger;
+    bytes_ = needed;
+  }
+
+ private:
+  std::byte* data_ = nullptr;
+  std::size_t bytes_ = 0;
+};
+
+/// Owned by the engine, lent to whoever started it.
+struct Run {
+  explicit Run(int n) : account(n) {}
+
+  std::uint64_t sequence = 0;  // of the collectives; frames carry its low half
+  std::uint64_t fingerprint = 0, count = 0;
+  std::uint32_t number = 0;    // of this rank's operations, messages included
+  bool background = false;     // started to be waited for later: somebody holds it
+  bool in_flight = false, booked = false;
+  std::atomic<bool> done{false};
+
+  const Call* call = nullptr;
+  Call own_call;               // of those in the background
+  std::shared_ptr<const void> kept;  // what it points at, the operator
+  std::shared_ptr<Prepared> prepared;
+  Prepared* active = nullptr;  // whose transfers are under way: prepared, or a meeting
+  LedgerRow* row = nullptr;
+  Message message;             // where call is null
+  Transfer transfer;           // of a message
+  std::vector<std::byte> buffer;  // of a message that nobody waited for
+  Run* receiver = nullptr;        // who does now
+  std::size_t remaining = 0;   // transfers not done
+  Scratch scratch;
+  std::uint64_t sent = 0, received = 0, overhead = 0;  // bytes
+
+  Account account;
+  nanoseconds timeout{};
+  Ticks exposed = 0;
+  Report report;
+  std::exception_ptr error;
+  std::function<void()> continuation;
+  Run *before = nullptr, *after = nullptr;  // in flight, in the order in which they were posted
+  Run* next = nullptr;                      // of the finished, or of the free
+};
+
+/// What communicators see: one virtual call per operation hides which transport and accounting are at work.
+class AnyEngine {
+ public:
+  virtual ~AnyEngine() = default;
+  virtual Report run(const Call& call) = 0;
+  /// Plans the call for good: as long as the result is kept, run() need not look for it.
+  virtual std::shared_ptr<void> pin(const Call& call) = 0;
+
+  // Messages. `received`, where it is asked for, is told which one came.
+  virtual Report run(const Message& message, Message* received) = 0;
+
+  // In the background. What `kept` points at lives as long as the operation does; who started one gives it back.
+  virtual Run* start(const Call& call, std::shared_ptr<const void> kept) = 0;
+  virtual Run* start(const Message& message) = 0;
+  /// Drives until it is done, or for so long; zero: once. True: it is done. An error that ends it is left for fetch().
+  virtual bool wait(Run& run, const nanoseconds* at_most) = 0;
+  virtual Report fetch(Run& run) = 0;  // of one that is done; throws what it failed with
+  virtual void give_back(Run& run) = 0;  // waits until it is done
+  virtual void then(Run& run, std::function<void()> f) = 0;
+  /// For a progress thread: drives what is in flight until nothing is, or nothing has moved for so long, or the caller wants to go on. False if nothing is in flight.
+  virtual bool drive(nanoseconds patience) = 0;
+  virtual void be_driven_by_others() = 0;  // from the caller's thread, before the first drive()
+
+  virtual void leave() = 0;  // says goodbye; run() throws from then on
+  virtual void abort(const std::string& why) = 0;  // from any thread
+  virtual Rank rank() const = 0;
+  virtual int size() const = 0;
+  virtual const Ledger& ledger() const = 0;
+  virtual TransportCounters counters() const = 0;
+  virtual std::string_view transport_name() const = 0;
+  // Duplicating: rank 0 reserves, all open the token, rank 0 releases it.
+  virtual std::uint64_t reserve() = 0;
+  virtual std::unique_ptr<AnyEngine> open(std::uint64_t token) = 0;
+  virtual void release(std::uint64_t token) = 0;
+  virtual void discard(std::uint64_t token) = 0;  // before that, if not all could open it
+  // Symmetric memory, likewise: `stride` bytes per rank.
+  virtual std::uint64_t reserve_memory(std::size_t stride) = 0;
+  virtual std::unique_ptr<SymmetricMemory> map_memory(std::uint64_t token, std::size_t stride) = 0;
+  virtual void discard_memory(std::uint64_t token, std::size_t stride) = 0;  // some could not map it: nobody keeps it
+  /// Whether ranks can load and store each other's private memory, and whether they have blocks of shared memory.
+  virtual bool one_address_space() const = 0;
+  virtual bool stages() const = 0;
+  /// Why the kernel does not copy between the ranks; empty if it does or nobody has tried yet.
+  virtual std::string kernel_problem() const = 0;
+};
+
+}  // namespace tally::inline v0
