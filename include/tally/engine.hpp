@@ -164,10 +164,11 @@ class Engine final : public AnyEngine {
   void be_driven_by_others() override { driven_by_others_ = true; }
 
   void leave() override {
-    const Lock lock(*this);
+    if (driven_by_others_) lock();
     if (!failed_) failed_.emplace(Errc::invalid_argument, "this communicator is gone");
     give_up();
     transport_->leave();
+    if (driven_by_others_) mutex_.unlock();
   }
   [[gnu::cold]] void abort(const std::string& why) override {
     transport_->abort({Errc::aborted, rank(), -1, detail::concat({"rank ", rank(), " aborted the communicator", why.empty() ? "" : ": ", why})});
@@ -342,42 +343,38 @@ class Engine final : public AnyEngine {
 
   // Who may be at work in here: one thread of the caller's, and, once there is one, the progress thread.
 
-  struct Lock {
-    explicit Lock(Engine& e) : engine(e), locked(e.driven_by_others_) {
-      if (!locked) return;
-      engine.wanted_.fetch_add(1, std::memory_order_seq_cst);
-      engine.transport_->interrupt();
-      engine.mutex_.lock();
-      engine.wanted_.fetch_sub(1, std::memory_order_relaxed);
-    }
-    ~Lock() {
-      if (locked) engine.mutex_.unlock();
-    }
-    Lock(const Lock&) = delete;
-    Engine& engine;
-    bool locked;
-  };
+  void lock() {
+    wanted_.fetch_add(1, std::memory_order_seq_cst);
+    transport_->interrupt();
+    mutex_.lock();
+    wanted_.fetch_sub(1, std::memory_order_relaxed);
+  }
   struct Use {
     /// `even_failed`: of operations that were started before.
     explicit Use(Engine& e, bool even_failed = false) : engine(e) {
       engine.rule_.enter();
-      lock.emplace(e);
-      if (!engine.failed_ || even_failed) return;
-      lock.reset();
-      engine.rule_.exit();
-      throw *engine.failed_;
+      if (engine.driven_by_others_) engine.lock();
+      if (engine.failed_ && !even_failed) {
+        engine.unlock();
+        throw *engine.failed_;
+      }
     }
     ~Use() {
-      std::vector<std::function<void()>> continuations;
-      if (!engine.continuations_.empty()) continuations.swap(engine.continuations_);
-      lock.reset();
-      engine.rule_.exit();
-      for (const auto& f : continuations) f();
+      if (engine.continuations_.empty()) engine.unlock();
+      else engine.unlock_and_continue();
     }
     Use(const Use&) = delete;
     Engine& engine;
-    std::optional<Lock> lock;
   };
+  void unlock() {
+    if (driven_by_others_) mutex_.unlock();
+    rule_.exit();
+  }
+  [[gnu::noinline]] void unlock_and_continue() {
+    const auto continuations = std::exchange(continuations_, {});
+    unlock();
+    for (const auto& f : continuations) f();
+  }
 
   /// An operation of which nothing is known yet. At least two are there, so that the ledger can read the last one's
   /// stopwatch at leisure.
@@ -476,7 +473,8 @@ class Engine final : public AnyEngine {
       prepared_ = plans_.find(key_);
     }
     // What is in flight already has transfers of its own.
-    run.prepared = prepared_->busy ? PlanCache::free(prepared_) : prepared_;
+    run.prepared = prepared_.get();
+    if (run.background || prepared_->busy) run.prepared = (run.holds = PlanCache::free(prepared_)).get();
     Prepared& prepared = *run.prepared;
     prepared.busy = true;
     if (!prepared.row) prepared.row = &ledger_.row(call.layout.operation, call.bytes(), call.algorithm.name);
@@ -663,13 +661,17 @@ class Engine final : public AnyEngine {
   Report close(Run& run) {
     delist(run);
     if (!first_) transport_->exit();
-    run.active = nullptr;
-    if (run.prepared) PlanCache::give_back(std::move(run.prepared));
-    run.prepared = nullptr;
-    count(run);
+    let_go(run);
     Report report = progress_.finish(run.account);
     fill(report, run);
     return report;
+  }
+  void let_go(Run& run) {
+    run.active = nullptr;
+    if (run.holds) PlanCache::give_back(std::move(run.holds));
+    else if (run.prepared) run.prepared->busy = false;
+    run.holds = nullptr;
+    run.prepared = nullptr;
   }
   void fill(Report& report, const Run& run) {
     report.bytes_sent = run.sent;
@@ -794,9 +796,7 @@ class Engine final : public AnyEngine {
       Run& run = *first_;
       withdraw(run);
       delist(run);
-      run.active = nullptr;
-      if (run.prepared) PlanCache::give_back(std::move(run.prepared));
-      run.prepared = nullptr;
+      let_go(run);
       run.report = progress_.finish_failed(run.account, missing, cause);
       fill(run.report, run);
       if (run.background) {

@@ -59,7 +59,8 @@ struct Run {
   const Call* call = nullptr;
   Call own_call;               // of those in the background
   std::shared_ptr<const void> kept;  // what it points at, the operator
-  std::shared_ptr<Prepared> prepared;
+  Prepared* prepared = nullptr;
+  std::shared_ptr<Prepared> holds;  // it, where the engine may let go of it meanwhile
   Prepared* active = nullptr;  // whose transfers are under way: prepared, or a meeting
   LedgerRow* row = nullptr;
   Message message;             // where call is null
