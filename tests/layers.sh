@@ -10,8 +10,8 @@ cd "$root/include/tally"
 layers=(
   "text error types steps plan check algorithms/*"
   "clock wait memory topology copy reduce share kernel_copy transport/* energy/* account/*"
-  "call staging prepared progress engine choose cost options"
-  "communicator bootstrap launch"
+  "call staging prepared progress engine choose cost group options"
+  "communicator mesh bootstrap launch"
   "tally"
 )
 # Header: what it may include of its own layer. Siblings in algorithms/, transport/ and energy/ stay apart.
@@ -38,8 +38,10 @@ exceptions=(
   "staging: call"
   "choose: call"
   "cost: choose"
+  "group: cost"
   "options: choose"
   "bootstrap: communicator"
+  "mesh: communicator"
   "launch: bootstrap"
 )
 longest=650

@@ -249,7 +249,7 @@ TEST_CASE("where the kernel does not copy, single_copy is staged and says so", "
       expect(report.algorithm_name() == "staged" && data[0] == 3 && data[9'999] == 3, "staged on all ranks");
     }
     const std::string why = comm.explain(Collective::all_reduce, 40'000);
-    expect(why.find("single_copy is done as staged: the kernel does not copy between the ranks' processes: Collective not permitted") != std::string::npos, why);
+    expect(why.find("single_copy is done as staged: the kernel does not copy between the ranks' processes: Operation not permitted") != std::string::npos, why);
     for (const LedgerRow& row : comm.ledger().rows()) expect(comm.ledger().algorithm_name(row.algorithm) != "single_copy" || row.calls == 0, "the ledger knows");
   });
 }
@@ -364,9 +364,9 @@ TEST_CASE("what symmetric memory refuses", "[processes]") {
     says([&] { (void)memory.subspan(9'999, 2); }, "subspan");
     says([&] { (void)memory.of(2); }, "not a rank");
     says([&] { (void)comm.allocate<double>(std::size_t{1} << 60); }, "too many");
-    says([&] { (void)comm.allocate<double>(comm.rank() == 0 ? 10 : 20); }, comm.rank() == 0 ? "another rank asks for something else" : "rank 0 asks for 10 elements of 8 bytes (float64), rank 1 for 20 elements");
-    says([&] { comm.rank() == 0 ? (void)comm.allocate<double>(10) : (void)comm.allocate<std::int64_t>(10); }, comm.rank() == 0 ? "another rank asks for something else" : "(float64), rank 1 for 10 elements of 8 bytes (int64)");
-    says([&] { (void)comm.allocate<std::byte>(std::size_t{1} << 39); }, comm.rank() == 0 ? "of memory that this host has" : "another rank could not");
+    says([&] { (void)comm.allocate<double>(comm.rank() == 0 ? 10 : 20); }, "rank 0 asks for 10 elements of 8 bytes (float64), rank 1 for 20 elements");
+    says([&] { comm.rank() == 0 ? (void)comm.allocate<double>(10) : (void)comm.allocate<std::int64_t>(10); }, "(float64), rank 1 for 10 elements of 8 bytes (int64)");
+    says([&] { (void)comm.allocate<std::byte>(std::size_t{1} << 39); }, comm.rank() == 0 ? "of memory that this host has" : "rank 0 could not reserve it");
     comm.all_reduce(memory, priv, sum);  // still usable, the ordinary way
     Communicator other = comm.duplicate();
     auto second = comm.allocate<float>(10'000);

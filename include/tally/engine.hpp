@@ -14,6 +14,7 @@
 #include <memory>
 #include <new>
 #include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -44,12 +45,12 @@ class AnyEngine {
   virtual const Ledger& ledger() const = 0;
   virtual TransportCounters counters() const = 0;
   virtual std::string_view transport_name() const = 0;
-  // Duplicating: rank 0 reserves, all open the token, rank 0 releases it.
-  virtual std::uint64_t reserve() = 0;
-  virtual std::unique_ptr<AnyEngine> open(std::uint64_t token) = 0;
+  // For some of the ranks, in this order: members[0] reserves, all members open the token, members[0] releases it.
+  virtual std::uint64_t reserve(std::span<const Rank> members) = 0;
+  virtual std::unique_ptr<AnyEngine> open(std::uint64_t token, std::span<const Rank> members) = 0;
   virtual void release(std::uint64_t token) = 0;
-  virtual void discard(std::uint64_t token) = 0;  // before that, if not all could open it
-  // Symmetric memory, likewise: `stride` bytes per rank.
+  virtual void discard(std::uint64_t token, std::span<const Rank> members) = 0;  // before that, if not all could open it
+  // Symmetric memory, likewise, of all ranks: `stride` bytes per rank.
   virtual std::uint64_t reserve_memory(std::size_t stride) = 0;
   virtual std::unique_ptr<SymmetricMemory> map_memory(std::uint64_t token, std::size_t stride) = 0;
   virtual void discard_memory(std::uint64_t token, std::size_t stride) = 0;  // some could not map it: nobody keeps it
@@ -82,10 +83,10 @@ class Engine final : public AnyEngine {
   const Ledger& ledger() const override { return ledger_; }
   TransportCounters counters() const override { return transport_->counters(); }
   std::string_view transport_name() const override { return transport_->name(); }
-  std::uint64_t reserve() override { return transport_->reserve(); }
-  std::unique_ptr<AnyEngine> open(std::uint64_t token) override { return std::make_unique<Engine>(transport_->open(token), clock_, ledger_.meter(), wait_, accounting_); }
+  std::uint64_t reserve(std::span<const Rank> members) override { return transport_->reserve(members); }
+  std::unique_ptr<AnyEngine> open(std::uint64_t token, std::span<const Rank> members) override { return std::make_unique<Engine>(transport_->open(token, members), clock_, ledger_.meter(), wait_, accounting_); }
   void release(std::uint64_t token) override { transport_->release(token); }
-  void discard(std::uint64_t token) override { transport_->discard(token); }
+  void discard(std::uint64_t token, std::span<const Rank> members) override { transport_->discard(token, members); }
   std::uint64_t reserve_memory(std::size_t stride) override {
     if constexpr (DirectAccess<T>) {
       std::size_t bytes = 0;

@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <string>
 #include <string_view>
 
@@ -100,7 +101,7 @@ concept Probe = requires(P& probe, Transfer& transfer, const FrameInfo& frame, c
 /// Transports. Within a (lane, peer, direction) transfers complete in the order they were posted, and the k-th send
 /// meets the peer's k-th receive, which must have the same size.
 template <class T>
-concept Transport = requires(T& t, const T& c, Transfer& transfer, RankStatus status, AbortNotice notice, nanoseconds limit, Rank rank) {
+concept Transport = requires(T& t, const T& c, Transfer& transfer, RankStatus status, AbortNotice notice, nanoseconds limit, std::span<const Rank> members, Rank rank) {
   { c.rank() } -> std::same_as<Rank>;
   { c.size() } -> std::same_as<int>;
   { c.lanes() } -> std::same_as<int>;
@@ -120,11 +121,12 @@ concept Transport = requires(T& t, const T& c, Transfer& transfer, RankStatus st
   // park(limit, recheck): sleeps until a peer may have moved, an abort, or the limit
   { t.crowded() } -> std::same_as<bool>;  // more ranks than cores to run them
   t.leave();
-  // A second transport between the same ranks: rank 0 reserves it, all open the token, then rank 0 releases it.
-  { t.reserve() } -> std::same_as<std::uint64_t>;
-  { t.open(std::uint64_t{}) } -> std::same_as<std::unique_ptr<T>>;
+  // Another transport between some of the ranks, whose rank i is members[i]: members[0] reserves it, all members open
+  // the token, then members[0] releases it.
+  { t.reserve(members) } -> std::same_as<std::uint64_t>;
+  { t.open(std::uint64_t{}, members) } -> std::same_as<std::unique_ptr<T>>;
   t.release(std::uint64_t{});
-  t.discard(std::uint64_t{});  // before that: not all could open it, and nobody has it open any more
+  t.discard(std::uint64_t{}, members);  // before that: not all could open it, and nobody has it open any more
 };
 
 /// Transports whose ranks can have memory that all can load and store. An engine that is about to touch other ranks'

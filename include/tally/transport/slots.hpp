@@ -17,6 +17,7 @@
 #include <cstring>
 #include <memory>
 #include <new>
+#include <span>
 #include <string>
 #include <thread>
 #include <utility>
@@ -41,7 +42,7 @@ struct SlotOptions {
 namespace detail {
 
 inline constexpr std::size_t line = 64;
-inline constexpr std::uint32_t slot_protocol = 4;  // raise when anything below changes its meaning
+inline constexpr std::uint32_t slot_protocol = 5;  // raise when anything below changes its meaning
 
 struct alignas(2 * line) Slot {
   static constexpr std::size_t inline_bytes = 80;
@@ -75,6 +76,7 @@ static_assert(sizeof(RankLine) == 4 * line && offsetof(RankLine, parked) == line
 
 struct alignas(line) SlotHeader {
   std::atomic<std::uint32_t> ready, fences, departed;
+  std::atomic<std::uint64_t> end;  // of a job's regions, in its first one: where the next begins
   alignas(line) std::atomic<std::uint32_t> bell;   // all who are parked sleep on it; rung by counting up
   alignas(line) std::atomic<std::uint32_t> abort;  // 0 none, 1 being written, 2 written
   std::int32_t abort_code, abort_rank, abort_peer;
@@ -86,7 +88,7 @@ struct alignas(line) SlotHeader {
 /// Where everything lies. A pure function of the rank count and the options: nothing of it is read from shared memory.
 class SlotLayout {
  public:
-  SlotLayout(int n, SlotOptions options) : n_(n), lanes_(options.lanes), slots_(std::bit_floor(static_cast<unsigned>(std::max(options.slots, 1)))), slot_bytes_(round(options.slot_bytes)) {
+  SlotLayout(int n, SlotOptions options) : n_(n), lanes_(options.lanes), options_(options), slots_(std::bit_floor(static_cast<unsigned>(std::max(options.slots, 1)))), slot_bytes_(round(options.slot_bytes)) {
     // Blocks have to hold an element for each rank and more; a quarter of the budget is theirs.
     const std::size_t n_of = static_cast<std::size_t>(std::max(n, 1)), block = std::min(std::size_t{3} << 20, options.budget / (4 * n_of)) / 4096 * 4096;
     staging_bytes_ = block < std::max(std::size_t{64} << 10, 128 * n_of) ? 0 : block;
@@ -101,6 +103,8 @@ class SlotLayout {
     if (bytes() > options.budget)
       throw Error(Errc::no_resources, {n, " ranks need ", bytes(), " bytes for slots, the budget is ", options.budget});
   }
+  /// The same for another number of ranks.
+  SlotLayout of(int n) const { return {n, options_}; }
   int size() const { return n_; }
   int lanes() const { return lanes_; }
   unsigned slots() const { return slots_; }
@@ -157,6 +161,7 @@ class SlotLayout {
   }
 
   int n_, lanes_;
+  SlotOptions options_;
   unsigned slots_;
   std::size_t slot_bytes_, staging_bytes_ = 0;
 };
@@ -164,12 +169,15 @@ class SlotLayout {
 /// Zeroed memory that all ranks can load and store, laid out by `layout`.
 class SlotMemory {
  public:
-  explicit SlotMemory(const SlotLayout& layout) : layout_(layout) {}
+  /// `origins`: which of the job's ranks these are; empty if all, in order.
+  explicit SlotMemory(const SlotLayout& layout, std::vector<Rank> origins = {}) : layout_(layout), origins_(std::move(origins)) {}
   virtual ~SlotMemory() = default;
   SlotMemory(const SlotMemory&) = delete;
   SlotMemory& operator=(const SlotMemory&) = delete;
 
   const SlotLayout& layout() const { return layout_; }
+  /// The job's rank that rank r is.
+  Rank origin(Rank r) const { return origins_.empty() ? r : origins_[static_cast<std::size_t>(r)]; }
   std::byte* base() const { return base_; }
   detail::SlotHeader& header() const { return *reinterpret_cast<detail::SlotHeader*>(base_); }
   detail::RankLine& rank_line(Rank r) const { return *reinterpret_cast<detail::RankLine*>(base_ + layout_.rank_line(r)); }
@@ -193,10 +201,10 @@ class SlotMemory {
   virtual std::string_view name() const = 0;
   /// Whether the rank's process (or thread) still runs; whether it said goodbye is in its line.
   virtual bool runs(Rank) = 0;
-  /// A second memory like this one. Rank 0 reserves it and tells the others the token, each of them opens it,
-  /// and when all have, rank 0 releases the token.
-  virtual std::uint64_t reserve() = 0;
-  virtual std::shared_ptr<SlotMemory> open(std::uint64_t token, Rank me) = 0;
+  /// A memory like this one for some of its ranks: rank i of it is members[i]. members[0] reserves it and tells the
+  /// others the token, each of them opens it, and when all have, members[0] releases the token.
+  virtual std::uint64_t reserve(std::span<const Rank> members) = 0;
+  virtual std::shared_ptr<SlotMemory> open(std::uint64_t token, std::span<const Rank> members, Rank me) = 0;  // me: in it
   virtual void release(std::uint64_t token) = 0;
   /// Zeroed memory for other purposes, likewise; it goes when all have let go of it.
   virtual std::uint64_t reserve(std::size_t bytes) = 0;
@@ -248,16 +256,24 @@ class SlotMemory {
   }
 
  protected:
+  SlotLayout layout_of(std::span<const Rank> members) const { return layout_.of(static_cast<int>(members.size())); }
+  std::vector<Rank> origins_of(std::span<const Rank> members) const {
+    std::vector<Rank> origins;
+    for (const Rank r : members) origins.push_back(origin(r));
+    return origins;
+  }
   std::byte* base_ = nullptr;
 
  private:
   SlotLayout layout_;
+  std::vector<Rank> origins_;
 };
 
 class SlotTransport {
  public:
-  SlotTransport(std::shared_ptr<SlotMemory> memory, Rank me)
-      : memory_(std::move(memory)), layout_(memory_->layout()), me_(me), mask_(layout_.slots() - 1),
+  /// `crowded`: other ranks want the same cores, however many these are.
+  SlotTransport(std::shared_ptr<SlotMemory> memory, Rank me, bool crowded = false)
+      : memory_(std::move(memory)), layout_(memory_->layout()), me_(me), mask_(layout_.slots() - 1), always_crowded_(crowded),
         endpoints_(static_cast<std::size_t>(layout_.lanes() * layout_.size())), line_(&memory_->rank_line(me)), header_(&memory_->header()) {
     sending_.reserve(endpoints_.size());
     receiving_.reserve(endpoints_.size());
@@ -427,10 +443,13 @@ class SlotTransport {
   void shared(std::uint64_t sent, std::uint64_t received) { counters_.bytes_sent += sent, counters_.bytes_received += received; }
   bool is_sharing(Rank r) const { return memory_->rank_line(r).sharing.load(std::memory_order_acquire) != 0; }
 
-  std::uint64_t reserve() { return memory_->reserve(); }
-  std::unique_ptr<SlotTransport> open(std::uint64_t token) { return std::make_unique<SlotTransport>(memory_->open(token, me_), me_); }
+  std::uint64_t reserve(std::span<const Rank> members) { return memory_->reserve(members); }
+  std::unique_ptr<SlotTransport> open(std::uint64_t token, std::span<const Rank> members) {
+    const auto me = static_cast<Rank>(std::find(members.begin(), members.end(), me_) - members.begin());
+    return std::make_unique<SlotTransport>(memory_->open(token, members, me), me, crowded());
+  }
   void release(std::uint64_t token) { memory_->release(token); }
-  void discard(std::uint64_t token) { memory_->discard(token, layout_.bytes()); }
+  void discard(std::uint64_t token, std::span<const Rank> members) { memory_->discard(token, layout_.of(static_cast<int>(members.size())).bytes()); }
 
   /// Goodbye: peers that still need something of this rank get an error instead of waiting.
   void leave() {
@@ -492,7 +511,7 @@ class SlotTransport {
     for (std::size_t core = 0; core < CPU_SETSIZE; ++core)
       if (CPU_ISSET(core, &set)) line_->cores[core / 64].fetch_or(std::uint64_t{1} << (core % 64));
     line_->cores_known.store(1, std::memory_order_release);
-    crowded_ = size() > ::sysconf(_SC_NPROCESSORS_ONLN);
+    crowded_ = always_crowded_ || size() > ::sysconf(_SC_NPROCESSORS_ONLN);
   }
   void count_cores() {
     for (Rank r = 0; r < size(); ++r)
@@ -503,7 +522,7 @@ class SlotTransport {
       for (Rank r = 0; r < size(); ++r) any |= memory_->rank_line(r).cores[word].load(std::memory_order_relaxed);
       cores += std::popcount(any);
     }
-    crowded_ = size() > cores;
+    crowded_ = always_crowded_ || size() > cores;
     cores_known_ = true;
   }
   template <Probe P>
@@ -633,6 +652,7 @@ class SlotTransport {
   SlotLayout layout_;
   Rank me_;
   std::uint64_t mask_;
+  bool always_crowded_;
   std::vector<Endpoint> endpoints_;
   std::vector<Endpoint*> sending_, receiving_;  // those with transfers pending
   detail::RankLine* line_;
