@@ -253,6 +253,7 @@ class SlowLink {
   template <class F>
   void park(nanoseconds, F&& recheck) { recheck(); }
   void leave() { inner_->leave(); }
+  Rank origin(Rank r) const { return r; }
   std::uint64_t reserve(std::span<const Rank>) { return 0; }
   std::unique_ptr<SlowLink> open(std::uint64_t, std::span<const Rank>) { return nullptr; }
   void release(std::uint64_t) {}

@@ -578,6 +578,7 @@ class Engine final : public AnyEngine {
     for (Rank r = 0; r < size(); ++r) {
       const RankStatus s = transport_->status(r);
       text += detail::concat({r ? "; rank " : " rank ", r});
+      if (const Rank origin = transport_->origin(r); origin != r) text += detail::concat({" (", origin, " of the job)"});
       if (s.left) text += detail::concat({" left after #", s.sequence});
       else if (s.sequence == 0) text += " has called nothing";
       else text += detail::concat({s.inside ? " in " : " after ", detail::describe(s.fingerprint, s.count), " #", s.sequence});
