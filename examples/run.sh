@@ -2,9 +2,15 @@
 # SPDX-License-Identifier: Apache-2.0
 # Builds and runs the main job, from any folder and on a bare Debian 12: installs what is missing of compiler,
 # CMake and two header libraries, builds in build/examples and runs train with the arguments given here.
+# usage: run.sh [train | mesh] [arguments of that program]
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 build=$root/build/examples
+program=train
+if [[ ${1:-} == train || ${1:-} == mesh ]]; then
+  program=$1
+  shift
+fi
 
 missing=()
 for tool in g++ cmake make; do
@@ -25,13 +31,13 @@ fi
 
 mkdir -p "$build"
 log=$build/build.log
-[[ -x $build/examples/train ]] || echo "run.sh: building (once)" >&2
+[[ -x $build/examples/$program ]] || echo "run.sh: building (once)" >&2
 if ! {
   cmake -S "$root" -B "$build" -DCMAKE_BUILD_TYPE=Release -DTALLY_BUILD_TESTS=OFF -DTALLY_BUILD_EXAMPLES=ON -DTALLY_BUILD_BENCH=OFF &&
-    cmake --build "$build" --target train
+    cmake --build "$build" --target "$program"
 } >"$log" 2>&1; then
   cat "$log" >&2
   echo "run.sh: the build failed" >&2
   exit 1
 fi
-exec "$build/examples/train" "$@"
+exec "$build/examples/$program" "$@"

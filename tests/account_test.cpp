@@ -254,10 +254,11 @@ class SlowLink {
   template <class F>
   void park(nanoseconds, F&& recheck) { recheck(); }
   void leave() { inner_->leave(); }
-  std::uint64_t reserve() { return 0; }
-  std::unique_ptr<SlowLink> open(std::uint64_t) { return nullptr; }
+  Rank origin(Rank r) const { return r; }
+  std::uint64_t reserve(std::span<const Rank>) { return 0; }
+  std::unique_ptr<SlowLink> open(std::uint64_t, std::span<const Rank>) { return nullptr; }
   void release(std::uint64_t) {}
-  void discard(std::uint64_t) {}
+  void discard(std::uint64_t, std::span<const Rank>) {}
 
  private:
   std::unique_ptr<SlotTransport> inner_;

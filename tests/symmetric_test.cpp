@@ -364,9 +364,9 @@ TEST_CASE("what symmetric memory refuses", "[processes]") {
     says([&] { (void)memory.subspan(9'999, 2); }, "subspan");
     says([&] { (void)memory.of(2); }, "not a rank");
     says([&] { (void)comm.allocate<double>(std::size_t{1} << 60); }, "too many");
-    says([&] { (void)comm.allocate<double>(comm.rank() == 0 ? 10 : 20); }, comm.rank() == 0 ? "another rank asks for something else" : "rank 0 asks for 10 elements of 8 bytes (float64), rank 1 for 20 elements");
-    says([&] { comm.rank() == 0 ? (void)comm.allocate<double>(10) : (void)comm.allocate<std::int64_t>(10); }, comm.rank() == 0 ? "another rank asks for something else" : "(float64), rank 1 for 10 elements of 8 bytes (int64)");
-    says([&] { (void)comm.allocate<std::byte>(std::size_t{1} << 39); }, comm.rank() == 0 ? "of memory that this host has" : "another rank could not");
+    says([&] { (void)comm.allocate<double>(comm.rank() == 0 ? 10 : 20); }, "rank 0 asks for 10 elements of 8 bytes (float64), rank 1 for 20 elements");
+    says([&] { comm.rank() == 0 ? (void)comm.allocate<double>(10) : (void)comm.allocate<std::int64_t>(10); }, "(float64), rank 1 for 10 elements of 8 bytes (int64)");
+    says([&] { (void)comm.allocate<std::byte>(std::size_t{1} << 39); }, comm.rank() == 0 ? "of memory that this host has" : "rank 0 could not reserve it");
     comm.all_reduce(memory, priv, sum);  // still usable, the ordinary way
     Communicator other = comm.duplicate();
     auto second = comm.allocate<float>(10'000);

@@ -10,7 +10,9 @@
 #include <concepts>
 #include <cstddef>
 #include <functional>
+#include <initializer_list>
 #include <memory>
+#include <numeric>
 #include <optional>
 #include <ranges>
 #include <span>
@@ -18,9 +20,11 @@
 #include <string_view>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 #include "cost.hpp"
 #include "engine.hpp"
+#include "group.hpp"
 
 namespace tally::inline v0 {
 
@@ -177,11 +181,29 @@ class Communicator {
 
   /// Collective. A communicator of the same ranks whose operations are independent of this one's.
   Communicator duplicate() {
-    std::unique_ptr<AnyEngine> opened;
-    open_together("duplicate", {}, [&] { return engine().reserve(); }, [&](std::uint64_t token) { opened = engine().open(token); }, [&] { opened.reset(); },
-                  [&](std::uint64_t token) { engine_->discard(token); });
-    return {std::move(opened), timeout_, chooser_->model(), overrides_};
+    std::vector<detail::Wish> all = agree({.what = detail::Making::duplicate});
+    std::vector<Rank> members(static_cast<std::size_t>(size()));
+    std::iota(members.begin(), members.end(), 0);
+    return *make_group(all, members);
   }
+
+  /// Collective. A communicator of the ranks that pass the same colour, ordered by key and then by their rank here; none
+  /// for a rank that passes no_colour. Several groups may work at the same time, each on its own.
+  std::optional<Communicator> split(int colour, int key = 0) {
+    std::vector<detail::Wish> all = agree({.what = detail::Making::split, .colour = colour, .key = key});
+    return make_group(all, colour < 0 ? std::vector<Rank>() : detail::of_colour(all, colour));
+  }
+
+  /// Collective over all ranks of this communicator, which pass the same list. A communicator of these ranks: rank i of it
+  /// is ranks[i] here. None for ranks that are not listed.
+  std::optional<Communicator> subset(std::span<const Rank> ranks) {
+    const bool wrong = !detail::problem_with(ranks, size()).empty();
+    std::vector<detail::Wish> all = agree({.what = detail::Making::subset, .wrong = wrong, .count = ranks.size(), .hash = detail::hash_of(ranks)});
+    for (Rank r = 0; r < size(); ++r)
+      if (const detail::Wish& theirs = all[static_cast<std::size_t>(r)]; theirs.wrong || !theirs.fits(all[0])) refuse_list(all, r, ranks);
+    return make_group(all, std::ranges::count(ranks, rank()) > 0 ? ranks : std::span<const Rank>());
+  }
+  std::optional<Communicator> subset(std::initializer_list<Rank> ranks) { return subset(std::span(ranks.begin(), ranks.size())); }
 
   /// Collective. `count` elements for every rank, zero, which all collectives can work on without copying: pass it, its
   /// span() or subspan() as the same argument on all ranks, also where a rank has no such buffer (as `out` of a reduce whose
@@ -192,8 +214,11 @@ class Communicator {
     if (count > (SymmetricMemory::most_bytes - page) / sizeof(T)) throw Error(Errc::invalid_argument, {"allocate: ", count, " elements are too many"});
     const std::size_t stride = std::max((count * sizeof(T) + page - 1) / page * page, page);
     std::unique_ptr<SymmetricMemory> memory;
+    std::vector<detail::Wish> all = agree({.what = detail::Making::allocate, .type = element_type<T>(), .count = count, .hash = sizeof(T)});
+    for (Rank r = 0; r < size(); ++r)
+      if (!all[static_cast<std::size_t>(r)].fits(all[0])) refuse_amount(all, r);
     open_together(
-        "allocate", {count, sizeof(T), static_cast<std::uint64_t>(element_type<T>())}, [&] { return engine().reserve_memory(stride); },
+        all, 0, [&] { return engine().reserve_memory(stride); },
         [&](std::uint64_t token) {
           memory = engine_->map_memory(token, stride);
           std::memset(memory->of(rank()), 0, stride);  // its own pages by its own hand: they come to lie close to it
@@ -239,53 +264,87 @@ class Communicator {
   TransportCounters counters() const { return engine().counters(); }
 
  private:
-  /// What ranks that allocate together must agree on.
-  struct Wanted {
-    std::uint64_t count = 0, element_bytes = 0, type = 0;
-    friend bool operator==(const Wanted&, const Wanted&) = default;
-    std::string text() const { return detail::concat({count, " elements of ", element_bytes, " bytes (", name_of(static_cast<ElementType>(type)), ")"}); }
-  };
-  /// Rank 0 reserves, all open what it reserved; an error on all ranks if one of them could not, or if they do not agree
-  /// on what is wanted. Then all close what they opened, and rank 0 discards it.
+  // Making communicators and memory together. Whatever goes wrong there goes wrong on all ranks, and this communicator goes on.
+
+  void tell_all(detail::Wish mine, std::vector<detail::Wish>& all) {
+    all.resize(static_cast<std::size_t>(size()));
+    try {
+      all_gather(std::as_bytes(std::span(&mine, 1)), std::as_writable_bytes(std::span(all)));
+    } catch (const Error& error) {
+      throw Error(error.errc(), {name_of(mine.what), ": ", error.text()}, error.context());
+    }
+  }
+  /// What all ranks ask for; an error on all of them, unless that is the same thing.
+  std::vector<detail::Wish> agree(const detail::Wish& mine) {
+    std::vector<detail::Wish> all;
+    tell_all(mine, all);
+    for (Rank r = 1; r < size(); ++r)
+      if (const detail::Making theirs = all[static_cast<std::size_t>(r)].what; theirs != all[0].what)
+        throw Error(Errc::mismatch, {"rank 0 called ", name_of(all[0].what), ", rank ", r, " called ", name_of(theirs)}, blaming(r));
+    return all;
+  }
+  /// Of an error because rank r differs from rank 0.
+  ErrorContext blaming(Rank r) const { return {rank(), r == rank() ? 0 : r, 0, {}}; }
+
+  /// `leader`, the same on all ranks of a group and -1 on those that are in none, reserves, and all of its group open what
+  /// it reserved; an error on all ranks of all groups if one of them could not. Then all close what they opened, and the
+  /// leaders discard it.
   template <class Reserve, class Open, class Close, class Discard>
-  void open_together(const char* what, const Wanted& wanted, Reserve&& reserve, Open&& open, Close&& close, Discard&& discard) {
-    struct {
-      std::uint64_t token = 0;
-      Wanted wanted;
-    } offer;
-    enum : int { differs, failed, opened };
-    int result = failed;
+  void open_together(std::vector<detail::Wish>& all, Rank leader, Reserve&& reserve, Open&& open, Close&& close, Discard&& discard) {
+    detail::Wish mine{.what = all[0].what};
     std::string problem;
-    if (rank() == 0) {
-      offer.wanted = wanted;
+    const auto attempt = [&](auto&& what) {
       try {
-        offer.token = reserve();
+        what();
+        return true;
       } catch (const std::exception& error) {
         problem = error.what();
+        return false;
+      }
+    };
+    if (leader == rank()) mine.wrong = !attempt([&] { mine.token = reserve(); });
+    tell_all(mine, all);
+    const auto failed = std::ranges::find_if(all, [](const detail::Wish& each) { return each.wrong != 0; });
+    int opened = failed == all.end();
+    if (opened) {
+      if (leader >= 0) opened = attempt([&] { open(all[static_cast<std::size_t>(leader)].token); });
+      all_reduce(std::span(&opened, 1), min);
+      if (!opened) {
+        close();
+        barrier();
       }
     }
-    broadcast(std::as_writable_bytes(std::span(&offer, 1)), 0);
-    if (offer.wanted != wanted) {
-      problem = detail::concat({"rank 0 asks for ", offer.wanted.text(), ", rank ", rank(), " for ", wanted.text()});
-      result = differs;
-    } else if (offer.token != 0) {
-      try {
-        open(offer.token);
-        result = opened;
-      } catch (const std::exception& error) {
-        problem = error.what();
-      }
+    if (mine.token != 0) {
+      if (!opened) discard(mine.token);
+      engine_->release(mine.token);
     }
-    all_reduce(std::span(&result, 1), min);
-    if (result != opened && offer.token != 0) {
-      close();
-      barrier();
-      if (rank() == 0) discard(offer.token);
-    }
-    if (rank() == 0 && offer.token != 0) engine_->release(offer.token);
-    if (result == opened) return;
-    if (problem.empty()) problem = result == differs ? "another rank asks for something else" : "another rank could not open it";
-    throw Error(result == differs ? Errc::mismatch : Errc::no_resources, {what, ": ", problem}, {rank(), -1, 0, {}});
+    if (opened) return;
+    if (problem.empty()) problem = failed == all.end() ? "another rank could not open it" : detail::concat({"rank ", failed - all.begin(), " could not reserve it"});
+    throw Error(Errc::no_resources, {name_of(mine.what), ": ", problem}, {rank(), -1, 0, {}});
+  }
+  std::optional<Communicator> make_group(std::vector<detail::Wish>& all, std::span<const Rank> members) {
+    std::unique_ptr<AnyEngine> opened;
+    open_together(
+        all, members.empty() ? -1 : members[0], [&] { return engine().reserve(members); }, [&](std::uint64_t token) { opened = engine().open(token, members); },
+        [&] { opened.reset(); }, [&](std::uint64_t token) { engine_->discard(token, members); });
+    if (!opened) return {};
+    return Communicator(std::move(opened), timeout_, detail::model_within(chooser_->model(), size_, members), overrides_);
+  }
+  [[noreturn, gnu::cold, gnu::noinline]] void refuse_amount(const std::vector<detail::Wish>& all, Rank r) {
+    const auto text = [](const detail::Wish& wish) { return detail::concat({wish.count, " elements of ", wish.hash, " bytes (", name_of(wish.type), ")"}); };
+    throw Error(Errc::mismatch, {"allocate: rank 0 asks for ", text(all[0]), ", rank ", r, " for ", text(all[static_cast<std::size_t>(r)])}, blaming(r));
+  }
+  /// Rank r's list is none, or differs from rank 0's: they show them to the others.
+  [[noreturn, gnu::cold, gnu::noinline]] void refuse_list(const std::vector<detail::Wish>& all, Rank r, std::span<const Rank> mine) {
+    const auto shown = [&](Rank from) {
+      std::vector<Rank> list(std::min<std::size_t>(all[static_cast<std::size_t>(from)].count, static_cast<std::size_t>(size()) + 1));
+      if (rank() == from) std::copy_n(mine.begin(), list.size(), list.begin());
+      if (!list.empty()) broadcast(list, from);
+      return list;
+    };
+    const std::vector<Rank> theirs = shown(r);
+    if (all[static_cast<std::size_t>(r)].wrong) throw Error(Errc::invalid_argument, {"subset: ", detail::problem_with(theirs, size()), ": rank ", r, " passes ", detail::list_text(theirs)}, {rank(), r, 0, {}});
+    throw Error(Errc::mismatch, {"subset: rank 0 passes ", detail::list_text(shown(0)), ", rank ", r, " passes ", detail::list_text(theirs)}, blaming(r));
   }
 
   struct Input {

@@ -17,6 +17,7 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <span>
 #include <string>
 #include <utility>
 #include <vector>
@@ -179,10 +180,10 @@ class Engine final : public AnyEngine {
   const Ledger& ledger() const override { return ledger_; }
   TransportCounters counters() const override { return transport_->counters(); }
   std::string_view transport_name() const override { return transport_->name(); }
-  std::uint64_t reserve() override { return transport_->reserve(); }
-  std::unique_ptr<AnyEngine> open(std::uint64_t token) override { return std::make_unique<Engine>(transport_->open(token), clock_, ledger_.meter(), wait_, accounting_); }
+  std::uint64_t reserve(std::span<const Rank> members) override { return transport_->reserve(members); }
+  std::unique_ptr<AnyEngine> open(std::uint64_t token, std::span<const Rank> members) override { return std::make_unique<Engine>(transport_->open(token, members), clock_, ledger_.meter(), wait_, accounting_); }
   void release(std::uint64_t token) override { transport_->release(token); }
-  void discard(std::uint64_t token) override { transport_->discard(token); }
+  void discard(std::uint64_t token, std::span<const Rank> members) override { transport_->discard(token, members); }
   std::uint64_t reserve_memory(std::size_t stride) override {
     if constexpr (DirectAccess<T>) {
       std::size_t bytes = 0;
@@ -865,6 +866,7 @@ class Engine final : public AnyEngine {
     for (Rank r = 0; r < size(); ++r) {
       const RankStatus s = transport_->status(r);
       text += detail::concat({r ? "; rank " : " rank ", r});
+      if (const Rank origin = transport_->origin(r); origin != r) text += detail::concat({" (", origin, " of the job)"});
       if (s.left) text += detail::concat({" left after #", s.sequence});
       else if (s.inside == RankStatus::inside_message) text += detail::concat({" in ", detail::describe(s.fingerprint, s.count), s.sequence ? detail::concat({" after #", s.sequence}) : ""});
       else if (s.sequence == 0) text += " has called nothing";

@@ -10,6 +10,7 @@
 #include <functional>
 #include <memory>
 #include <new>
+#include <span>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -111,12 +112,12 @@ class AnyEngine {
   virtual const Ledger& ledger() const = 0;
   virtual TransportCounters counters() const = 0;
   virtual std::string_view transport_name() const = 0;
-  // Duplicating: rank 0 reserves, all open the token, rank 0 releases it.
-  virtual std::uint64_t reserve() = 0;
-  virtual std::unique_ptr<AnyEngine> open(std::uint64_t token) = 0;
+  // For some of the ranks, in this order: members[0] reserves, all members open the token, members[0] releases it.
+  virtual std::uint64_t reserve(std::span<const Rank> members) = 0;
+  virtual std::unique_ptr<AnyEngine> open(std::uint64_t token, std::span<const Rank> members) = 0;
   virtual void release(std::uint64_t token) = 0;
-  virtual void discard(std::uint64_t token) = 0;  // before that, if not all could open it
-  // Symmetric memory, likewise: `stride` bytes per rank.
+  virtual void discard(std::uint64_t token, std::span<const Rank> members) = 0;  // before that, if not all could open it
+  // Symmetric memory, likewise, of all ranks: `stride` bytes per rank.
   virtual std::uint64_t reserve_memory(std::size_t stride) = 0;
   virtual std::unique_ptr<SymmetricMemory> map_memory(std::uint64_t token, std::size_t stride) = 0;
   virtual void discard_memory(std::uint64_t token, std::size_t stride) = 0;  // some could not map it: nobody keeps it

@@ -9,3 +9,4 @@
 #include "check.hpp"
 #include "communicator.hpp"
 #include "launch.hpp"
+#include "mesh.hpp"

@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <string>
 #include <string_view>
 
@@ -113,10 +114,11 @@ concept Probe = requires(P& probe, Transfer& transfer, const FrameInfo& frame, c
 /// Transports. Within a (lane, peer, direction) transfers complete in the order they were posted, and the k-th send
 /// meets the peer's k-th receive, which must have the same size; but see Matching.
 template <class T>
-concept Transport = requires(T& t, const T& c, Transfer& transfer, RankStatus status, AbortNotice notice, nanoseconds limit, Rank rank) {
+concept Transport = requires(T& t, const T& c, Transfer& transfer, RankStatus status, AbortNotice notice, nanoseconds limit, std::span<const Rank> members, Rank rank) {
   { c.rank() } -> std::same_as<Rank>;
   { c.size() } -> std::same_as<int>;
   { c.lanes() } -> std::same_as<int>;
+  { c.origin(rank) } -> std::same_as<Rank>;  // which of the job's ranks that is
   { c.name() } -> std::convertible_to<std::string_view>;
   { c.counters() } -> std::convertible_to<TransportCounters>;
   // post(transfer, probe): queues it, and may begin with it
@@ -134,11 +136,12 @@ concept Transport = requires(T& t, const T& c, Transfer& transfer, RankStatus st
   t.interrupt();  // ends a park() of this rank's that another thread is in, or about to be in after its recheck
   { t.crowded() } -> std::same_as<bool>;  // more ranks than cores to run them
   t.leave();
-  // A second transport between the same ranks: rank 0 reserves it, all open the token, then rank 0 releases it.
-  { t.reserve() } -> std::same_as<std::uint64_t>;
-  { t.open(std::uint64_t{}) } -> std::same_as<std::unique_ptr<T>>;
+  // Another transport between some of the ranks, whose rank i is members[i]: members[0] reserves it, all members open
+  // the token, then members[0] releases it.
+  { t.reserve(members) } -> std::same_as<std::uint64_t>;
+  { t.open(std::uint64_t{}, members) } -> std::same_as<std::unique_ptr<T>>;
   t.release(std::uint64_t{});
-  t.discard(std::uint64_t{});  // before that: not all could open it, and nobody has it open any more
+  t.discard(std::uint64_t{}, members);  // before that: not all could open it, and nobody has it open any more
 };
 
 /// Transports whose ranks can have memory that all can load and store. An engine that is about to touch other ranks'

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Slots in a memfd shared by processes of one host. The file has no name, so nothing can be left behind; it is
 // sealed against shrinking, so no peer can turn a load into SIGBUS. A communicator's slots are a region of the
-// file: duplicates append regions, and the last rank to leave a region gives its pages back.
+// file: further communicators append regions, and the last rank to leave a region gives its pages back.
 #pragma once
 
 #include <fcntl.h>
@@ -16,7 +16,7 @@
 #include <cerrno>
 #include <cstring>
 #include <memory>
-#include <mutex>
+#include <span>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -84,13 +84,27 @@ class ShmFile {
     throw Error(Errc::no_resources, {"no memory for ", bytes, " bytes of shared memory: ", detail::errno_text(error)});
   }
 
-  /// Adds a region at the end and returns where it begins: on a page.
+  /// The first region, which all processes begin with.
+  void begin_with(std::size_t bytes) {
+    grow(bytes);
+    if (first_) return;
+    void* page = ::mmap(nullptr, sizeof(detail::SlotHeader), PROT_READ | PROT_WRITE, MAP_SHARED, fd_.get(), 0);
+    if (page == MAP_FAILED) throw Error(Errc::no_resources, {"cannot map a page of shared memory: ", detail::errno_text(errno)});
+    first_ = {static_cast<detail::SlotHeader*>(page), [](detail::SlotHeader* header) { ::munmap(header, sizeof *header); }};
+    std::uint64_t nobody = 0;
+    first_->end.compare_exchange_strong(nobody, detail::in_pages(bytes));
+  }
+  /// Adds a region at the end and returns where it begins: on a page. Several processes may do so at once, so the
+  /// end is counted where all see it: the file's own length says nothing until it has grown.
   std::uint64_t append(std::size_t bytes) {
-    const std::lock_guard lock(appending_);
-    struct stat info {};
-    ::fstat(fd_.get(), &info);
-    const std::size_t begin = detail::in_pages(static_cast<std::size_t>(info.st_size));
-    grow(begin + bytes);
+    const std::uint64_t more = detail::in_pages(bytes), begin = first_->end.fetch_add(more);
+    try {
+      grow(begin + more);
+    } catch (...) {
+      std::uint64_t end = begin + more;
+      first_->end.compare_exchange_strong(end, begin);  // given back, unless another region follows
+      throw;
+    }
     return begin;
   }
 
@@ -114,7 +128,7 @@ class ShmFile {
 
  private:
   detail::FileDescriptor fd_;
-  std::mutex appending_;
+  std::shared_ptr<detail::SlotHeader> first_;  // region's; mapped for as long as there is any communicator
   std::vector<detail::FileDescriptor> processes_;
   std::vector<char> gone_;  // before they could be watched; the own process is neither gone nor watched
 };
@@ -122,8 +136,10 @@ class ShmFile {
 class ShmMemory final : public SlotMemory {
  public:
   /// Maps the region at `offset`. `me` is -1 for an onlooker, who does not count among those who leave.
-  ShmMemory(std::shared_ptr<ShmFile> file, const SlotLayout& layout, std::size_t offset, Rank me) : SlotMemory(layout), file_(std::move(file)), offset_(offset), me_(me) {
-    file_->grow(offset + mapped());
+  ShmMemory(std::shared_ptr<ShmFile> file, const SlotLayout& layout, std::size_t offset, Rank me, std::vector<Rank> origins = {})
+      : SlotMemory(layout, std::move(origins)), file_(std::move(file)), offset_(offset), me_(me) {
+    if (offset == 0) file_->begin_with(mapped());
+    else file_->grow(offset + mapped());
     void* base = ::mmap(nullptr, mapped(), PROT_READ | PROT_WRITE, MAP_SHARED, file_->get(), static_cast<off_t>(offset));
     if (base == MAP_FAILED) throw Error(Errc::no_resources, {"cannot map ", mapped(), " bytes of shared memory: ", detail::errno_text(errno)});
     base_ = static_cast<std::byte*>(base);
@@ -136,14 +152,16 @@ class ShmMemory final : public SlotMemory {
   }
 
   std::string_view name() const override { return "shm"; }
-  bool runs(Rank r) override { return file_->runs(r); }
+  bool runs(Rank r) override { return file_->runs(origin(r)); }
   const std::shared_ptr<ShmFile>& file() const { return file_; }
 
-  std::uint64_t reserve() override {
+  std::uint64_t reserve(std::span<const Rank> members) override {
     // Offsets only grow and regions are never reused, so a rank that left late cannot harm a new communicator.
-    return file_->append(mapped());
+    return file_->append(layout_of(members).bytes());
   }
-  std::shared_ptr<SlotMemory> open(std::uint64_t token, Rank me) override { return std::make_shared<ShmMemory>(file_, layout(), token, me); }
+  std::shared_ptr<SlotMemory> open(std::uint64_t token, std::span<const Rank> members, Rank me) override {
+    return std::make_shared<ShmMemory>(file_, layout_of(members), token, me, origins_of(members));
+  }
   void release(std::uint64_t) override {}
 
   // A page in front counts who let go. A rank that dies is never counted: then the pages go with the file.

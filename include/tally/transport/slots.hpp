@@ -17,6 +17,7 @@
 #include <cstring>
 #include <memory>
 #include <new>
+#include <span>
 #include <string>
 #include <thread>
 #include <utility>
@@ -26,151 +27,22 @@
 #include "../topology.hpp"
 #include "../wait.hpp"
 #include "concept.hpp"
+#include "slot_layout.hpp"
 
 namespace tally::inline v0 {
-
-/// Sizes that all ranks must agree on.
-struct SlotOptions {
-  int lanes = 2;  // one for collectives, one for messages
-  std::size_t budget = std::size_t{256} << 20;  // bytes of shared memory for one communicator; what is not used is never touched
-  // Per ordered pair, fewer and smaller where the budget demands it.
-  int slots = 32;
-  std::size_t slot_bytes = 32 << 10;
-};
-
-namespace detail {
-
-inline constexpr std::size_t line = 64;
-inline constexpr std::uint32_t slot_protocol = 5;  // raise when anything below changes its meaning
-
-struct alignas(2 * line) Slot {
-  static constexpr std::size_t inline_bytes = 80;
-  std::atomic<std::uint64_t> sequence;  // k + 1 once frame k is complete
-  std::uint64_t fingerprint;
-  std::uint64_t sent_at;
-  std::uint32_t arrive_age, late_age;
-  std::uint32_t operation, bytes;
-  std::uint16_t culprit;
-  std::uint8_t flags, total_high;  // the whole message's bytes: 8 bits of 40
-  std::uint32_t total_low;
-  std::byte payload[inline_bytes];
-};
-static_assert(sizeof(Slot) == 2 * line && offsetof(Slot, payload) == 48, "16 bytes of payload share the header's line");
-enum SlotFlag : std::uint8_t { flag_first = 1, flag_last = 2, flag_fingerprint = 4 };
-
-struct Credit {
-  std::uint64_t sent_at;
-  std::uint32_t arrive_age, late_age;
-  std::uint16_t culprit, unused[7];
-};
-static_assert(sizeof(Credit) == 32);
-
-struct alignas(line) RankLine {
-  std::atomic<std::uint64_t> sequence, fingerprint, count;
-  std::atomic<std::uint32_t> inside, left, pid, sharing;
-  alignas(line) std::atomic<std::uint32_t> parked;  // loaded by every sender: never shares a line with what changes per call
-  std::atomic<std::uint32_t> cores_known;
-  alignas(line) std::atomic<std::uint64_t> cores[CPU_SETSIZE / 64];  // that the rank may run on
-};
-static_assert(sizeof(RankLine) == 4 * line && offsetof(RankLine, parked) == line);
-
-struct alignas(line) SlotHeader {
-  std::atomic<std::uint32_t> ready, fences, departed;
-  alignas(line) std::atomic<std::uint32_t> bell;   // all who are parked sleep on it; rung by counting up
-  alignas(line) std::atomic<std::uint32_t> abort;  // 0 none, 1 being written, 2 written
-  std::int32_t abort_code, abort_rank, abort_peer;
-  char abort_text[2048];
-};
-
-}  // namespace detail
-
-/// Where everything lies. A pure function of the rank count and the options: nothing of it is read from shared memory.
-class SlotLayout {
- public:
-  SlotLayout(int n, SlotOptions options) : n_(n), lanes_(options.lanes), slots_(std::bit_floor(static_cast<unsigned>(std::max(options.slots, 1)))), slot_bytes_(round(options.slot_bytes)) {
-    // Blocks have to hold an element for each rank and more; an eighth of the budget is theirs.
-    const std::size_t n_of = static_cast<std::size_t>(std::max(n, 1)), block = std::min(std::size_t{3} << 20, options.budget / (8 * n_of)) / 4096 * 4096;
-    staging_bytes_ = block < std::max(std::size_t{64} << 10, 128 * n_of) ? 0 : block;
-    if (options.slots < 1 || options.slots > 1 << 20) throw Error(Errc::invalid_argument, {"slots must be 1 to 1048576, not ", options.slots});
-    if (options.slot_bytes < 128 || options.slot_bytes > std::size_t{1} << 30)
-      throw Error(Errc::invalid_argument, {"slot_bytes must be 128 to 1 GiB, not ", options.slot_bytes});
-    if (options.lanes < 1 || options.lanes > 1024) throw Error(Errc::invalid_argument, {"lanes must be 1 to 1024, not ", options.lanes});
-    while (bytes() > options.budget && (slots_ > 1 || slot_bytes_ > 128)) {
-      if (slots_ > 8 || slot_bytes_ <= 1024) slots_ = std::max(1u, slots_ / 2), slot_bytes_ = slots_ == 1 ? round(slot_bytes_ / 2) : slot_bytes_;
-      else slot_bytes_ = round(slot_bytes_ / 2);
-    }
-    if (bytes() > options.budget)
-      throw Error(Errc::no_resources, {n, " ranks need ", bytes(), " bytes for slots, the budget is ", options.budget});
-  }
-  int size() const { return n_; }
-  int lanes() const { return lanes_; }
-  unsigned slots() const { return slots_; }
-  std::size_t slot_bytes() const { return slot_bytes_; }
-
-  std::size_t rank_line(Rank r) const { return sizeof(detail::SlotHeader) + static_cast<std::size_t>(r) * sizeof(detail::RankLine); }
-  /// Room for what is to be the same on all ranks; whoever makes the memory writes it before they begin.
-  static constexpr std::size_t note_bytes = 32 << 10;
-  std::size_t note() const { return (rank_line(n_) + 4095) / 4096 * 4096; }
-  /// The ring that `from` writes and `to` reads.
-  std::size_t ring(int lane, Rank from, Rank to) const {
-    const auto n = static_cast<std::size_t>(n_);
-    const std::size_t pair = static_cast<std::size_t>(from) * (n - 1) + static_cast<std::size_t>(to < from ? to : to - 1);
-    return rings() + (static_cast<std::size_t>(lane) * n * (n - 1) + pair) * ring_bytes();
-  }
-  // Within a ring: slots, payload area, the reader's counter in a line of its own, the reader's credits.
-  std::size_t payloads() const { return slots_ * sizeof(detail::Slot); }
-  /// A payload that is not long has a place that goes with its slot: where many rings share the caches, little memory used
-  /// again and again is there when it is needed. With one ring each way that pays for shorter ones only (measured).
-  std::size_t near_bytes() const { return std::min<std::size_t>(n_ > 2 ? 2048 : 512, slot_bytes_); }
-  /// Longer ones go round in an area, whatever their length. By default that is 2 MiB, more than a core's own cache holds:
-  /// its lines have left that for the shared cache by the time they are used again, and are written and read there 2 to 4
-  /// times faster than out of another core's cache. Twice what all slots can hold, so that room for a slot is room for
-  /// its payload, wherever the area's end cuts.
-  std::size_t payload_area() const { return slot_bytes_ > near_bytes() ? 2 * slots_ * (slot_bytes_ + payload_gap()) : 0; }
-  /// Left free after each. What the reader's core fetches ahead, beyond a payload's end, would be taken from the writer's
-  /// core just when it is about to be written.
-  std::size_t payload_gap() const { return std::min<std::size_t>(2048, slot_bytes_ / 16 / (2 * detail::line) * (2 * detail::line)); }
-  /// A payload lies in one piece: where it would not fit, the area begins anew. Writer and reader both count.
-  std::size_t payload_place(std::uint64_t slot, std::size_t at, std::size_t bytes) const {
-    return bytes <= near_bytes() ? payload_area() + slot * near_bytes() : at + bytes <= payload_area() ? at : 0;
-  }
-  std::size_t after_payload(std::size_t at, std::size_t bytes) const {
-    return bytes <= near_bytes() ? at : payload_place(0, at, bytes) + (bytes + 2 * detail::line - 1) / (2 * detail::line) * (2 * detail::line) + payload_gap();
-  }
-  std::size_t consumed() const { return payloads() + payload_area() + slots_ * near_bytes(); }
-  std::size_t credits() const { return consumed() + detail::line; }
-  std::size_t ring_bytes() const { return (credits() + slots_ * sizeof(detail::Credit) + 2 * detail::line - 1) / (2 * detail::line) * (2 * detail::line); }
-  /// A block for every rank, for shares of what others cannot reach. Memory that is not used is never touched.
-  std::size_t staging(Rank r) const { return end_of_rings() + static_cast<std::size_t>(r) * staging_bytes(); }
-  std::size_t staging_bytes() const { return staging_bytes_; }  // 0: they have none
-  std::size_t bytes() const { return end_of_rings() + static_cast<std::size_t>(n_) * staging_bytes(); }
-  /// What two processes must agree on before they use the same mapping.
-  std::uint64_t hash() const {
-    return detail::hash_text(detail::concat({"tally slots ", detail::slot_protocol, " ", n_, " ", lanes_, " ", slots_, " ", slot_bytes_, " ", bytes()}));
-  }
-
- private:
-  static std::size_t round(std::size_t bytes) { return std::max<std::size_t>(128, bytes / 128 * 128); }
-  std::size_t rings() const { return note() + note_bytes; }
-  std::size_t end_of_rings() const {
-    const auto n = static_cast<std::size_t>(n_);
-    return (rings() + static_cast<std::size_t>(lanes_) * n * (n - 1) * ring_bytes() + 4095) / 4096 * 4096;
-  }
-
-  int n_, lanes_;
-  unsigned slots_;
-  std::size_t slot_bytes_, staging_bytes_ = 0;
-};
 
 /// Zeroed memory that all ranks can load and store, laid out by `layout`.
 class SlotMemory {
  public:
-  explicit SlotMemory(const SlotLayout& layout) : layout_(layout) {}
+  /// `origins`: which of the job's ranks these are; empty if all, in order.
+  explicit SlotMemory(const SlotLayout& layout, std::vector<Rank> origins = {}) : layout_(layout), origins_(std::move(origins)) {}
   virtual ~SlotMemory() = default;
   SlotMemory(const SlotMemory&) = delete;
   SlotMemory& operator=(const SlotMemory&) = delete;
 
   const SlotLayout& layout() const { return layout_; }
+  /// The job's rank that rank r is.
+  Rank origin(Rank r) const { return origins_.empty() ? r : origins_[static_cast<std::size_t>(r)]; }
   std::byte* base() const { return base_; }
   detail::SlotHeader& header() const { return *reinterpret_cast<detail::SlotHeader*>(base_); }
   detail::RankLine& rank_line(Rank r) const { return *reinterpret_cast<detail::RankLine*>(base_ + layout_.rank_line(r)); }
@@ -194,10 +66,10 @@ class SlotMemory {
   virtual std::string_view name() const = 0;
   /// Whether the rank's process (or thread) still runs; whether it said goodbye is in its line.
   virtual bool runs(Rank) = 0;
-  /// A second memory like this one. Rank 0 reserves it and tells the others the token, each of them opens it,
-  /// and when all have, rank 0 releases the token.
-  virtual std::uint64_t reserve() = 0;
-  virtual std::shared_ptr<SlotMemory> open(std::uint64_t token, Rank me) = 0;
+  /// A memory like this one for some of its ranks: rank i of it is members[i]. members[0] reserves it and tells the
+  /// others the token, each of them opens it, and when all have, members[0] releases the token.
+  virtual std::uint64_t reserve(std::span<const Rank> members) = 0;
+  virtual std::shared_ptr<SlotMemory> open(std::uint64_t token, std::span<const Rank> members, Rank me) = 0;  // me: in it
   virtual void release(std::uint64_t token) = 0;
   /// Zeroed memory for other purposes, likewise; it goes when all have let go of it.
   virtual std::uint64_t reserve(std::size_t bytes) = 0;
@@ -249,16 +121,24 @@ class SlotMemory {
   }
 
  protected:
+  SlotLayout layout_of(std::span<const Rank> members) const { return layout_.of(static_cast<int>(members.size())); }
+  std::vector<Rank> origins_of(std::span<const Rank> members) const {
+    std::vector<Rank> origins;
+    for (const Rank r : members) origins.push_back(origin(r));
+    return origins;
+  }
   std::byte* base_ = nullptr;
 
  private:
   SlotLayout layout_;
+  std::vector<Rank> origins_;
 };
 
 class SlotTransport {
  public:
-  SlotTransport(std::shared_ptr<SlotMemory> memory, Rank me)
-      : memory_(std::move(memory)), layout_(memory_->layout()), me_(me), mask_(layout_.slots() - 1),
+  /// `crowded`: other ranks want the same cores, however many these are.
+  SlotTransport(std::shared_ptr<SlotMemory> memory, Rank me, bool crowded = false)
+      : memory_(std::move(memory)), layout_(memory_->layout()), me_(me), mask_(layout_.slots() - 1), always_crowded_(crowded),
         endpoints_(static_cast<std::size_t>(layout_.lanes() * layout_.size())), line_(&memory_->rank_line(me)), header_(&memory_->header()) {
     sending_.reserve(endpoints_.size());
     receiving_.reserve(endpoints_.size());
@@ -281,6 +161,7 @@ class SlotTransport {
   Rank rank() const { return me_; }
   int size() const { return layout_.size(); }
   int lanes() const { return layout_.lanes(); }
+  Rank origin(Rank r) const { return memory_->origin(r); }
   std::string_view name() const { return memory_->name(); }
   const TransportCounters& counters() const { return counters_; }
   /// Whether ranks outnumber the cores they may run on, all ranks' cores together. Known for good once all are here.
@@ -435,10 +316,13 @@ class SlotTransport {
   void shared(std::uint64_t sent, std::uint64_t received) { counters_.bytes_sent += sent, counters_.bytes_received += received; }
   bool is_sharing(Rank r) const { return memory_->rank_line(r).sharing.load(std::memory_order_acquire) != 0; }
 
-  std::uint64_t reserve() { return memory_->reserve(); }
-  std::unique_ptr<SlotTransport> open(std::uint64_t token) { return std::make_unique<SlotTransport>(memory_->open(token, me_), me_); }
+  std::uint64_t reserve(std::span<const Rank> members) { return memory_->reserve(members); }
+  std::unique_ptr<SlotTransport> open(std::uint64_t token, std::span<const Rank> members) {
+    const auto me = static_cast<Rank>(std::find(members.begin(), members.end(), me_) - members.begin());
+    return std::make_unique<SlotTransport>(memory_->open(token, members, me), me, crowded());
+  }
   void release(std::uint64_t token) { memory_->release(token); }
-  void discard(std::uint64_t token) { memory_->discard(token, layout_.bytes()); }
+  void discard(std::uint64_t token, std::span<const Rank> members) { memory_->discard(token, layout_.of(static_cast<int>(members.size())).bytes()); }
 
   /// Goodbye: peers that still need something of this rank get an error instead of waiting.
   void leave() {
@@ -500,7 +384,7 @@ class SlotTransport {
     for (std::size_t core = 0; core < CPU_SETSIZE; ++core)
       if (CPU_ISSET(core, &set)) line_->cores[core / 64].fetch_or(std::uint64_t{1} << (core % 64));
     line_->cores_known.store(1, std::memory_order_release);
-    crowded_ = size() > ::sysconf(_SC_NPROCESSORS_ONLN);
+    crowded_ = always_crowded_ || size() > ::sysconf(_SC_NPROCESSORS_ONLN);
   }
   void count_cores() {
     for (Rank r = 0; r < size(); ++r)
@@ -511,7 +395,7 @@ class SlotTransport {
       for (Rank r = 0; r < size(); ++r) any |= memory_->rank_line(r).cores[word].load(std::memory_order_relaxed);
       cores += std::popcount(any);
     }
-    crowded_ = size() > cores;
+    crowded_ = always_crowded_ || size() > cores;
     cores_known_ = true;
   }
   template <Probe P>
@@ -667,6 +551,7 @@ class SlotTransport {
   SlotLayout layout_;
   Rank me_;
   std::uint64_t mask_;
+  bool always_crowded_;
   std::vector<Endpoint> endpoints_;
   std::vector<Endpoint*> sending_, receiving_;  // those with transfers pending
   detail::RankLine* line_;

@@ -8,9 +8,12 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <span>
 #include <string>
 #include <string_view>
 #include <system_error>
+#include <utility>
+#include <vector>
 
 #include "slots.hpp"
 
@@ -18,7 +21,7 @@ namespace tally::inline v0 {
 
 class ThreadMemory final : public SlotMemory {
  public:
-  explicit ThreadMemory(const SlotLayout& layout) : SlotMemory(layout) {
+  explicit ThreadMemory(const SlotLayout& layout, std::vector<Rank> origins = {}) : SlotMemory(layout, std::move(origins)) {
     slots_ = zeroed(layout.bytes(), "slots");
     base_ = slots_.get();
   }
@@ -26,13 +29,13 @@ class ThreadMemory final : public SlotMemory {
   std::string_view name() const override { return "thread"; }
   bool runs(Rank) override { return true; }  // a thread ends only by leaving
 
-  std::uint64_t reserve() override {
-    std::shared_ptr<SlotMemory> memory = std::make_shared<ThreadMemory>(layout());  // as what it is taken out again
+  std::uint64_t reserve(std::span<const Rank> members) override {
+    std::shared_ptr<SlotMemory> memory = std::make_shared<ThreadMemory>(layout_of(members), origins_of(members));  // as what it is taken out again
     const std::lock_guard lock(mutex_);
     reserved_.emplace(++last_token_, std::move(memory));
     return last_token_;
   }
-  std::shared_ptr<SlotMemory> open(std::uint64_t token, Rank) override {
+  std::shared_ptr<SlotMemory> open(std::uint64_t token, std::span<const Rank>, Rank) override {
     const std::lock_guard lock(mutex_);
     return std::static_pointer_cast<SlotMemory>(reserved_.at(token));
   }
