@@ -8,8 +8,8 @@ root=$(cd "${1:-$(dirname "${BASH_SOURCE[0]}")/..}" && pwd)
 cd "$root/include/tally"
 
 layers=(
-  "text error types steps plan check algorithms/*"
-  "clock wait memory topology copy reduce share kernel_copy transport/* energy/* account/*"
+  "text error floats types steps plan check algorithms/*"
+  "clock wait memory topology copy operators reduce share kernel_copy transport/* energy/* account/*"
   "call staging prepared progress engine choose cost options"
   "communicator bootstrap launch"
   "tally"
@@ -17,12 +17,13 @@ layers=(
 # Header: what it may include of its own layer. Siblings in algorithms/, transport/ and energy/ stay apart.
 exceptions=(
   "error: text"
-  "types: steps"
+  "types: floats steps"
   "plan: error steps text types"
   "check: error steps text types plan"
   "algorithms/*: steps"
   "algorithms/hierarchical: algorithms/direct algorithms/recursive algorithms/tree"
   "wait: clock"
+  "reduce: operators"
   "share: copy reduce"
   "kernel_copy: share"
   "transport/concept: clock reduce"
