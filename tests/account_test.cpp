@@ -231,6 +231,7 @@ class SlowLink {
   const TransportCounters& counters() const { return inner_->counters(); }
   bool crowded() { return false; }
   void interrupt() {}
+  std::size_t frame_bytes() const { return 1 << 20; }
   template <Probe P>
   void post(Transfer& t, P& probe) { inner_->post(t, probe); }
   void cancel(Transfer& t) { inner_->cancel(t); }

@@ -8,22 +8,23 @@ root=$(cd "${1:-$(dirname "${BASH_SOURCE[0]}")/..}" && pwd)
 cd "$root/include/tally"
 
 layers=(
-  "text error types steps plan check algorithms/*"
-  "clock wait thread_rule memory topology copy reduce share kernel_copy transport/* energy/* account/*"
-  "call staging prepared progress engine choose cost group options"
-  "communicator mesh bootstrap launch"
+  "text error floats types steps plan check algorithms/*"
+  "clock wait thread_rule memory topology copy operators reduce share kernel_copy transport/* energy/* account/*"
+  "call staging prepared progress run share_work engine choose cost group options"
+  "calls operation progress_thread communicator mesh bootstrap launch"
   "tally"
 )
 # Header: what it may include of its own layer. Siblings in algorithms/, transport/ and energy/ stay apart.
 exceptions=(
   "error: text"
-  "types: steps"
+  "types: floats steps"
   "plan: error steps text types"
   "check: error steps text types plan"
   "algorithms/*: steps"
   "algorithms/hierarchical: algorithms/direct algorithms/recursive algorithms/tree"
   "wait: clock"
   "thread_rule: wait"
+  "reduce: operators"
   "share: copy reduce"
   "kernel_copy: share"
   "transport/concept: clock reduce"
@@ -44,6 +45,8 @@ exceptions=(
   "cost: choose"
   "group: cost"
   "options: choose"
+  "operation: progress_thread"
+  "communicator: calls operation"
   "bootstrap: communicator"
   "mesh: communicator"
   "launch: bootstrap"

@@ -40,14 +40,16 @@ struct Call {
   std::uint16_t operator_code = 0;
   Fold fold;
   void (*finish)(void* data, std::size_t count, int n) = nullptr;  // applied to the result, for mean
+  ScaleFunction scale = nullptr;                                   // applied to the input, for premultiplied_sum
   nanoseconds timeout{};
   const SymmetricMemory* input_memory = nullptr;  // where the buffers are symmetric
   const SymmetricMemory* output_memory = nullptr;
   void* pinned = nullptr;  // what the engine's pin() gave for this call
 
   std::size_t bytes() const { return layout.items() * grain; }
-  std::span<const std::byte> input_bytes() const { return {input, input ? layout.input_count() * grain : 0}; }
-  std::span<const std::byte> output_bytes() const { return {output, output ? layout.output_count() * grain : 0}; }
+  /// The user's memory; a barrier has none.
+  std::span<const std::byte> input_bytes() const { return {input, input && layout.operation != Collective::barrier ? layout.input_count() * grain : 0}; }
+  std::span<const std::byte> output_bytes() const { return {output, output && layout.operation != Collective::barrier ? layout.output_count() * grain : 0}; }
 };
 
 /// A message to or from another rank.

@@ -22,6 +22,7 @@
 #include "call.hpp"
 #include "cost.hpp"
 #include "memory.hpp"
+#include "run.hpp"
 
 namespace tally::inline v0 {
 
@@ -62,7 +63,7 @@ inline constexpr int any_tag = -1;
 class CallMaker {
  public:
   CallMaker(const AnyEngine& engine, nanoseconds timeout, const CostModel& model, AlgorithmOverrides overrides, Order order)
-      : rank_(engine.rank()), size_(engine.size()), timeout_(timeout), one_address_space_(engine.one_address_space()), stages_(engine.stages()), group_(model.group), order_(order), chooser_(size_, model, stages_), overrides_(std::move(overrides)) {}
+      : rank_(engine.rank()), size_(engine.size()), timeout_(timeout), frame_bytes_(engine.frame_bytes()), one_address_space_(engine.one_address_space()), stages_(engine.stages()), group_(model.group), order_(order), chooser_(size_, model, stages_), overrides_(std::move(overrides)) {}
 
   Rank rank() const { return rank_; }
   int size() const { return size_; }
@@ -136,7 +137,7 @@ class CallMaker {
   template <class A>
   Call barrier(const CallOptions& options, Way way) {
     const Output memory{&token_, 1};
-    return settle<A, Collective::barrier, unsigned char>(memory, memory, {Collective::barrier, rank_, size_, 0, 1}, {fold_of<unsigned char>(max), 0, nullptr, Folding::cyclic}, options, way);
+    return settle<A, Collective::barrier, unsigned char>(memory, memory, {Collective::barrier, rank_, size_, 0, 1}, {fold_of<unsigned char>(max), 0, nullptr, nullptr, Folding::cyclic}, options, way);
   }
 
   // Blocks of their own sizes. `extents` must outlive the call's post.
@@ -231,6 +232,7 @@ class CallMaker {
     Fold fold;
     std::uint16_t code = 0;
     void (*finish)(void*, std::size_t, int) = nullptr;
+    ScaleFunction scale = nullptr;
     Folding least = Folding::cyclic;
   };
   template <class R>
@@ -255,11 +257,11 @@ class CallMaker {
   [[gnu::always_inline]] Call folding(const Input& in, const Output& out, std::size_t count, const Op& op, Rank root, const CallOptions& options, Way way, const Extents* extents = nullptr) {
     void (*finish)(void*, std::size_t, int) = nullptr;
     if constexpr (std::same_as<Op, Mean>) finish = detail::divide<T>;
-    constexpr bool commutes = is_builtin<Op> || is_commutative<Op>;
+    constexpr bool commutes = is_commutative<Op>;
     if constexpr (!std::same_as<A, Auto>)
       static_assert(commutes || detail::folding_of<A, O>() != Folding::cyclic, "this algorithm does not keep the order of ranks, which this operator needs: it is not marked as commutative");
     const Folding least = options.order.value_or(order_) == Order::fixed ? Folding::fixed : commutes ? Folding::cyclic : Folding::ordered;
-    return settle<A, O, T>(in, out, {O, rank_, size_, root, count, false, group_, extents}, {fold_of<T>(op), detail::operator_code<Op>(), finish, least}, options, way);
+    return settle<A, O, T>(in, out, {O, rank_, size_, root, count, false, group_, extents}, {fold_of<T>(op), detail::operator_code<Op>(), finish, scale_of<T, Op>(), least}, options, way);
   }
   /// Operations that only move.
   template <class A, Collective O, class T>
@@ -269,12 +271,15 @@ class CallMaker {
   template <class A, Collective O, class T>
   [[gnu::always_inline]] Call settle(const Input& in, const Output& out, Layout layout, const Combining& how, const CallOptions& options, Way way) {
     layout.in_place = in_place(layout, in, out, sizeof(T));
-    const Need need{O != Collective::barrier && reachable(O, in, out), how.least, way == Way::background};
+    // A scaled input lies elsewhere, and blocks of shared memory hold but elements of some bytes for each rank.
+    const bool moved = how.scale && !(O == Collective::all_reduce && layout.in_place);
+    const Need need{O != Collective::barrier && reachable(O, moved ? Input{} : in, out), how.least, way == Way::background || sizeof(T) > most_shared};
+    if (how.fold.function && sizeof(T) > frame_bytes_) refuse_elements(sizeof(T));
     const std::size_t bytes = layout.items() * sizeof(T);
     const nanoseconds timeout = timeout_of(options);
     // Made in one go and where it stays: what is copied right after it was written in parts costs ten times as much.
     const auto made = [&](const AlgorithmRef& algorithm) {
-      return Call{layout, algorithm, in.data, out.data, element_type<T>(), sizeof(T), how.code, how.fold, how.finish, timeout, in.memory, out.memory};
+      return Call{layout, algorithm, in.data, out.data, element_type<T>(), sizeof(T), how.code, how.fold, how.finish, how.scale, timeout, in.memory, out.memory};
     };
     if constexpr (std::same_as<A, Auto>) {
       if (!options.algorithm.empty() || overrides_.of(O)) return made(asked_for(O, options.algorithm, bytes, need));
@@ -388,14 +393,20 @@ class CallMaker {
   [[noreturn, gnu::cold, gnu::noinline]] static void refuse_algorithm(Collective operation, const AlgorithmRef& algorithm, const Need& need) {
     if (reduces(operation) && algorithm.folding < need.folding)
       throw Error(Errc::invalid_argument, {algorithm.name, " cannot do this ", name_of(operation), ": ", need.folding == Folding::fixed ? "it does not fold in the one bracketing that Order::fixed asks for" : "it does not keep the order of ranks, which this operator needs: it is not marked as commutative"});
-    if (algorithm.share && need.steps) throw Error(Errc::unsupported, {algorithm.name, " cannot run in the background: its ranks work in each other's memory"});
+    if (algorithm.share && need.steps) throw Error(Errc::unsupported, {algorithm.name, " moves elements of at most ", most_shared, " bytes, and nothing in the background: its ranks work in each other's memory"});
     if (!algorithm.is(Reach::direct)) throw Error(Errc::unsupported, {algorithm.name, " needs blocks of shared memory, for which TALLY_SLOT_BUDGET is too small with so many ranks"});
     throw Error(Errc::unsupported, {algorithm.name, " needs memory from allocate(), or ranks that are threads: other ranks cannot reach these buffers"});
   }
 
+  [[noreturn, gnu::cold, gnu::noinline]] void refuse_elements(std::size_t bytes) const {
+    throw Error(Errc::unsupported, {"elements of ", bytes, " bytes cannot be combined: a message's part holds ", frame_bytes_, ", see TALLY_SLOT_BYTES"});
+  }
+  static constexpr std::size_t most_shared = 128;
+
   Rank rank_;
   int size_;
   nanoseconds timeout_;
+  std::size_t frame_bytes_;
   bool one_address_space_, stages_;
   int group_;  // see Shape
   Order order_;

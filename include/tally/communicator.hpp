@@ -22,48 +22,13 @@
 #include <utility>
 #include <vector>
 
+#include "calls.hpp"
 #include "cost.hpp"
 #include "engine.hpp"
+#include "operation.hpp"
 #include "group.hpp"
 
 namespace tally::inline v0 {
-
-/// Per call, e.g. `comm.all_reduce(data, tally::sum, {.timeout = 2s})`.
-struct CallOptions {
-  std::optional<nanoseconds> timeout = {};  // default: the communicator's
-  std::string_view algorithm = {};          // by name, the same on all ranks; default: chosen by size
-};
-
-/// Chosen by size, unless TALLY_ALGORITHM says otherwise.
-struct Auto {};
-
-template <class R>
-using ValueOf = std::ranges::range_value_t<R>;
-
-/// Contiguous memory of elements: std::span, std::vector, std::array, ...
-template <class R>
-concept Elements = std::ranges::contiguous_range<R> && std::ranges::sized_range<R> && Element<ValueOf<R>>;
-template <class R>
-concept WritableElements = Elements<R> && !std::is_const_v<std::remove_reference_t<std::ranges::range_reference_t<R>>>;
-template <class In, class Out>
-concept SameElements = Elements<In> && WritableElements<Out> && std::same_as<ValueOf<In>, ValueOf<Out>>;
-
-/// An operation of a communicator whose arguments are settled. It works on the same memory each time.
-class Persistent {
- public:
-  Persistent(std::shared_ptr<AnyEngine> engine, const Call& call, std::shared_ptr<const void> op) : engine_(std::move(engine)), op_(std::move(op)), plan_(engine_->pin(call)), call_(call) { call_.pinned = plan_.get(); }
-  /// As the operation itself; Errc::invalid_argument once the communicator is gone.
-  Report run() {
-    if (!engine_) throw Error(Errc::invalid_argument, "this operation was moved from");
-    return engine_->run(call_);
-  }
-
- private:
-  std::shared_ptr<AnyEngine> engine_;
-  std::shared_ptr<const void> op_;  // call_ points at it
-  std::shared_ptr<void> plan_;
-  Call call_;
-};
 
 /// A group of ranks that call the same operations in the same order. One thread uses a communicator at a time;
 /// abort() may be called from any. Every operation throws tally::Error on bad arguments (before anything is sent),
@@ -72,111 +37,355 @@ class Persistent {
 /// the communicator refuses further use with the same error. Destruction is local and never waits.
 class Communicator {
  public:
-  Communicator(std::shared_ptr<AnyEngine> engine, nanoseconds timeout, const CostModel& model = {}, AlgorithmOverrides overrides = {})
-      : engine_(std::move(engine)), rank_(engine_->rank()), size_(engine_->size()), timeout_(timeout), one_address_space_(engine_->one_address_space()), group_(model.group), chooser_(std::make_unique<Chooser>(size_, model, engine_->stages())), overrides_(std::move(overrides)) {}
+  Communicator(std::shared_ptr<AnyEngine> engine, nanoseconds timeout, const CostModel& model = {}, AlgorithmOverrides overrides = {}, Order order = Order::any)
+      : engine_(std::move(engine)), make_(std::make_unique<CallMaker>(*engine_, timeout, model, std::move(overrides), order)) {}
 
   Communicator(Communicator&&) noexcept = default;
   Communicator& operator=(Communicator&& other) noexcept {
     if (engine_) engine_->leave();
     engine_ = std::move(other.engine_);
-    rank_ = other.rank_;
-    size_ = other.size_;
-    timeout_ = other.timeout_;
-    one_address_space_ = other.one_address_space_;
-    group_ = other.group_;
-    chooser_ = std::move(other.chooser_);
-    overrides_ = std::move(other.overrides_);
+    make_ = std::move(other.make_);
     return *this;
   }
   ~Communicator() {
     if (engine_) engine_->leave();
   }
 
-  Rank rank() const { return rank_; }
-  int size() const { return size_; }
+  Rank rank() const { return make().rank(); }
+  int size() const { return make().size(); }
   /// So many ranks that follow each other, from rank 0 on, share a cache or a socket; 1 where they do not, or it is not known.
-  int group() const { return group_; }
+  int group() const { return make().group(); }
+
+  // Each operation is there three times: as a call; as async_, which starts it and returns at once; and most as persistent_,
+  // decided and planned once, to be run many times on the same memory. Making a persistent one is not collective, running it is.
 
   /// data = fold of all ranks' data, on every rank. Same count everywhere.
   template <class A = Auto, WritableElements Data, Reduction<ValueOf<Data>> Op>
   Report all_reduce(Data&& data, const Op& op, const CallOptions& options = {}) {
-    return engine().run(all_reduce_call<A>(data, op, options));
+    return engine().run(make().all_reduce<A>(data, op, options, CallMaker::Way::foreground));
   }
+  template <class A = Auto, WritableElements Data, Reduction<ValueOf<Data>> Op>
+  Operation async_all_reduce(Data&& data, const Op& op, const CallOptions& options = {}) {
+    const auto kept = keep(op);
+    return start(make().all_reduce<A>(data, *kept, options, CallMaker::Way::background), kept);
+  }
+  template <class A = Auto, WritableElements Data, Reduction<ValueOf<Data>> Op>
+  Persistent persistent_all_reduce(Data&& data, const Op& op, const CallOptions& options = {}) {
+    const auto kept = keep(op);
+    return {engine_, make().all_reduce<A>(data, *kept, options, CallMaker::Way::foreground), kept};
+  }
+
   /// out = fold of all ranks' in. in and out have the same count and do not overlap (or are the same span).
   template <class A = Auto, class In, class Out, Reduction<ValueOf<In>> Op>
     requires SameElements<In, Out>
   Report all_reduce(In&& in, Out&& out, const Op& op, const CallOptions& options = {}) {
-    return engine().run(all_reduce_call<A>(in, out, op, options));
+    return engine().run(make().all_reduce<A>(in, out, op, options, CallMaker::Way::foreground));
+  }
+  template <class A = Auto, class In, class Out, Reduction<ValueOf<In>> Op>
+    requires SameElements<In, Out>
+  Operation async_all_reduce(In&& in, Out&& out, const Op& op, const CallOptions& options = {}) {
+    const auto kept = keep(op);
+    return start(make().all_reduce<A>(in, out, *kept, options, CallMaker::Way::background), kept);
+  }
+  template <class A = Auto, class In, class Out, Reduction<ValueOf<In>> Op>
+    requires SameElements<In, Out>
+  Persistent persistent_all_reduce(In&& in, Out&& out, const Op& op, const CallOptions& options = {}) {
+    const auto kept = keep(op);
+    return {engine_, make().all_reduce<A>(in, out, *kept, options, CallMaker::Way::foreground), kept};
   }
 
   /// out on `root` = fold of all ranks' in; other ranks' out is not touched and may be empty.
   template <class A = Auto, class In, class Out, Reduction<ValueOf<In>> Op>
     requires SameElements<In, Out>
   Report reduce(In&& in, Out&& out, const Op& op, Rank root, const CallOptions& options = {}) {
-    return engine().run(reduce_call<A>(in, out, op, root, options));
+    return engine().run(make().reduce<A>(in, out, op, root, options, CallMaker::Way::foreground));
+  }
+  template <class A = Auto, class In, class Out, Reduction<ValueOf<In>> Op>
+    requires SameElements<In, Out>
+  Operation async_reduce(In&& in, Out&& out, const Op& op, Rank root, const CallOptions& options = {}) {
+    const auto kept = keep(op);
+    return start(make().reduce<A>(in, out, *kept, root, options, CallMaker::Way::background), kept);
+  }
+  template <class A = Auto, class In, class Out, Reduction<ValueOf<In>> Op>
+    requires SameElements<In, Out>
+  Persistent persistent_reduce(In&& in, Out&& out, const Op& op, Rank root, const CallOptions& options = {}) {
+    const auto kept = keep(op);
+    return {engine_, make().reduce<A>(in, out, *kept, root, options, CallMaker::Way::foreground), kept};
   }
 
   /// data = root's data, on every rank.
   template <class A = Auto, WritableElements Data>
   Report broadcast(Data&& data, Rank root, const CallOptions& options = {}) {
-    return engine().run(broadcast_call<A>(data, root, options));
+    return engine().run(make().broadcast<A>(data, root, options, CallMaker::Way::foreground));
+  }
+  template <class A = Auto, WritableElements Data>
+  Operation async_broadcast(Data&& data, Rank root, const CallOptions& options = {}) {
+    return start(make().broadcast<A>(data, root, options, CallMaker::Way::background));
+  }
+  template <class A = Auto, WritableElements Data>
+  Persistent persistent_broadcast(Data&& data, Rank root, const CallOptions& options = {}) {
+    return {engine_, make().broadcast<A>(data, root, options, CallMaker::Way::foreground), nullptr};
   }
 
   /// out = every rank's in, in rank order: out is size() times as long. In place: in is this rank's block of out.
   template <class A = Auto, class In, class Out>
     requires SameElements<In, Out>
   Report all_gather(In&& in, Out&& out, const CallOptions& options = {}) {
-    return engine().run(all_gather_call<A>(in, out, options));
+    return engine().run(make().all_gather<A>(in, out, options, CallMaker::Way::foreground));
+  }
+  template <class A = Auto, class In, class Out>
+    requires SameElements<In, Out>
+  Operation async_all_gather(In&& in, Out&& out, const CallOptions& options = {}) {
+    return start(make().all_gather<A>(in, out, options, CallMaker::Way::background));
+  }
+  template <class A = Auto, class In, class Out>
+    requires SameElements<In, Out>
+  Persistent persistent_all_gather(In&& in, Out&& out, const CallOptions& options = {}) {
+    return {engine_, make().all_gather<A>(in, out, options, CallMaker::Way::foreground), nullptr};
   }
 
   /// out = this rank's block of the fold of all ranks' in: in is size() times as long. In place: out is this rank's block of in.
   template <class A = Auto, class In, class Out, Reduction<ValueOf<In>> Op>
     requires SameElements<In, Out>
   Report reduce_scatter(In&& in, Out&& out, const Op& op, const CallOptions& options = {}) {
-    return engine().run(reduce_scatter_call<A>(in, out, op, options));
-  }
-
-  /// The same operations, decided and planned once, to be run many times on the same memory. Making one is not
-  /// collective, running it is: run() stands for the call of the same name.
-  template <class A = Auto, WritableElements Data, Reduction<ValueOf<Data>> Op>
-  Persistent persistent_all_reduce(Data&& data, const Op& op, const CallOptions& options = {}) {
-    const auto kept = std::make_shared<const Op>(op);
-    return {engine_, all_reduce_call<A>(data, *kept, options), kept};
+    return engine().run(make().reduce_scatter<A>(in, out, op, options, CallMaker::Way::foreground));
   }
   template <class A = Auto, class In, class Out, Reduction<ValueOf<In>> Op>
     requires SameElements<In, Out>
-  Persistent persistent_all_reduce(In&& in, Out&& out, const Op& op, const CallOptions& options = {}) {
-    const auto kept = std::make_shared<const Op>(op);
-    return {engine_, all_reduce_call<A>(in, out, *kept, options), kept};
-  }
-  template <class A = Auto, class In, class Out, Reduction<ValueOf<In>> Op>
-    requires SameElements<In, Out>
-  Persistent persistent_reduce(In&& in, Out&& out, const Op& op, Rank root, const CallOptions& options = {}) {
-    const auto kept = std::make_shared<const Op>(op);
-    return {engine_, reduce_call<A>(in, out, *kept, root, options), kept};
-  }
-  template <class A = Auto, WritableElements Data>
-  Persistent persistent_broadcast(Data&& data, Rank root, const CallOptions& options = {}) {
-    return {engine_, broadcast_call<A>(data, root, options), nullptr};
-  }
-  template <class A = Auto, class In, class Out>
-    requires SameElements<In, Out>
-  Persistent persistent_all_gather(In&& in, Out&& out, const CallOptions& options = {}) {
-    return {engine_, all_gather_call<A>(in, out, options), nullptr};
+  Operation async_reduce_scatter(In&& in, Out&& out, const Op& op, const CallOptions& options = {}) {
+    const auto kept = keep(op);
+    return start(make().reduce_scatter<A>(in, out, *kept, options, CallMaker::Way::background), kept);
   }
   template <class A = Auto, class In, class Out, Reduction<ValueOf<In>> Op>
     requires SameElements<In, Out>
   Persistent persistent_reduce_scatter(In&& in, Out&& out, const Op& op, const CallOptions& options = {}) {
-    const auto kept = std::make_shared<const Op>(op);
-    return {engine_, reduce_scatter_call<A>(in, out, *kept, options), kept};
+    const auto kept = keep(op);
+    return {engine_, make().reduce_scatter<A>(in, out, *kept, options, CallMaker::Way::foreground), kept};
+  }
+
+  /// out on `root` = every rank's in, in rank order; other ranks' out is not touched and may be empty. In place: in is root's block of out.
+  template <class A = Auto, class In, class Out>
+    requires SameElements<In, Out>
+  Report gather(In&& in, Out&& out, Rank root, const CallOptions& options = {}) {
+    return engine().run(make().gather<A>(in, out, root, options, CallMaker::Way::foreground));
+  }
+  template <class A = Auto, class In, class Out>
+    requires SameElements<In, Out>
+  Operation async_gather(In&& in, Out&& out, Rank root, const CallOptions& options = {}) {
+    return start(make().gather<A>(in, out, root, options, CallMaker::Way::background));
+  }
+  template <class A = Auto, class In, class Out>
+    requires SameElements<In, Out>
+  Persistent persistent_gather(In&& in, Out&& out, Rank root, const CallOptions& options = {}) {
+    return {engine_, make().gather<A>(in, out, root, options, CallMaker::Way::foreground), nullptr};
+  }
+
+  /// out = this rank's block of root's in, which is size() times as long; other ranks' in is not looked at and may be empty.
+  /// In place: out is root's block of in.
+  template <class A = Auto, class In, class Out>
+    requires SameElements<In, Out>
+  Report scatter(In&& in, Out&& out, Rank root, const CallOptions& options = {}) {
+    return engine().run(make().scatter<A>(in, out, root, options, CallMaker::Way::foreground));
+  }
+  template <class A = Auto, class In, class Out>
+    requires SameElements<In, Out>
+  Operation async_scatter(In&& in, Out&& out, Rank root, const CallOptions& options = {}) {
+    return start(make().scatter<A>(in, out, root, options, CallMaker::Way::background));
+  }
+  template <class A = Auto, class In, class Out>
+    requires SameElements<In, Out>
+  Persistent persistent_scatter(In&& in, Out&& out, Rank root, const CallOptions& options = {}) {
+    return {engine_, make().scatter<A>(in, out, root, options, CallMaker::Way::foreground), nullptr};
+  }
+
+  /// Block r of out = this rank's block of rank r's in. Both have size() equal blocks and may be the same span.
+  template <class A = Auto, class In, class Out>
+    requires SameElements<In, Out>
+  Report all_to_all(In&& in, Out&& out, const CallOptions& options = {}) {
+    return engine().run(make().all_to_all<A>(in, out, options, CallMaker::Way::foreground));
+  }
+  template <class A = Auto, class In, class Out>
+    requires SameElements<In, Out>
+  Operation async_all_to_all(In&& in, Out&& out, const CallOptions& options = {}) {
+    return start(make().all_to_all<A>(in, out, options, CallMaker::Way::background));
+  }
+  template <class A = Auto, class In, class Out>
+    requires SameElements<In, Out>
+  Persistent persistent_all_to_all(In&& in, Out&& out, const CallOptions& options = {}) {
+    return {engine_, make().all_to_all<A>(in, out, options, CallMaker::Way::foreground), nullptr};
+  }
+
+  /// out = fold of the in of ranks 0 to this one. May be the same span.
+  template <class A = Auto, class In, class Out, Reduction<ValueOf<In>> Op>
+    requires SameElements<In, Out>
+  Report scan(In&& in, Out&& out, const Op& op, const CallOptions& options = {}) {
+    return engine().run(make().scan<A, Collective::scan>(in, out, op, options, CallMaker::Way::foreground));
+  }
+  template <class A = Auto, class In, class Out, Reduction<ValueOf<In>> Op>
+    requires SameElements<In, Out>
+  Operation async_scan(In&& in, Out&& out, const Op& op, const CallOptions& options = {}) {
+    const auto kept = keep(op);
+    return start(make().scan<A, Collective::scan>(in, out, *kept, options, CallMaker::Way::background), kept);
+  }
+  template <class A = Auto, class In, class Out, Reduction<ValueOf<In>> Op>
+    requires SameElements<In, Out>
+  Persistent persistent_scan(In&& in, Out&& out, const Op& op, const CallOptions& options = {}) {
+    const auto kept = keep(op);
+    return {engine_, make().scan<A, Collective::scan>(in, out, *kept, options, CallMaker::Way::foreground), kept};
+  }
+
+  /// out = fold of the in of the ranks before this one; rank 0's out is not touched. May be the same span.
+  template <class A = Auto, class In, class Out, Reduction<ValueOf<In>> Op>
+    requires SameElements<In, Out>
+  Report exclusive_scan(In&& in, Out&& out, const Op& op, const CallOptions& options = {}) {
+    return engine().run(make().scan<A, Collective::exclusive_scan>(in, out, op, options, CallMaker::Way::foreground));
+  }
+  template <class A = Auto, class In, class Out, Reduction<ValueOf<In>> Op>
+    requires SameElements<In, Out>
+  Operation async_exclusive_scan(In&& in, Out&& out, const Op& op, const CallOptions& options = {}) {
+    const auto kept = keep(op);
+    return start(make().scan<A, Collective::exclusive_scan>(in, out, *kept, options, CallMaker::Way::background), kept);
+  }
+  template <class A = Auto, class In, class Out, Reduction<ValueOf<In>> Op>
+    requires SameElements<In, Out>
+  Persistent persistent_exclusive_scan(In&& in, Out&& out, const Op& op, const CallOptions& options = {}) {
+    const auto kept = keep(op);
+    return {engine_, make().scan<A, Collective::exclusive_scan>(in, out, *kept, options, CallMaker::Way::foreground), kept};
+  }
+
+  /// The same with blocks of their own sizes: rank r's in has counts[r] elements and comes to lie at displacements[r] of out, or
+  /// one after another. All ranks pass the same counts. Blocks of out must not overlap.
+  template <class A = Auto, class In, class Out>
+    requires SameElements<In, Out>
+  Report all_gather_v(In&& in, Out&& out, Counts counts, Counts displacements = {}, const CallOptions& options = {}) {
+    Extents extents;
+    return engine().run(make().all_gather_v<A>(in, out, counts, displacements, extents, options, CallMaker::Way::foreground));
+  }
+  template <class A = Auto, class In, class Out>
+    requires SameElements<In, Out>
+  Operation async_all_gather_v(In&& in, Out&& out, Counts counts, Counts displacements = {}, const CallOptions& options = {}) {
+    Extents extents;
+    return start(make().all_gather_v<A>(in, out, counts, displacements, extents, options, CallMaker::Way::background));
+  }
+
+  /// Rank r's out, of counts[r] elements, = the fold of what lies at displacements[r] of all ranks' in.
+  template <class A = Auto, class In, class Out, Reduction<ValueOf<In>> Op>
+    requires SameElements<In, Out>
+  Report reduce_scatter_v(In&& in, Out&& out, Counts counts, const Op& op, Counts displacements = {}, const CallOptions& options = {}) {
+    Extents extents;
+    return engine().run(make().reduce_scatter_v<A>(in, out, counts, displacements, extents, op, options, CallMaker::Way::foreground));
+  }
+  template <class A = Auto, class In, class Out, Reduction<ValueOf<In>> Op>
+    requires SameElements<In, Out>
+  Operation async_reduce_scatter_v(In&& in, Out&& out, Counts counts, const Op& op, Counts displacements = {}, const CallOptions& options = {}) {
+    Extents extents;
+    const auto kept = keep(op);
+    return start(make().reduce_scatter_v<A>(in, out, counts, displacements, extents, *kept, options, CallMaker::Way::background), kept);
+  }
+
+  /// As all_gather_v, on the root; counts and displacements are looked at there alone.
+  template <class A = Auto, class In, class Out>
+    requires SameElements<In, Out>
+  Report gather_v(In&& in, Out&& out, Counts counts, Rank root, Counts displacements = {}, const CallOptions& options = {}) {
+    Extents extents;
+    return engine().run(make().gather_v<A>(in, out, counts, displacements, root, extents, options, CallMaker::Way::foreground));
+  }
+  template <class A = Auto, class In, class Out>
+    requires SameElements<In, Out>
+  Operation async_gather_v(In&& in, Out&& out, Counts counts, Rank root, Counts displacements = {}, const CallOptions& options = {}) {
+    Extents extents;
+    return start(make().gather_v<A>(in, out, counts, displacements, root, extents, options, CallMaker::Way::background));
+  }
+
+  /// Rank r's out, of counts[r] elements, = what lies at displacements[r] of root's in. Counts and displacements are looked at there alone.
+  template <class A = Auto, class In, class Out>
+    requires SameElements<In, Out>
+  Report scatter_v(In&& in, Out&& out, Counts counts, Rank root, Counts displacements = {}, const CallOptions& options = {}) {
+    Extents extents;
+    return engine().run(make().scatter_v<A>(in, out, counts, displacements, root, extents, options, CallMaker::Way::foreground));
+  }
+  template <class A = Auto, class In, class Out>
+    requires SameElements<In, Out>
+  Operation async_scatter_v(In&& in, Out&& out, Counts counts, Rank root, Counts displacements = {}, const CallOptions& options = {}) {
+    Extents extents;
+    return start(make().scatter_v<A>(in, out, counts, displacements, root, extents, options, CallMaker::Way::background));
+  }
+
+  /// in_counts[r] elements of in go to rank r, out_counts[r] of out come from it, which must be what it sends.
+  template <class A = Auto, class In, class Out>
+    requires SameElements<In, Out>
+  Report all_to_all_v(In&& in, Counts in_counts, Out&& out, Counts out_counts, Counts in_displacements = {}, Counts out_displacements = {}, const CallOptions& options = {}) {
+    Extents extents;
+    return engine().run(make().all_to_all_v<A>(in, in_counts, in_displacements, out, out_counts, out_displacements, extents, options, CallMaker::Way::foreground));
+  }
+  template <class A = Auto, class In, class Out>
+    requires SameElements<In, Out>
+  Operation async_all_to_all_v(In&& in, Counts in_counts, Out&& out, Counts out_counts, Counts in_displacements = {}, Counts out_displacements = {}, const CallOptions& options = {}) {
+    Extents extents;
+    return start(make().all_to_all_v<A>(in, in_counts, in_displacements, out, out_counts, out_displacements, extents, options, CallMaker::Way::background));
+  }
+
+  /// Block i of in goes to rank to[i], block i of out comes from rank from[i]. All blocks between two ranks, and all of one rank,
+  /// have the same size. Where there are several between two ranks, the first sent is the first received.
+  template <class A = Auto, class In, class Out>
+    requires SameElements<In, Out>
+  Report neighbour_exchange(In&& in, Out&& out, Ranks to, Ranks from, const CallOptions& options = {}) {
+    Extents extents;
+    return engine().run(make().neighbour_exchange<A>(in, out, to, from, extents, options, CallMaker::Way::foreground));
+  }
+  template <class A = Auto, class In, class Out>
+    requires SameElements<In, Out>
+  Operation async_neighbour_exchange(In&& in, Out&& out, Ranks to, Ranks from, const CallOptions& options = {}) {
+    Extents extents;
+    return start(make().neighbour_exchange<A>(in, out, to, from, extents, options, CallMaker::Way::background));
   }
 
   /// Returns when every rank has called it.
   template <class A = Auto>
   Report barrier(const CallOptions& options = {}) {
-    std::byte token{};
-    const Output memory{&token, 1};
-    return engine().run(call<A, Collective::barrier, unsigned char>(memory, memory, 1, fold_of<unsigned char>(max), 0, nullptr, 0, options));
+    return engine().run(make().barrier<A>(options, CallMaker::Way::foreground));
+  }
+  template <class A = Auto>
+  Operation async_barrier(const CallOptions& options = {}) {
+    return start(make().barrier<A>(options, CallMaker::Way::background));
+  }
+  template <class A = Auto>
+  Persistent persistent_barrier(const CallOptions& options = {}) {
+    return {engine_, make().barrier<A>(options, CallMaker::Way::foreground), nullptr};
+  }
+
+  /// Sends data to rank `to`; a receive there with the same tag gets it. Messages of one tag arrive in the order of their sends.
+  /// Short ones (see the README) are on their way when this returns, long ones have been received.
+  template <Elements Data>
+  Report send(Data&& data, Rank to, int tag = 0, const CallOptions& options = {}) {
+    return engine().run(make().send(data, to, tag, options), nullptr);
+  }
+  template <Elements Data>
+  Operation async_send(Data&& data, Rank to, int tag = 0, const CallOptions& options = {}) {
+    return {engine_, engine().start(make().send(data, to, tag, options))};
+  }
+  /// Receives the next message with this tag (any_tag: with any) from rank `from`. It may be shorter than data, not longer.
+  template <WritableElements Data>
+  Received receive(Data&& data, Rank from, int tag = 0, const CallOptions& options = {}) {
+    Message got;
+    const Report report = engine().run(make().receive(data, from, tag, options), &got);
+    return {report, got.bytes / sizeof(ValueOf<Data>), got.peer, got.tag};
+  }
+  template <WritableElements Data>
+  Operation async_receive(Data&& data, Rank from, int tag = 0, const CallOptions& options = {}) {
+    return {engine_, engine().start(make().receive(data, from, tag, options))};
+  }
+  /// Both at once, so that ranks can send to each other in a ring. The report is the receive's, with what was sent.
+  template <class Out, class In>
+    requires Elements<Out> && WritableElements<In>
+  Received send_receive(Out&& out, Rank to, In&& in, Rank from, int tag = 0, const CallOptions& options = {}) {
+    const Message message = make().send(out, to, tag, options);
+    Operation receiving = async_receive(in, from, tag, options);
+    const Report sent = engine().run(message, nullptr);
+    Received got = receiving.template received<ValueOf<In>>();
+    got.report.bytes_sent += sent.bytes_sent;
+    got.report.bytes_wire += sent.bytes_wire;
+    return got;
   }
 
   /// Collective. A communicator of the same ranks whose operations are independent of this one's.
@@ -233,28 +442,30 @@ class Communicator {
   }
 
   /// The deadline of calls that name none.
-  nanoseconds timeout() const { return timeout_; }
-  void set_timeout(nanoseconds timeout) { timeout_ = positive(timeout); }
+  nanoseconds timeout() const { return make().timeout(); }
+  void set_timeout(nanoseconds timeout) { make().set_timeout(timeout); }
 
   /// Which algorithm a call of so many bytes would take (of the larger side, see Layout::items) and why: what each was
   /// measured or is estimated to take. `symmetric`: the buffers come from allocate(). Local; the same on all ranks.
   [[gnu::cold]] std::string explain(Collective operation, std::size_t bytes, bool symmetric = false) {
-    if (!chooser_) refuse_moved();
-    const bool direct = operation != Collective::barrier && (symmetric || one_address_space_);
-    const AlgorithmRef& asked = overrides_.of(operation);
-    const bool follows = asked && reaches(asked, direct);
-    const AlgorithmRef chosen = follows ? asked : chooser_->choose(operation, bytes, {direct});
+    Chooser& chooser = make().chooser();
+    const Need need{operation != Collective::barrier && (symmetric || make().one_address_space()), make().order() == Order::fixed ? Folding::fixed : Folding::cyclic};
+    const AlgorithmRef& asked = make().overrides().of(operation);
+    const bool follows = asked && make().reaches(asked, need.direct) && need.met_by(asked, operation);
+    const AlgorithmRef chosen = follows ? asked : chooser.choose(operation, bytes, need);
     std::string text = detail::concat({name_of(operation), " of ", bytes, " bytes, ", size(), " ranks: ", chosen.name,
                                        follows ? ", because TALLY_ALGORITHM says so" : ", the least time for its size class", "\n"});
-    for (const Chooser::Candidate& candidate : chooser_->candidates(operation, bytes, {direct})) {
+    for (const Chooser::Candidate& candidate : chooser.candidates(operation, bytes, need)) {
       char line[128];
       std::snprintf(line, sizeof line, "  %-20s %12.3f us  %s\n", std::string(candidate.algorithm.name).c_str(), candidate.estimate.microseconds, candidate.estimate.measured ? "measured" : "estimated");
       text += line;
     }
-    if (group_ > 1 && group_ < size()) text += detail::concat({"  ranks that follow each other share a cache or a socket in groups of ", group_, "\n"});
-    if (const std::string problem = engine_->kernel_problem(); !problem.empty()) text += detail::concat({"  single_copy is done as staged: ", problem, "\n"});
-    else if (operation != Collective::barrier && engine_->stages() && !chooser_->has_measured(find_algorithm(operation, SingleCopy::name), operation, bytes)) text += "  single_copy is not measured: the kernel's copies are chosen by measurement alone (tally_perf --tune)\n";
-    if (!direct && operation != Collective::barrier) text += "  zero_copy needs memory from allocate(): these ranks cannot reach each other's private memory\n";
+    if (group() > 1 && group() < size()) text += detail::concat({"  ranks that follow each other share a cache or a socket in groups of ", group(), "\n"});
+    if (const AlgorithmRef kernel = find_algorithm(operation, SingleCopy::name)) {
+      if (const std::string problem = engine().kernel_problem(); !problem.empty()) text += detail::concat({"  single_copy is done as staged: ", problem, "\n"});
+      else if (engine().stages() && !chooser.has_measured(kernel, operation, bytes)) text += "  single_copy is not measured: the kernel's copies are chosen by measurement alone (tally_perf --tune)\n";
+      if (!need.direct) text += "  zero_copy needs memory from allocate(): these ranks cannot reach each other's private memory\n";
+    }
     return text;
   }
 
@@ -328,7 +539,7 @@ class Communicator {
         all, members.empty() ? -1 : members[0], [&] { return engine().reserve(members); }, [&](std::uint64_t token) { opened = engine().open(token, members); },
         [&] { opened.reset(); }, [&](std::uint64_t token) { engine_->discard(token, members); });
     if (!opened) return {};
-    return Communicator(std::move(opened), timeout_, detail::model_within(chooser_->model(), size_, members), overrides_);
+    return Communicator(std::move(opened), timeout(), detail::model_within(make().chooser().model(), size(), members), make().overrides(), make().order());
   }
   [[noreturn, gnu::cold, gnu::noinline]] void refuse_amount(const std::vector<detail::Wish>& all, Rank r) {
     const auto text = [](const detail::Wish& wish) { return detail::concat({wish.count, " elements of ", wish.hash, " bytes (", name_of(wish.type), ")"}); };
@@ -347,175 +558,28 @@ class Communicator {
     throw Error(Errc::mismatch, {"subset: rank 0 passes ", detail::list_text(shown(0)), ", rank ", r, " passes ", detail::list_text(theirs)}, blaming(r));
   }
 
-  struct Input {
-    const std::byte* data = nullptr;
-    std::size_t bytes = 0;
-    const SymmetricMemory* memory = nullptr;
-    bool symmetric = false;  // also on ranks that have no such buffer in this call
-  };
-  struct Output {
-    std::byte* data = nullptr;
-    std::size_t bytes = 0;
-    const SymmetricMemory* memory = nullptr;
-    bool symmetric = false;
-    operator Input() const { return {data, bytes, memory, symmetric}; }
-  };
-  template <class R>
-  static auto memory_of(const char* name, R& range) {
-    using Memory = std::conditional_t<WritableElements<R&>, Output, Input>;
-    using Byte = std::remove_pointer_t<decltype(Memory::data)>;
-    const std::size_t bytes = std::ranges::size(range) * sizeof(ValueOf<R>);
-    auto* data = reinterpret_cast<Byte*>(std::ranges::data(range));
-    if (!data && bytes > 0) refuse_null(name, std::ranges::size(range));
-    if constexpr (SymmetricElements<R>) return Memory{data, bytes, range.symmetric_memory(), true};
-    else return Memory{data, bytes};
+  template <class Op>
+  static std::shared_ptr<const Op> keep(const Op& op) {
+    if constexpr (std::is_empty_v<Op> && std::is_default_constructible_v<Op>) {
+      static const Op one{};
+      return {std::shared_ptr<void>(), &one};  // nothing to own
+    } else {
+      return std::make_shared<const Op>(op);
+    }
   }
-  /// The output of a rank that has none: it still says in which memory the others' lies.
-  template <class R>
-  static Output nowhere(R& range) {
-    if constexpr (SymmetricElements<R>) return {nullptr, 0, range.symmetric_memory(), true};
-    else return {};
-  }
-  /// Whether all ranks can reach what a share needs of the others' buffers. The same on all ranks.
-  bool reachable(Collective operation, const Input& in, const Output& out) const {
-    if (one_address_space_) return true;
-    const bool reads = operation != Collective::all_gather && operation != Collective::broadcast, writes = operation != Collective::reduce_scatter;
-    return (in.symmetric || !reads) && (out.symmetric || !writes);
-  }
-  bool reaches(const AlgorithmRef& algorithm, bool direct) const { return !algorithm.share || (algorithm.is(Reach::direct) ? direct : engine_->stages()); }
-  [[noreturn, gnu::cold, gnu::noinline]] static void refuse_algorithm(Collective operation, std::string_view name) {
-    std::string known;
-    for (const std::string_view each : algorithms_for(operation)) known.append(" ").append(each);
-    throw Error(Errc::invalid_argument, {name_of(operation), ": no algorithm is called '", name, "'; there are", known});
-  }
-  [[noreturn, gnu::cold, gnu::noinline]] static void refuse_unreachable(const AlgorithmRef& algorithm) {
-    if (!algorithm.is(Reach::direct)) throw Error(Errc::unsupported, {algorithm.name, " needs blocks of shared memory, for which TALLY_SLOT_BUDGET is too small with so many ranks"});
-    throw Error(Errc::unsupported, {algorithm.name, " needs memory from allocate(), or ranks that are threads: other ranks cannot reach these buffers"});
-  }
+  Operation start(const Call& call, std::shared_ptr<const void> kept = nullptr) { return {engine_, engine().start(call, std::move(kept))}; }
   AnyEngine& engine() const {
     if (!engine_) refuse_moved();
     return *engine_;
   }
-  // Out of line, so that the checks can be inlined.
-  [[noreturn, gnu::cold, gnu::noinline]] static void refuse_null(const char* name, std::size_t count) {
-    throw Error(Errc::invalid_argument, {name, " is null but has ", count, " elements"});
+  CallMaker& make() const {
+    if (!make_) refuse_moved();
+    return *make_;
   }
   [[noreturn, gnu::cold, gnu::noinline]] static void refuse_moved() { throw Error(Errc::invalid_argument, "this communicator was moved from"); }
-  [[noreturn, gnu::cold, gnu::noinline]] static void refuse_overlap(Collective operation) {
-    throw Error(Errc::invalid_argument, {name_of(operation), ": in and out overlap without being in place"});
-  }
 
-  // What each operation's arguments mean, checked.
-  template <class A, class Data, class Op>
-  Call all_reduce_call(Data& data, const Op& op, const CallOptions& options) {
-    const Output memory = memory_of("data", data);
-    return folding<A, Collective::all_reduce, ValueOf<Data>>(memory, memory, std::ranges::size(data), op, 0, options);
-  }
-  template <class A, class In, class Out, class Op>
-  Call all_reduce_call(In& in, Out& out, const Op& op, const CallOptions& options) {
-    expect_count("all_reduce: out", std::ranges::size(out), std::ranges::size(in));
-    return folding<A, Collective::all_reduce, ValueOf<In>>(memory_of("in", in), memory_of("out", out), std::ranges::size(in), op, 0, options);
-  }
-  template <class A, class In, class Out, class Op>
-  Call reduce_call(In& in, Out& out, const Op& op, Rank root, const CallOptions& options) {
-    expect_root("reduce", root);
-    if (rank() == root) expect_count("reduce: out", std::ranges::size(out), std::ranges::size(in));
-    const Output result = rank() == root ? memory_of("out", out) : nowhere(out);
-    return folding<A, Collective::reduce, ValueOf<In>>(memory_of("in", in), result, std::ranges::size(in), op, root, options);
-  }
-  template <class A, class Data>
-  Call broadcast_call(Data& data, Rank root, const CallOptions& options) {
-    expect_root("broadcast", root);
-    return moving<A, Collective::broadcast, ValueOf<Data>>(Input{}, memory_of("data", data), std::ranges::size(data), root, options);
-  }
-  template <class A, class In, class Out>
-  Call all_gather_call(In& in, Out& out, const CallOptions& options) {
-    expect_count("all_gather: out", std::ranges::size(out), product(std::ranges::size(in)));
-    return moving<A, Collective::all_gather, ValueOf<In>>(memory_of("in", in), memory_of("out", out), std::ranges::size(in), 0, options);
-  }
-  template <class A, class In, class Out, class Op>
-  Call reduce_scatter_call(In& in, Out& out, const Op& op, const CallOptions& options) {
-    expect_count("reduce_scatter: in", std::ranges::size(in), product(std::ranges::size(out)));
-    return folding<A, Collective::reduce_scatter, ValueOf<In>>(memory_of("in", in), memory_of("out", out), std::ranges::size(out), op, 0, options);
-  }
-
-  /// Operations that combine.
-  template <class A, Collective O, class T, class Op>
-  [[gnu::always_inline]] Call folding(const Input& in, const Output& out, std::size_t count, const Op& op, Rank root, const CallOptions& options) {
-    void (*finish)(void*, std::size_t, int) = nullptr;
-    if constexpr (std::same_as<Op, Mean>) finish = detail::divide<T>;
-    return call<A, O, T>(in, out, count, fold_of<T>(op), detail::operator_code<Op>(), finish, root, options);
-  }
-  /// Operations that only move.
-  template <class A, Collective O, class T>
-  [[gnu::always_inline]] Call moving(const Input& in, const Output& out, std::size_t count, Rank root, const CallOptions& options) {
-    return call<A, O, T>(in, out, count, {}, 0, nullptr, root, options);
-  }
-  template <class A, Collective O, class T>
-  [[gnu::always_inline]] Call call(const Input& in, const Output& out, std::size_t count, Fold fold, std::uint16_t op, void (*finish)(void*, std::size_t, int), Rank root, const CallOptions& options) {
-    if (!engine_) refuse_moved();  // nothing below it is there, either
-    const bool shared = in_place(O, in, out), direct = O != Collective::barrier && reachable(O, in, out);
-    const std::size_t bytes = Layout{O, rank_, size_, root, count}.items() * sizeof(T);
-    // Everything below is made in one go and where it stays: what is copied right after it was written in parts costs ten times as much.
-    const nanoseconds timeout = options.timeout ? positive(*options.timeout) : timeout_;
-    const auto made = [&](const AlgorithmRef& algorithm) {
-      return Call{{O, rank_, size_, root, count, shared, group_, nullptr}, algorithm, in.data, out.data, element_type<T>(), sizeof(T), op, fold, finish, timeout, in.memory, out.memory};
-    };
-    if constexpr (std::same_as<A, Auto>) {
-      if (!options.algorithm.empty() || overrides_.of(O)) return made(asked_for(O, options.algorithm, bytes, direct));
-      return made(chooser_->choose(O, bytes, {direct}));
-    } else {
-      static_assert(Algorithm<A, O>, "this algorithm does not offer this operation");
-      static constexpr AlgorithmRef algorithm = algorithm_ref<A, O>();
-      if (!reaches(algorithm, direct)) refuse_unreachable(algorithm);
-      return made(algorithm);
-    }
-  }
-  /// The algorithm that the call names, or the environment if it can do this one, or the best.
-  [[gnu::noinline]] AlgorithmRef asked_for(Collective operation, std::string_view name, std::size_t bytes, bool direct) {
-    if (name.empty()) return reaches(overrides_.of(operation), direct) ? overrides_.of(operation) : chooser_->choose(operation, bytes, {direct});
-    const AlgorithmRef algorithm = find_algorithm(operation, name);
-    if (!algorithm) refuse_algorithm(operation, name);
-    if (!reaches(algorithm, direct)) refuse_unreachable(algorithm);
-    return algorithm;
-  }
-
-  /// In place is: the same span, or this rank's block of the larger one. Any other overlap is an error.
-  bool in_place(Collective operation, const Input& in, const Output& out) const {
-    if (in.bytes == 0 || out.bytes == 0) return false;
-    const std::less<> before;
-    if (!before(in.data, out.data + out.bytes) || !before(out.data, in.data + in.bytes)) return false;
-    const std::size_t mine = static_cast<std::size_t>(rank()) * std::min(in.bytes, out.bytes);
-    const std::byte* const expected_in = out.data + (operation == Collective::all_gather ? mine : 0);
-    const std::byte* const expected_out = in.data + (operation == Collective::reduce_scatter ? mine : 0);
-    if (operation == Collective::reduce_scatter ? out.data == expected_out : in.data == expected_in) return true;
-    refuse_overlap(operation);
-  }
-  std::size_t product(std::size_t count) const {
-    std::size_t total = 0;
-    if (__builtin_mul_overflow(count, static_cast<std::size_t>(size()), &total)) throw Error(Errc::invalid_argument, {count, " elements times ", size(), " ranks overflow"});
-    return total;
-  }
-  void expect_count(const char* name, std::size_t count, std::size_t expected) const {
-    if (count != expected) throw Error(Errc::invalid_argument, {name, " has ", count, " elements, expected ", expected});
-  }
-  void expect_root(const char* operation, Rank root) const {
-    if (root < 0 || root >= size())
-      throw Error(Errc::invalid_argument, {operation, ": root ", root, " is not a rank; ranks are 0 to ", size() - 1});
-  }
-  static nanoseconds positive(nanoseconds timeout) {
-    if (timeout <= nanoseconds{0}) throw Error(Errc::invalid_argument, {"a timeout must be longer than 0, not ", timeout.count(), " ns"});
-    return std::min(timeout, longest_timeout);
-  }
-
-  std::shared_ptr<AnyEngine> engine_;  // shared with persistent operations
-  Rank rank_;
-  int size_;
-  nanoseconds timeout_;
-  bool one_address_space_;
-  int group_;  // see Shape
-  std::unique_ptr<Chooser> chooser_;
-  AlgorithmOverrides overrides_;
+  std::shared_ptr<AnyEngine> engine_;  // shared with persistent operations and those in flight
+  std::unique_ptr<CallMaker> make_;
 };
 
 }  // namespace tally::inline v0

@@ -162,6 +162,10 @@ class Engine final : public AnyEngine {
     for (const auto& f : continuations) f();
     return more;
   }
+  bool pending() override {
+    const std::unique_lock lock(mutex_, std::try_to_lock);
+    return !lock || (first_ && !failed_);
+  }
   void be_driven_by_others() override { driven_by_others_ = true; }
 
   void leave() override {
@@ -215,6 +219,7 @@ class Engine final : public AnyEngine {
     if constexpr (DirectAccess<T>) return transport_->staging_bytes() > 0;
     else return false;
   }
+  std::size_t frame_bytes() const override { return transport_->frame_bytes(); }
   std::string kernel_problem() const override { return shares_.kernel_problem(); }
 
   // For Progress (see ProgressClient).
@@ -408,7 +413,7 @@ class Engine final : public AnyEngine {
     }
     Report report = close(run);
     progress_.stop();
-    if (run.row) ledger_.book(*run.row, report, bytes_of(run), run.account.watch, clock_);
+    if (run.row) ledger_.book(*run.row, report, run.bytes, run.account.watch, clock_);
     free(run);
     return report;
   }
@@ -483,9 +488,27 @@ class Engine final : public AnyEngine {
     history_[sequence_ % std::size(history_)] = {sequence_, fingerprint_, run.count};
     if (transport_->aborted()) raise_abort();
     transport_->enter({sequence_, fingerprint_, run.count, RankStatus::inside_operation, false});
-    run.scratch.grow(prepared.plan->scratch());
+    const std::size_t scratch = (prepared.plan->scratch() + 63) / 64 * 64, scaled = call.scale ? prepared.plan->layout().input_count() * call.grain : 0;
+    run.scratch.grow(scratch + scaled);
     prepared.fold = call.fold;
-    if (!call.algorithm.share) post_steps(run, prepared, call.input, call.output);
+    run.bytes = call.bytes();
+    if (run.background) run.own_call.layout = prepared.plan->layout();  // the caller's extents may go
+    if (call.scale) scale(run, run.scratch.data() + scratch, scaled);
+    if (!run.call->algorithm.share) post_steps(run, prepared, run.call->input, run.call->output);
+  }
+  /// In place where that is all there is of the input, else at `to`.
+  void scale(Run& run, std::byte* to, std::size_t bytes) {
+    const Call& call = *run.call;
+    const bool in_place = call.layout.in_place && call.layout.operation == Collective::all_reduce;
+    if (in_place) to = call.output;
+    progress_.enter(State::reduce);
+    call.scale(call.fold.op, to, call.input, bytes);
+    progress_.enter(State::protocol);
+    if (in_place) return;
+    if (!run.background) run.own_call = call;
+    run.own_call.input = to;
+    run.own_call.input_memory = nullptr;
+    run.call = &run.own_call;
   }
   /// Posts all steps of a plan; moved() tells how far they are.
   void post_steps(Run& run, Prepared& prepared, const std::byte* input, std::byte* output) {
@@ -527,7 +550,7 @@ class Engine final : public AnyEngine {
     run.message = message;
     run.sequence = sequence_;
     run.fingerprint = detail::Fingerprint::of_tag(message.tag);
-    run.count = message.bytes;
+    run.count = run.bytes = message.bytes;
     run.row = &ledger_.row(message.is_send ? Collective::send : Collective::receive, message.bytes, "message");
     run.remaining = 1;
     enlist(run);
@@ -559,7 +582,6 @@ class Engine final : public AnyEngine {
     t.operation = static_cast<std::uint32_t>(m.type) << 16 | m.grain;
     t.peer = m.peer;
     t.lane = message_lane;
-    t.grain = m.grain;
     t.is_send = m.is_send;
     t.matching = m.tag < 0 ? Matching::any : Matching::fingerprint;
     t.inherited = t.late = progress_.arrival(run.account);
@@ -682,14 +704,13 @@ class Engine final : public AnyEngine {
     report.sequence = run.number;
     if (run.row) report.algorithm = run.row->algorithm;
   }
-  static std::uint64_t bytes_of(const Run& run) { return run.call ? run.call->bytes() : run.message.bytes; }
   /// One in the background is booked by the caller's thread, when its report is fetched.
   void book(Run& run) {
     if (run.booked) return;
     run.booked = true;
     run.report.exposed = std::min(run.report.elapsed, clock_.to_ns(run.exposed));
     if (!run.row) return;
-    ledger_.book(*run.row, run.report, bytes_of(run), run.account.watch, clock_);
+    ledger_.book(*run.row, run.report, run.bytes, run.account.watch, clock_);
     ledger_.settle();
     if (run.error) ++run.row->failed;
   }
@@ -804,7 +825,7 @@ class Engine final : public AnyEngine {
         run.error = thrown && &run == serving_ ? thrown : std::make_exception_ptr(*failed_);
         end(run);
       } else if (run.row) {
-        ledger_.book(*run.row, run.report, bytes_of(run), run.account.watch, clock_);
+        ledger_.book(*run.row, run.report, run.bytes, run.account.watch, clock_);
         ledger_.settle();
         ++run.row->failed;
       }

@@ -30,13 +30,14 @@ inline bool exceeds_caches(const Layout& layout, std::size_t grain) {
 /// is in flight.
 struct Prepared : std::enable_shared_from_this<Prepared> {
   explicit Prepared(std::shared_ptr<const Plan> planned) : plan(std::move(planned)), past_caches(exceeds_caches(plan->layout(), plan->grain())), transfers(plan->steps().size()), queued(plan->steps().size()) {
+    const bool folds = reduces(plan->layout().operation);  // else elements may be cut anywhere
     for (std::uint32_t i = 0; i < plan->steps().size(); ++i) {
       const PlannedStep& step = plan->steps()[i];
       Transfer& t = transfers[i];
       t.bytes = step.count();
       t.step = i;
       t.peer = step.peer;
-      t.grain = static_cast<std::uint16_t>(plan->grain());
+      t.grain = static_cast<std::uint16_t>(folds || plan->layout().operation == Collective::barrier ? plan->grain() : 1);
       t.side = step.side;
       t.is_send = step.verb == Verb::send;
       t.fold = step.verb == Verb::receive_combine || step.verb == Verb::combine ? &fold : nullptr;

@@ -70,6 +70,7 @@ struct Run {
   Run* receiver = nullptr;        // who does now
   std::size_t remaining = 0;   // transfers not done
   Scratch scratch;
+  std::uint64_t bytes = 0;     // of the caller's data
   std::uint64_t sent = 0, received = 0, overhead = 0;  // bytes
 
   Account account;
@@ -103,6 +104,7 @@ class AnyEngine {
   virtual void then(Run& run, std::function<void()> f) = 0;
   /// For a progress thread: drives what is in flight until nothing is, or nothing has moved for so long, or the caller wants to go on. False if nothing is in flight.
   virtual bool drive(nanoseconds patience) = 0;
+  virtual bool pending() = 0;  // something is in flight, as far as can be told without waiting
   virtual void be_driven_by_others() = 0;  // from the caller's thread, before the first drive()
 
   virtual void leave() = 0;  // says goodbye; run() throws from then on
@@ -124,6 +126,7 @@ class AnyEngine {
   /// Whether ranks can load and store each other's private memory, and whether they have blocks of shared memory.
   virtual bool one_address_space() const = 0;
   virtual bool stages() const = 0;
+  virtual std::size_t frame_bytes() const = 0;  // of a message part: no element that is combined may be larger
   /// Why the kernel does not copy between the ranks; empty if it does or nobody has tried yet.
   virtual std::string kernel_problem() const = 0;
 };

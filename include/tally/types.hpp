@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <complex>
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
@@ -12,7 +13,9 @@
 #include <string>
 #include <string_view>
 #include <type_traits>
+#include <typeinfo>
 
+#include "floats.hpp"
 #include "steps.hpp"
 
 namespace tally::inline v0 {
@@ -59,31 +62,73 @@ constexpr bool has_root(Collective operation) {
   return like == Collective::reduce || like == Collective::broadcast || like == Collective::gather || like == Collective::scatter;
 }
 
-/// Elements as they are named to peers: kind and size, so `long` and `long long` are the same type.
-enum class ElementType : std::uint8_t { none, i8, i16, i32, i64, u8, u16, u32, u64, f32, f64, f80, byte };
+/// Elements as they are named to peers: kind and size, so `long` and `long long` are the same type. 6 bits; append only,
+/// and stay below the 24 where users' types begin.
+enum class ElementType : std::uint8_t { none, i8, i16, i32, i64, u8, u16, u32, u64, f32, f64, f80, byte, bfloat16, float16, e4m3, e5m2, boolean, c64, c128 };
+inline constexpr int first_user_type = 24, user_types = 40;
 
-constexpr std::string_view name_of(ElementType type) {
-  constexpr std::string_view names[] = {"none",   "int8",   "int16",  "int32",   "int64",   "uint8",      "uint16",
-                                        "uint32", "uint64", "float32", "float64", "long double", "byte"};
-  return static_cast<std::size_t>(type) < std::size(names) ? names[static_cast<std::size_t>(type)] : "unknown type";
+[[gnu::cold]] inline std::string name_of(ElementType type) {
+  constexpr std::string_view names[] = {"none",    "int8",    "int16",       "int32", "int64",    "uint8",   "uint16",   "uint32",   "uint64", "float32",
+                                        "float64", "long double", "byte", "bfloat16", "float16", "fp8_e4m3", "fp8_e5m2", "bool", "complex64", "complex128"};
+  const int code = static_cast<int>(type);
+  if (code >= first_user_type && code < first_user_type + user_types) return "user type #" + std::to_string(code - first_user_type);
+  return std::string(code < std::ssize(names) ? names[code] : "unknown type");
 }
 
-/// Numbers that can be reduced: all standard integers and floating-point types.
 template <class T>
-concept Number = std::is_arithmetic_v<T> && !std::same_as<T, bool> && std::same_as<T, std::remove_cv_t<T>> && sizeof(T) <= sizeof(long double) &&
-                 (std::is_floating_point_v<T> ? std::same_as<T, float> || std::same_as<T, double> || std::same_as<T, long double> : sizeof(T) <= 8);
-/// What can be moved: numbers and bytes.
+concept Integer = std::is_integral_v<T> && !std::same_as<T, bool> && std::same_as<T, std::remove_cv_t<T>> && sizeof(T) <= 8;
 template <class T>
-concept Element = Number<T> || std::same_as<T, std::byte>;
+concept Floating = std::same_as<T, float> || std::same_as<T, double> || std::same_as<T, long double> || Small<T>;
+template <class T>
+concept Complex = std::same_as<T, std::complex<float>> || std::same_as<T, std::complex<double>>;
+/// Numbers that have an order.
+template <class T>
+concept Number = Integer<T> || Floating<T>;
+/// What can be moved: numbers, std::byte, bool, and types of your own that are nothing but their bytes. Not pointers:
+/// what they point at is not where they arrive.
+template <class T>
+concept Element = std::is_trivially_copyable_v<T> && !std::is_pointer_v<T> && std::same_as<T, std::remove_cv_t<T>> &&
+                  (Number<T> || std::same_as<T, bool> || ((std::is_class_v<T> || std::is_enum_v<T>) && sizeof(T) <= 65535));
+
+namespace detail {
+
+/// FNV-1a: the same on every rank of a job.
+constexpr std::uint64_t hash_text(std::string_view text) {
+  std::uint64_t hash = 0xcbf29ce484222325u;
+  for (const char c : text) hash = (hash ^ static_cast<unsigned char>(c)) * 0x100000001b3u;
+  return hash;
+}
+/// The mangled name tells lambdas of one function apart, which the readable one does not.
+template <class T>
+std::uint64_t hash_type() {
+#if defined(__cpp_rtti)
+  static const std::uint64_t hash = hash_text(typeid(T).name());
+#else
+  static constexpr std::uint64_t hash = hash_text(__PRETTY_FUNCTION__);
+#endif
+  return hash;
+}
+
+}  // namespace detail
 
 template <Element T>
 constexpr ElementType element_type() {
   constexpr int log2 = sizeof(T) == 1 ? 0 : sizeof(T) == 2 ? 1 : sizeof(T) == 4 ? 2 : 3;
   if constexpr (std::same_as<T, std::byte>) return ElementType::byte;
+  else if constexpr (std::same_as<T, bool>) return ElementType::boolean;
   else if constexpr (std::same_as<T, float>) return ElementType::f32;
   else if constexpr (std::same_as<T, double>) return ElementType::f64;
   else if constexpr (std::same_as<T, long double>) return ElementType::f80;
-  else return static_cast<ElementType>(static_cast<int>(std::is_signed_v<T> ? ElementType::i8 : ElementType::u8) + log2);
+  else if constexpr (std::same_as<T, std::complex<float>>) return ElementType::c64;
+  else if constexpr (std::same_as<T, std::complex<double>>) return ElementType::c128;
+  else if constexpr (Integer<T>) return static_cast<ElementType>(static_cast<int>(std::is_signed_v<T> ? ElementType::i8 : ElementType::u8) + log2);
+  else if constexpr (Small<T>) {
+    using Stored = typename detail::SmallTraits<T>::Stored;
+    if constexpr (std::same_as<Stored, bf16>) return ElementType::bfloat16;
+    else if constexpr (std::same_as<Stored, f16>) return ElementType::float16;
+    else if constexpr (std::same_as<Stored, fp8_e4m3>) return ElementType::e4m3;
+    else return ElementType::e5m2;
+  } else return static_cast<ElementType>(first_user_type + static_cast<int>(detail::hash_type<T>() % user_types));
 }
 
 /// Whether input and output are the same memory, and if so where each begins in it (in elements).

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// expect: 'floating_point<T>' is unsatisfied|'int' does not satisfy 'floating_point'
+// expect: takes<T> \[with T = int; Op = tally::v0::Mean\]' evaluated to|Mean::takes<int>' evaluated to
 #include <tally/tally.hpp>
 
 void f(tally::Communicator& comm, std::span<int> integers, std::span<float> floats) {

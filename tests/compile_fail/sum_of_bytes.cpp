@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// expect: is_arithmetic_v<(T> \[with T = std::byte\]|std::byte>)' evaluated to
+// expect: takes<T> \[with T = std::byte; Op = tally::v0::Sum\]' evaluated to|Sum::takes<std::byte>' evaluated to
 #include <tally/tally.hpp>
 
 void f(tally::Communicator& comm, std::span<std::byte> bytes, std::span<std::byte> all) {

@@ -29,10 +29,10 @@ struct Chain {
   static Steps reduce(Shape shape) {
     const auto [me, n, root, in, out, group] = shape;
     const bool last = wrap(me + 1, n) == root;
-    const Range sum = me == root ? out.all() : Range{Buffer::scratch, 0, in.count()};
+    const Range folded = me == root ? out.all() : Range{Buffer::scratch, 0, in.count()};
     if (n == 1) co_yield copy(in.all(), out.all());
-    if (!last) co_yield receive_combine(wrap(me + 1, n), in.all(), sum);
-    if (me != root) co_yield send(wrap(me - 1, n), last ? in.all() : sum);
+    if (!last) co_yield receive_combine(wrap(me + 1, n), in.all(), folded);
+    if (me != root) co_yield send(wrap(me - 1, n), last ? in.all() : folded);
   }
 
   static Steps broadcast(Shape shape) {
@@ -51,12 +51,12 @@ struct Chain {
   }
   static Steps exclusive_scan(Shape shape) {
     const auto [me, n, root, in, out, group] = shape;
-    const Range sum{Buffer::scratch, 0, in.count()};
+    const Range folded{Buffer::scratch, 0, in.count()};
     const bool passes_on = me + 1 < n;
-    if (me > 0 && passes_on) co_yield copy(in.all(), sum);
+    if (me > 0 && passes_on) co_yield copy(in.all(), folded);
     if (me > 0) co_yield receive(me - 1, out.all());
-    if (me > 0 && passes_on) co_yield combine(out.all(), sum, Side::left);
-    if (passes_on) co_yield send(me + 1, me == 0 ? in.all() : sum);
+    if (me > 0 && passes_on) co_yield combine(out.all(), folded, Side::left);
+    if (passes_on) co_yield send(me + 1, me == 0 ? in.all() : folded);
   }
 };
 

@@ -131,11 +131,11 @@ struct TwoShot {
   /// Rank i folds block i of everyone and sends it to the root.
   static Steps reduce(Shape shape) {
     const auto [me, n, root, in, out, group] = shape;
-    const Range sum = me == root ? out[me] : Range{Buffer::scratch, 0, in[me].count};
+    const Range folded = me == root ? out[me] : Range{Buffer::scratch, 0, in[me].count};
     for (int i = 1; i < n; ++i) co_yield send(wrap(me + i, n), in[me + i]);
-    Steps fold = detail::fold_all(me, n, in[me], sum);
+    Steps fold = detail::fold_all(me, n, in[me], folded);
     while (const Step* step = fold.next()) co_yield *step;
-    if (me != root) co_yield send(root, sum);
+    if (me != root) co_yield send(root, folded);
     else
       for (int i = 1; i < n; ++i) co_yield receive(wrap(me - i, n), out[me - i]);
   }

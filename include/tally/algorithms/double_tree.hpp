@@ -41,12 +41,12 @@ struct DoubleTree {
   };
 
   static Steps up(Rank me, int n, Rank root, std::size_t count, Buffer to) {
-    const Chunks in(Buffer::input, count, 2), sum(to, count, 2);
+    const Chunks in(Buffer::input, count, 2), folded(to, count, 2);
     for (int tree = 0; tree < 2; ++tree) {
       const Node node = place(tree, me, n, root);
-      if (node.left >= 0) co_yield receive_combine(node.left, in[tree], sum[tree], Side::left);
-      if (node.right >= 0) co_yield receive_combine(node.right, node.left >= 0 ? sum[tree] : in[tree], sum[tree]);
-      if (node.parent >= 0) co_yield send(node.parent, node.left >= 0 || node.right >= 0 ? sum[tree] : in[tree]);
+      if (node.left >= 0) co_yield receive_combine(node.left, in[tree], folded[tree], Side::left);
+      if (node.right >= 0) co_yield receive_combine(node.right, node.left >= 0 ? folded[tree] : in[tree], folded[tree]);
+      if (node.parent >= 0) co_yield send(node.parent, node.left >= 0 || node.right >= 0 ? folded[tree] : in[tree]);
     }
   }
 

@@ -23,13 +23,13 @@ struct Hierarchical {
     const auto [me, n, root, in, out, group] = shape;
     const Groups all(n, group);
     const int mine = all.of(me);
-    const Chunks sum(Buffer::output, out.count(), all.width);
+    const Chunks folded(Buffer::output, out.count(), all.width);
     if (n == 1) co_yield copy(in.all(), out.all());
     Steps summing = fold_group(all, me, in.count(), Buffer::output);
     while (const Step* step = summing.next()) co_yield *step;
     for (int block = me - all.first(mine); block < all.width; block += all.size(mine)) {
-      Steps doubling = RecursiveDoubling::all_reduce(across(all, mine, 0, sum[block].count));
-      while (const Step* step = doubling.next()) co_yield all.place(*step, block, sum[block]);
+      Steps doubling = RecursiveDoubling::all_reduce(across(all, mine, 0, folded[block].count));
+      while (const Step* step = doubling.next()) co_yield all.place(*step, block, folded[block]);
     }
     Steps telling = tell_group(all, me, out.count());
     while (const Step* step = telling.next()) co_yield *step;
@@ -41,17 +41,17 @@ struct Hierarchical {
     const Groups all(n, group);
     const int mine = all.of(me), home = all.of(root);
     const Buffer buffer = me == root ? Buffer::output : Buffer::scratch;
-    const Chunks sum(buffer, in.count(), all.width);
+    const Chunks folded(buffer, in.count(), all.width);
     if (n == 1) co_yield copy(in.all(), out.all());
     Steps summing = fold_group(all, me, in.count(), buffer);
     while (const Step* step = summing.next()) co_yield *step;
     for (int block = me - all.first(mine); block < all.width; block += all.size(mine)) {
-      Steps tree = Tree::reduce(across(all, mine, home, sum[block].count));
-      while (const Step* step = tree.next()) co_yield all.place(*step, block, sum[block]);
-      if (mine == home && me != root) co_yield send(root, sum[block]);
+      Steps tree = Tree::reduce(across(all, mine, home, folded[block].count));
+      while (const Step* step = tree.next()) co_yield all.place(*step, block, folded[block]);
+      if (mine == home && me != root) co_yield send(root, folded[block]);
     }
     for (int block = 0; me == root && block < all.width; ++block)
-      if (const Rank from = all.member(home, block); from != root) co_yield receive(from, sum[block]);
+      if (const Rank from = all.member(home, block); from != root) co_yield receive(from, folded[block]);
   }
 
   /// The root gives each member of its group a block, these give it to the members of the other groups that look after
@@ -97,12 +97,12 @@ struct Hierarchical {
 
   /// Block b of `to` becomes the fold of this group's inputs, at the member that looks after it.
   static Steps fold_group(const Groups all, Rank me, std::size_t count, Buffer to) {
-    const Chunks in(Buffer::input, count, all.width), sum(to, count, all.width);
+    const Chunks in(Buffer::input, count, all.width), folded(to, count, all.width);
     const int group = all.of(me), size = all.size(group), mine = me - all.first(group);
     for (int i = 1; i < size; ++i)
       for (int block = wrap(mine + i, size); block < all.width; block += size) co_yield send(all.member(group, block), in[block]);
     for (int block = mine; block < all.width; block += size) {
-      Steps fold = detail::fold_all(mine, size, in[block], sum[block], all.first(group), to == Buffer::scratch ? count : 0);
+      Steps fold = detail::fold_all(mine, size, in[block], folded[block], all.first(group), to == Buffer::scratch ? count : 0);
       while (const Step* step = fold.next()) co_yield *step;
     }
   }

@@ -61,7 +61,7 @@ struct RecursiveDoubling {
   /// Upper halves put the lower half's total before what they have; totals are made for those who will be above.
   static Steps prefix(Shape shape, bool inclusive) {
     const auto [me, n, root, in, out, group] = shape;
-    const Range sum{Buffer::scratch, 0, in.count()}, other{Buffer::scratch, in.count(), in.count()};
+    const Range folded{Buffer::scratch, 0, in.count()}, other{Buffer::scratch, in.count(), in.count()};
     Range total = in.all(), have = in.all();
     bool begun = inclusive;  // there is something to put the next total before
     for (int bit = 1; bit < n; bit *= 2) {
@@ -71,18 +71,18 @@ struct RecursiveDoubling {
       if (upper <= 0) continue;
       if (me < high) {
         if (me - low < upper) co_yield send(me + bit, total);
-        if (further) co_yield receive_combine(me + bit, total, sum);
+        if (further) co_yield receive_combine(me + bit, total, folded);
       } else if (further) {
         co_yield send(me - bit, total);
         co_yield receive(me - bit, other);
-        co_yield copy(total, sum);
-        co_yield combine(other, sum, Side::left);
+        co_yield copy(total, folded);
+        co_yield combine(other, folded, Side::left);
         co_yield copy(begun ? have : other, out.all());
         if (begun) co_yield combine(other, out.all(), Side::left);
       } else {
         co_yield begun ? receive_combine(me - bit, have, out.all(), Side::left) : receive(me - bit, out.all());
       }
-      if (further) total = sum;
+      if (further) total = folded;
       if (me >= high) have = out.all(), begun = true;
     }
     if (inclusive && have.buffer == Buffer::input) co_yield copy(in.all(), out.all());
@@ -100,9 +100,9 @@ struct RecursiveHalving {
   static Steps all_reduce(Shape shape) {
     const auto [me, n, root, in, out, group] = shape;
     const int holders = power_of_two(n);
-    const Chunks sum(Buffer::output, out.count(), holders);
+    const Chunks folded(Buffer::output, out.count(), holders);
     if (n == 1) co_yield copy(in.all(), out.all());
-    Steps halving = halve(me, n, holders, Chunks(Buffer::input, in.count(), holders), sum);
+    Steps halving = halve(me, n, holders, Chunks(Buffer::input, in.count(), holders), folded);
     while (const Step* step = halving.next()) co_yield *step;
     // The same exchanges backwards, of finished shares.
     for (int bit = holders; bit >= 1; bit /= 2) {
@@ -111,12 +111,12 @@ struct RecursiveHalving {
       if (upper <= 0) continue;
       const int givers = power_of_two(upper);
       if (upper == bit) {
-        co_yield send(me ^ bit, share(sum, holders, me, 2 * bit));
-        co_yield receive(me ^ bit, share(sum, holders, me ^ bit, 2 * bit));
+        co_yield send(me ^ bit, share(folded, holders, me, 2 * bit));
+        co_yield receive(me ^ bit, share(folded, holders, me ^ bit, 2 * bit));
       } else if (me < high) {
-        co_yield send(high + (me & (givers - 1)), share(sum, holders, me, bit));
+        co_yield send(high + (me & (givers - 1)), share(folded, holders, me, bit));
       } else if (me < high + givers) {
-        for (Rank peer = me - bit; peer < high; peer += givers) co_yield receive(peer, share(sum, holders, peer, bit));
+        for (Rank peer = me - bit; peer < high; peer += givers) co_yield receive(peer, share(folded, holders, peer, bit));
       }
     }
   }
@@ -124,21 +124,21 @@ struct RecursiveHalving {
   /// Which blocks a rank ends with goes by its bits reversed: they take one hop more to where they belong.
   static Steps reduce_scatter(Shape shape) {
     const auto [me, n, root, in, out, group] = shape;
-    const Chunks sum(Buffer::scratch, in.count(), n);
+    const Chunks folded(Buffer::scratch, in.count(), n);
     if (n == 1) co_yield copy(in.all(), out.all());
-    Steps halving = halve(me, n, n, in, sum);
+    Steps halving = halve(me, n, n, in, folded);
     while (const Step* step = halving.next()) co_yield *step;
     for (Rank to = 0; to < n; ++to)
-      if (to != me && holder(to, n) == me) co_yield send(to, sum[to]);
+      if (to != me && holder(to, n) == me) co_yield send(to, folded[to]);
     if (const Rank from = holder(me, n); from != me) co_yield receive(from, out.all());
-    else if (n > 1) co_yield copy(sum[me], out.all());
+    else if (n > 1) co_yield copy(folded[me], out.all());
   }
 
  private:
   static int power_of_two(int n) { return static_cast<int>(std::bit_floor(static_cast<unsigned>(n))); }
 
   /// Each of the first power_of_two(n) ranks ends with its share of the sum.
-  static Steps halve(Rank me, int n, int blocks, Chunks have, Chunks sum) {
+  static Steps halve(Rank me, int n, int blocks, Chunks have, Chunks folded) {
     for (int bit = 1; bit < n; bit *= 2) {
       const int low = me & ~(2 * bit - 1), high = low + bit;
       const int upper = std::min(bit, n - high);
@@ -146,13 +146,13 @@ struct RecursiveHalving {
       const int givers = power_of_two(upper);
       if (upper == bit) {
         co_yield send(me ^ bit, share(have, blocks, me ^ bit, 2 * bit));
-        co_yield receive_combine(me ^ bit, share(have, blocks, me, 2 * bit), share(sum, blocks, me, 2 * bit), me < high ? Side::right : Side::left);
+        co_yield receive_combine(me ^ bit, share(have, blocks, me, 2 * bit), share(folded, blocks, me, 2 * bit), me < high ? Side::right : Side::left);
       } else if (me < high) {
-        co_yield receive_combine(high + (me & (givers - 1)), share(have, blocks, me, bit), share(sum, blocks, me, bit));
+        co_yield receive_combine(high + (me & (givers - 1)), share(have, blocks, me, bit), share(folded, blocks, me, bit));
       } else if (me < high + givers) {
         for (Rank peer = me - bit; peer < high; peer += givers) co_yield send(peer, share(have, blocks, peer, bit));
       }
-      have = sum;
+      have = folded;
     }
   }
 

@@ -38,7 +38,7 @@ struct Tree {
   static Steps reduce(Shape shape) {
     const auto [me, n, root, in, out, group] = shape;
     const int v = wrap(me - root, n);
-    const Range sum = v == 0 ? out.all() : Range{Buffer::scratch, 0, in.count()};
+    const Range folded = v == 0 ? out.all() : Range{Buffer::scratch, 0, in.count()};
     Range have = in.all();
     if (n == 1) co_yield copy(in.all(), out.all());
     for (int bit = 1; bit < n; bit *= 2) {
@@ -47,8 +47,8 @@ struct Tree {
         co_return;
       }
       if (v + bit >= n) continue;
-      co_yield receive_combine(wrap(me + bit, n), have, sum);
-      have = sum;
+      co_yield receive_combine(wrap(me + bit, n), have, folded);
+      have = folded;
     }
   }
 

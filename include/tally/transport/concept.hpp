@@ -119,6 +119,7 @@ concept Transport = requires(T& t, const T& c, Transfer& transfer, RankStatus st
   { c.size() } -> std::same_as<int>;
   { c.lanes() } -> std::same_as<int>;
   { c.origin(rank) } -> std::same_as<Rank>;  // which of the job's ranks that is
+  { c.frame_bytes() } -> std::same_as<std::size_t>;  // no grain may be larger
   { c.name() } -> std::convertible_to<std::string_view>;
   { c.counters() } -> std::convertible_to<TransportCounters>;
   // post(transfer, probe): queues it, and may begin with it

@@ -162,6 +162,7 @@ class SlotTransport {
   int size() const { return layout_.size(); }
   int lanes() const { return layout_.lanes(); }
   Rank origin(Rank r) const { return memory_->origin(r); }
+  std::size_t frame_bytes() const { return layout_.slot_bytes(); }
   std::string_view name() const { return memory_->name(); }
   const TransportCounters& counters() const { return counters_; }
   /// Whether ranks outnumber the cores they may run on, all ranks' cores together. Known for good once all are here.

@@ -1,0 +1,122 @@
+// SPDX-License-Identifier: Apache-2.0
+// One thread of the process that drives what runs in the background, for all its communicators. It sleeps while nothing is
+// pending, and steps back whenever the caller's thread calls the communicator that it is driving.
+#pragma once
+
+#include <pthread.h>
+#include <sched.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cerrno>
+#include <condition_variable>
+#include <memory>
+#include <mutex>
+#include <system_error>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "run.hpp"
+
+namespace tally::inline v0 {
+
+namespace detail {
+
+class ProgressWorker {
+ public:
+  /// `core`: where to run; -1: anywhere the process may.
+  explicit ProgressWorker(int core) : thread_([this] { work(); }) {
+    if (core < 0) return;
+    cpu_set_t set;
+    CPU_ZERO(&set);
+    const int error = core < CPU_SETSIZE ? (CPU_SET(static_cast<std::size_t>(core), &set), ::pthread_setaffinity_np(thread_.native_handle(), sizeof set, &set)) : EINVAL;
+    if (error == 0) return;
+    stop();
+    throw Error(Errc::invalid_argument, {"the progress thread cannot run on core ", core, ": ", std::generic_category().message(error)});
+  }
+  ~ProgressWorker() { stop(); }
+  ProgressWorker(const ProgressWorker&) = delete;
+
+  /// Something is pending there.
+  void notify(const std::shared_ptr<AnyEngine>& engine) {
+    {
+      const std::lock_guard lock(mutex_);
+      if (std::ranges::find(pending_, engine) != pending_.end()) return;
+      pending_.push_back(engine);
+    }
+    changed_.notify_one();
+  }
+
+ private:
+  void stop() {
+    {
+      const std::lock_guard lock(mutex_);
+      stopping_ = true;
+    }
+    changed_.notify_one();
+    if (thread_.joinable()) thread_.join();
+  }
+  void work() {
+    std::vector<std::shared_ptr<AnyEngine>> engines;
+    for (;;) {
+      {
+        std::unique_lock lock(mutex_);
+        changed_.wait(lock, [&] { return stopping_ || !pending_.empty(); });
+        if (stopping_) return;
+        engines = pending_;
+      }
+      // With one communicator it waits in there, asleep if that takes long; with several each gets a short look.
+      for (const auto& engine : engines) {
+        if (engine->drive(engines.size() == 1 ? std::chrono::milliseconds(5) : std::chrono::microseconds(5))) continue;
+        const std::lock_guard lock(mutex_);
+        if (!engine->pending()) std::erase(pending_, engine);
+      }
+      engines.clear();
+    }
+  }
+
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  std::vector<std::shared_ptr<AnyEngine>> pending_;
+  bool stopping_ = false;
+  std::thread thread_;
+};
+
+/// The process's, while somebody holds it.
+struct TheProgressWorker {
+  std::mutex mutex;
+  std::weak_ptr<ProgressWorker> worker;
+  std::atomic<bool> exists{false};  // so that nobody has to ask
+  static TheProgressWorker& get() {
+    static TheProgressWorker& the = *new TheProgressWorker;  // never destroyed: operations may end during exit
+    return the;
+  }
+};
+
+}  // namespace detail
+
+/// Holds the process's progress thread: it ends with the last of these.
+class ProgressThread {
+ public:
+  explicit ProgressThread(std::shared_ptr<detail::ProgressWorker> worker) : worker_(std::move(worker)) {}
+
+ private:
+  std::shared_ptr<detail::ProgressWorker> worker_;
+};
+
+/// Starts the progress thread, or shares the one there is (then `core` is ignored). From then on it drives operations that
+/// are started; without it, they go on in calls of their communicator alone. Errc::invalid_argument if it cannot run on that core.
+[[nodiscard]] inline ProgressThread progress_thread(int core = -1) {
+  auto& the = detail::TheProgressWorker::get();
+  const std::lock_guard lock(the.mutex);
+  auto worker = the.worker.lock();
+  if (!worker) {
+    worker = std::make_shared<detail::ProgressWorker>(core);
+    the.worker = worker;
+    the.exists.store(true, std::memory_order_release);
+  }
+  return ProgressThread(std::move(worker));
+}
+
+}  // namespace tally::inline v0
