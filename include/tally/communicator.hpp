@@ -38,21 +38,23 @@ namespace tally::inline v0 {
 class Communicator {
  public:
   Communicator(std::shared_ptr<AnyEngine> engine, nanoseconds timeout, const CostModel& model = {}, AlgorithmOverrides overrides = {}, Order order = Order::any)
-      : engine_(std::move(engine)), make_(std::make_unique<CallMaker>(*engine_, timeout, model, std::move(overrides), order)) {}
+      : engine_(std::move(engine)), make_(std::make_unique<CallMaker>(*engine_, timeout, model, std::move(overrides), order)), rank_(engine_->rank()), size_(engine_->size()) {}
 
   Communicator(Communicator&&) noexcept = default;
   Communicator& operator=(Communicator&& other) noexcept {
     if (engine_) engine_->leave();
     engine_ = std::move(other.engine_);
     make_ = std::move(other.make_);
+    rank_ = other.rank_;
+    size_ = other.size_;
     return *this;
   }
   ~Communicator() {
     if (engine_) engine_->leave();
   }
 
-  Rank rank() const { return make().rank(); }
-  int size() const { return make().size(); }
+  Rank rank() const { return rank_; }
+  int size() const { return size_; }
   /// So many ranks that follow each other, from rank 0 on, share a cache or a socket; 1 where they do not, or it is not known.
   int group() const { return make().group(); }
 
@@ -580,6 +582,8 @@ class Communicator {
 
   std::shared_ptr<AnyEngine> engine_;  // shared with persistent operations and those in flight
   std::unique_ptr<CallMaker> make_;
+  Rank rank_;
+  int size_;
 };
 
 }  // namespace tally::inline v0
