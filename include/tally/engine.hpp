@@ -8,14 +8,12 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cstddef>
 #include <cstring>
 #include <exception>
 #include <functional>
 #include <initializer_list>
 #include <memory>
-#include <mutex>
 #include <optional>
 #include <span>
 #include <string>
@@ -24,11 +22,14 @@
 
 #include "account/ledger.hpp"
 #include "call.hpp"
+#include "diagnosis.hpp"
+#include "gate.hpp"
+#include "local_steps.hpp"
+#include "mailbox.hpp"
 #include "prepared.hpp"
 #include "progress.hpp"
 #include "run.hpp"
 #include "share_work.hpp"
-#include "thread_rule.hpp"
 #include "transport/concept.hpp"
 
 namespace tally::inline v0 {
@@ -37,9 +38,7 @@ template <Transport T>
 class Engine final : public AnyEngine {
  public:
   Engine(std::unique_ptr<T> transport, const Clock& clock, ModelMeter model, WaitPolicy wait = WaitPolicy::balanced, bool accounting = true)
-      : transport_(std::move(transport)), clock_(clock), wait_(wait), accounting_(accounting), ledger_(transport_->size(), transport_->rank(), transport_->name(), model), progress_(*transport_, clock, wait, accounting) {
-    for (int i = 0; i < 2; ++i) free(*runs_.emplace_back(std::make_unique<Run>(size())));
-  }
+      : transport_(std::move(transport)), clock_(clock), wait_(wait), accounting_(accounting), ledger_(transport_->size(), transport_->rank(), transport_->name(), model), progress_(*transport_, clock, wait, accounting), runs_(transport_->size()) {}
   ~Engine() override {
     leave();
     ledger_.settle();  // while the stopwatches it reads are there
@@ -47,8 +46,8 @@ class Engine final : public AnyEngine {
 
   Report run(const Call& call) override {
     const Use use(*this);
-    if (first_) refuse_overlaps(call);
-    Run& run = take_run();
+    if (runs_.first()) diagnosis_.refuse_overlaps(call);
+    Run& run = runs_.take();
     run.call = &call;
     return to_end(run, call.timeout, [&] {
       post(run);
@@ -64,7 +63,7 @@ class Engine final : public AnyEngine {
 
   Report run(const Message& message, Message* received) override {
     const Use use(*this);
-    Run& run = take_run();
+    Run& run = runs_.take();
     return to_end(run, message.timeout, [&] {
       post(run, message);
       if (run.remaining > 0 && message.peer == rank() && !message.is_send) throw Error(Errc::invalid_argument, {"rank ", rank(), " would wait for a message from itself for ever: send it first"});
@@ -75,8 +74,8 @@ class Engine final : public AnyEngine {
 
   Run* start(const Call& call, std::shared_ptr<const void> kept) override {
     const Use use(*this);
-    refuse_overlaps(call);
-    Run& run = take_run();
+    diagnosis_.refuse_overlaps(call);
+    Run& run = runs_.take();
     run.own_call = call;
     run.call = &run.own_call;
     run.kept = std::move(kept);
@@ -84,7 +83,7 @@ class Engine final : public AnyEngine {
   }
   Run* start(const Message& message) override {
     const Use use(*this);
-    Run& run = take_run();
+    Run& run = runs_.take();
     return in_background(run, message.timeout, [&] { post(run, message); });
   }
   bool wait(Run& run, const nanoseconds* at_most) override {
@@ -95,7 +94,7 @@ class Engine final : public AnyEngine {
     progress_.drive(at_most ? *at_most : run.timeout);
     limit_is_error_ = !at_most;
     out_of_time_ = false;
-    waited_ = &run;
+    diagnosis_.waited = &run;
     try {
       if (at_most && *at_most <= nanoseconds{0}) once();
       else
@@ -104,7 +103,7 @@ class Engine final : public AnyEngine {
     } catch (...) {
       fail();
     }
-    waited_ = nullptr;
+    diagnosis_.waited = nullptr;
     progress_.rest();
     if (accounting_) run.exposed += clock_.now() - begin;
     return run.done.load(std::memory_order_relaxed);
@@ -122,7 +121,7 @@ class Engine final : public AnyEngine {
     run.kept = nullptr;
     run.error = nullptr;
     run.continuation = nullptr;
-    free(run);
+    runs_.free(run);
   }
   void then(Run& run, std::function<void()> f) override {
     {
@@ -135,18 +134,18 @@ class Engine final : public AnyEngine {
     f();
   }
   bool drive(nanoseconds patience) override {
-    std::vector<std::function<void()>> continuations;
+    std::vector<std::function<void()>> due;
     bool more = false;
     {
-      const std::unique_lock lock(mutex_, std::try_to_lock);
+      const auto lock = gate_.try_lock();
       if (!lock) return true;
-      if (!first_ || failed_) return false;
+      if (!runs_.first() || failed_) return false;
       const Ticks limit = clock_.to_ticks(patience);
       Ticks moved = clock_.now();
-      progress_.drive(first_->timeout, first_->account.arrival);
+      progress_.drive(runs_.first()->timeout, runs_.first()->account.arrival);
       limit_is_error_ = true;
       try {
-        for (std::uint64_t seen = moves_; first_ && wanted_.load(std::memory_order_relaxed) == 0;) {
+        for (std::uint64_t seen = moves_; runs_.first() && !gate_.wanted();) {
           turn();
           if (seen == moves_ && clock_.now() - moved > limit) break;
           if (seen != moves_) moved = clock_.now(), seen = moves_;
@@ -156,24 +155,24 @@ class Engine final : public AnyEngine {
         fail();
       }
       progress_.rest();
-      more = first_ != nullptr;
-      continuations.swap(continuations_);
+      more = runs_.first() != nullptr;
+      due = gate_.take_due();
     }
-    for (const auto& f : continuations) f();
+    for (const auto& f : due) f();
     return more;
   }
   bool pending() override {
-    const std::unique_lock lock(mutex_, std::try_to_lock);
-    return !lock || (first_ && !failed_);
+    const auto lock = gate_.try_lock();
+    return !lock || (runs_.first() && !failed_);
   }
-  void be_driven_by_others() override { driven_by_others_ = true; }
+  void be_driven_by_others() override { gate_.share(); }
 
   void leave() override {
-    if (driven_by_others_) lock();
+    gate_.lock([this] { transport_->interrupt(); });
     if (!failed_) failed_.emplace(Errc::invalid_argument, "this communicator is gone");
     give_up();
     transport_->leave();
-    if (driven_by_others_) mutex_.unlock();
+    gate_.unlock();
   }
   [[gnu::cold]] void abort(const std::string& why) override {
     transport_->abort({Errc::aborted, rank(), -1, detail::concat({"rank ", rank(), " aborted the communicator", why.empty() ? "" : ": ", why})});
@@ -225,59 +224,43 @@ class Engine final : public AnyEngine {
   // For Progress (see ProgressClient).
 
   Account& account_of(const Transfer& t) {
-    serving_ = static_cast<Run*>(t.owner);
-    return serving_->account;
+    Run* const run = diagnosis_.serving = static_cast<Run*>(t.owner);
+    return run->account;
   }
-  Account& oldest() { return first_ ? first_->account : serving_->account; }
-  bool interrupted() const { return wanted_.load(std::memory_order_relaxed) != 0; }
+  Account& oldest() { return runs_.first() ? runs_.first()->account : diagnosis_.serving->account; }
+  bool interrupted() const { return gate_.wanted(); }
 
   void check(const Transfer& t, const FrameInfo& frame) {
     const Run& run = *static_cast<const Run*>(t.owner);
-    if (!run.call) return check_message(run, frame);
+    if (!run.call) return mailbox_.check(run, frame);
     const auto ahead = static_cast<std::int32_t>(frame.operation - t.operation);
-    if (ahead != 0) raise_out_of_step(run, t.peer, frame, ahead);
+    if (ahead != 0) raise(Errc::mismatch, run, t.peer, {diagnosis_.out_of_step(run, t.peer, frame, ahead)});
     if (frame.has_fingerprint && frame.fingerprint != run.fingerprint) raise_mismatch(run, t.peer, frame.fingerprint);
     if (frame.total != t.bytes)
-      raise(Errc::mismatch, run, t.peer, {"rank ", t.peer, " sends ", frame.total, " bytes where rank ", rank(), " expects ", t.bytes, " in ", describe_step(run, t.step)});
+      raise(Errc::mismatch, run, t.peer, {"rank ", t.peer, " sends ", frame.total, " bytes where rank ", rank(), " expects ", t.bytes, " in ", diagnosis_.describe_step(run, t.step)});
     if (frame.first != (t.done == 0) || frame.bytes > t.bytes - t.done || frame.last != (frame.bytes == t.bytes - t.done) || frame.bytes % t.grain != 0)
-      raise(Errc::protocol, run, t.peer, {"rank ", t.peer, " cuts a message in another way than ", describe_step(run, t.step), " can read"});
+      raise(Errc::protocol, run, t.peer, {"rank ", t.peer, " cuts a message in another way than ", diagnosis_.describe_step(run, t.step), " can read"});
   }
 
   void moved(Transfer& t) {
     Run& run = *static_cast<Run*>(t.owner);
     count(run);
     ++moves_;
-    if (!t.pending && --run.remaining == 0 && (run.background || run.receiver || !run.in_flight)) {
-      run.next = finished_;
-      finished_ = &run;
-    }
-    if (run.active) propagate(run, t.step);
+    if (!t.pending) end_transfer(run);
+    if (run.active) locals_.propagate(run, t.step);
   }
-  /// A message that no receive waits for: it is taken in, so that those behind it can be received.
-  Transfer* unexpected(Rank peer, const FrameInfo& frame) {
-    if (frame.total > most_unexpected - std::min(most_unexpected, unexpected_bytes_))
-      raise(Errc::no_resources, *first_, peer, {"rank ", peer, " has sent rank ", rank(), " more than ", most_unexpected, " bytes of messages that it does not receive; rank ", rank(), " is in ", describe(*first_)});
-    unexpected_bytes_ += frame.total;
-    Run& run = take_run();
-    run.message = {false, peer, static_cast<std::int32_t>(frame.fingerprint), nullptr, frame.total, static_cast<ElementType>(frame.operation >> 16), static_cast<std::uint16_t>(frame.operation), {}};
-    run.buffer.resize(frame.total);
-    run.message.data = run.buffer.data();
-    aim(run);
-    run.account.watch.start(first_->account.watch.mark());
-    unexpected_.push_back(&run);
-    return &run.transfer;
-  }
+  Transfer* unexpected(Rank peer, const FrameInfo& frame) { return mailbox_.take_in(peer, frame); }
 
   [[gnu::cold]] void check_peers() {
     for (Rank r = 0; r < size(); ++r) {
       const RankStatus status = transport_->status(r);
-      for (const Run* run = first_; run && r != rank() && status.inside == RankStatus::inside_operation; run = run->after)
+      for (const Run* run = runs_.first(); run && r != rank() && status.inside == RankStatus::inside_operation; run = run->after)
         if (run->call && status.sequence == run->sequence && status.fingerprint != run->fingerprint) raise_mismatch(*run, r, status.fingerprint);
     }
   }
   [[gnu::cold]] Rank first_lost() {
     Rank lost = -1;
-    for_each_needed([&](const Transfer& t) {
+    diagnosis_.for_each_needed([&](const Transfer& t) {
       if (lost < 0 && transport_->liveness(t.peer) != Liveness::alive) lost = t.peer;
     });
     return lost;
@@ -286,22 +269,22 @@ class Engine final : public AnyEngine {
     // Who aborts may be gone right after: why it went is in its notice.
     if (transport_->aborted()) raise_abort();
     const bool left = transport_->liveness(peer) == Liveness::left;
-    raise(left ? Errc::peer_left : Errc::peer_lost, stuck(), peer,
-          {"rank ", peer, left ? " left the communicator" : " died", " while ", missing(), "; ", last_seen()});
+    raise(left ? Errc::peer_left : Errc::peer_lost, diagnosis_.stuck(), peer,
+          {"rank ", peer, left ? " left the communicator" : " died", " while ", diagnosis_.missing(), "; ", diagnosis_.last_seen()});
   }
   [[gnu::cold]] void expired() {
     if (!limit_is_error_) {
       out_of_time_ = true;
       return;
     }
-    const Rank late = late_rank();
-    raise(Errc::timeout, stuck(), late >= 0 ? late : first_missing(),
-          {missing(), " after ", detail::time_text(progress_.waited()), late >= 0 ? detail::concat({"; rank ", late, " has not called it; "}) : "; ", last_seen()});
+    const Rank late = diagnosis_.late_rank();
+    raise(Errc::timeout, diagnosis_.stuck(), late >= 0 ? late : diagnosis_.first_missing(),
+          {diagnosis_.missing(), " after ", detail::time_text(progress_.waited()), late >= 0 ? detail::concat({"; rank ", late, " has not called it; "}) : "; ", diagnosis_.last_seen()});
   }
   [[noreturn, gnu::cold]] void raise_abort() {
     const AbortNotice notice = transport_->abort_notice();
     detected_ = true;
-    throw Error(notice.code, notice.text, {rank(), blamed(notice), stuck().sequence, progress_.waited()});
+    throw Error(notice.code, notice.text, {rank(), blamed(notice), diagnosis_.stuck().sequence, progress_.waited()});
   }
 
   // For ShareWork.
@@ -332,69 +315,41 @@ class Engine final : public AnyEngine {
     throw Error(code, text, {rank(), peer, run.sequence, progress_.waited()});
   }
   [[noreturn, gnu::cold]] void raise_mismatch(const Run& run, Rank peer, std::uint64_t theirs) {
-    const RankStatus status = transport_->status(peer);
-    raise(Errc::mismatch, run, peer, {"operation #", run.sequence, ": rank ", rank(), " called ", detail::describe(run.fingerprint, run.count), ", rank ", peer,
-                                      " called ", detail::describe(theirs, status.count)});
+    raise(Errc::mismatch, run, peer, {diagnosis_.mismatch(run, peer, theirs)});
   }
-  [[gnu::cold]] std::string describe(const Run& run) const {
-    if (run.call) return detail::concat({detail::describe(run.fingerprint, run.count), " #", run.sequence});
-    const Message& m = run.message;
-    return detail::concat({m.is_send ? "send(" : "receive(", m.bytes / std::max<std::size_t>(m.grain, 1), " ", name_of(m.type), m.is_send ? " to rank " : " from rank ", m.peer, ", tag ", m.tag < 0 ? detail::Piece("any") : detail::Piece(m.tag), ")"});
+  std::string describe(const Run& run) const { return diagnosis_.describe(run); }
+
+  // For Mailbox, too.
+
+  static constexpr std::uint16_t collective_lane = 0, message_lane = 1;
+  Runs& runs() { return runs_; }
+  /// One less of its transfers is under way. Those in the background are completed when the thread is out of the transport.
+  void end_transfer(Run& run) {
+    if (--run.remaining > 0 || (run.in_flight && !run.background)) return;
+    run.next = finished_;
+    finished_ = &run;
+  }
+  void withdraw(Run& run) {
+    if (run.active)
+      for (Transfer& t : run.active->transfers) transport_->cancel(t);
+    if (!run.call) transport_->cancel(run.transfer);
   }
 
  private:
-  static constexpr std::size_t local_slice = std::size_t{64} << 10;  // a local step lets the network go on after this
-  static constexpr std::size_t most_unexpected = std::size_t{1} << 30;
-  static constexpr std::uint16_t collective_lane = 0, message_lane = 1;
 
-  // Who may be at work in here: one thread of the caller's, and, once there is one, the progress thread.
-
-  void lock() {
-    wanted_.fetch_add(1, std::memory_order_seq_cst);
-    transport_->interrupt();
-    mutex_.lock();
-    wanted_.fetch_sub(1, std::memory_order_relaxed);
-  }
   struct Use {
     /// `even_failed`: of operations that were started before.
     explicit Use(Engine& e, bool even_failed = false) : engine(e) {
-      engine.rule_.enter();
-      if (engine.driven_by_others_) engine.lock();
+      engine.gate_.enter([&] { engine.transport_->interrupt(); });
       if (engine.failed_ && !even_failed) {
-        engine.unlock();
+        engine.gate_.leave();
         throw *engine.failed_;
       }
     }
-    ~Use() {
-      if (engine.continuations_.empty()) engine.unlock();
-      else engine.unlock_and_continue();
-    }
+    ~Use() { engine.gate_.leave(); }
     Use(const Use&) = delete;
     Engine& engine;
   };
-  void unlock() {
-    if (driven_by_others_) mutex_.unlock();
-    rule_.exit();
-  }
-  [[gnu::noinline]] void unlock_and_continue() {
-    const auto continuations = std::exchange(continuations_, {});
-    unlock();
-    for (const auto& f : continuations) f();
-  }
-
-  /// An operation of which nothing is known yet. At least two are there, so that the ledger can read the last one's
-  /// stopwatch at leisure.
-  Run& take_run() {
-    if (free_first_ == free_last_) free(*runs_.emplace_back(std::make_unique<Run>(size())));
-    Run& run = *free_first_;
-    free_first_ = run.next;
-    return run;
-  }
-  void free(Run& run) {
-    run.next = nullptr;
-    (free_first_ ? free_last_->next : free_first_) = &run;
-    free_last_ = &run;
-  }
 
   template <class F>
   Report to_end(Run& run, nanoseconds timeout, F&& f) {
@@ -407,14 +362,14 @@ class Engine final : public AnyEngine {
     } catch (...) {
       fail();
       progress_.stop();
-      free(run);
+      runs_.free(run);
       if (detected_) throw *failed_;
       throw;  // a user's exception, as it was
     }
     Report report = close(run);
     progress_.stop();
     if (run.row) ledger_.book(*run.row, report, run.bytes, run.account.watch, clock_);
-    free(run);
+    runs_.free(run);
     return report;
   }
   template <class F>
@@ -434,28 +389,12 @@ class Engine final : public AnyEngine {
     } catch (...) {
       fail();
       progress_.stop();
-      free(run);
+      runs_.free(run);
       if (detected_) throw *failed_;
       throw;
     }
     run.exposed = progress_.rest() - run.account.arrival;
     return &run;
-  }
-
-  /// From here on the operation is in flight.
-  void enlist(Run& run) {
-    run.number = ++number_;
-    run.in_flight = true;
-    run.sent = run.received = run.overhead = 0;
-    run.before = last_;
-    run.after = nullptr;
-    (last_ ? last_->after : first_) = &run;
-    last_ = &run;
-  }
-  void delist(Run& run) {
-    (run.before ? run.before->after : first_) = run.after;
-    (run.after ? run.after->before : last_) = run.before;
-    run.in_flight = false;
   }
 
   void post(Run& run) {
@@ -467,8 +406,8 @@ class Engine final : public AnyEngine {
     run.remaining = 0;
     const std::uint64_t last = fingerprint_;
     fingerprint_ = run.fingerprint = detail::Fingerprint::of(call).pack();
-    enlist(run);
-    serving_ = &run;
+    runs_.enlist(run);
+    diagnosis_.serving = &run;
     if (call.pinned) {
       prepared_ = static_cast<Prepared*>(call.pinned)->shared_from_this();
       key_ = PlanKey(call);
@@ -485,7 +424,7 @@ class Engine final : public AnyEngine {
     prepared.busy = true;
     if (!prepared.row) prepared.row = &ledger_.row(call.layout.operation, call.bytes(), call.algorithm.name);
     run.row = prepared.row;
-    history_[sequence_ % std::size(history_)] = {sequence_, fingerprint_, run.count};
+    diagnosis_.remember(run);
     if (transport_->aborted()) raise_abort();
     transport_->enter({sequence_, fingerprint_, run.count, RankStatus::inside_operation, false});
     const std::size_t scratch = (prepared.plan->scratch() + 63) / 64 * 64, scaled = call.scale ? prepared.plan->layout().input_count() * call.grain : 0;
@@ -518,7 +457,6 @@ class Engine final : public AnyEngine {
       return base ? base + range.first : nullptr;
     };
     run.active = &prepared;
-    locals_.reserve(locals_.size() + prepared.transfers.size());
     const Lateness arrival = progress_.arrival(run.account);
     run.remaining = prepared.transfers.size();
     for (std::uint32_t i = 0; i < prepared.transfers.size(); ++i) {
@@ -539,7 +477,7 @@ class Engine final : public AnyEngine {
     for (std::uint32_t i = 0; i < prepared.transfers.size(); ++i) {
       Transfer& t = prepared.transfers[i];
       if (t.peer >= 0) progress_.post(t, *this);
-      else if (t.ready > 0) queue_local(run, i);
+      else if (t.ready > 0) locals_.queue(run, i);
     }
   }
 
@@ -553,94 +491,11 @@ class Engine final : public AnyEngine {
     run.count = run.bytes = message.bytes;
     run.row = &ledger_.row(message.is_send ? Collective::send : Collective::receive, message.bytes, "message");
     run.remaining = 1;
-    enlist(run);
-    serving_ = &run;
+    runs_.enlist(run);
+    diagnosis_.serving = &run;
     if (transport_->aborted()) raise_abort();
     transport_->enter({sequence_, run.fingerprint, message.bytes, RankStatus::inside_message, false});
-    if (!message.is_send) {
-      const auto match = std::find_if(unexpected_.begin(), unexpected_.end(), [&](const Run* r) { return !r->receiver && r->message.peer == message.peer && (message.tag < 0 || r->message.tag == message.tag); });
-      if (match != unexpected_.end()) {
-        Run& known = **match;
-        known.receiver = &run;
-        if (!known.transfer.pending) deliver(known);
-        return;
-      }
-    }
-    if (message.peer == rank()) return post_to_self(run);
-    aim(run);
-    progress_.post(run.transfer, *this);
-  }
-  /// The transfer of a message.
-  void aim(Run& run) {
-    const Message& m = run.message;
-    Transfer& t = run.transfer;
-    t = Transfer{};
-    t.from = m.is_send ? m.data : nullptr;
-    t.to = m.is_send ? nullptr : m.data;
-    t.bytes = t.ready = m.bytes;
-    t.fingerprint = detail::Fingerprint::of_tag(m.tag);
-    t.operation = static_cast<std::uint32_t>(m.type) << 16 | m.grain;
-    t.peer = m.peer;
-    t.lane = message_lane;
-    t.is_send = m.is_send;
-    t.matching = m.tag < 0 ? Matching::any : Matching::fingerprint;
-    t.inherited = t.late = progress_.arrival(run.account);
-    t.owner = &run;
-    run.call = nullptr;
-    run.active = nullptr;
-    run.receiver = nullptr;
-    run.remaining = 1;
-  }
-  void check_message(const Run& run, const FrameInfo& frame) {
-    if (!frame.first) return;
-    check_message(run, static_cast<std::int32_t>(frame.fingerprint), frame.operation, frame.total);
-  }
-  /// Whether a receive can take the message; it may be shorter.
-  void check_message(const Run& run, int tag, std::uint32_t type, std::size_t bytes) {
-    Run& receive = const_cast<Run&>(run);
-    Message& m = receive.message;
-    const auto theirs = static_cast<ElementType>(type >> 16);
-    const std::size_t grain = std::max<std::size_t>(type & 0xffff, 1);
-    if (theirs != m.type || grain != m.grain || bytes > m.bytes)
-      raise(Errc::mismatch, run, m.peer, {"rank ", m.peer, " sends rank ", rank(), " a message of ", bytes / grain, " ", name_of(theirs), " with tag ", tag, ", which does not fit into ", describe(run)});
-    m.bytes = bytes;
-    m.tag = tag;
-    receive.transfer.bytes = receive.transfer.ready = bytes;
-  }
-  void post_to_self(Run& run) {
-    const Message& m = run.message;
-    if (!m.is_send) return;  // a send will find it
-    Run* receive = nullptr;
-    for (Run* r = first_; r && !receive; r = r->after)
-      if (!r->call && !r->message.is_send && r->message.peer == rank() && r->remaining > 0 && (r->message.tag < 0 || r->message.tag == m.tag)) receive = r;
-    Run& copy = take_run();
-    copy.buffer.assign(m.data, m.data + m.bytes);
-    copy.message = m;
-    copy.message.is_send = false;
-    copy.message.data = copy.buffer.data();
-    copy.transfer = Transfer{};
-    copy.receiver = receive;
-    unexpected_.push_back(&copy);
-    unexpected_bytes_ += m.bytes;
-    run.remaining = 0;
-    if (receive) deliver(copy);
-  }
-  /// An unexpected message is here, and so is its receiver.
-  void deliver(Run& message) {
-    Run& run = *message.receiver;
-    const Message& m = message.message;
-    check_message(run, m.tag, static_cast<std::uint32_t>(m.type) << 16 | m.grain, m.bytes);
-    if (m.bytes > 0) std::memcpy(run.message.data, m.data, m.bytes);
-    run.received += m.bytes;
-    std::erase(unexpected_, &message);
-    unexpected_bytes_ -= m.bytes;
-    message.buffer = {};
-    message.receiver = nullptr;
-    free(message);
-    run.remaining = 0;
-    if (!run.background) return;
-    run.next = finished_;
-    finished_ = &run;
+    if (mailbox_.post(run, progress_.arrival(run.account))) progress_.post(run.transfer, *this);
   }
 
   void drive(Run& run) {
@@ -655,7 +510,7 @@ class Engine final : public AnyEngine {
   }
   /// What can be done without waiting.
   void once() {
-    if (!locals_.empty()) run_local();
+    if (!locals_.empty()) locals_.run(*this);
     progress_.poll(*this);
     if (finished_) complete_finished();
   }
@@ -663,7 +518,7 @@ class Engine final : public AnyEngine {
     while (finished_) {
       Run& run = *std::exchange(finished_, finished_->next);
       if (run.in_flight) complete(run);
-      else if (run.receiver) deliver(run);  // an unexpected message that somebody waits for by now
+      else mailbox_.arrived(run);
     }
   }
   /// An operation in the background is done.
@@ -677,13 +532,13 @@ class Engine final : public AnyEngine {
     end(run);
   }
   void end(Run& run) {
-    if (run.continuation) continuations_.push_back(std::exchange(run.continuation, nullptr));
+    if (run.continuation) gate_.call_later(std::exchange(run.continuation, nullptr));
     run.done.store(true, std::memory_order_release);
   }
   /// The operation is in flight no longer.
   Report close(Run& run) {
-    delist(run);
-    if (!first_) transport_->exit();
+    runs_.delist(run);
+    if (!runs_.first()) transport_->exit();
     let_go(run);
     Report report = progress_.finish(run.account);
     fill(report, run);
@@ -714,73 +569,14 @@ class Engine final : public AnyEngine {
     ledger_.settle();
     if (run.error) ++run.row->failed;
   }
-  /// What one operation writes, no other one in flight may read or write.
-  void refuse_overlaps(const Call& call) {
-    const auto overlap = [](std::span<const std::byte> a, std::span<const std::byte> b) {
-      const std::less<> before;
-      return !a.empty() && !b.empty() && before(a.data(), b.data() + b.size()) && before(b.data(), a.data() + a.size());
-    };
-    for (const Run* run = first_; run; run = run->after) {
-      if (!run->call) continue;
-      const Call& other = *run->call;
-      if (overlap(call.output_bytes(), other.output_bytes()) || overlap(call.output_bytes(), other.input_bytes()) || overlap(call.input_bytes(), other.output_bytes()))
-        throw Error(Errc::invalid_argument, {name_of(call.layout.operation), " of ", call.layout.items(), " elements overlaps in memory with ", describe(*run), ", which is still in flight: wait for that first"});
-    }
-  }
-
-  void queue_local(Run& run, std::uint32_t i) {
-    if (run.active->queued[i]) return;
-    run.active->queued[i] = 1;
-    locals_.push_back({&run, i});
-  }
-  /// One slice of each local step that can go on.
-  void run_local() {
-    for (std::size_t n = locals_.size(); n > 0; --n) {
-      const auto [run, i] = locals_.front();
-      locals_.erase(locals_.begin());
-      run->active->queued[i] = 0;
-      Transfer& t = run->active->transfers[i];
-      const std::size_t bytes = std::min(t.ready - t.done, local_slice - local_slice % t.grain);
-      const std::byte* from = t.from + t.done;
-      std::byte* to = t.to + t.done;
-      if (bytes > short_bytes) enter(*run, t.fold ? State::reduce : State::copy);
-      if (t.past_caches) copy_past_caches(to, from, bytes);
-      else if (!t.fold) std::memmove(to, from, bytes);
-      else if (t.side == Side::right) (*t.fold)(to, to, from, bytes);
-      else (*t.fold)(to, from, to, bytes);
-      t.done += bytes;
-      if (t.done < t.bytes) {
-        if (t.done < t.ready) queue_local(*run, i);
-      } else if (--run->remaining == 0 && run->background) {
-        run->next = finished_;
-        finished_ = run;
-      }
-      propagate(*run, i);
-    }
-  }
-  /// Step i moved: whoever waits for it may go further, and inherits what it was late by.
-  void propagate(Run& run, std::uint32_t i) {
-    Prepared& active = *run.active;
-    const PlannedStep& step = active.plan->steps()[i];
-    const Transfer& moved = active.transfers[i];
-    for (std::uint32_t d = step.first_dependent; d < step.first_dependent + step.dependents; ++d) {
-      const std::uint32_t j = active.plan->dependents()[d];
-      Transfer& t = active.transfers[j];
-      t.inherited.raise(moved.late);
-      t.late.raise(moved.late);
-      t.ready = active.plan->ready(j, [&](std::size_t k) { return active.transfers[k].done; });
-      if (t.peer < 0 && t.ready > t.done) queue_local(run, j);
-    }
-  }
-
   // Failure: everything pending is withdrawn, the other ranks are told, and this communicator refuses further use.
 
   /// In a handler of what was thrown. What is in flight ends with it.
   [[gnu::cold]] void fail() {
-    Rank peer = late_rank();
+    Rank peer = diagnosis_.late_rank();
     const State cause = peer >= 0 ? State::wait_arrival : State::wait_transfer;
-    if (peer < 0) peer = first_missing();
-    const Run& run = *serving_;
+    if (peer < 0) peer = diagnosis_.first_missing();
+    const Run& run = *diagnosis_.serving;
     std::exception_ptr thrown = std::current_exception();
     try {
       throw;
@@ -791,7 +587,7 @@ class Engine final : public AnyEngine {
     } catch (...) {
       failed_.emplace(Errc::aborted, detail::concat({"rank ", rank(), ": exception during ", describe(run)}), ErrorContext{rank(), rank(), run.sequence, {}});
     }
-    for (Run* r = first_; r; r = r->after) withdraw(*r);
+    for (Run* r = runs_.first(); r; r = r->after) withdraw(*r);
     transport_->abort({failed_->errc(), rank(), failed_->peer(), std::string(failed_->text())});
     if (detected_) {  // several ranks may find the same failure at once: the first notice wins, so all raise the same
       const AbortNotice notice = transport_->abort_notice();
@@ -800,29 +596,20 @@ class Engine final : public AnyEngine {
     shares_.wait_for_others();
     give_up(detected_ ? nullptr : thrown, peer, cause);
   }
-  void withdraw(Run& run) {
-    if (run.active)
-      for (Transfer& t : run.active->transfers) transport_->cancel(t);
-    if (!run.call) transport_->cancel(run.transfer);
-  }
   /// All in flight have failed: the one that was served with what it threw, the others with what the communicator says from now on.
   [[gnu::cold]] void give_up(std::exception_ptr thrown = nullptr, Rank missing = -1, State cause = State::wait_transfer) {
     locals_.clear();
     finished_ = nullptr;
-    for (Run* r : unexpected_) {
-      transport_->cancel(r->transfer);
-      free(*r);
-    }
-    unexpected_.clear();
-    while (first_) {
-      Run& run = *first_;
+    mailbox_.clear();
+    while (Run* first = runs_.first()) {
+      Run& run = *first;
       withdraw(run);
-      delist(run);
+      runs_.delist(run);
       let_go(run);
       run.report = progress_.finish_failed(run.account, missing, cause);
       fill(run.report, run);
       if (run.background) {
-        run.error = thrown && &run == serving_ ? thrown : std::make_exception_ptr(*failed_);
+        run.error = thrown && &run == diagnosis_.serving ? thrown : std::make_exception_ptr(*failed_);
         end(run);
       } else if (run.row) {
         ledger_.book(*run.row, run.report, run.bytes, run.account.watch, clock_);
@@ -833,89 +620,7 @@ class Engine final : public AnyEngine {
     transport_->exit();
   }
 
-  /// Whose troubles an error is about: the one that is waited for, or the oldest.
-  const Run& stuck() const { return waited_ ? *waited_ : first_ ? *first_ : *serving_; }
-  /// Transfers that only their peer holds up: the first of their queue, and free to go on.
-  template <class F>
-  void for_each_needed(F&& f) const {
-    std::vector<char> seen(2 * static_cast<std::size_t>(size()));
-    for (const Run* run = first_; run; run = run->after) {
-      if (!run->call && run->transfer.pending) f(run->transfer);
-      if (!run->active) continue;
-      for (const Transfer& t : run->active->transfers) {
-        char& queue = seen[2 * static_cast<std::size_t>(std::max(t.peer, 0)) + (t.is_send ? 1 : 0)];
-        if (!t.pending || queue) continue;
-        queue = 1;
-        if (t.bytes == 0 || t.ready > t.done) f(t);
-      }
-    }
-  }
-  Rank first_missing() const {
-    Rank first = -1;
-    for_each_needed([&](const Transfer& t) {
-      if (first < 0) first = t.peer;
-    });
-    return first;
-  }
-  /// Who has not called the operation yet and is waited for, directly or through others; -1 if nobody.
-  [[gnu::cold]] Rank late_rank() const {
-    const Run& run = stuck();
-    if (!run.call || !run.in_flight) return -1;
-    const auto absent = [&](Rank r) {
-      const RankStatus status = transport_->status(r);
-      return !status.left && status.sequence < run.sequence;
-    };
-    const Rank direct = first_missing();
-    if (direct < 0 || absent(direct)) return direct;
-    if (has_root(run.call->layout.operation) || sizes_differ(run.call->layout.operation)) return -1;  // not everyone matters to everyone
-    for (Rank r = 0; r < size(); ++r)
-      if (r != rank() && absent(r)) return r;
-    return -1;
-  }
-  [[gnu::cold]] std::string missing() const {
-    std::string from, room;
-    for_each_needed([&](const Transfer& t) {
-      std::string& list = t.is_send ? room : from;
-      list += detail::concat({list.empty() ? "rank " : ", rank ", t.peer});
-    });
-    return detail::concat({"rank ", rank(), " in ", describe(stuck()), from.empty() ? "" : " waits for data from ", from,
-                           room.empty() ? "" : from.empty() ? " waits for room at " : " and for room at ", room});
-  }
-  [[gnu::cold]] std::string describe_step(const Run& run, std::uint32_t i) const { return detail::concat({"step ", i, " of ", describe(run)}); }
-  [[gnu::cold]] std::string last_seen() const {
-    std::string text = "last seen:";
-    for (Rank r = 0; r < size(); ++r) {
-      const RankStatus s = transport_->status(r);
-      text += detail::concat({r ? "; rank " : " rank ", r});
-      if (const Rank origin = transport_->origin(r); origin != r) text += detail::concat({" (", origin, " of the job)"});
-      if (s.left) text += detail::concat({" left after #", s.sequence});
-      else if (s.inside == RankStatus::inside_message) text += detail::concat({" in ", detail::describe(s.fingerprint, s.count), s.sequence ? detail::concat({" after #", s.sequence}) : ""});
-      else if (s.sequence == 0) text += " has called nothing";
-      else text += detail::concat({s.inside ? " in " : " after ", detail::describe(s.fingerprint, s.count), " #", s.sequence});
-    }
-    return text;
-  }
-
   static Rank blamed(const AbortNotice& notice) { return notice.peer >= 0 ? notice.peer : notice.rank; }
-  [[noreturn, gnu::cold]] void raise_out_of_step(const Run& run, Rank peer, const FrameInfo& frame, std::int32_t ahead) {
-    const RankStatus status = transport_->status(peer);
-    const std::string theirs = frame.has_fingerprint ? detail::concat({detail::describe(frame.fingerprint, status.count), " "}) : "operation ";
-    const Called& ours = history_[frame.operation % std::size(history_)];
-    const bool known = ours.fingerprint != 0 && static_cast<std::uint32_t>(ours.sequence) == frame.operation;
-    raise(Errc::mismatch, run, peer,
-          {"rank ", rank(), " in ", describe(run), " expects data from rank ", peer, ", which ",
-           ahead > 0 ? "has sent none for it and went on to " : "has sent some that was not read in ", theirs, "#", frame.operation,
-           known ? detail::concat({", where rank ", rank(), " called ", detail::describe(ours.fingerprint, ours.count)}) : ""});
-  }
-
-  struct Called {
-    std::uint64_t sequence = 0, fingerprint = 0, count = 0;
-  };
-  struct Local {
-    Run* run;
-    std::uint32_t step;
-  };
-
   std::unique_ptr<T> transport_;
   Clock clock_;
   WaitPolicy wait_;
@@ -927,29 +632,19 @@ class Engine final : public AnyEngine {
   PlanKey key_;                            // of the last call,
   std::shared_ptr<Prepared> prepared_;     // and its plan; the cache may let go of it
   std::uint64_t fingerprint_ = 0;
-  Called history_[8];                      // the last calls, for error texts
-  std::vector<std::unique_ptr<Run>> runs_;
-  Run *free_first_ = nullptr, *free_last_ = nullptr;
-  Run *first_ = nullptr, *last_ = nullptr;  // in flight
-  Run* finished_ = nullptr;                 // of the background, not yet completed
-  Run* serving_ = nullptr;                  // what the thread works for, or did last
-  const Run* waited_ = nullptr;             // what the caller waits for, of the background
-  std::vector<Run*> unexpected_;            // messages that nobody waited for
-  std::size_t unexpected_bytes_ = 0;
-  std::vector<Local> locals_;
-  std::vector<std::function<void()>> continuations_;  // to be called when nobody is in here
+  Runs runs_;
+  Mailbox<Engine> mailbox_{*this};
+  Diagnosis<T> diagnosis_{*transport_, runs_};
+  Run* finished_ = nullptr;                // of the background, not yet completed
+  LocalSteps locals_;
   struct {
     std::uint64_t sent = 0, received = 0, overhead = 0;
   } counted_;                               // the transport's counters when they were last looked at
   std::uint64_t sequence_ = 0, moves_ = 0;
-  std::uint32_t number_ = 0;
   bool limit_is_error_ = true, out_of_time_ = false;
   std::optional<Error> failed_;
   bool detected_ = false;  // failed_ was found here or told by another rank, not thrown by a user's operator
-  ThreadRule rule_;
-  std::mutex mutex_;
-  std::atomic<int> wanted_{0};
-  bool driven_by_others_ = false;  // there is a progress thread; for good
+  Gate gate_;
 };
 
 }  // namespace tally::inline v0

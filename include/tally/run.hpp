@@ -83,6 +83,49 @@ struct Run {
   Run* next = nullptr;                      // of the finished, or of the free
 };
 
+/// All runs of an engine: those in flight, in the order in which they were posted, and those that are free.
+class Runs {
+ public:
+  /// Two at least are there, so that the ledger can read the last one's stopwatch at leisure.
+  explicit Runs(int n) : n_(n) {
+    for (int i = 0; i < 2; ++i) free(*all_.emplace_back(std::make_unique<Run>(n)));
+  }
+  /// One of which nothing is known yet.
+  Run& take() {
+    if (free_first_ == free_last_) free(*all_.emplace_back(std::make_unique<Run>(n_)));
+    Run& run = *free_first_;
+    free_first_ = run.next;
+    return run;
+  }
+  void free(Run& run) {
+    run.next = nullptr;
+    (free_first_ ? free_last_->next : free_first_) = &run;
+    free_last_ = &run;
+  }
+  void enlist(Run& run) {
+    run.number = ++number_;
+    run.in_flight = true;
+    run.sent = run.received = run.overhead = 0;
+    run.before = last_;
+    run.after = nullptr;
+    (last_ ? last_->after : first_) = &run;
+    last_ = &run;
+  }
+  void delist(Run& run) {
+    (run.before ? run.before->after : first_) = run.after;
+    (run.after ? run.after->before : last_) = run.before;
+    run.in_flight = false;
+  }
+  /// The oldest in flight; null if none is.
+  Run* first() const { return first_; }
+
+ private:
+  int n_;
+  std::vector<std::unique_ptr<Run>> all_;
+  Run *free_first_ = nullptr, *free_last_ = nullptr, *first_ = nullptr, *last_ = nullptr;
+  std::uint32_t number_ = 0;
+};
+
 /// What communicators see: one virtual call per operation hides which transport and accounting are at work.
 class AnyEngine {
  public:

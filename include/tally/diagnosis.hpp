@@ -1,0 +1,134 @@
+// SPDX-License-Identifier: Apache-2.0
+// What holds up the operations in flight, in words: which peers they wait for, who is late, and what each rank was last
+// seen doing. Only looked at when something is wrong.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "call.hpp"
+#include "run.hpp"
+#include "transport/concept.hpp"
+
+namespace tally::inline v0 {
+
+template <class T>
+class Diagnosis {
+ public:
+  Diagnosis(T& transport, const Runs& runs) : transport_(transport), runs_(runs) {}
+
+  const Run* waited = nullptr;  // what the caller waits for, of the background
+  Run* serving = nullptr;       // what the thread works for, or did last
+
+  /// Whose troubles an error is about: the one that is waited for, or the oldest.
+  const Run& stuck() const { return waited ? *waited : runs_.first() ? *runs_.first() : *serving; }
+  /// Transfers that only their peer holds up: the first of their queue, and free to go on.
+  template <class F>
+  void for_each_needed(F&& f) const {
+    std::vector<char> seen(2 * static_cast<std::size_t>(transport_.size()));
+    for (const Run* run = runs_.first(); run; run = run->after) {
+      if (!run->call && run->transfer.pending) f(run->transfer);
+      if (!run->active) continue;
+      for (const Transfer& t : run->active->transfers) {
+        char& queue = seen[2 * static_cast<std::size_t>(std::max(t.peer, 0)) + (t.is_send ? 1 : 0)];
+        if (!t.pending || queue) continue;
+        queue = 1;
+        if (t.bytes == 0 || t.ready > t.done) f(t);
+      }
+    }
+  }
+  Rank first_missing() const {
+    Rank first = -1;
+    for_each_needed([&](const Transfer& t) {
+      if (first < 0) first = t.peer;
+    });
+    return first;
+  }
+  /// Who has not called the operation yet and is waited for, directly or through others; -1 if nobody.
+  [[gnu::cold]] Rank late_rank() const {
+    const Run& run = stuck();
+    if (!run.call || !run.in_flight) return -1;
+    const auto absent = [&](Rank r) {
+      const RankStatus status = transport_.status(r);
+      return !status.left && status.sequence < run.sequence;
+    };
+    const Rank direct = first_missing();
+    if (direct < 0 || absent(direct)) return direct;
+    if (has_root(run.call->layout.operation) || sizes_differ(run.call->layout.operation)) return -1;  // not everyone matters to everyone
+    for (Rank r = 0; r < transport_.size(); ++r)
+      if (r != transport_.rank() && absent(r)) return r;
+    return -1;
+  }
+  [[gnu::cold]] std::string missing() const {
+    std::string from, room;
+    for_each_needed([&](const Transfer& t) {
+      std::string& list = t.is_send ? room : from;
+      list += detail::concat({list.empty() ? "rank " : ", rank ", t.peer});
+    });
+    return detail::concat({"rank ", transport_.rank(), " in ", describe(stuck()), from.empty() ? "" : " waits for data from ", from,
+                           room.empty() ? "" : from.empty() ? " waits for room at " : " and for room at ", room});
+  }
+  [[gnu::cold]] std::string describe_step(const Run& run, std::uint32_t i) const { return detail::concat({"step ", i, " of ", describe(run)}); }
+  [[gnu::cold]] std::string last_seen() const {
+    std::string text = "last seen:";
+    for (Rank r = 0; r < transport_.size(); ++r) {
+      const RankStatus s = transport_.status(r);
+      text += detail::concat({r ? "; rank " : " rank ", r});
+      if (const Rank origin = transport_.origin(r); origin != r) text += detail::concat({" (", origin, " of the job)"});
+      if (s.left) text += detail::concat({" left after #", s.sequence});
+      else if (s.inside == RankStatus::inside_message) text += detail::concat({" in ", detail::describe(s.fingerprint, s.count), s.sequence ? detail::concat({" after #", s.sequence}) : ""});
+      else if (s.sequence == 0) text += " has called nothing";
+      else text += detail::concat({s.inside ? " in " : " after ", detail::describe(s.fingerprint, s.count), " #", s.sequence});
+    }
+    return text;
+  }
+
+  [[gnu::cold]] std::string describe(const Run& run) const {
+    if (run.call) return detail::concat({detail::describe(run.fingerprint, run.count), " #", run.sequence});
+    const Message& m = run.message;
+    return detail::concat({m.is_send ? "send(" : "receive(", name_of(m.type), " x ", m.bytes / std::max<std::size_t>(m.grain, 1), m.is_send ? " to rank " : " from rank ", m.peer, ", tag ", m.tag < 0 ? detail::Piece("any") : detail::Piece(m.tag), ")"});
+  }
+
+  /// What one operation writes, no other one in flight may read or write.
+  void refuse_overlaps(const Call& call) {
+    const auto overlap = [](std::span<const std::byte> a, std::span<const std::byte> b) {
+      const std::less<> before;
+      return !a.empty() && !b.empty() && before(a.data(), b.data() + b.size()) && before(b.data(), a.data() + a.size());
+    };
+    for (const Run* run = runs_.first(); run; run = run->after) {
+      if (!run->call) continue;
+      const Call& other = *run->call;
+      if (overlap(call.output_bytes(), other.output_bytes()) || overlap(call.output_bytes(), other.input_bytes()) || overlap(call.input_bytes(), other.output_bytes()))
+        throw Error(Errc::invalid_argument, {name_of(call.layout.operation), " of ", call.layout.items(), " elements overlaps in memory with ", describe(*run), ", which is still in flight: wait for that first"});
+    }
+  }
+
+  /// To tell later what this rank called.
+  void remember(const Run& run) { called_[run.sequence % std::size(called_)] = {run.sequence, run.fingerprint, run.count}; }
+  [[gnu::cold]] std::string mismatch(const Run& run, Rank peer, std::uint64_t theirs) const {
+    return detail::concat({"operation #", run.sequence, ": rank ", transport_.rank(), " called ", detail::describe(run.fingerprint, run.count), ", rank ", peer, " called ", detail::describe(theirs, transport_.status(peer).count)});
+  }
+  /// Rank `peer` sends for an operation that is `ahead` of the one that expects data.
+  [[gnu::cold]] std::string out_of_step(const Run& run, Rank peer, const FrameInfo& frame, std::int32_t ahead) const {
+    const std::string theirs = frame.has_fingerprint ? detail::concat({detail::describe(frame.fingerprint, transport_.status(peer).count), " "}) : "operation ";
+    const Called& ours = called_[frame.operation % std::size(called_)];
+    const bool known = ours.fingerprint != 0 && static_cast<std::uint32_t>(ours.sequence) == frame.operation;
+    return detail::concat({"rank ", transport_.rank(), " in ", describe(run), " expects data from rank ", peer, ", which ", ahead > 0 ? "has sent none for it and went on to " : "has sent some that was not read in ", theirs, "#", frame.operation,
+                           known ? detail::concat({", where rank ", transport_.rank(), " called ", detail::describe(ours.fingerprint, ours.count)}) : ""});
+  }
+
+ private:
+  struct Called {
+    std::uint64_t sequence = 0, fingerprint = 0, count = 0;
+  };
+  T& transport_;
+  const Runs& runs_;
+  Called called_[8];
+};
+
+}  // namespace tally::inline v0
