@@ -11,7 +11,7 @@ layers=(
   "text error floats types steps plan check algorithms/*"
   "clock wait thread_rule memory topology copy operators reduce share kernel_copy transport/* energy/* account/*"
   "call staging gate prepared progress run diagnosis local_steps mailbox share_work engine choose cost group options"
-  "calls operation progress_thread communicator mesh bootstrap launch"
+  "calls operation progress_thread fusion communicator mesh bootstrap launch"
   "tally"
 )
 # Header: what it may include of its own layer. Siblings in algorithms/, transport/ and energy/ stay apart.
@@ -49,7 +49,8 @@ exceptions=(
   "group: cost"
   "options: choose"
   "operation: progress_thread"
-  "communicator: calls operation"
+  "fusion: calls operation"
+  "communicator: calls fusion operation"
   "bootstrap: communicator"
   "mesh: communicator"
   "launch: bootstrap"

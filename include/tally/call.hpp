@@ -30,6 +30,15 @@ struct AlgorithmRef {
   constexpr explicit operator bool() const { return generate || share; }
 };
 
+/// What a call does with its buffers before and after, as part of it.
+struct Around {
+  virtual void before() = 0;
+  virtual void after() = 0;
+
+ protected:
+  ~Around() = default;
+};
+
 struct Call {
   Layout layout;
   AlgorithmRef algorithm;
@@ -38,12 +47,16 @@ struct Call {
   ElementType type = ElementType::none;
   std::uint16_t grain = 1;  // sizeof the element
   std::uint16_t operator_code = 0;
+  bool named = false;        // the caller wants this algorithm
+  std::uint8_t need = 0;     // what it asks of algorithms: Need::index()
+  std::uint16_t parts = 0;   // of a group: a hash of its parts' sizes
   Fold fold;
   void (*finish)(void* data, std::size_t count, int n) = nullptr;  // applied to the result, for mean
   ScaleFunction scale = nullptr;                                   // applied to the input, for premultiplied_sum
   nanoseconds timeout{};
   const SymmetricMemory* input_memory = nullptr;  // where the buffers are symmetric
   const SymmetricMemory* output_memory = nullptr;
+  Around* around = nullptr;
   void* pinned = nullptr;  // what the engine's pin() gave for this call
 
   std::size_t bytes() const { return layout.items() * grain; }
@@ -66,17 +79,18 @@ struct Message {
 
 namespace detail {
 
-/// operation 6, type 6, operator 12, root 16, algorithm 6, flags 2, count (hashed) 16 bits.
+/// operation 6, type 6, operator 12, root 16, algorithm 6, flags 2 (group), count (hashed) 16 bits.
 struct Fingerprint {
   Collective operation{};
   ElementType type{};
   std::uint16_t op = 0, root = 0;
   std::uint8_t algorithm = 0;
+  bool group = false;  // of several operations
   std::uint16_t count_hash = 0;
 
   static constexpr std::uint16_t hash_count(std::size_t count) { return static_cast<std::uint16_t>((count * 0x9e3779b97f4a7c15u) >> 48); }
   static Fingerprint of(const Call& call) {
-    return {call.layout.operation, call.type, call.operator_code, static_cast<std::uint16_t>(call.layout.root), call.algorithm.code, hash_count(agreed_count(call))};
+    return {call.layout.operation, call.type, call.operator_code, static_cast<std::uint16_t>(call.layout.root), call.algorithm.code, call.parts != 0, static_cast<std::uint16_t>(hash_count(agreed_count(call)) + call.parts)};
   }
   /// What all ranks have to agree on; where sizes differ the two ends of a message find out.
   static std::size_t agreed_count(const Call& call) { return sizes_differ(call.layout.operation) ? 0 : call.layout.count; }
@@ -84,11 +98,11 @@ struct Fingerprint {
   static constexpr std::uint64_t of_tag(int tag) { return static_cast<std::uint64_t>(Collective::send) << 58 | static_cast<std::uint32_t>(tag); }
   constexpr std::uint64_t pack() const {
     return static_cast<std::uint64_t>(operation) << 58 | static_cast<std::uint64_t>(type) << 52 | static_cast<std::uint64_t>(op & 0xfff) << 40 |
-           static_cast<std::uint64_t>(root) << 24 | static_cast<std::uint64_t>(algorithm & 0x3f) << 18 | count_hash;
+           static_cast<std::uint64_t>(root) << 24 | static_cast<std::uint64_t>(algorithm & 0x3f) << 18 | static_cast<std::uint64_t>(group) << 16 | count_hash;
   }
   static constexpr Fingerprint unpack(std::uint64_t bits) {
     return {static_cast<Collective>(bits >> 58),           static_cast<ElementType>(bits >> 52 & 0x3f), static_cast<std::uint16_t>(bits >> 40 & 0xfff),
-            static_cast<std::uint16_t>(bits >> 24 & 0xffff), static_cast<std::uint8_t>(bits >> 18 & 0x3f), static_cast<std::uint16_t>(bits & 0xffff)};
+            static_cast<std::uint16_t>(bits >> 24 & 0xffff), static_cast<std::uint8_t>(bits >> 18 & 0x3f), (bits >> 16 & 1) != 0, static_cast<std::uint16_t>(bits & 0xffff)};
   }
 };
 
@@ -110,7 +124,7 @@ constexpr std::uint8_t algorithm_code(std::string_view name) {
   const std::string algorithm = f.algorithm < std::size(algorithm_names) ? std::string(algorithm_names[f.algorithm]) : concat({"user algorithm #", f.algorithm});
   if (f.operation == Collective::send || f.operation == Collective::receive) return concat({name_of(f.operation), "(", count, " bytes, tag ", static_cast<std::int32_t>(bits), ")"});
   if (f.operation == Collective::barrier) return concat({name_of(f.operation), "(", algorithm, ")"});
-  const Piece elements = Fingerprint::hash_count(count) == f.count_hash ? Piece(count) : "another count";
+  const Piece elements = f.group ? Piece("a group of sizes") : Fingerprint::hash_count(count) == f.count_hash ? Piece(count) : "another count";
   const std::string folded = reduces(f.operation) ? concat({", ", operator_text(f.op)}) : "", from = has_root(f.operation) ? concat({", root ", f.root}) : "";
   if (sizes_differ(f.operation)) return concat({name_of(f.operation), "(", name_of(f.type), folded, from, ", ", algorithm, ")"});
   return concat({name_of(f.operation), "(", name_of(f.type), " x ", elements, folded, from, ", ", algorithm, ")"});

@@ -60,6 +60,23 @@ using Ranks = std::span<const Rank>;
 /// Receive: whichever tag comes first.
 inline constexpr int any_tag = -1;
 
+namespace detail {
+
+/// Operators without state are all the same one, which lives for ever.
+template <class Op>
+inline constexpr bool is_stateless = std::is_empty_v<Op> && std::is_default_constructible_v<Op>;
+template <class Op>
+const Op& lasting(const Op& op) {
+  if constexpr (is_stateless<Op>) {
+    static const Op one{};
+    return one;
+  } else {
+    return op;
+  }
+}
+
+}  // namespace detail
+
 class CallMaker {
  public:
   CallMaker(const AnyEngine& engine, nanoseconds timeout, const CostModel& model, AlgorithmOverrides overrides, Order order)
@@ -198,6 +215,28 @@ class CallMaker {
     return moving<A, Collective::neighbour_exchange, ValueOf<In>>(memory_of("in", in), memory_of("out", out), block, 0, options, way, &extents);
   }
 
+  /// The same call by steps alone.
+  Call in_background(Call call) {
+    Need need = Need::of(call.need);
+    need.steps = true;
+    if (call.named && !need.met_by(call.algorithm, call.layout.operation)) refuse_algorithm(call.layout.operation, call.algorithm, need);
+    if (!call.named) call.algorithm = asked_for(call.layout.operation, {}, call.bytes(), need);
+    return call;
+  }
+  /// The same call on other memory, of another size: what a group makes of its parts.
+  Call regrouped(Call call, std::size_t count, const std::byte* in, std::byte* out, std::uint16_t parts) {
+    call.layout.count = count;
+    call.layout.in_place = in == out;
+    call.input = in;
+    call.output = out;
+    call.input_memory = call.output_memory = nullptr;
+    call.parts = parts;
+    Need need = Need::of(call.need);
+    need.direct = one_address_space_;
+    if (!call.named) call.algorithm = asked_for(call.layout.operation, {}, call.bytes(), need);
+    return call;
+  }
+
   template <class Data>
   Message send(Data& data, Rank to, int tag, const CallOptions& options) const {
     const Input memory = memory_of("data", data);
@@ -261,7 +300,7 @@ class CallMaker {
     if constexpr (!std::same_as<A, Auto>)
       static_assert(commutes || detail::folding_of<A, O>() != Folding::cyclic, "this algorithm does not keep the order of ranks, which this operator needs: it is not marked as commutative");
     const Folding least = options.order.value_or(order_) == Order::fixed ? Folding::fixed : commutes ? Folding::cyclic : Folding::ordered;
-    return settle<A, O, T>(in, out, {O, rank_, size_, root, count, false, group_, extents}, {fold_of<T>(op), detail::operator_code<Op>(), finish, scale_of<T, Op>(), least}, options, way);
+    return settle<A, O, T>(in, out, {O, rank_, size_, root, count, false, group_, extents}, {fold_of<T>(detail::lasting(op)), detail::operator_code<Op>(), finish, scale_of<T, Op>(), least}, options, way);
   }
   /// Operations that only move.
   template <class A, Collective O, class T>
@@ -278,8 +317,9 @@ class CallMaker {
     const std::size_t bytes = layout.items() * sizeof(T);
     const nanoseconds timeout = timeout_of(options);
     // Made in one go and where it stays: what is copied right after it was written in parts costs ten times as much.
+    const bool named = !std::same_as<A, Auto> || !options.algorithm.empty();
     const auto made = [&](const AlgorithmRef& algorithm) {
-      return Call{layout, algorithm, in.data, out.data, element_type<T>(), sizeof(T), how.code, how.fold, how.finish, how.scale, timeout, in.memory, out.memory};
+      return Call{layout, algorithm, in.data, out.data, element_type<T>(), sizeof(T), how.code, named, static_cast<std::uint8_t>(need.index()), 0, how.fold, how.finish, how.scale, timeout, in.memory, out.memory};
     };
     if constexpr (std::same_as<A, Auto>) {
       if (!options.algorithm.empty() || overrides_.of(O)) return made(asked_for(O, options.algorithm, bytes, need));
@@ -295,7 +335,7 @@ class CallMaker {
   [[gnu::noinline]] AlgorithmRef asked_for(Collective operation, std::string_view name, std::size_t bytes, const Need& need) {
     if (name.empty()) {
       const AlgorithmRef& wished = overrides_.of(operation);
-      return reaches(wished, need.direct) && need.met_by(wished, operation) ? wished : chooser_.choose(operation, bytes, need);
+      return wished && reaches(wished, need.direct) && need.met_by(wished, operation) ? wished : chooser_.choose(operation, bytes, need);
     }
     const AlgorithmRef algorithm = find_algorithm(operation, name);
     if (!algorithm) refuse_name(operation, name);

@@ -25,6 +25,7 @@
 #include "calls.hpp"
 #include "cost.hpp"
 #include "engine.hpp"
+#include "fusion.hpp"
 #include "operation.hpp"
 #include "group.hpp"
 
@@ -45,6 +46,7 @@ class Communicator {
     if (engine_) engine_->leave();
     engine_ = std::move(other.engine_);
     make_ = std::move(other.make_);
+    fusion_ = std::move(other.fusion_);
     rank_ = other.rank_;
     size_ = other.size_;
     return *this;
@@ -64,7 +66,7 @@ class Communicator {
   /// data = fold of all ranks' data, on every rank. Same count everywhere.
   template <class A = Auto, WritableElements Data, Reduction<ValueOf<Data>> Op>
   Report all_reduce(Data&& data, const Op& op, const CallOptions& options = {}) {
-    return engine().run(make().all_reduce<A>(data, op, options, CallMaker::Way::foreground));
+    return perform(make().all_reduce<A>(data, op, options, CallMaker::Way::foreground), &op);
   }
   template <class A = Auto, WritableElements Data, Reduction<ValueOf<Data>> Op>
   Operation async_all_reduce(Data&& data, const Op& op, const CallOptions& options = {}) {
@@ -81,7 +83,7 @@ class Communicator {
   template <class A = Auto, class In, class Out, Reduction<ValueOf<In>> Op>
     requires SameElements<In, Out>
   Report all_reduce(In&& in, Out&& out, const Op& op, const CallOptions& options = {}) {
-    return engine().run(make().all_reduce<A>(in, out, op, options, CallMaker::Way::foreground));
+    return perform(make().all_reduce<A>(in, out, op, options, CallMaker::Way::foreground), &op);
   }
   template <class A = Auto, class In, class Out, Reduction<ValueOf<In>> Op>
     requires SameElements<In, Out>
@@ -100,7 +102,7 @@ class Communicator {
   template <class A = Auto, class In, class Out, Reduction<ValueOf<In>> Op>
     requires SameElements<In, Out>
   Report reduce(In&& in, Out&& out, const Op& op, Rank root, const CallOptions& options = {}) {
-    return engine().run(make().reduce<A>(in, out, op, root, options, CallMaker::Way::foreground));
+    return perform(make().reduce<A>(in, out, op, root, options, CallMaker::Way::foreground), &op);
   }
   template <class A = Auto, class In, class Out, Reduction<ValueOf<In>> Op>
     requires SameElements<In, Out>
@@ -118,7 +120,7 @@ class Communicator {
   /// data = root's data, on every rank.
   template <class A = Auto, WritableElements Data>
   Report broadcast(Data&& data, Rank root, const CallOptions& options = {}) {
-    return engine().run(make().broadcast<A>(data, root, options, CallMaker::Way::foreground));
+    return perform(make().broadcast<A>(data, root, options, CallMaker::Way::foreground));
   }
   template <class A = Auto, WritableElements Data>
   Operation async_broadcast(Data&& data, Rank root, const CallOptions& options = {}) {
@@ -133,7 +135,7 @@ class Communicator {
   template <class A = Auto, class In, class Out>
     requires SameElements<In, Out>
   Report all_gather(In&& in, Out&& out, const CallOptions& options = {}) {
-    return engine().run(make().all_gather<A>(in, out, options, CallMaker::Way::foreground));
+    return perform(make().all_gather<A>(in, out, options, CallMaker::Way::foreground));
   }
   template <class A = Auto, class In, class Out>
     requires SameElements<In, Out>
@@ -150,7 +152,7 @@ class Communicator {
   template <class A = Auto, class In, class Out, Reduction<ValueOf<In>> Op>
     requires SameElements<In, Out>
   Report reduce_scatter(In&& in, Out&& out, const Op& op, const CallOptions& options = {}) {
-    return engine().run(make().reduce_scatter<A>(in, out, op, options, CallMaker::Way::foreground));
+    return perform(make().reduce_scatter<A>(in, out, op, options, CallMaker::Way::foreground), &op);
   }
   template <class A = Auto, class In, class Out, Reduction<ValueOf<In>> Op>
     requires SameElements<In, Out>
@@ -169,7 +171,7 @@ class Communicator {
   template <class A = Auto, class In, class Out>
     requires SameElements<In, Out>
   Report gather(In&& in, Out&& out, Rank root, const CallOptions& options = {}) {
-    return engine().run(make().gather<A>(in, out, root, options, CallMaker::Way::foreground));
+    return perform(make().gather<A>(in, out, root, options, CallMaker::Way::foreground));
   }
   template <class A = Auto, class In, class Out>
     requires SameElements<In, Out>
@@ -187,7 +189,7 @@ class Communicator {
   template <class A = Auto, class In, class Out>
     requires SameElements<In, Out>
   Report scatter(In&& in, Out&& out, Rank root, const CallOptions& options = {}) {
-    return engine().run(make().scatter<A>(in, out, root, options, CallMaker::Way::foreground));
+    return perform(make().scatter<A>(in, out, root, options, CallMaker::Way::foreground));
   }
   template <class A = Auto, class In, class Out>
     requires SameElements<In, Out>
@@ -204,7 +206,7 @@ class Communicator {
   template <class A = Auto, class In, class Out>
     requires SameElements<In, Out>
   Report all_to_all(In&& in, Out&& out, const CallOptions& options = {}) {
-    return engine().run(make().all_to_all<A>(in, out, options, CallMaker::Way::foreground));
+    return perform(make().all_to_all<A>(in, out, options, CallMaker::Way::foreground));
   }
   template <class A = Auto, class In, class Out>
     requires SameElements<In, Out>
@@ -221,7 +223,7 @@ class Communicator {
   template <class A = Auto, class In, class Out, Reduction<ValueOf<In>> Op>
     requires SameElements<In, Out>
   Report scan(In&& in, Out&& out, const Op& op, const CallOptions& options = {}) {
-    return engine().run(make().scan<A, Collective::scan>(in, out, op, options, CallMaker::Way::foreground));
+    return perform(make().scan<A, Collective::scan>(in, out, op, options, CallMaker::Way::foreground), &op);
   }
   template <class A = Auto, class In, class Out, Reduction<ValueOf<In>> Op>
     requires SameElements<In, Out>
@@ -240,7 +242,7 @@ class Communicator {
   template <class A = Auto, class In, class Out, Reduction<ValueOf<In>> Op>
     requires SameElements<In, Out>
   Report exclusive_scan(In&& in, Out&& out, const Op& op, const CallOptions& options = {}) {
-    return engine().run(make().scan<A, Collective::exclusive_scan>(in, out, op, options, CallMaker::Way::foreground));
+    return perform(make().scan<A, Collective::exclusive_scan>(in, out, op, options, CallMaker::Way::foreground), &op);
   }
   template <class A = Auto, class In, class Out, Reduction<ValueOf<In>> Op>
     requires SameElements<In, Out>
@@ -261,7 +263,7 @@ class Communicator {
     requires SameElements<In, Out>
   Report all_gather_v(In&& in, Out&& out, Counts counts, Counts displacements = {}, const CallOptions& options = {}) {
     Extents extents;
-    return engine().run(make().all_gather_v<A>(in, out, counts, displacements, extents, options, CallMaker::Way::foreground));
+    return perform(make().all_gather_v<A>(in, out, counts, displacements, extents, options, CallMaker::Way::foreground));
   }
   template <class A = Auto, class In, class Out>
     requires SameElements<In, Out>
@@ -275,7 +277,7 @@ class Communicator {
     requires SameElements<In, Out>
   Report reduce_scatter_v(In&& in, Out&& out, Counts counts, const Op& op, Counts displacements = {}, const CallOptions& options = {}) {
     Extents extents;
-    return engine().run(make().reduce_scatter_v<A>(in, out, counts, displacements, extents, op, options, CallMaker::Way::foreground));
+    return perform(make().reduce_scatter_v<A>(in, out, counts, displacements, extents, op, options, CallMaker::Way::foreground), &op);
   }
   template <class A = Auto, class In, class Out, Reduction<ValueOf<In>> Op>
     requires SameElements<In, Out>
@@ -290,7 +292,7 @@ class Communicator {
     requires SameElements<In, Out>
   Report gather_v(In&& in, Out&& out, Counts counts, Rank root, Counts displacements = {}, const CallOptions& options = {}) {
     Extents extents;
-    return engine().run(make().gather_v<A>(in, out, counts, displacements, root, extents, options, CallMaker::Way::foreground));
+    return perform(make().gather_v<A>(in, out, counts, displacements, root, extents, options, CallMaker::Way::foreground));
   }
   template <class A = Auto, class In, class Out>
     requires SameElements<In, Out>
@@ -304,7 +306,7 @@ class Communicator {
     requires SameElements<In, Out>
   Report scatter_v(In&& in, Out&& out, Counts counts, Rank root, Counts displacements = {}, const CallOptions& options = {}) {
     Extents extents;
-    return engine().run(make().scatter_v<A>(in, out, counts, displacements, root, extents, options, CallMaker::Way::foreground));
+    return perform(make().scatter_v<A>(in, out, counts, displacements, root, extents, options, CallMaker::Way::foreground));
   }
   template <class A = Auto, class In, class Out>
     requires SameElements<In, Out>
@@ -318,7 +320,7 @@ class Communicator {
     requires SameElements<In, Out>
   Report all_to_all_v(In&& in, Counts in_counts, Out&& out, Counts out_counts, Counts in_displacements = {}, Counts out_displacements = {}, const CallOptions& options = {}) {
     Extents extents;
-    return engine().run(make().all_to_all_v<A>(in, in_counts, in_displacements, out, out_counts, out_displacements, extents, options, CallMaker::Way::foreground));
+    return perform(make().all_to_all_v<A>(in, in_counts, in_displacements, out, out_counts, out_displacements, extents, options, CallMaker::Way::foreground));
   }
   template <class A = Auto, class In, class Out>
     requires SameElements<In, Out>
@@ -333,7 +335,7 @@ class Communicator {
     requires SameElements<In, Out>
   Report neighbour_exchange(In&& in, Out&& out, Ranks to, Ranks from, const CallOptions& options = {}) {
     Extents extents;
-    return engine().run(make().neighbour_exchange<A>(in, out, to, from, extents, options, CallMaker::Way::foreground));
+    return perform(make().neighbour_exchange<A>(in, out, to, from, extents, options, CallMaker::Way::foreground));
   }
   template <class A = Auto, class In, class Out>
     requires SameElements<In, Out>
@@ -345,7 +347,7 @@ class Communicator {
   /// Returns when every rank has called it.
   template <class A = Auto>
   Report barrier(const CallOptions& options = {}) {
-    return engine().run(make().barrier<A>(options, CallMaker::Way::foreground));
+    return perform(make().barrier<A>(options, CallMaker::Way::foreground));
   }
   template <class A = Auto>
   Operation async_barrier(const CallOptions& options = {}) {
@@ -360,6 +362,7 @@ class Communicator {
   /// Short ones (see the README) are on their way when this returns, long ones have been received.
   template <Elements Data>
   Report send(Data&& data, Rank to, int tag = 0, const CallOptions& options = {}) {
+    if (fusion_ && fusion_->recording()) return fusion_->add(async_send(data, to, tag, options)), Report{};
     return engine().run(make().send(data, to, tag, options), nullptr);
   }
   template <Elements Data>
@@ -369,6 +372,7 @@ class Communicator {
   /// Receives the next message with this tag (any_tag: with any) from rank `from`. It may be shorter than data, not longer.
   template <WritableElements Data>
   Received receive(Data&& data, Rank from, int tag = 0, const CallOptions& options = {}) {
+    if (fusion_ && fusion_->recording()) return fusion_->add(async_receive(data, from, tag, options)), Received{};
     Message got;
     const Report report = engine().run(make().receive(data, from, tag, options), &got);
     return {report, got.bytes / sizeof(ValueOf<Data>), got.peer, got.tag};
@@ -388,6 +392,24 @@ class Communicator {
     got.report.bytes_sent += sent.bytes_sent;
     got.report.bytes_wire += sent.bytes_wire;
     return got;
+  }
+
+  /// The operations that `f()` calls on this communicator, as few: small all_reduces, reduces and broadcasts are packed
+  /// together, all others run at the same time. Their results are there when this returns, and not before; what they return
+  /// inside is empty, this is their account. All ranks pass the same operations in the same order; packed ones and others
+  /// must not depend on each other. A call that `f` makes on another communicator is not part of it.
+  template <std::invocable F>
+  Report group(F&& f) {
+    if (!fusion_) fusion_ = std::make_unique<Fusion>();
+    if (fusion_->recording()) throw Error(Errc::invalid_argument, "a group cannot be part of a group");
+    fusion_->begin();
+    try {
+      std::forward<F>(f)();
+    } catch (...) {
+      fusion_->give_up();
+      throw;
+    }
+    return fusion_->run(engine(), make());
   }
 
   /// Collective. A communicator of the same ranks whose operations are independent of this one's.
@@ -562,12 +584,21 @@ class Communicator {
 
   template <class Op>
   static std::shared_ptr<const Op> keep(const Op& op) {
-    if constexpr (std::is_empty_v<Op> && std::is_default_constructible_v<Op>) {
-      static const Op one{};
-      return {std::shared_ptr<void>(), &one};  // nothing to own
+    if constexpr (detail::is_stateless<Op>) return {std::shared_ptr<void>(), &detail::lasting(op)};  // nothing to own
+    else return std::make_shared<const Op>(op);
+  }
+  template <class Op = Sum>
+  Report perform(const Call& call, const Op* op = nullptr) {
+    if (!fusion_ || !fusion_->recording()) [[likely]] return engine().run(call);
+    if constexpr (!detail::is_stateless<Op>) {
+      const auto kept = keep(*op);
+      Call later = call;
+      later.fold.op = kept.get();
+      fusion_->add(engine_, make(), later, kept);
     } else {
-      return std::make_shared<const Op>(op);
+      fusion_->add(engine_, make(), call, nullptr);
     }
+    return {};
   }
   Operation start(const Call& call, std::shared_ptr<const void> kept = nullptr) { return {engine_, engine().start(call, std::move(kept))}; }
   AnyEngine& engine() const {
@@ -582,6 +613,7 @@ class Communicator {
 
   std::shared_ptr<AnyEngine> engine_;  // shared with persistent operations and those in flight
   std::unique_ptr<CallMaker> make_;
+  std::unique_ptr<Fusion> fusion_;  // once there was a group
   Rank rank_;
   int size_;
 };

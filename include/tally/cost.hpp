@@ -149,6 +149,7 @@ struct Need {
   bool steps = false;                 // no shares: they cannot run in the background
   static constexpr std::size_t kinds = 12;
   constexpr std::size_t index() const { return static_cast<std::size_t>(folding) * 4 + (steps ? 2u : 0u) + (direct ? 1u : 0u); }
+  static constexpr Need of(std::size_t index) { return {(index & 1) != 0, static_cast<Folding>(index / 4), (index & 2) != 0}; }
   constexpr bool met_by(const AlgorithmRef& algorithm, Collective operation) const {
     return (!reduces(operation) || algorithm.folding >= folding) && !(algorithm.share && steps);
   }

@@ -50,6 +50,7 @@ class Engine final : public AnyEngine {
     Run& run = runs_.take();
     run.call = &call;
     return to_end(run, call.timeout, [&] {
+      if (call.around) wrap([&] { call.around->before(); });
       post(run);
       if (call.algorithm.share) shares_.run(run);
       else drive(run);
@@ -57,6 +58,7 @@ class Engine final : public AnyEngine {
         progress_.enter(State::reduce);
         call.finish(call.output, call.layout.output_count(), size());
       }
+      if (call.around) wrap([&] { call.around->after(); });
     });
   }
   std::shared_ptr<void> pin(const Call& call) override { return plans_.find(PlanKey(call)); }
@@ -498,6 +500,12 @@ class Engine final : public AnyEngine {
     if (mailbox_.post(run, progress_.arrival(run.account))) progress_.post(run.transfer, *this);
   }
 
+  template <class F>
+  void wrap(F&& f) {
+    progress_.enter(State::copy);
+    f();
+    progress_.enter(State::protocol);
+  }
   void drive(Run& run) {
     ledger_.settle();  // what was sent takes longer to arrive than this
     while (run.remaining > 0) turn();

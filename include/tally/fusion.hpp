@@ -1,0 +1,144 @@
+// SPDX-License-Identifier: Apache-2.0
+// Makes few operations of many: those of a group that fit together (the same operation, type, operator and root) are packed
+// into buffers that stay in a core's cache, done there, and unpacked. All others run in the background meanwhile.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <utility>
+#include <vector>
+
+#include "calls.hpp"
+#include "operation.hpp"
+#include "run.hpp"
+
+namespace tally::inline v0 {
+
+class Fusion {
+ public:
+  bool recording() const { return recording_; }
+  void begin() { recording_ = true; }
+
+  /// An operation of the group. `kept`: its operator. Others than those that can be packed are started.
+  void add(const std::shared_ptr<AnyEngine>& engine, CallMaker& make, const Call& call, const std::shared_ptr<const void>& kept) {
+    const Collective what = call.layout.operation;
+    const bool packs = (what == Collective::all_reduce || what == Collective::reduce || what == Collective::broadcast) && call.output_bytes().size() + call.input_bytes().size() <= most_bytes;
+    if (!packs) return started_.push_back({engine, engine->start(make.in_background(call), kept)});
+    Pack* pack = latest_ < packs_.size() && fits(packs_[latest_], call) ? &packs_[latest_] : find(call, kept);
+    // All ranks must cut the group in the same way.
+    pack->parts.push_back({call.input, call.output, call.layout.count});
+    pack->elements += call.layout.count;
+  }
+  void add(Operation operation) { started_.push_back(std::move(operation)); }
+
+  /// Runs them all, in the order in which the first of each kind was called. The report is the sum of theirs.
+  Report run(AnyEngine& engine, CallMaker& make) {
+    const Ending ending{*this};
+    Report all;
+    for (std::size_t i = 0; i < packs_.size(); ++i) run(packs_[i], engine, make, all);
+    for (Operation& operation : started_) add(all, operation.wait());
+    return all;
+  }
+  /// The group failed before it ran.
+  void give_up() { const Ending ending{*this}; }
+
+ private:
+  static constexpr std::size_t most_bytes = std::size_t{64} << 10;     // of an operation: larger ones gain nothing
+  static constexpr std::size_t bucket_bytes = std::size_t{512} << 10;  // stays in a core's cache
+
+  struct Part {
+    const std::byte* in;
+    std::byte* out;
+    std::size_t count;
+  };
+  struct Pack {
+    Call call;  // of the first
+    std::shared_ptr<const void> kept;
+    std::vector<Part> parts;
+    std::size_t elements = 0;
+  };
+  /// A bucket on its way into the buffer and out of it.
+  struct Bucket final : Around {
+    const Part *first = nullptr, *last = nullptr;
+    std::byte* buffer = nullptr;
+    std::size_t grain = 1;
+    bool has_input = false, has_output = false;
+    void before() override {
+      std::byte* at = buffer;
+      for (const Part* part = first; has_input && part != last; at += part->count * grain, ++part)
+        if (part->count > 0) std::memcpy(at, part->in, part->count * grain);
+    }
+    void after() override {
+      const std::byte* at = buffer;
+      for (const Part* part = first; has_output && part != last; at += part->count * grain, ++part)
+        if (part->count > 0) std::memcpy(part->out, at, part->count * grain);
+    }
+  };
+  struct Ending {
+    Fusion& fusion;
+    explicit Ending(Fusion& group) : fusion(group) { fusion.recording_ = false; }
+    ~Ending() {
+      fusion.packs_.clear();
+      fusion.started_.clear();  // waits, if something went wrong
+      fusion.latest_ = 0;
+    }
+  };
+
+  static bool fits(const Pack& pack, const Call& call) {
+    const Call& first = pack.call;
+    return first.layout.operation == call.layout.operation && first.type == call.type && first.grain == call.grain && first.operator_code == call.operator_code && first.fold.function == call.fold.function &&
+           first.fold.op == call.fold.op && first.layout.root == call.layout.root && first.named == call.named && first.need / 4 == call.need / 4 && (!call.named || first.algorithm.name == call.algorithm.name);
+  }
+  Pack* find(const Call& call, const std::shared_ptr<const void>& kept) {
+    for (latest_ = 0; latest_ < packs_.size(); ++latest_)
+      if (fits(packs_[latest_], call)) return &packs_[latest_];
+    packs_.push_back({call, kept, {}, 0});
+    return &packs_.back();
+  }
+
+  void run(const Pack& pack, AnyEngine& engine, CallMaker& make, Report& all) {
+    const Call& call = pack.call;
+    const bool reads = call.layout.operation != Collective::broadcast, is_root = call.layout.root == make.rank(), reduce = call.layout.operation == Collective::reduce;
+    for (std::size_t first = 0; first < pack.parts.size();) {
+      std::size_t last = first, elements = 0;
+      std::uint64_t hash = 0;
+      while (last < pack.parts.size() && (last == first || (elements + pack.parts[last].count) * call.grain <= bucket_bytes)) {
+        elements += pack.parts[last].count;
+        hash = (hash ^ pack.parts[last++].count) * 0x9e3779b97f4a7c15u;
+      }
+      buffer_.grow(std::max<std::size_t>(elements * call.grain, 1));
+      Bucket bucket;
+      bucket.first = pack.parts.data() + first;
+      bucket.last = pack.parts.data() + last;
+      bucket.buffer = buffer_.data();
+      bucket.grain = call.grain;
+      bucket.has_input = reads || is_root;
+      bucket.has_output = !(reduce || !reads) || (reduce ? is_root : !is_root);
+      if (!reads && is_root)  // a broadcast's data is what it puts out
+        for (Part* part = const_cast<Part*>(bucket.first); part != bucket.last; ++part) part->in = part->out;
+      Call together = make.regrouped(call, elements, reads ? buffer_.data() : nullptr, !reduce || is_root ? buffer_.data() : nullptr, static_cast<std::uint16_t>(hash >> 48 | 1));
+      together.around = &bucket;
+      add(all, engine.run(together));
+      first = last;
+    }
+  }
+  static void add(Report& all, const Report& one) {
+    for (const auto part : {&Report::elapsed, &Report::exposed, &Report::copy, &Report::reduce, &Report::codec, &Report::protocol, &Report::wait_arrival, &Report::wait_transfer, &Report::wait_credit, &Report::wait_local, &Report::undriven}) all.*part += one.*part;
+    for (const auto part : {&Report::bytes_sent, &Report::bytes_received, &Report::bytes_wire}) all.*part += one.*part;
+    all.ledger = one.ledger;
+    all.sequence = one.sequence;
+    all.last_arrival = one.last_arrival;
+    all.algorithm = one.algorithm;
+  }
+
+  bool recording_ = false;
+  std::vector<Pack> packs_;
+  std::size_t latest_ = 0;
+  std::vector<Operation> started_;
+  Scratch buffer_;
+};
+
+}  // namespace tally::inline v0
