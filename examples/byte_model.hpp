@@ -27,6 +27,10 @@ struct Parameters {
   float* const output_bias = output_weights + hidden * symbols;        // [symbols]
   float* const loss = output_bias + symbols;  // in a gradient: travels with it, so that it needs no call of its own
 
+  /// In the order in which back-propagation is done with them: the output layer and the loss, then the rest.
+  std::span<float> output_part() { return {output_weights, all.data() + all.size()}; }
+  std::span<float> input_part() { return {all.data(), output_weights}; }
+
   Parameters() = default;
   Parameters(const Parameters&) = delete;  // the pointers point into this one
 };
@@ -63,8 +67,10 @@ class Learner {
     transpose<hidden, symbols>(p.output_weights, output_weights_t_.data());
   }
 
-  /// At most `chunk` positions; the loss of each counts `weight`. Missing ones are computed with weight 0.
-  void add(const Parameters& p, const std::string& text, std::span<const std::size_t> positions, float weight, Parameters& gradient) {
+  /// At most `chunk` positions; the loss of each counts `weight`. Missing ones are computed with weight 0. `output_done()` is
+  /// called when the gradient of the output layer, and the loss, have all that these samples add to them.
+  template <class F>
+  void add(const Parameters& p, const std::string& text, std::span<const std::size_t> positions, float weight, Parameters& gradient, F&& output_done) {
     const auto byte_at = [&](std::size_t s, std::size_t back) {
       return static_cast<unsigned char>(text[positions[s < positions.size() ? s : 0] - back]);
     };
@@ -93,6 +99,9 @@ class Learner {
 
     // Backward, layer by layer: weights get input^T * error, the layer below gets error * weights^T.
     multiply_add<hidden, chunk, symbols>(gradient.output_weights, hidden_.data(), 1, hidden, output_.data());
+    for (std::size_t s = 0; s < chunk; ++s)
+      for (std::size_t o = 0; o < symbols; ++o) gradient.output_bias[o] += output_[s * symbols + o];
+    output_done();
     hidden_error_.assign(chunk * hidden, 0.0f);
     multiply_add<chunk, symbols, hidden>(hidden_error_.data(), output_.data(), symbols, 1, output_weights_t_.data());
     for (std::size_t i = 0; i < chunk * hidden; ++i) hidden_error_[i] *= 1 - hidden_[i] * hidden_[i];  // tanh' = 1 - tanh^2
@@ -100,7 +109,6 @@ class Learner {
     input_error_.assign(chunk * inputs, 0.0f);
     multiply_add<chunk, hidden, inputs>(input_error_.data(), hidden_error_.data(), hidden, 1, hidden_weights_t_.data());
     for (std::size_t s = 0; s < chunk; ++s) {
-      for (std::size_t o = 0; o < symbols; ++o) gradient.output_bias[o] += output_[s * symbols + o];
       for (std::size_t h = 0; h < hidden; ++h) gradient.hidden_bias[h] += hidden_error_[s * hidden + h];
       for (std::size_t c = 0; c < context; ++c)
         for (std::size_t f = 0; f < features; ++f) gradient.embedding[byte_at(s, c + 1) * features + f] += input_error_[s * inputs + c * features + f];
@@ -116,11 +124,13 @@ class Learner {
 /// Adam: each parameter moves by its mean gradient, relative to how large its gradients usually are.
 class Optimizer {
  public:
-  void step(Parameters& p, const Parameters& gradient) {
+  void begin_step() { ++steps_; }
+  /// A part of the parameters, which is as far as its gradient is known.
+  void step(Parameters& p, const Parameters& gradient, std::span<const float> part) {
     constexpr float keep_mean = 0.9f, keep_square = 0.99f, rate = 0.005f;
-    ++steps_;
     const float mean_scale = rate / (1 - std::pow(keep_mean, steps_)), square_scale = 1 / (1 - std::pow(keep_square, steps_));
-    for (std::size_t i = 0; i < Parameters::count; ++i) {
+    const auto first = static_cast<std::size_t>(part.data() - gradient.all.data());
+    for (std::size_t i = first; i < std::min(first + part.size(), Parameters::count); ++i) {
       const float g = gradient.all[i];
       mean_[i] += (1 - keep_mean) * (g - mean_[i]);
       square_[i] += (1 - keep_square) * (g * g - square_[i]);

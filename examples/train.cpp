@@ -2,7 +2,9 @@
 // Trains a byte-level language model (byte_model.hpp) by data parallelism: every rank holds the same parameters and
 // computes the gradient of its slice of each batch, one all_reduce adds the slices up, and every rank takes the
 // same step. All ranks draw from the same sequence of samples, so the number of ranks changes the losses by
-// rounding only. At the end the ledger says what the synchronising cost.
+// rounding only. At the end the ledger says what the synchronising cost. With --overlap the gradient is reduced in two
+// parts, each as soon as back-propagation is done with it, and the parameters whose gradient is there take their step
+// while the other part is under way.
 
 #include <unistd.h>
 
@@ -16,6 +18,7 @@
 #include <fstream>
 #include <iomanip>
 #include <iostream>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -29,7 +32,8 @@
 struct Settings {
   int ranks = 2;
   std::uint64_t steps = 3000, batch = 512, seed = 1;
-  bool threads = false;
+  bool threads = false, overlap = false;
+  std::optional<int> progress_core;
   std::vector<std::string> text_files;
   std::string json;
 };
@@ -75,6 +79,21 @@ void print_curve(std::ostream& out, const std::vector<float>& losses) {
   }
 }
 
+/// How long reductions were in flight, and how much of that nobody waited for.
+struct Overlap {
+  double in_flight = 0, exposed = 0;
+  double percent() const { return in_flight > 0 ? 100 * (1 - exposed / in_flight) : 0; }
+};
+Overlap overlap_in(const tally::Ledger& ledger) {
+  Overlap h;
+  for (const tally::LedgerRow& row : ledger.rows()) {
+    if (row.operation != tally::Collective::all_reduce) continue;
+    h.in_flight += std::chrono::duration<double>(row.elapsed).count();
+    h.exposed += std::chrono::duration<double>(row.exposed).count();
+  }
+  return h;
+}
+
 void report(const Settings& settings, const tally::Communicator& comm, const std::vector<float>& losses, double seconds) {
   std::ostream& out = settings.json == "-" ? std::cerr : std::cout;
   if (losses.empty()) {
@@ -85,11 +104,19 @@ void report(const Settings& settings, const tally::Communicator& comm, const std
     out << "first " << losses.front() << ", last " << losses.back() << "; " << losses.size() * settings.batch << std::setprecision(1);
     out << " samples in " << seconds << " s, " << std::setprecision(0) << samples / seconds << " per second; ranks: " << comm.size() << '\n';
   }
+  if (settings.overlap && !losses.empty()) {
+    const Overlap h = overlap_in(comm.ledger());
+    out << "communication: " << std::setprecision(1) << h.in_flight * 1e3 << " ms in flight, of which the caller was blocked for " << h.exposed * 1e3 << " ms: " << h.percent() << " % hidden\n";
+  }
   out << '\n' << comm.ledger() << std::flush;
 
   if (settings.json.empty()) return;
   nlohmann::json json{{"loss_first", nullptr}, {"loss_last", nullptr}, {"steps", settings.steps}, {"ranks", comm.size()}, {"seconds", seconds}};
   json["ledger"] = to_json(comm.ledger());
+  if (settings.overlap) {
+    const Overlap h = overlap_in(comm.ledger());
+    json["overlap"] = {{"in_flight_seconds", h.in_flight}, {"exposed_seconds", h.exposed}, {"hidden_percent", h.percent()}};
+  }
   if (!losses.empty()) {
     json["loss_first"] = number_or_null(losses.front());
     json["loss_last"] = number_or_null(losses.back());
@@ -107,6 +134,8 @@ std::size_t position_of(std::uint64_t i, std::uint64_t seed, std::size_t text_si
 
 /// What every rank does.
 void train(tally::Communicator& comm, const Settings& settings, const std::string& text) {
+  std::optional<tally::ProgressThread> progress_thread;
+  if (settings.progress_core) progress_thread = tally::progress_thread(*settings.progress_core);
   Parameters parameters, gradient;
   if (comm.rank() == 0) initialize(parameters, settings.seed);
   comm.broadcast(parameters.all, 0);
@@ -124,12 +153,26 @@ void train(tally::Communicator& comm, const Settings& settings, const std::strin
   for (std::uint64_t step = 0; step < settings.steps; ++step) {
     std::fill(gradient.all.begin(), gradient.all.end(), 0.0f);
     learner.use(parameters);
+    tally::Operation output_part;
+    const auto reduce_output_part = [&] { output_part = comm.async_all_reduce(gradient.output_part(), tally::sum); };  // the loss is its last element
+    if (settings.overlap && first == end) reduce_output_part();
     for (std::uint64_t i = first; i < end;) {
       for (positions.clear(); i < end && positions.size() < chunk; ++i) positions.push_back(position_of(step * settings.batch + i, settings.seed, text.size()));
-      learner.add(parameters, text, positions, weight, gradient);
+      learner.add(parameters, text, positions, weight, gradient, [&] {
+        if (settings.overlap && i == end) reduce_output_part();
+      });
     }
-    comm.all_reduce(gradient.all, tally::sum);  // the loss is its last element
-    optimizer.step(parameters, gradient);
+    optimizer.begin_step();
+    if (settings.overlap) {
+      tally::Operation input_part = comm.async_all_reduce(gradient.input_part(), tally::sum);
+      output_part.wait();
+      optimizer.step(parameters, gradient, gradient.output_part());
+      input_part.wait();
+      optimizer.step(parameters, gradient, gradient.input_part());
+    } else {
+      comm.all_reduce(gradient.all, tally::sum);
+      optimizer.step(parameters, gradient, gradient.all);
+    }
     losses.push_back(*gradient.loss);
     if (comm.rank() == 0) progress.show(step + 1, losses.back());
   }
@@ -182,6 +225,8 @@ int main(int argc, char** argv) {
   app.add_option("--batch", settings.batch, "samples per step, all ranks together")->check(CLI::Range(1, 100000000))->capture_default_str();
   app.add_option("--seed", settings.seed, "of the first parameters and the samples")->capture_default_str();
   app.add_flag("--threads", settings.threads, "make the ranks threads instead of processes");
+  app.add_flag("--overlap", settings.overlap, "reduce the gradient in two parts while back-propagation goes on");
+  app.add_option("--progress-core", settings.progress_core, "with a progress thread on this core; -1: on any")->option_text("CORE")->needs("--overlap");
   app.add_option("--text", settings.text_files, "what to learn; without it, the library's own headers")->option_text("FILE...");
   app.add_option("--json", settings.json, "write the result there too; '-' is standard output")->option_text("FILE");
   try {

@@ -26,12 +26,6 @@
 
 namespace tally::inline v0 {
 
-/// Which bits a call that combines gives. All ranks always get the same.
-enum class Order : std::uint8_t {
-  any,    // those of the algorithm chosen
-  fixed,  // one bracketing in rank order (Folding::fixed): whatever the algorithm, its pieces, the transport, the timing
-};
-
 /// Per call, e.g. `comm.all_reduce(data, tally::sum, {.timeout = 2s})`.
 struct CallOptions {
   std::optional<nanoseconds> timeout = {};  // default: the communicator's

@@ -23,6 +23,12 @@
 
 namespace tally::inline v0 {
 
+/// Which bits a call that combines gives. All ranks always get the same.
+enum class Order : std::uint8_t {
+  any,    // those of the algorithm chosen
+  fixed,  // one bracketing in rank order (Folding::fixed): whatever the algorithm, its pieces, the transport, the timing
+};
+
 template <class R>
 concept StepsOrShare = std::same_as<R, Steps> || std::same_as<R, Share>;
 

@@ -46,11 +46,12 @@ struct Options {
   SlotOptions slots;
   AlgorithmOverrides algorithms;
   std::string model;      // measurements to choose algorithms by, written by tally_perf --tune; rank 0's counts
+  Order order = Order::any;  // of calls that name none
   int group = 0;          // ranks that follow each other and share a cache or a socket; 0: look; rank 0's counts
   std::string transport;  // empty: whatever fits
 
   /// `defaults`, changed by what the environment says: TALLY_TIMEOUT (seconds), TALLY_ACCOUNTING (on, off),
-  /// TALLY_METER (model, none), TALLY_MODEL_BUSY_WATTS, TALLY_MODEL_IDLE_WATTS (per core), TALLY_ALGORITHM, TALLY_WAIT (latency, balanced, energy), TALLY_MODEL (a file),
+  /// TALLY_METER (model, none), TALLY_MODEL_BUSY_WATTS, TALLY_MODEL_IDLE_WATTS (per core), TALLY_ALGORITHM, TALLY_ORDER (any, fixed), TALLY_WAIT (latency, balanced, energy), TALLY_MODEL (a file),
   /// TALLY_GROUP (ranks), TALLY_TRANSPORT (shm, thread), TALLY_SLOTS, TALLY_SLOT_BYTES, TALLY_SLOT_BUDGET (bytes).
   static Options from_environment(Options defaults) {
     using detail::environment, detail::environment_number;
@@ -67,6 +68,7 @@ struct Options {
       else throw Error(Errc::invalid_argument, {"TALLY_WAIT='", *v, "' is unknown; it may be latency, balanced or energy"});
     }
     if (const auto v = environment("TALLY_ALGORITHM")) o.algorithms = AlgorithmOverrides(*v);
+    if (const auto v = environment("TALLY_ORDER")) o.order = one_of("TALLY_ORDER", *v, "any", "fixed") ? Order::fixed : Order::any;
     if (const auto v = environment("TALLY_MODEL")) o.model = *v;
     if (const auto n = environment_number<int>("TALLY_GROUP", 0, 1 << 15)) o.group = *n;
     if (const auto v = environment("TALLY_TRANSPORT")) {
