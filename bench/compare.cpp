@@ -62,7 +62,7 @@ std::optional<int> parse(int argc, char** argv, Settings& s) {
   double block_ms = s.limits.block_s * 1e3;
   app.option_defaults()->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);
   app.add_option("-n,--ranks", s.ranks, "ranks of each library")->check(CLI::Range(2, bench::most_ranks))->capture_default_str();
-  app.add_option("--ops", ops, "comma-separated: all_reduce, reduce, broadcast, all_gather, reduce_scatter, barrier, or all")->capture_default_str();
+  app.add_option("--ops", ops, "comma-separated: all_reduce, reduce, broadcast, all_gather, reduce_scatter, barrier, gather, scatter, all_to_all, scan, exclusive_scan, send_receive, or all")->capture_default_str();
   app.add_option("--peers", peers, "comma-separated: whom to race against (also: unaccounted, which is tally with its accounting off), or none")->capture_default_str();
   app.add_option("-b,--min", least, "smallest size in bytes; suffixes K, M, G")->capture_default_str();
   app.add_option("-e,--max", most, "largest size; always measured itself")->capture_default_str();
@@ -88,7 +88,7 @@ std::optional<int> parse(int argc, char** argv, Settings& s) {
   s.ops.clear();
   for (const std::string& word : words(ops)) {
     const auto known = std::find(bench::op_names.begin(), bench::op_names.end(), word);
-    if (word != "all" && known == bench::op_names.end()) return refuse("--ops: unknown operation '" + word + "'; there are all_reduce, reduce, broadcast, all_gather, reduce_scatter, barrier, all");
+    if (word != "all" && known == bench::op_names.end()) return refuse("--ops: unknown operation '" + word + "'; there are all_reduce, reduce, broadcast, all_gather, reduce_scatter, barrier, gather, scatter, all_to_all, scan, exclusive_scan, send_receive, all");
     for (std::size_t i = 0; i < bench::op_names.size(); ++i)
       if (word == "all" || word == bench::op_names[i]) s.ops.push_back(static_cast<Op>(i));
   }

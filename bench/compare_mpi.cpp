@@ -36,6 +36,12 @@ bench::Library library() {
       case Op::all_gather: return [=] { MPI_Allgather(in, block, MPI_FLOAT, out, block, MPI_FLOAT, MPI_COMM_WORLD); };
       case Op::reduce_scatter: return [=] { MPI_Reduce_scatter_block(in, out, block, MPI_FLOAT, MPI_SUM, MPI_COMM_WORLD); };
       case Op::barrier: return [] { MPI_Barrier(MPI_COMM_WORLD); };
+      case Op::gather: return [=] { MPI_Gather(in, block, MPI_FLOAT, out, block, MPI_FLOAT, 0, MPI_COMM_WORLD); };
+      case Op::scatter: return [=] { MPI_Scatter(in, block, MPI_FLOAT, out, block, MPI_FLOAT, 0, MPI_COMM_WORLD); };
+      case Op::all_to_all: return [=] { MPI_Alltoall(in, block, MPI_FLOAT, out, block, MPI_FLOAT, MPI_COMM_WORLD); };
+      case Op::scan: return [=] { MPI_Scan(in, out, count, MPI_FLOAT, MPI_SUM, MPI_COMM_WORLD); };
+      case Op::exclusive_scan: return [=] { MPI_Exscan(in, out, count, MPI_FLOAT, MPI_SUM, MPI_COMM_WORLD); };
+      case Op::send_receive: return [=, to = w.next(), from = w.previous()] { MPI_Sendrecv(in, count, MPI_FLOAT, to, 0, out, count, MPI_FLOAT, from, 0, MPI_COMM_WORLD, MPI_STATUS_IGNORE); };
     }
     return {};
   };

@@ -30,6 +30,12 @@ bench::Library library(tally::Communicator& comm, const Part& part) {
       case Op::all_gather: return counted(idle, [&comm, out, mine = part(w.in.first(w.block()))] { return comm.all_gather(mine, out); });
       case Op::reduce_scatter: return counted(idle, [&comm, in, mine = part(w.out.first(w.block()))] { return comm.reduce_scatter(in, mine, tally::sum); });
       case Op::barrier: return counted(idle, [&comm] { return comm.barrier(); });
+      case Op::gather: return counted(idle, [&comm, out, mine = part(w.in.first(w.block()))] { return comm.gather(mine, out, 0); });
+      case Op::scatter: return counted(idle, [&comm, in, mine = part(w.out.first(w.block()))] { return comm.scatter(in, mine, 0); });
+      case Op::all_to_all: return counted(idle, [&comm, in, out] { return comm.all_to_all(in, out); });
+      case Op::scan: return counted(idle, [&comm, in, out] { return comm.scan(in, out, tally::sum); });
+      case Op::exclusive_scan: return counted(idle, [&comm, in, out] { return comm.exclusive_scan(in, out, tally::sum); });
+      case Op::send_receive: return counted(idle, [&comm, in, out, to = w.next(), from = w.previous()] { return comm.send_receive(in, to, out, from).report; });
     }
     return {};
   };

@@ -30,7 +30,9 @@ struct Work {
   std::size_t count = 0;  // of the larger side
   std::span<float> in, out;
   std::size_t block() const { return count / static_cast<std::size_t>(size); }
-  bool apart() const { return op == Op::reduce || op == Op::all_gather || op == Op::reduce_scatter; }
+  bool apart() const { return op != Op::all_reduce && op != Op::broadcast && op != Op::barrier; }
+  int next() const { return (rank + 1) % size; }
+  int previous() const { return (rank + size - 1) % size; }
 };
 
 using Call = std::function<void()>;
@@ -190,6 +192,17 @@ class Seat {
         return wrong;
       }
       case Op::reduce_scatter: return result().count_wrong(w.out.first(w.block()), static_cast<std::size_t>(w.rank) * w.block());
+      case Op::gather:
+      case Op::all_to_all: {
+        std::uint64_t wrong = 0;
+        const std::size_t first = w.op == Op::all_to_all ? static_cast<std::size_t>(w.rank) * w.block() : 0;
+        for (int r = 0; r < w.size && (w.op == Op::all_to_all || w.rank == 0); ++r) wrong += input_of(r).count_wrong(w.out.subspan(static_cast<std::size_t>(r) * w.block(), w.block()), first);
+        return wrong;
+      }
+      case Op::scatter: return input_of(0).count_wrong(w.out.first(w.block()), static_cast<std::size_t>(w.rank) * w.block());
+      case Op::scan: return Pattern<float>::result(Reduce::sum, w.rank + 1, turn).count_wrong(w.out);
+      case Op::exclusive_scan: return w.rank == 0 ? 0 : Pattern<float>::result(Reduce::sum, w.rank, turn).count_wrong(w.out);
+      case Op::send_receive: return input_of(w.previous()).count_wrong(w.out);
       case Op::barrier: return 0;
     }
     return 0;

@@ -194,7 +194,7 @@ class Race {
   Row run(Op op, std::size_t bytes) {
     const auto n = static_cast<std::size_t>(hall_->ranks);
     std::size_t count = bytes / sizeof(float);
-    if (op == Op::all_gather || op == Op::reduce_scatter) count = std::max<std::size_t>(count / n, 1) * n;
+    if (in_blocks(op)) count = std::max<std::size_t>(count / n, 1) * n;
     if (op == Op::barrier) count = 0;
     Row row{op, count * sizeof(float), 0, std::vector<Times>(contenders_.size())};
     if (op != last_op_) slow_.assign(contenders_.size(), 0);

@@ -31,7 +31,7 @@ struct Settings {
   std::size_t least = 8, most = std::size_t{64} << 20, factor = 2;
   int root = 0;
   bool in_place = true;
-  bool pin = false;
+  bool pin = false, list = false;
   int iterations = 0;  // 0: as many as fit into `seconds`
   int warmup = 10;
   double seconds = 0.2;
@@ -77,15 +77,15 @@ struct Account {
 
 /// Calls one operation on buffers of one size, and knows what comes out.
 template <class T, class Op>
-class Collective {
+class Trial {
  public:
-  Collective(tally::Communicator& comm, const Settings& settings, std::size_t count)
+  Trial(tally::Communicator& comm, const Settings& settings, std::size_t count)
       : comm_(comm), s_(settings), count_(count), block_(count / static_cast<std::size_t>(comm.size())), first_(count * sizeof(T)), second_(apart() ? count * sizeof(T) : 0) {
     in_ = whole_in_ = first_.as<T>(count);
     out_ = whole_out_ = apart() ? second_.as<T>(count) : in_;
     const std::size_t mine = static_cast<std::size_t>(comm.rank()) * block_;
-    if (s_.op == Collective::all_gather) in_ = s_.in_place ? whole_out_.subspan(mine, block_) : whole_in_.first(block_);
-    if (s_.op == Collective::reduce_scatter) out_ = s_.in_place ? whole_in_.subspan(mine, block_) : whole_out_.first(block_);
+    if (s_.op == Collective::all_gather || s_.op == Collective::gather) in_ = s_.in_place ? whole_out_.subspan(mine, block_) : whole_in_.first(block_);
+    if (s_.op == Collective::reduce_scatter || s_.op == Collective::scatter) out_ = s_.in_place ? whole_in_.subspan(mine, block_) : whole_out_.first(block_);
   }
 
   tally::Report call() {
@@ -95,6 +95,11 @@ class Collective {
       case Collective::broadcast: return comm_.broadcast(in_, s_.root);
       case Collective::all_gather: return comm_.all_gather(in_, out_);
       case Collective::reduce_scatter: return comm_.reduce_scatter(in_, out_, Op{});
+      case Collective::gather: return comm_.gather(in_, out_, s_.root);
+      case Collective::scatter: return comm_.scatter(in_, out_, s_.root);
+      case Collective::all_to_all: return comm_.all_to_all(in_, out_);
+      case Collective::scan: return comm_.scan(in_, out_, Op{});
+      case Collective::exclusive_scan: return comm_.exclusive_scan(in_, out_, Op{});
       default: return comm_.barrier();
     }
   }
@@ -111,11 +116,19 @@ class Collective {
       case Collective::reduce: return comm_.rank() == s_.root ? result(turn).count_wrong(out_) : 0;
       case Collective::broadcast: return input(s_.root, turn).count_wrong(out_);
       case Collective::reduce_scatter: return result(turn).count_wrong(out_, static_cast<std::size_t>(comm_.rank()) * block_);
-      case Collective::all_gather: {
+      case Collective::gather:
+        if (comm_.rank() != s_.root) return 0;
+        [[fallthrough]];
+      case Collective::all_gather:
+      case Collective::all_to_all: {
         std::uint64_t wrong = 0;
-        for (int r = 0; r < n; ++r) wrong += input(r, turn).count_wrong(out_.subspan(static_cast<std::size_t>(r) * block_, block_));
+        const std::size_t first = s_.op == Collective::all_to_all ? static_cast<std::size_t>(comm_.rank()) * block_ : 0;
+        for (int r = 0; r < n; ++r) wrong += input(r, turn).count_wrong(out_.subspan(static_cast<std::size_t>(r) * block_, block_), first);
         return wrong;
       }
+      case Collective::scatter: return input(s_.root, turn).count_wrong(out_, static_cast<std::size_t>(comm_.rank()) * block_);
+      case Collective::scan: return bench::Pattern<T>::result(s_.reduce, comm_.rank() + 1, turn).count_wrong(out_);
+      case Collective::exclusive_scan: return comm_.rank() == 0 ? 0 : bench::Pattern<T>::result(s_.reduce, comm_.rank(), turn).count_wrong(out_);
       default: return 0;
     }
   }
@@ -141,7 +154,7 @@ class Collective {
 double bus_factor(Collective operation, int n) {
   const double others = static_cast<double>(n - 1) / n;
   if (operation == Collective::all_reduce) return 2 * others;
-  if (operation == Collective::all_gather || operation == Collective::reduce_scatter) return others;
+  if (tally::Layout{operation, 0, n, 0, 1}.items() > 1) return others;
   return 1;
 }
 
@@ -151,7 +164,7 @@ class Measurement {
   Measurement(tally::Communicator& comm, tally::Communicator& control, const Settings& settings) : comm_(comm), control_(control), s_(settings) {}
 
   Row run(std::size_t count) {
-    Collective<T, Op> collective(comm_, s_, count);
+    Trial<T, Op> collective(comm_, s_, count);
     Row row;
     row.count = count;
     row.bytes = count * sizeof(T);
@@ -182,14 +195,14 @@ class Measurement {
   }
 
  private:
-  static std::uint64_t check(Collective<T, Op>& collective, int turn) {
+  static std::uint64_t check(Trial<T, Op>& collective, int turn) {
     collective.fill(turn);
     collective.call();
     return collective.count_wrong(turn);
   }
 
   /// Microseconds per call, roughly, the same on all ranks; more warm-up.
-  double estimate(Collective<T, Op>& collective) {
+  double estimate(Trial<T, Op>& collective) {
     for (int calls = 1;; calls *= 2) {
       control_.barrier();
       double us = timed(collective, calls, calls).front();
@@ -203,7 +216,7 @@ class Measurement {
     if (row.bytes >= 64 << 10) return 1;
     return std::clamp(static_cast<int>(50 / call_us), 1, std::max(1, row.iterations / 20));
   }
-  std::vector<double> timed(Collective<T, Op>& collective, int calls, int batch) {
+  std::vector<double> timed(Trial<T, Op>& collective, int calls, int batch) {
     std::vector<double> samples;
     samples.reserve(static_cast<std::size_t>(calls / batch + 1));
     double begin = bench::seconds_now();
@@ -352,7 +365,7 @@ std::string placement(tally::Communicator& comm, const Settings& s, bool pinned)
 template <class T>
 std::vector<std::size_t> counts_of(const Settings& s, int n) {
   if (s.op == Collective::barrier) return {0};
-  const std::size_t unit = s.op == Collective::all_gather || s.op == Collective::reduce_scatter ? static_cast<std::size_t>(n) : 1;
+  const std::size_t unit = tally::Layout{s.op, 0, n, 0, 1}.items();  // blocks
   std::vector<std::size_t> counts;
   for (std::size_t bytes = s.least; bytes <= s.most;) {
     const std::size_t count = std::max<std::size_t>(bytes / sizeof(T) / unit, 1) * unit;
@@ -423,15 +436,15 @@ void parse(int argc, char** argv, CLI::App& app, Settings& s) {
              "Exit status: 0, 1 if any value was wrong or a rank failed, 2 for bad arguments.");
   app.option_defaults()->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);
   CLI::Option* ranks = app.add_option("-n,--ranks", s.ranks, "number of ranks to start [2]; a launcher's number under mpirun, torchrun or TALLY_RANK");
-  app.add_option("--op", op, "all_reduce, reduce, broadcast, all_gather, reduce_scatter or barrier")->capture_default_str();
+  app.add_option("--op", op, "all_reduce, reduce, broadcast, all_gather, reduce_scatter, barrier, gather, scatter, all_to_all, scan or exclusive_scan")->capture_default_str();
   app.add_option("--transport", s.transport, "shm (ranks are processes) or thread")->capture_default_str();
-  app.add_option("--algorithm", s.algorithm, "auto, ring, tree, recursive_doubling, one_shot, recursive_halving, two_shot, chain, double_tree, hierarchical, zero_copy (where ranks are threads), staged, or single_copy")->capture_default_str();
+  app.add_option("--algorithm", s.algorithm, "auto, or one that --list names for the operation (zero_copy only where ranks are threads)")->capture_default_str();
   app.add_option("-b,--min", least, "smallest size in bytes")->capture_default_str();
   app.add_option("-e,--max", most, "largest size")->capture_default_str();
   app.add_option("-f,--factor", s.factor, "from size to size")->capture_default_str();
   app.add_option("--type", s.type, "i8, i16, i32, i64, u8, u16, u32, u64, f32 or f64")->capture_default_str();
   CLI::Option* reduce = app.add_option("--reduce", s.reduce_name, "sum, prod, min, max, or mean (floating point only)")->capture_default_str();
-  app.add_option("--root", s.root, "of reduce and broadcast")->capture_default_str();
+  app.add_option("--root", s.root, "of reduce, broadcast, gather and scatter")->capture_default_str();
   CLI::Option* place = app.add_flag("--in-place,!--out-of-place", s.in_place, "use one buffer (the default) or two; broadcast has only one");
   app.add_option("--iterations", s.iterations, "timed calls per size; default: what fits into --seconds");
   CLI::Option* seconds = app.add_option("--seconds", s.seconds, "time for the timed calls of one size")->capture_default_str();
@@ -439,7 +452,9 @@ void parse(int argc, char** argv, CLI::App& app, Settings& s) {
   CLI::Option* pin = app.add_flag("--pin,!--no-pin", s.pin, "keep rank r on the r-th usable core, or not; default: if there are as many cores as ranks and no launcher");
   app.add_option("--json", s.json, "also JSON lines to this file; '-': to stdout, and the table to stderr");
   app.add_option("--tune", s.tune, "instead: measure all algorithms of all operations from -b to -e and write a model for TALLY_MODEL to this file");
+  app.add_flag("--list", s.list, "only list the algorithms of each operation");
   app.parse(argc, argv);
+  if (s.list) return;
 
   const auto require = [](bool good, const char* option, const std::string& why) {
     if (!good) throw CLI::ValidationError(option, why);
@@ -452,8 +467,8 @@ void parse(int argc, char** argv, CLI::App& app, Settings& s) {
     if (job.size == 1 && s.transport == "shm") s.transport = "thread";  // what one rank alone gets
   }
   require(s.ranks >= 1 && s.ranks <= 1 << 15, "-n", "there must be 1 to 32768 ranks");
-  const auto operation = std::find_if(std::begin(tally::all_operations), std::end(tally::all_operations), [&](Collective o) { return name_of(o) == op; });
-  require(operation != std::end(tally::all_operations), "--op", "unknown operation '" + op + "'; there are all_reduce, reduce, broadcast, all_gather, reduce_scatter, barrier");
+  const auto operation = std::find_if(std::begin(tally::all_operations), std::end(tally::all_operations), [&](Collective o) { return name_of(o) == op && !tally::sizes_differ(o); });
+  require(operation != std::end(tally::all_operations), "--op", "unknown operation '" + op + "'; there are all_reduce, reduce, broadcast, all_gather, reduce_scatter, barrier, gather, scatter, all_to_all, scan, exclusive_scan");
   s.op = *operation;
   require(s.transport == "shm" || s.transport == "thread", "--transport", "unknown transport '" + s.transport + "'; there are shm and thread");
   require(s.launcher.empty() || job.size == 1 || s.transport == "shm", "--transport", "ranks started by " + s.launcher + " are processes; only shm connects them");
@@ -566,6 +581,14 @@ int main(int argc, char** argv) {
   };
   try {
     parse(argc, argv, app, settings);
+    if (settings.list) {
+      for (const Collective operation : tally::all_operations) {
+        std::cout << name_of(operation) << ':';
+        for (const std::string_view name : tally::algorithms_for(operation)) std::cout << ' ' << name;
+        std::cout << '\n';
+      }
+      return 0;
+    }
     return run(settings) == 0 ? 0 : 1;
   } catch (const CLI::CallForHelp&) {
     std::cout << app.help();

@@ -36,7 +36,7 @@ class Tuning {
     const Progress progress(out_ != nullptr);
     for (const tally::Collective op : tally::all_operations)
       for (std::size_t bytes = std::max<std::size_t>(8, std::bit_ceil(s_.least)); bytes <= s_.most; bytes *= 4) {
-        if (op == tally::Collective::barrier && bytes > 8) break;
+        if (tally::sizes_differ(op) || (op == tally::Collective::barrier && bytes > 8)) break;
         progress.show(std::string(name_of(op)) + " of " + size_text(bytes) + " ...");
         measure(op, bytes);
       }
@@ -82,7 +82,7 @@ class Tuning {
     using tally::Collective;
     const auto n = static_cast<std::size_t>(comm_.size());
     const std::size_t block = std::max<std::size_t>(bytes / sizeof(float) / n, 1), other = memory_.size() / 2;
-    const std::size_t count = op == Collective::all_gather || op == Collective::reduce_scatter ? block * n : bytes / sizeof(float);
+    const std::size_t count = tally::Layout{op, 0, comm_.size(), 0, 1}.items() > 1 ? block * n : bytes / sizeof(float);
     const tally::CallOptions options{{}, algorithm};
     switch (op) {
       case Collective::all_reduce: comm_.all_reduce(part(0, count), tally::sum, options); break;
@@ -90,6 +90,11 @@ class Tuning {
       case Collective::broadcast: comm_.broadcast(part(0, count), 0, options); break;
       case Collective::all_gather: comm_.all_gather(part(0, block), part(other, count), options); break;
       case Collective::reduce_scatter: comm_.reduce_scatter(part(0, count), part(other, block), tally::sum, options); break;
+      case Collective::gather: comm_.gather(part(0, block), part(other, count), 0, options); break;
+      case Collective::scatter: comm_.scatter(part(0, count), part(other, block), 0, options); break;
+      case Collective::all_to_all: comm_.all_to_all(part(0, count), part(other, count), options); break;
+      case Collective::scan: comm_.scan(part(0, count), part(other, count), tally::sum, options); break;
+      case Collective::exclusive_scan: comm_.exclusive_scan(part(0, count), part(other, count), tally::sum, options); break;
       default: comm_.barrier(options);
     }
   }

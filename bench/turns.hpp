@@ -24,8 +24,10 @@
 
 namespace bench {
 
-enum class Op : std::uint32_t { all_reduce, reduce, broadcast, all_gather, reduce_scatter, barrier };
-inline constexpr std::array op_names{"all_reduce", "reduce", "broadcast", "all_gather", "reduce_scatter", "barrier"};
+enum class Op : std::uint32_t { all_reduce, reduce, broadcast, all_gather, reduce_scatter, barrier, gather, scatter, all_to_all, scan, exclusive_scan, send_receive };
+inline constexpr std::array op_names{"all_reduce", "reduce", "broadcast", "all_gather", "reduce_scatter", "barrier", "gather", "scatter", "all_to_all", "scan", "exclusive_scan", "send_receive"};
+/// Whether the larger side has a block for each rank.
+constexpr bool in_blocks(Op op) { return op == Op::all_gather || op == Op::reduce_scatter || op == Op::gather || op == Op::scatter || op == Op::all_to_all; }
 inline std::string name_of(Op op) { return op_names[static_cast<std::size_t>(op)]; }
 
 enum class Verb : std::uint32_t {
