@@ -41,6 +41,7 @@ struct Around {
 
 struct Call {
   Layout layout;
+  std::size_t size = 0;  // in bytes: what it is accounted by, and chosen
   AlgorithmRef algorithm;
   const std::byte* input = nullptr;
   std::byte* output = nullptr;
@@ -59,7 +60,6 @@ struct Call {
   Around* around = nullptr;
   void* pinned = nullptr;  // what the engine's pin() gave for this call
 
-  std::size_t bytes() const { return layout.items() * grain; }
   /// The user's memory; a barrier has none.
   std::span<const std::byte> input_bytes() const { return {input, input && layout.operation != Collective::barrier ? layout.input_count() * grain : 0}; }
   std::span<const std::byte> output_bytes() const { return {output, output && layout.operation != Collective::barrier ? layout.output_count() * grain : 0}; }
@@ -93,7 +93,7 @@ struct Fingerprint {
     return {call.layout.operation, call.type, call.operator_code, static_cast<std::uint16_t>(call.layout.root), call.algorithm.code, call.parts != 0, static_cast<std::uint16_t>(hash_count(agreed_count(call)) + call.parts)};
   }
   /// What all ranks have to agree on; where sizes differ the two ends of a message find out.
-  static std::size_t agreed_count(const Call& call) { return sizes_differ(call.layout.operation) ? 0 : call.layout.count; }
+  static std::size_t agreed_count(const Call& call) { return call.layout.extents ? 0 : call.layout.count; }
   /// Of a message: what a receive is told from others by. Its type travels apart, so that a wrong one is seen.
   static constexpr std::uint64_t of_tag(int tag) { return static_cast<std::uint64_t>(Collective::send) << 58 | static_cast<std::uint32_t>(tag); }
   constexpr std::uint64_t pack() const {

@@ -214,12 +214,13 @@ class CallMaker {
     Need need = Need::of(call.need);
     need.steps = true;
     if (call.named && !need.met_by(call.algorithm, call.layout.operation)) refuse_algorithm(call.layout.operation, call.algorithm, need);
-    if (!call.named) call.algorithm = asked_for(call.layout.operation, {}, call.bytes(), need);
+    if (!call.named) call.algorithm = asked_for(call.layout.operation, {}, call.size, need);
     return call;
   }
   /// The same call on other memory, of another size: what a group makes of its parts.
   Call regrouped(Call call, std::size_t count, const std::byte* in, std::byte* out, std::uint16_t parts) {
     call.layout.count = count;
+    call.size = count * call.grain;
     call.layout.in_place = in == out;
     call.input = in;
     call.output = out;
@@ -227,7 +228,7 @@ class CallMaker {
     call.parts = parts;
     Need need = Need::of(call.need);
     need.direct = one_address_space_;
-    if (!call.named) call.algorithm = asked_for(call.layout.operation, {}, call.bytes(), need);
+    if (!call.named) call.algorithm = asked_for(call.layout.operation, {}, call.size, need);
     return call;
   }
 
@@ -313,7 +314,7 @@ class CallMaker {
     // Made in one go and where it stays: what is copied right after it was written in parts costs ten times as much.
     const bool named = !std::same_as<A, Auto> || !options.algorithm.empty();
     const auto made = [&](const AlgorithmRef& algorithm) {
-      return Call{layout, algorithm, in.data, out.data, element_type<T>(), sizeof(T), how.code, named, static_cast<std::uint8_t>(need.index()), 0, how.fold, how.finish, how.scale, timeout, in.memory, out.memory};
+      return Call{layout, bytes, algorithm, in.data, out.data, element_type<T>(), sizeof(T), how.code, named, static_cast<std::uint8_t>(need.index()), 0, how.fold, how.finish, how.scale, timeout, in.memory, out.memory};
     };
     if constexpr (std::same_as<A, Auto>) {
       if (!options.algorithm.empty() || overrides_.of(O)) return made(asked_for(O, options.algorithm, bytes, need));

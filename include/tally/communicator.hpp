@@ -381,17 +381,21 @@ class Communicator {
   Operation async_receive(Data&& data, Rank from, int tag = 0, const CallOptions& options = {}) {
     return {engine_, engine().start(make().receive(data, from, tag, options))};
   }
-  /// Both at once, so that ranks can send to each other in a ring. The report is the receive's, with what was sent.
+  /// Both at once, so that ranks can send to each other in a ring.
   template <class Out, class In>
     requires Elements<Out> && WritableElements<In>
   Received send_receive(Out&& out, Rank to, In&& in, Rank from, int tag = 0, const CallOptions& options = {}) {
-    const Message message = make().send(out, to, tag, options);
-    Operation receiving = async_receive(in, from, tag, options);
-    const Report sent = engine().run(message, nullptr);
-    Received got = receiving.template received<ValueOf<In>>();
-    got.report.bytes_sent += sent.bytes_sent;
-    got.report.bytes_wire += sent.bytes_wire;
-    return got;
+    const Message message = make().send(out, to, tag, options), place = make().receive(in, from, tag, options);
+    if (to == rank() || from == rank() || (fusion_ && fusion_->recording())) {  // two of their own: to oneself goes another way
+      Operation receiving = async_receive(in, from, tag, options);
+      send(out, to, tag, options);
+      if (!fusion_ || !fusion_->recording()) return receiving.template received<ValueOf<In>>();
+      fusion_->add(std::move(receiving));
+      return {};
+    }
+    Message got;
+    const Report report = engine().run(message, place, &got);
+    return {report, got.bytes / sizeof(ValueOf<In>), got.peer, got.tag};
   }
 
   /// The operations that `f()` calls on this communicator, as few: small all_reduces, reduces and broadcasts are packed

@@ -33,6 +33,7 @@ class Diagnosis {
     std::vector<char> seen(2 * static_cast<std::size_t>(transport_.size()));
     for (const Run* run = runs_.first(); run; run = run->after) {
       if (!run->call && run->transfer.pending) f(run->transfer);
+      if (!run->call && run->both && run->other_transfer.pending) f(run->other_transfer);
       if (!run->active) continue;
       for (const Transfer& t : run->active->transfers) {
         char& queue = seen[2 * static_cast<std::size_t>(std::max(t.peer, 0)) + (t.is_send ? 1 : 0)];
@@ -91,7 +92,7 @@ class Diagnosis {
   [[gnu::cold]] std::string describe(const Run& run) const {
     if (run.call) return detail::concat({detail::describe(run.fingerprint, run.count), " #", run.sequence});
     const Message& m = run.message;
-    return detail::concat({m.is_send ? "send(" : "receive(", name_of(m.type), " x ", m.bytes / std::max<std::size_t>(m.grain, 1), m.is_send ? " to rank " : " from rank ", m.peer, ", tag ", m.tag < 0 ? detail::Piece("any") : detail::Piece(m.tag), ")"});
+    return detail::concat({run.both ? "send_receive(" : m.is_send ? "send(" : "receive(", name_of(m.type), " x ", m.bytes / std::max<std::size_t>(m.grain, 1), m.is_send ? " to rank " : " from rank ", m.peer, ", tag ", m.tag < 0 ? detail::Piece("any") : detail::Piece(m.tag), ")"});
   }
 
   /// What one operation writes, no other one in flight may read or write.

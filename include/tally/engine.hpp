@@ -61,7 +61,7 @@ class Engine final : public AnyEngine {
       if (call.around) wrap([&] { call.around->after(); });
     });
   }
-  std::shared_ptr<void> pin(const Call& call) override { return plans_.find(PlanKey(call)); }
+  std::shared_ptr<void> pin(const Call& call) override { return planner_.pin(call); }
 
   Report run(const Message& message, Message* received) override {
     const Use use(*this);
@@ -71,6 +71,17 @@ class Engine final : public AnyEngine {
       if (run.remaining > 0 && message.peer == rank() && !message.is_send) throw Error(Errc::invalid_argument, {"rank ", rank(), " would wait for a message from itself for ever: send it first"});
       drive(run);
       if (received) *received = run.message;
+    });
+  }
+
+  /// Both at once, to and from other ranks.
+  Report run(const Message& send, const Message& receive, Message* received) override {
+    const Use use(*this);
+    Run& run = runs_.take();
+    return to_end(run, receive.timeout, [&] {
+      post(run, receive, &send);
+      drive(run);
+      *received = run.message;
     });
   }
 
@@ -189,37 +200,11 @@ class Engine final : public AnyEngine {
   std::unique_ptr<AnyEngine> open(std::uint64_t token, std::span<const Rank> members) override { return std::make_unique<Engine>(transport_->open(token, members), clock_, ledger_.meter(), wait_, accounting_); }
   void release(std::uint64_t token) override { transport_->release(token); }
   void discard(std::uint64_t token, std::span<const Rank> members) override { transport_->discard(token, members); }
-  std::uint64_t reserve_memory(std::size_t stride) override {
-    if constexpr (DirectAccess<T>) {
-      std::size_t bytes = 0;
-      const auto pages = static_cast<std::size_t>(::sysconf(_SC_PHYS_PAGES)), page = static_cast<std::size_t>(::sysconf(_SC_PAGESIZE));
-      // Shared memory that is not there is noticed when it is first touched, by the kernel, who ends the process.
-      if (__builtin_mul_overflow(stride, static_cast<std::size_t>(size()), &bytes) || bytes / page > pages)
-        throw Error(Errc::no_resources, {size(), " times ", stride, " bytes are more than the ", pages * page, " bytes of memory that this host has"});
-      return transport_->reserve(bytes);
-    } else {
-      throw Error(Errc::unsupported, {"the ranks of this communicator share no memory: ", transport_->name()});
-    }
-  }
-  std::unique_ptr<SymmetricMemory> map_memory(std::uint64_t token, std::size_t stride) override {
-    if constexpr (DirectAccess<T>)
-      // Tokens of processes are places in the job's file, so their page numbers are distinct. Threads name addresses.
-      return std::make_unique<SymmetricMemory>(transport_->map(token, stride * static_cast<std::size_t>(size())), stride, size(), rank(),
-                                               transport_->one_address_space() ? 0 : 1 + (token >> 12) % ((std::uint64_t{1} << 24) - 1));
-    else return nullptr;
-  }
-  void discard_memory(std::uint64_t token, std::size_t stride) override {
-    if constexpr (DirectAccess<T>) transport_->discard(token, stride * static_cast<std::size_t>(size()));
-  }
-  bool one_address_space() const override {
-    if constexpr (DirectAccess<T>) return transport_->one_address_space();
-    else return false;
-  }
-
-  bool stages() const override {
-    if constexpr (DirectAccess<T>) return transport_->staging_bytes() > 0;
-    else return false;
-  }
+  std::uint64_t reserve_memory(std::size_t stride) override { return shares_.reserve(stride); }
+  std::unique_ptr<SymmetricMemory> map_memory(std::uint64_t token, std::size_t stride) override { return shares_.map(token, stride); }
+  void discard_memory(std::uint64_t token, std::size_t stride) override { shares_.discard(token, stride); }
+  bool one_address_space() const override { return shares_.one_address_space(); }
+  bool stages() const override { return shares_.stages(); }
   std::size_t frame_bytes() const override { return transport_->frame_bytes(); }
   std::string kernel_problem() const override { return shares_.kernel_problem(); }
 
@@ -246,7 +231,7 @@ class Engine final : public AnyEngine {
 
   void moved(Transfer& t) {
     Run& run = *static_cast<Run*>(t.owner);
-    count(run);
+    if (runs_.several()) count(run);
     ++moves_;
     if (!t.pending) end_transfer(run);
     if (run.active) locals_.propagate(run, t.step);
@@ -291,7 +276,7 @@ class Engine final : public AnyEngine {
 
   // For ShareWork.
 
-  /// What the transport has moved since it was asked last was for this operation.
+  /// What the transport has moved since it was asked last was for this operation. (Asked whenever that could be another one's.)
   void count(Run& run) {
     const TransportCounters& now = transport_->counters();
     run.sent += now.bytes_sent - counted_.sent;
@@ -304,7 +289,7 @@ class Engine final : public AnyEngine {
     progress_.enter(state);
   }
   /// Another algorithm did it than the one that was asked for.
-  void done_as(Run& run, std::string_view algorithm) { run.row = &ledger_.row(run.call->layout.operation, run.call->bytes(), algorithm); }
+  void done_as(Run& run, std::string_view algorithm) { run.row = &ledger_.row(run.call->layout.operation, run.call->size, algorithm); }
   /// Posts all steps and drives them to their end.
   void run_steps(Run& run, Prepared& prepared, const std::byte* input, std::byte* output) {
     prepared.busy = true;
@@ -334,7 +319,9 @@ class Engine final : public AnyEngine {
   void withdraw(Run& run) {
     if (run.active)
       for (Transfer& t : run.active->transfers) transport_->cancel(t);
-    if (!run.call) transport_->cancel(run.transfer);
+    if (run.call) return;
+    transport_->cancel(run.transfer);
+    if (run.both) transport_->cancel(run.other_transfer);
   }
 
  private:
@@ -406,42 +393,31 @@ class Engine final : public AnyEngine {
     run.active = nullptr;
     run.receiver = nullptr;
     run.remaining = 0;
-    const std::uint64_t last = fingerprint_;
-    fingerprint_ = run.fingerprint = detail::Fingerprint::of(call).pack();
+    run.fingerprint = detail::Fingerprint::of(call).pack();
+    if (runs_.first()) count(*runs_.first());
     runs_.enlist(run);
     diagnosis_.serving = &run;
-    if (call.pinned) {
-      prepared_ = static_cast<Prepared*>(call.pinned)->shared_from_this();
-      key_ = PlanKey(call);
-    } else if (!prepared_ || fingerprint_ != last || call.layout.count != key_.layout.count || call.layout.in_place != key_.layout.in_place || call.algorithm.generate != key_.generate ||
-               call.algorithm.share != key_.share || call.algorithm.name.data() != key_.name || call.layout.extents) {  // the fingerprint tells the rest
-      key_ = PlanKey(call);
-      prepared_ = nullptr;
-      prepared_ = plans_.find(key_);
-    }
-    // What is in flight already has transfers of its own.
-    run.prepared = prepared_.get();
-    if (run.background || prepared_->busy) run.prepared = (run.holds = PlanCache::free(prepared_)).get();
-    Prepared& prepared = *run.prepared;
+    Prepared& prepared = *(run.prepared = planner_.find(call, run.fingerprint, run.background, run.holds));
     prepared.busy = true;
-    if (!prepared.row) prepared.row = &ledger_.row(call.layout.operation, call.bytes(), call.algorithm.name);
+    if (!prepared.row) prepared.row = &ledger_.row(call.layout.operation, call.size, call.algorithm.name);
     run.row = prepared.row;
     diagnosis_.remember(run);
     if (transport_->aborted()) raise_abort();
-    transport_->enter({sequence_, fingerprint_, run.count, RankStatus::inside_operation, false});
-    const std::size_t scratch = (prepared.plan->scratch() + 63) / 64 * 64, scaled = call.scale ? prepared.plan->layout().input_count() * call.grain : 0;
-    run.scratch.grow(scratch + scaled);
+    transport_->enter({sequence_, run.fingerprint, run.count, RankStatus::inside_operation, false});
+    run.scratch.grow(prepared.plan->scratch());
     prepared.fold = call.fold;
-    run.bytes = call.bytes();
+    run.bytes = call.size;
     if (run.background) run.own_call.layout = prepared.plan->layout();  // the caller's extents may go
-    if (call.scale) scale(run, run.scratch.data() + scratch, scaled);
+    if (call.scale) scale(run, prepared);
     if (!run.call->algorithm.share) post_steps(run, prepared, run.call->input, run.call->output);
   }
-  /// In place where that is all there is of the input, else at `to`.
-  void scale(Run& run, std::byte* to, std::size_t bytes) {
+  /// In place where that is all there is of the input, else behind the plan's scratch.
+  [[gnu::noinline]] void scale(Run& run, const Prepared& prepared) {
     const Call& call = *run.call;
     const bool in_place = call.layout.in_place && call.layout.operation == Collective::all_reduce;
-    if (in_place) to = call.output;
+    const std::size_t scratch = (prepared.plan->scratch() + 63) / 64 * 64, bytes = prepared.plan->layout().input_count() * call.grain;
+    if (!in_place) run.scratch.grow(scratch + bytes);
+    std::byte* const to = in_place ? call.output : run.scratch.data() + scratch;
     progress_.enter(State::reduce);
     call.scale(call.fold.op, to, call.input, bytes);
     progress_.enter(State::protocol);
@@ -483,21 +459,38 @@ class Engine final : public AnyEngine {
     }
   }
 
-  void post(Run& run, const Message& message) {
+  /// `other`: to be sent at the same time.
+  void post(Run& run, const Message& message, const Message* other = nullptr) {
     run.call = nullptr;
     run.active = nullptr;
     run.receiver = nullptr;
     run.message = message;
+    run.both = other != nullptr;
     run.sequence = sequence_;
     run.fingerprint = detail::Fingerprint::of_tag(message.tag);
-    run.count = run.bytes = message.bytes;
-    run.row = &ledger_.row(message.is_send ? Collective::send : Collective::receive, message.bytes, "message");
-    run.remaining = 1;
+    run.count = message.bytes;
+    run.bytes = message.bytes + (other ? other->bytes : 0);
+    run.row = &message_row(other ? Collective::send_receive : message.is_send ? Collective::send : Collective::receive, run.bytes);
+    run.remaining = other ? 2 : 1;
+    if (runs_.first()) count(*runs_.first());
     runs_.enlist(run);
     diagnosis_.serving = &run;
     if (transport_->aborted()) raise_abort();
     transport_->enter({sequence_, run.fingerprint, message.bytes, RankStatus::inside_message, false});
-    if (mailbox_.post(run, progress_.arrival(run.account))) progress_.post(run.transfer, *this);
+    const Lateness arrival = progress_.arrival(run.account);
+    if (other) {
+      run.other = *other;
+      mailbox_.aim_other(run, arrival);
+      progress_.post(run.other_transfer, *this);
+    }
+    if (mailbox_.post(run, arrival)) progress_.post(run.transfer, *this);
+  }
+  /// The last one's, as a rule.
+  LedgerRow& message_row(Collective what, std::uint64_t bytes) {
+    const std::uint8_t size = Ledger::size_class(bytes);
+    LedgerRow*& known = message_rows_[static_cast<std::size_t>(what) - static_cast<std::size_t>(Collective::send)];
+    if (!known || known->size_class != size) known = &ledger_.row(what, bytes, "message");
+    return *known;
   }
 
   template <class F>
@@ -545,6 +538,7 @@ class Engine final : public AnyEngine {
   }
   /// The operation is in flight no longer.
   Report close(Run& run) {
+    count(run);
     runs_.delist(run);
     if (!runs_.first()) transport_->exit();
     let_go(run);
@@ -556,7 +550,6 @@ class Engine final : public AnyEngine {
     run.active = nullptr;
     if (run.holds) PlanCache::give_back(std::move(run.holds));
     else if (run.prepared) run.prepared->busy = false;
-    run.holds = nullptr;
     run.prepared = nullptr;
   }
   void fill(Report& report, const Run& run) {
@@ -636,10 +629,7 @@ class Engine final : public AnyEngine {
   Ledger ledger_;
   Progress<T> progress_;
   ShareWork<Engine, T> shares_{*this, *transport_};
-  PlanCache plans_;
-  PlanKey key_;                            // of the last call,
-  std::shared_ptr<Prepared> prepared_;     // and its plan; the cache may let go of it
-  std::uint64_t fingerprint_ = 0;
+  Planner planner_;
   Runs runs_;
   Mailbox<Engine> mailbox_{*this};
   Diagnosis<T> diagnosis_{*transport_, runs_};
@@ -652,6 +642,7 @@ class Engine final : public AnyEngine {
   bool limit_is_error_ = true, out_of_time_ = false;
   std::optional<Error> failed_;
   bool detected_ = false;  // failed_ was found here or told by another rank, not thrown by a user's operator
+  LedgerRow* message_rows_[3] = {};        // of send, receive and send_receive
   Gate gate_;
 };
 

@@ -38,6 +38,8 @@ class Mailbox {
     if (m.is_send) send_to_self(run);
     return false;  // a receive will be found by its send
   }
+  /// The send of a send_receive, to another rank.
+  void aim_other(Run& run, const Lateness& arrival) { aim(run.other_transfer, run.other, run, arrival); }
 
   /// Where to put a message that no receive waits for. Its account is nobody's.
   Transfer* take_in(Rank peer, const FrameInfo& frame) {
@@ -73,8 +75,12 @@ class Mailbox {
   static std::uint32_t type_of(const Message& m) { return static_cast<std::uint32_t>(m.type) << 16 | m.grain; }
   /// The transfer of a message. Its type travels where collectives have the operation's number.
   void aim(Run& run, const Lateness& arrival) {
-    const Message& m = run.message;
-    Transfer& t = run.transfer;
+    aim(run.transfer, run.message, run, arrival);
+    run.call = nullptr;
+    run.active = nullptr;
+    run.receiver = nullptr;
+  }
+  static void aim(Transfer& t, const Message& m, Run& run, const Lateness& arrival) {
     t = Transfer{};
     t.from = m.is_send ? m.data : nullptr;
     t.to = m.is_send ? nullptr : m.data;
@@ -87,10 +93,6 @@ class Mailbox {
     t.matching = m.tag < 0 ? Matching::any : Matching::fingerprint;
     t.inherited = t.late = arrival;
     t.owner = &run;
-    run.call = nullptr;
-    run.active = nullptr;
-    run.receiver = nullptr;
-    run.remaining = 1;
   }
   /// Whether a receive can take the message; it may be shorter.
   void check(Run& run, int tag, std::uint32_t type, std::size_t bytes) {
@@ -104,7 +106,8 @@ class Mailbox {
   }
   Run& keep(std::size_t bytes) {
     Run& run = engine_.runs().take();
-    run.background = false;
+    run.background = run.both = false;
+    run.remaining = 1;
     run.buffer.resize(bytes);
     bytes_ += bytes;
     unexpected_.push_back(&run);

@@ -106,10 +106,11 @@ class PlanCache {
     return spare;
   }
   /// It is in flight no longer.
-  static void give_back(std::shared_ptr<Prepared> prepared) {
+  static void give_back(std::shared_ptr<Prepared>&& held) {
+    const std::shared_ptr<Prepared> prepared = std::move(held);
     prepared->busy = false;
     Prepared* original = prepared->original.get();
-    if (original) original->spares.push_back(std::move(prepared));
+    if (original) original->spares.push_back(prepared);
   }
   /// One that is not kept. Shares have no steps.
   static std::shared_ptr<Prepared> make(const PlanKey& key) {
@@ -136,6 +137,36 @@ class PlanCache {
 
   std::unordered_map<PlanKey, std::shared_ptr<Prepared>, Hash> plans_;
   std::size_t bytes_ = 0;
+};
+
+/// Plans for calls: most are like the one before.
+class Planner {
+ public:
+  std::shared_ptr<Prepared> pin(const Call& call) { return plans_.find(PlanKey(call)); }
+  /// One that is not in flight. `holds` keeps it, if it must outlive the next call (`keep`) or the last one's is in flight.
+  Prepared* find(const Call& call, std::uint64_t fingerprint, bool keep, std::shared_ptr<Prepared>& holds) {
+    if (call.pinned) {
+      if (last_.get() != call.pinned) {
+        last_ = static_cast<Prepared*>(call.pinned)->shared_from_this();
+        key_ = PlanKey(call);
+      }
+    } else if (!last_ || fingerprint != fingerprint_ || call.layout.count != key_.layout.count || call.layout.in_place != key_.layout.in_place || call.algorithm.generate != key_.generate ||
+               call.algorithm.share != key_.share || call.algorithm.name.data() != key_.name || call.layout.extents) {  // the fingerprint tells the rest
+      key_ = PlanKey(call);
+      last_ = nullptr;
+      last_ = plans_.find(key_);
+    }
+    fingerprint_ = fingerprint;
+    if (!keep && !last_->busy) return last_.get();
+    holds = PlanCache::free(last_);
+    return holds.get();
+  }
+
+ private:
+  PlanCache plans_;
+  PlanKey key_;                     // of the last call,
+  std::uint64_t fingerprint_ = 0;   // and what else tells it from others
+  std::shared_ptr<Prepared> last_;  // its plan; the cache may let go of it
 };
 
 }  // namespace tally::inline v0

@@ -66,6 +66,9 @@ struct Run {
   LedgerRow* row = nullptr;
   Message message;             // where call is null
   Transfer transfer;           // of a message
+  Message other;               // the send of a send_receive,
+  Transfer other_transfer;     // and its transfer
+  bool both = false;           // it is one
   std::vector<std::byte> buffer;  // of a message that nobody waited for
   Run* receiver = nullptr;        // who does now
   std::size_t remaining = 0;   // transfers not done
@@ -118,6 +121,7 @@ class Runs {
   }
   /// The oldest in flight; null if none is.
   Run* first() const { return first_; }
+  bool several() const { return first_ != last_; }
 
  private:
   int n_;
@@ -136,6 +140,7 @@ class AnyEngine {
 
   // Messages. `received`, where it is asked for, is told which one came.
   virtual Report run(const Message& message, Message* received) = 0;
+  virtual Report run(const Message& send, const Message& receive, Message* received) = 0;
 
   // In the background. What `kept` points at lives as long as the operation does; who started one gives it back.
   virtual Run* start(const Call& call, std::shared_ptr<const void> kept) = 0;

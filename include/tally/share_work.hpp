@@ -34,6 +34,39 @@ class ShareWork {
  public:
   ShareWork(Engine& engine, T& transport) : engine_(engine), transport_(transport) {}
 
+  // Memory that all ranks can load and store: `stride` bytes for each.
+
+  std::uint64_t reserve(std::size_t stride) {
+    if constexpr (DirectAccess<T>) {
+      std::size_t bytes = 0;
+      const auto pages = static_cast<std::size_t>(::sysconf(_SC_PHYS_PAGES)), page = static_cast<std::size_t>(::sysconf(_SC_PAGESIZE));
+      // Shared memory that is not there is noticed when it is first touched, by the kernel, who ends the process.
+      if (__builtin_mul_overflow(stride, static_cast<std::size_t>(transport_.size()), &bytes) || bytes / page > pages)
+        throw Error(Errc::no_resources, {transport_.size(), " times ", stride, " bytes are more than the ", pages * page, " bytes of memory that this host has"});
+      return transport_.reserve(bytes);
+    } else {
+      throw Error(Errc::unsupported, {"the ranks of this communicator share no memory: ", transport_.name()});
+    }
+  }
+  std::unique_ptr<SymmetricMemory> map(std::uint64_t token, std::size_t stride) {
+    if constexpr (DirectAccess<T>)
+      // Tokens of processes are places in the job's file, so their page numbers are distinct. Threads name addresses.
+      return std::make_unique<SymmetricMemory>(transport_.map(token, stride * static_cast<std::size_t>(transport_.size())), stride, transport_.size(), transport_.rank(),
+                                               transport_.one_address_space() ? 0 : 1 + (token >> 12) % ((std::uint64_t{1} << 24) - 1));
+    else return nullptr;
+  }
+  void discard(std::uint64_t token, std::size_t stride) {
+    if constexpr (DirectAccess<T>) transport_.discard(token, stride * static_cast<std::size_t>(transport_.size()));
+  }
+  bool one_address_space() const {
+    if constexpr (DirectAccess<T>) return transport_.one_address_space();
+    else return false;
+  }
+  bool stages() const {
+    if constexpr (DirectAccess<T>) return transport_.staging_bytes() > 0;
+    else return false;
+  }
+
   void run(Run& run) {
     if constexpr (DirectAccess<T>) {
       if (run.call->algorithm.is(Reach::staged)) take_staged(run);
