@@ -44,8 +44,11 @@ void step(tally::Mesh& mesh, const Settings& settings) {
     tensor.all_reduce(activations, tally::sum);
     for (std::size_t i = 0; i < handed.size(); ++i) handed[i] += activations[i];
   };
-  // A hand-over must not keep its sender: what a tree sends goes on its way without the receiver.
-  const auto hand_over = [&](int from) { pipeline.broadcast<tally::Tree>(handed, from); };
+  // What a stage sends goes on its way without the receiver, so that the stage can begin with the next micro-batch.
+  const auto hand_over = [&](int from) {
+    if (stage == from) pipeline.send(handed, 1 - from);
+    else pipeline.receive(handed, from);
+  };
   for (int i = 0; i < settings.micro_batches; ++i) {
     if (stage == 0) std::fill(handed.begin(), handed.end(), static_cast<float>(i)), compute_layer();
     hand_over(0);

@@ -1,0 +1,141 @@
+// SPDX-License-Identifier: Apache-2.0
+// Groups: many small operations done as few, with the results and the account of many.
+#include <catch2/catch.hpp>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include <tally/tally.hpp>
+
+#include "processes.hpp"
+
+using namespace tally;
+
+namespace {
+
+void expect(bool ok, const std::string& what) {
+  if (!ok) throw std::runtime_error("expected: " + what);
+}
+
+void many_small_ones(Communicator& comm) {
+  const int n = comm.size(), me = comm.rank();
+  std::vector<std::vector<std::int32_t>> tensors;
+  for (std::size_t i = 0; i < 3000; ++i) tensors.emplace_back(i % 97, static_cast<std::int32_t>(i) + me);
+  const std::uint64_t messages = comm.counters().messages_sent;
+  const Report report = comm.group([&] {
+    for (auto& tensor : tensors) {
+      const Report inside = comm.all_reduce(tensor, sum);
+      expect(inside.sequence == 0 && inside.elapsed == nanoseconds{0}, "no account inside a group");
+    }
+  });
+  for (std::size_t i = 0; i < tensors.size(); ++i)
+    for (const std::int32_t x : tensors[i]) expect(x == n * static_cast<std::int32_t>(i) + n * (n - 1) / 2, "the sum of tensor " + std::to_string(i));
+  expect(n == 1 || comm.counters().messages_sent - messages < 1000, "few messages instead of thousands");
+  expect(report.elapsed == report.busy() + report.idle() + report.undriven && report.elapsed > nanoseconds{0}, "the sum of exact accounts");
+  if (n > 1) expect(report.bytes_sent > 0, "traffic is accounted");
+}
+
+/// Operations of many kinds in any order: each gets its own result.
+void all_kinds(Communicator& comm) {
+  const int n = comm.size(), me = comm.rank(), root = n - 1;
+  std::vector<double> a(3, me), b(5, me + 1), c(4, me);
+  std::vector<float> d(7, static_cast<float>(me)), large(100'000, 1.0f);
+  std::vector<std::int64_t> r(2, me), r_out(2, -1), s(3, me == root ? 42 : 0), g(static_cast<std::size_t>(n)), mine(1, me), t(static_cast<std::size_t>(n), me), t_out(static_cast<std::size_t>(n)), p(2, me), got(2, -1), scanned(1);
+  std::vector<std::int64_t> bare(4, me + 1);
+  const int factor = 3;
+  comm.group([&] {
+    comm.all_reduce(a, sum);
+    comm.all_reduce(b, max);
+    comm.all_reduce(c, premultiplied_sum(2.0));
+    comm.all_reduce(d, mean);
+    comm.all_reduce(large, sum);
+    comm.reduce(r, r_out, sum, root);
+    comm.broadcast(s, root);
+    comm.all_gather(mine, g);
+    comm.all_to_all(t, t_out);
+    comm.scan(mine, scanned, sum);
+    comm.all_reduce(bare, [factor](std::int64_t x, std::int64_t y) { return x + y + 0 * factor; });
+    if (n > 1) {
+      comm.receive(got, wrap(me - 1, n), 5);
+      comm.send(p, wrap(me + 1, n), 5);
+    }
+    comm.barrier();
+  });
+  const int total = n * (n - 1) / 2;
+  expect(a == std::vector<double>(3, total), "all_reduce");
+  expect(b == std::vector<double>(5, n), "all_reduce max");
+  expect(c == std::vector<double>(4, 2.0 * total), "premultiplied sum");
+  expect(d == std::vector<float>(7, static_cast<float>(total) / static_cast<float>(n)), "mean");
+  expect(large == std::vector<float>(100'000, static_cast<float>(n)), "a large one");
+  expect(r_out == std::vector<std::int64_t>(2, me == root ? total : -1) && r == std::vector<std::int64_t>(2, me), "reduce");
+  expect(s == std::vector<std::int64_t>(3, 42), "broadcast");
+  expect(scanned[0] == me * (me + 1) / 2, "scan");
+  expect(bare == std::vector<std::int64_t>(4, total + n), "an operator of one's own");
+  if (n > 1) expect(got == std::vector<std::int64_t>(2, wrap(me - 1, n)), "a message");
+  for (std::size_t i = 0; i < static_cast<std::size_t>(n); ++i) expect(g[i] == static_cast<std::int64_t>(i) && t_out[i] == static_cast<std::int64_t>(i), "all_gather and all_to_all");
+}
+
+void order_and_again(Communicator& comm) {
+  std::vector<std::uint32_t> x(6, 1), y(1, 2);
+  for (int i = 0; i < 50; ++i)
+    comm.group([&] {
+      comm.all_reduce(x, max);
+      comm.all_reduce(y, max);
+    });
+  expect(x == std::vector<std::uint32_t>(6, 1) && y[0] == 2, "groups one after another");
+  comm.group([] {});
+  bool refused = false;
+  try {
+    comm.group([&] { comm.group([] {}); });
+  } catch (const Error& error) {
+    refused = error.errc() == Errc::invalid_argument;
+  }
+  expect(refused, "a group in a group");
+  refused = false;
+  try {
+    comm.group([&] {
+      comm.all_reduce(x, sum);
+      throw std::runtime_error("mine");
+    });
+  } catch (const std::runtime_error& error) {
+    refused = std::string(error.what()) == "mine";
+  }
+  expect(refused && x == std::vector<std::uint32_t>(6, 1), "what is thrown inside ends it, and nothing is done");
+  comm.all_reduce(y, sum);
+  expect(y[0] == 2u * static_cast<std::uint32_t>(comm.size()), "the communicator goes on");
+}
+
+void different_sizes(Communicator& comm) {
+  // As many elements, but not in the same tensors: without a check one would be added to another.
+  std::vector<float> three(3), five(5);
+  std::string what;
+  try {
+    comm.group([&] {
+      comm.all_reduce(comm.rank() == 0 ? three : five, sum);
+      comm.all_reduce(comm.rank() == 0 ? five : three, sum);
+    });
+  } catch (const Error& error) {
+    what = error.what();
+    expect(error.errc() == Errc::mismatch, what);
+  }
+  expect(what.find("rank 0 called all_reduce(float32 x a group of sizes") != std::string::npos || what.find("rank 1 called all_reduce(float32 x a group of sizes") != std::string::npos, "the error names the calls, not: " + what);
+}
+
+}  // namespace
+
+TEST_CASE("thousands of small operations are few", "[processes]") {
+  for (const int n : {1, 2, 3}) launch(n, many_small_ones);
+}
+TEST_CASE("thousands of small operations are few: threads") { launch(3, many_small_ones, threads); }
+TEST_CASE("a group of all kinds of operations", "[processes]") {
+  for (const int n : {1, 2, 4}) launch(n, all_kinds);
+}
+TEST_CASE("a group of all kinds of operations: threads") {
+  for (const int n : {1, 2, 5}) launch(n, all_kinds, threads);
+}
+TEST_CASE("groups follow each other, and fail alone") {
+  for (const int n : {1, 3}) launch(n, order_and_again, threads);
+}
+TEST_CASE("groups of other sizes are told apart", "[processes]") { launch(2, different_sizes); }
