@@ -172,6 +172,35 @@ void everything(tally::RankKind ranks) {
       if (long_run() || (ranks == tally::threads ? n == 3 || n == 6 : n == 5)) run_all(n, whole(n, *each), ranks);
 }
 
+/// Several of them in the background at once, waited for in another order than they were started in.
+void at_once(tally::RankKind ranks) {
+  for (const int n : {2, 3, 5, 8}) {
+    std::vector<Case> cases = chosen(n, 5);
+    std::erase_if(cases, [](Case& each) {
+      each.form = Form::background;
+      return (tally::reduces(each.operation) && !each.kind->every_form) || each.refusal(true);
+    });
+    REQUIRE(cases.size() > 250);
+    const auto body = [&](Communicator& comm) {
+      std::mt19937 random(static_cast<unsigned>(n)), own(static_cast<unsigned>(comm.rank()));
+      std::vector<Case> mixed = cases;
+      std::shuffle(mixed.begin(), mixed.end(), random);
+      for (std::size_t i = 0; i < mixed.size();) {
+        std::vector<std::unique_ptr<Trial>> trials;
+        std::vector<std::pair<std::size_t, tally::Operation>> flying;
+        for (std::size_t batch = 1 + random() % 10; batch > 0 && i < mixed.size(); --batch, ++i) {
+          trials.push_back(std::make_unique<Trial>(comm, mixed[i]));
+          flying.emplace_back(trials.size() - 1, trials.back()->start(comm));
+        }
+        std::shuffle(flying.begin(), flying.end(), own);
+        for (auto& [which, operation] : flying) trials[which]->check(operation.wait());
+      }
+    };
+    tally::launch(n, body, ranks);
+    tally::launch(n, body, ranks, cramped());
+  }
+}
+
 }  // namespace
 
 TEST_CASE("the choice of cases meets every pair") {
@@ -220,3 +249,4 @@ TEST_CASE("the choice of cases meets every pair") {
 
 TALLY_TEST_BOTH("every operation with every algorithm, type, operator and count", "", pairs)
 TALLY_TEST_BOTH("the whole product, for few numbers of ranks", "", everything)
+TALLY_TEST_BOTH("several in the background at once", "", at_once)
