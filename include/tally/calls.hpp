@@ -307,6 +307,7 @@ class CallMaker {
     layout.in_place = in_place(layout, in, out, sizeof(T));
     // A scaled input lies elsewhere, and blocks of shared memory hold but elements of some bytes for each rank.
     const bool moved = how.scale && !(O == Collective::all_reduce && layout.in_place);
+    if (moved) layout.in_place = false;
     const Need need{O != Collective::barrier && reachable(O, moved ? Input{} : in, out), how.least, way == Way::background || sizeof(T) > most_shared};
     if (how.fold.function && sizeof(T) > frame_bytes_) refuse_elements(sizeof(T));
     const std::size_t bytes = layout.items() * sizeof(T);

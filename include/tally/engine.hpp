@@ -371,8 +371,8 @@ class Engine final : public AnyEngine {
     progress_.begin(run.account, timeout);
     try {
       f();
-      if (run.remaining == 0 && run.in_flight && !finished_) complete(run);
-      complete_finished();
+      complete_finished();  // what this one finished at once, among them perhaps itself
+      if (run.remaining == 0 && run.in_flight) complete(run);
       transport_->flush();
       ledger_.settle();
     } catch (...) {
