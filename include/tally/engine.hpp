@@ -315,6 +315,7 @@ class Engine final : public AnyEngine {
     counted_ = {now.bytes_sent, now.bytes_received, now.overhead_sent};
   }
   void enter(Run& run, State state) {
+    serving_ = &run;
     progress_.serve(run.account);
     progress_.enter(state);
   }
@@ -743,6 +744,7 @@ class Engine final : public AnyEngine {
       const std::size_t bytes = std::min(t.ready - t.done, local_slice - local_slice % t.grain);
       const std::byte* from = t.from + t.done;
       std::byte* to = t.to + t.done;
+      serving_ = run;  // its operator may throw
       if (bytes > short_bytes) enter(*run, t.fold ? State::reduce : State::copy);
       if (t.past_caches) copy_past_caches(to, from, bytes);
       else if (!t.fold) std::memmove(to, from, bytes);
