@@ -171,9 +171,13 @@ class Engine final : public AnyEngine {
   void leave() override {
     if (driven_by_others_) lock();
     if (!failed_) failed_.emplace(Errc::invalid_argument, "this communicator is gone");
+    progress_.drive(nanoseconds{});  // nobody did up to here
     give_up();
+    progress_.stop();
     transport_->leave();
+    const auto continuations = std::exchange(continuations_, {});
     if (driven_by_others_) mutex_.unlock();
+    for (const auto& f : continuations) f();
   }
   [[gnu::cold]] void abort(const std::string& why) override {
     transport_->abort({Errc::aborted, rank(), -1, detail::concat({"rank ", rank(), " aborted the communicator", why.empty() ? "" : ": ", why})});
