@@ -206,6 +206,7 @@ class Progress {
   Report close(Account& account) {
     for (const auto& [begin, end] : account.open) account.watch.book(State::wait_local, end - begin);  // what it waited for was its own doing
     account.open.clear();
+    current_ = nullptr;  // what is driven next is not its time
     return detail::report_of(account.watch, clock_, account.heard || transport_.size() == 1 ? account.latest.culprit : -1);
   }
 
