@@ -523,7 +523,7 @@ class Engine final : public AnyEngine {
       return base ? base + range.first : nullptr;
     };
     run.active = &prepared;
-    locals_.reserve(locals_.size() + prepared.transfers.size());
+    if (const std::size_t most = locals_.size() + prepared.transfers.size(); most > locals_.capacity()) locals_.reserve(2 * most);
     const Lateness arrival = progress_.arrival(run.account);
     run.remaining = prepared.transfers.size();
     for (std::uint32_t i = 0; i < prepared.transfers.size(); ++i) {
@@ -740,9 +740,9 @@ class Engine final : public AnyEngine {
   }
   /// One slice of each local step that can go on.
   void run_local() {
-    for (std::size_t n = locals_.size(); n > 0; --n) {
-      const auto [run, i] = locals_.front();
-      locals_.erase(locals_.begin());
+    const std::size_t n = locals_.size();  // those that these make ready come behind them
+    for (std::size_t k = 0; k < n; ++k) {
+      const auto [run, i] = locals_[k];
       run->active->queued[i] = 0;
       Transfer& t = run->active->transfers[i];
       const std::size_t bytes = std::min(t.ready - t.done, local_slice - local_slice % t.grain);
@@ -763,6 +763,7 @@ class Engine final : public AnyEngine {
       }
       propagate(*run, i);
     }
+    locals_.erase(locals_.begin(), locals_.begin() + static_cast<std::ptrdiff_t>(n));
   }
   /// Step i moved: whoever waits for it may go further, and inherits what it was late by.
   void propagate(Run& run, std::uint32_t i) {
