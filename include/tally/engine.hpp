@@ -754,6 +754,7 @@ class Engine final : public AnyEngine {
       else if (!t.fold) std::memmove(to, from, bytes);
       else if (t.side == Side::right) (*t.fold)(to, to, from, bytes);
       else (*t.fold)(to, from, to, bytes);
+      t.late.raise(progress_.resumed());
       t.done += bytes;
       if (t.done < t.bytes) {
         if (t.done < t.ready) queue_local(*run, i);

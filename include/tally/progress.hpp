@@ -111,6 +111,8 @@ class Progress {
     if (timed_ && current_)
       if (current_->watch.state() != state) current_->watch.enter(state, now_ = clock_.now());
   }
+  /// Since when this rank drives: what it does itself cannot have been done before.
+  Lateness resumed() const { return {began_, transport_.rank()}; }
   Lateness arrival(const Account& account) const { return {account.arrival, transport_.rank()}; }
 
   /// An operation ends, by success or, with the rank to blame for an unfinished wait, by failure. The report has
