@@ -19,6 +19,7 @@
 #include <optional>
 #include <span>
 #include <string>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -141,6 +142,7 @@ class Engine final : public AnyEngine {
       const std::unique_lock lock(mutex_, std::try_to_lock);
       if (!lock) return true;
       if (!first_ || failed_) return false;
+      driver_.store(std::this_thread::get_id(), std::memory_order_relaxed);
       const Ticks limit = clock_.to_ticks(patience);
       Ticks moved = clock_.now();
       progress_.drive(first_->timeout, first_->account.arrival);
@@ -156,6 +158,7 @@ class Engine final : public AnyEngine {
         fail();
       }
       progress_.rest();
+      driver_.store(std::thread::id(), std::memory_order_relaxed);
       more = first_ != nullptr;
       continuations.swap(continuations_);
     }
@@ -364,7 +367,7 @@ class Engine final : public AnyEngine {
     /// `even_failed`: of operations that were started before.
     explicit Use(Engine& e, bool even_failed = false) : engine(e) {
       engine.rule_.enter();
-      if (engine.driven_by_others_) engine.lock();
+      if (engine.driven_by_others_) engine.lock_under_rule();
       if (engine.failed_ && !even_failed) {
         engine.unlock();
         throw *engine.failed_;
@@ -377,6 +380,15 @@ class Engine final : public AnyEngine {
     Use(const Use&) = delete;
     Engine& engine;
   };
+  [[gnu::noinline]] void lock_under_rule() {
+    if (is_driver()) {  // the progress thread, in an operator: it is not under the rule
+      rule_.exit();
+      throw Error(Errc::invalid_argument, "this communicator is called from inside one of its own operations");
+    }
+    lock();
+  }
+  /// This is the progress thread, and it is in drive().
+  bool is_driver() const { return driver_.load(std::memory_order_relaxed) == std::this_thread::get_id(); }
   void unlock() {
     if (driven_by_others_) mutex_.unlock();
     rule_.exit();
@@ -957,6 +969,7 @@ class Engine final : public AnyEngine {
   ThreadRule rule_;
   std::mutex mutex_;
   std::atomic<int> wanted_{0};
+  std::atomic<std::thread::id> driver_{};  // the progress thread, while it is in drive()
   bool driven_by_others_ = false;  // there is a progress thread; for good
 };
 
