@@ -145,10 +145,11 @@ class Engine final : public AnyEngine {
       driver_.store(std::this_thread::get_id(), std::memory_order_relaxed);
       const Ticks limit = clock_.to_ticks(patience);
       Ticks moved = clock_.now();
-      progress_.drive(first_->timeout, first_->account.arrival);
+      const Run* const oldest = first_;  // whose deadline counts
+      progress_.drive(oldest->timeout, oldest->posted);
       limit_is_error_ = true;
       try {
-        for (std::uint64_t seen = moves_; first_ && wanted_.load(std::memory_order_relaxed) == 0;) {
+        for (std::uint64_t seen = moves_; first_ == oldest && wanted_.load(std::memory_order_relaxed) == 0;) {
           turn();
           if (seen == moves_ && clock_.now() - moved > limit) break;
           if (seen != moves_) moved = clock_.now(), seen = moves_;
@@ -442,6 +443,7 @@ class Engine final : public AnyEngine {
     run.timeout = timeout;
     run.exposed = 0;
     progress_.begin(run.account, timeout);
+    run.posted = accounting_ ? run.account.arrival : clock_.now();
     try {
       f();
       complete_finished();

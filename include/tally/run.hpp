@@ -75,7 +75,7 @@ struct Run {
 
   Account account;
   nanoseconds timeout{};
-  Ticks exposed = 0;
+  Ticks posted = 0, exposed = 0;  // of those in the background
   Report report;
   std::exception_ptr error;
   std::function<void()> continuation;
