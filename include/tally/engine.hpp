@@ -135,13 +135,13 @@ class Engine final : public AnyEngine {
     }
     f();
   }
-  bool drive(nanoseconds patience) override {
+  Driven drive(nanoseconds patience) override {
     std::vector<std::function<void()>> continuations;
     bool more = false;
     {
       const std::unique_lock lock(mutex_, std::try_to_lock);
-      if (!lock) return true;
-      if (!first_ || failed_) return false;
+      if (!lock) return Driven::by_caller;
+      if (!first_ || failed_) return Driven::nothing_left;
       driver_.store(std::this_thread::get_id(), std::memory_order_relaxed);
       const Ticks limit = clock_.to_ticks(patience);
       Ticks moved = clock_.now();
@@ -149,7 +149,7 @@ class Engine final : public AnyEngine {
       progress_.drive(oldest->timeout, oldest->posted);
       limit_is_error_ = true;
       try {
-        for (std::uint64_t seen = moves_; first_ == oldest && wanted_.load(std::memory_order_relaxed) == 0;) {
+        for (std::uint64_t seen = moves_; first_ == oldest && !interrupted();) {
           turn();
           if (seen == moves_ && clock_.now() - moved > limit) break;
           if (seen != moves_) moved = clock_.now(), seen = moves_;
@@ -160,11 +160,16 @@ class Engine final : public AnyEngine {
       }
       progress_.rest();
       driver_.store(std::thread::id(), std::memory_order_relaxed);
+      back_.store(false, std::memory_order_relaxed);
       more = first_ != nullptr;
       continuations.swap(continuations_);
     }
     for (const auto& f : continuations) f();
-    return more;
+    return more ? Driven::more : Driven::nothing_left;
+  }
+  void step_back() override {
+    back_.store(true, std::memory_order_relaxed);
+    transport_->interrupt();
   }
   bool pending() override {
     const std::unique_lock lock(mutex_, std::try_to_lock);
@@ -237,7 +242,7 @@ class Engine final : public AnyEngine {
     return serving_->account;
   }
   Account& oldest() { return first_ ? first_->account : serving_->account; }
-  bool interrupted() const { return wanted_.load(std::memory_order_relaxed) != 0; }
+  bool interrupted() const { return wanted_.load(std::memory_order_relaxed) != 0 || (back_.load(std::memory_order_relaxed) && is_driver()); }
 
   void check(const Transfer& t, const FrameInfo& frame) {
     const Run& run = *static_cast<const Run*>(t.owner);
@@ -971,6 +976,7 @@ class Engine final : public AnyEngine {
   ThreadRule rule_;
   std::mutex mutex_;
   std::atomic<int> wanted_{0};
+  std::atomic<bool> back_{false};  // the progress thread has something else to do
   std::atomic<std::thread::id> driver_{};  // the progress thread, while it is in drive()
   bool driven_by_others_ = false;  // there is a progress thread; for good
 };
