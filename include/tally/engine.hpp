@@ -195,7 +195,13 @@ class Engine final : public AnyEngine {
   Rank rank() const override { return transport_->rank(); }
   int size() const override { return transport_->size(); }
   const Ledger& ledger() const override { return ledger_; }
-  TransportCounters counters() const override { return transport_->counters(); }
+  TransportCounters counters() const override {
+    if (!driven_by_others_ || is_driver()) return transport_->counters();
+    auto& self = const_cast<Engine&>(*this);
+    self.lock();
+    const std::lock_guard locked(self.mutex_, std::adopt_lock);
+    return transport_->counters();
+  }
   std::string_view transport_name() const override { return transport_->name(); }
   std::uint64_t reserve(std::span<const Rank> members) override { return transport_->reserve(members); }
   std::unique_ptr<AnyEngine> open(std::uint64_t token, std::span<const Rank> members) override { return std::make_unique<Engine>(transport_->open(token, members), clock_, ledger_.meter(), wait_, accounting_); }
