@@ -111,14 +111,14 @@ class Engine final : public AnyEngine {
     return run.done.load(std::memory_order_relaxed);
   }
   Report fetch(Run& run) override {
-    const Use use(*this, true);
+    const Use use(*this, true, !driven_by_others_);  // the progress thread calls back while the caller's thread may be in here
     book(run);
     if (run.error) std::rethrow_exception(run.error);
     return run.report;
   }
   void give_back(Run& run) override {
     wait(run, nullptr);
-    const Use use(*this, true);
+    const Use use(*this, true, !driven_by_others_);
     book(run);
     run.kept = nullptr;
     run.error = nullptr;
@@ -175,7 +175,9 @@ class Engine final : public AnyEngine {
     const std::unique_lock lock(mutex_, std::try_to_lock);
     return !lock || (first_ && !failed_);
   }
-  void be_driven_by_others() override { driven_by_others_ = true; }
+  void be_driven_by_others() override {
+    if (!driven_by_others_) driven_by_others_ = true;  // not written again: the progress thread may read it
+  }
 
   void leave() override {
     if (driven_by_others_) lock();
@@ -377,37 +379,39 @@ class Engine final : public AnyEngine {
   }
   struct Use {
     /// `even_failed`: of operations that were started before.
-    explicit Use(Engine& e, bool even_failed = false) : engine(e) {
-      engine.rule_.enter();
-      if (engine.driven_by_others_) engine.lock_under_rule();
+    /// `ruled`: false if another thread may be in here, with an operation that is done, too.
+    explicit Use(Engine& e, bool even_failed = false, bool ruled = true) : engine(e), under_rule(ruled) {
+      if (under_rule) engine.rule_.enter();
+      if (engine.driven_by_others_) engine.lock_unless_driver(under_rule);
       if (engine.failed_ && !even_failed) {
-        engine.unlock();
+        engine.unlock(under_rule);
         throw *engine.failed_;
       }
     }
     ~Use() {
-      if (engine.continuations_.empty()) engine.unlock();
-      else engine.unlock_and_continue();
+      if (engine.continuations_.empty()) engine.unlock(under_rule);
+      else engine.unlock_and_continue(under_rule);
     }
     Use(const Use&) = delete;
     Engine& engine;
+    bool under_rule;
   };
-  [[gnu::noinline]] void lock_under_rule() {
-    if (is_driver()) {  // the progress thread, in an operator: it is not under the rule
-      rule_.exit();
+  [[gnu::noinline]] void lock_unless_driver(bool under_rule) {
+    if (is_driver()) {  // the progress thread, in an operator: the rule does not know of it
+      if (under_rule) rule_.exit();
       throw Error(Errc::invalid_argument, "this communicator is called from inside one of its own operations");
     }
     lock();
   }
   /// This is the progress thread, and it is in drive().
   bool is_driver() const { return driver_.load(std::memory_order_relaxed) == std::this_thread::get_id(); }
-  void unlock() {
+  void unlock(bool under_rule) {
     if (driven_by_others_) mutex_.unlock();
-    rule_.exit();
+    if (under_rule) rule_.exit();
   }
-  [[gnu::noinline]] void unlock_and_continue() {
+  [[gnu::noinline]] void unlock_and_continue(bool under_rule) {
     const auto continuations = std::exchange(continuations_, {});
-    unlock();
+    unlock(under_rule);
     for (const auto& f : continuations) f();
   }
 
