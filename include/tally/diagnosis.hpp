@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <exception>
 #include <functional>
 #include <span>
 #include <string>
@@ -109,6 +110,28 @@ class Diagnosis {
     }
   }
 
+  /// In a handler: what was thrown, as an error of this rank in that operation.
+  [[gnu::cold]] Error error_of(const Run& run) const {
+    std::string what;
+    try {
+      throw;
+    } catch (const Error& error) {
+      return error;
+    } catch (const std::exception& error) {
+      what = detail::concat({": ", error.what()});
+    } catch (...) {
+    }
+    return {Errc::aborted, detail::concat({"rank ", transport_.rank(), ": exception during ", describe(run), what}), ErrorContext{transport_.rank(), transport_.rank(), run.sequence, {}}};
+  }
+  /// f(run, rank, fingerprint) for ranks that are seen in another call than this one under the same number.
+  template <class F>
+  void for_each_other_call(F&& f) const {
+    for (Rank r = 0; r < transport_.size(); ++r) {
+      const RankStatus status = transport_.status(r);
+      for (const Run* run = runs_.first(); run && r != transport_.rank() && status.inside == RankStatus::inside_operation; run = run->after)
+        if (run->call && status.sequence == run->sequence && status.fingerprint != run->fingerprint) f(*run, r, status.fingerprint);
+    }
+  }
   /// To tell later what this rank called.
   void remember(const Run& run) { called_[run.sequence % std::size(called_)] = {run.sequence, run.fingerprint, run.count}; }
   [[gnu::cold]] std::string mismatch(const Run& run, Rank peer, std::uint64_t theirs) const {

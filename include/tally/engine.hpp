@@ -9,10 +9,8 @@
 
 #include <algorithm>
 #include <cstddef>
-#include <cstring>
 #include <exception>
 #include <functional>
-#include <initializer_list>
 #include <memory>
 #include <optional>
 #include <span>
@@ -122,14 +120,14 @@ class Engine final : public AnyEngine {
     return run.done.load(std::memory_order_relaxed);
   }
   Report fetch(Run& run) override {
-    const Use use(*this, true);
+    const Use use(*this, true, !gate_.shared());  // the progress thread calls back while the caller's thread may be in here
     book(run);
     if (run.error) std::rethrow_exception(run.error);
     return run.report;
   }
   void give_back(Run& run) override {
     wait(run, nullptr);
-    const Use use(*this, true);
+    const Use use(*this, true, !gate_.shared());
     book(run);
     run.kept = nullptr;
     run.error = nullptr;
@@ -146,19 +144,21 @@ class Engine final : public AnyEngine {
     }
     f();
   }
-  bool drive(nanoseconds patience) override {
+  Driven drive(nanoseconds patience) override {
     std::vector<std::function<void()>> due;
     bool more = false;
     {
       const auto lock = gate_.try_lock();
-      if (!lock) return true;
-      if (!runs_.first() || failed_) return false;
+      if (!lock) return Driven::by_caller;
+      if (!runs_.first() || failed_) return Driven::nothing_left;
+      gate_.begin_driving();
       const Ticks limit = clock_.to_ticks(patience);
       Ticks moved = clock_.now();
-      progress_.drive(runs_.first()->timeout, runs_.first()->account.arrival);
+      const Run* const oldest = runs_.first();  // whose deadline counts
+      progress_.drive(oldest->timeout, oldest->posted);
       limit_is_error_ = true;
       try {
-        for (std::uint64_t seen = moves_; runs_.first() && !gate_.wanted();) {
+        for (std::uint64_t seen = moves_; runs_.first() == oldest && !gate_.wanted();) {
           turn();
           if (seen == moves_ && clock_.now() - moved > limit) break;
           if (seen != moves_) moved = clock_.now(), seen = moves_;
@@ -168,11 +168,16 @@ class Engine final : public AnyEngine {
         fail();
       }
       progress_.rest();
+      gate_.end_driving();
       more = runs_.first() != nullptr;
       due = gate_.take_due();
     }
     for (const auto& f : due) f();
-    return more;
+    return more ? Driven::more : Driven::nothing_left;
+  }
+  void step_back() override {
+    gate_.call_back();
+    transport_->interrupt();
   }
   bool pending() override {
     const auto lock = gate_.try_lock();
@@ -183,9 +188,13 @@ class Engine final : public AnyEngine {
   void leave() override {
     gate_.lock([this] { transport_->interrupt(); });
     if (!failed_) failed_.emplace(Errc::invalid_argument, "this communicator is gone");
+    progress_.drive(nanoseconds{});  // nobody did up to here
     give_up();
+    progress_.stop();
     transport_->leave();
+    const auto due = gate_.take_due();
     gate_.unlock();
+    for (const auto& f : due) f();
   }
   [[gnu::cold]] void abort(const std::string& why) override {
     transport_->abort({Errc::aborted, rank(), -1, detail::concat({"rank ", rank(), " aborted the communicator", why.empty() ? "" : ": ", why})});
@@ -194,7 +203,11 @@ class Engine final : public AnyEngine {
   Rank rank() const override { return transport_->rank(); }
   int size() const override { return transport_->size(); }
   const Ledger& ledger() const override { return ledger_; }
-  TransportCounters counters() const override { return transport_->counters(); }
+  TransportCounters counters() const override {
+    if (!gate_.shared() || gate_.is_driver()) return transport_->counters();
+    const Held held(const_cast<Engine&>(*this));
+    return transport_->counters();
+  }
   std::string_view transport_name() const override { return transport_->name(); }
   std::uint64_t reserve(std::span<const Rank> members) override { return transport_->reserve(members); }
   std::unique_ptr<AnyEngine> open(std::uint64_t token, std::span<const Rank> members) override { return std::make_unique<Engine>(transport_->open(token, members), clock_, ledger_.meter(), wait_, accounting_); }
@@ -219,6 +232,7 @@ class Engine final : public AnyEngine {
 
   void check(const Transfer& t, const FrameInfo& frame) {
     const Run& run = *static_cast<const Run*>(t.owner);
+    if (!run.call && !run.in_flight && runs_.first()) count(*runs_.first());  // what follows is not its own
     if (!run.call) return mailbox_.check(run, frame);
     const auto ahead = static_cast<std::int32_t>(frame.operation - t.operation);
     if (ahead != 0) raise(Errc::mismatch, run, t.peer, {diagnosis_.out_of_step(run, t.peer, frame, ahead)});
@@ -231,7 +245,7 @@ class Engine final : public AnyEngine {
 
   void moved(Transfer& t) {
     Run& run = *static_cast<Run*>(t.owner);
-    if (runs_.several()) count(run);
+    if (runs_.several() || !run.in_flight) count(run);
     ++moves_;
     if (!t.pending) end_transfer(run);
     if (run.active) locals_.propagate(run, t.step);
@@ -239,11 +253,7 @@ class Engine final : public AnyEngine {
   Transfer* unexpected(Rank peer, const FrameInfo& frame) { return mailbox_.take_in(peer, frame); }
 
   [[gnu::cold]] void check_peers() {
-    for (Rank r = 0; r < size(); ++r) {
-      const RankStatus status = transport_->status(r);
-      for (const Run* run = runs_.first(); run && r != rank() && status.inside == RankStatus::inside_operation; run = run->after)
-        if (run->call && status.sequence == run->sequence && status.fingerprint != run->fingerprint) raise_mismatch(*run, r, status.fingerprint);
-    }
+    diagnosis_.for_each_other_call([&](const Run& run, Rank r, std::uint64_t theirs) { raise_mismatch(run, r, theirs); });
   }
   [[gnu::cold]] Rank first_lost() {
     Rank lost = -1;
@@ -275,7 +285,6 @@ class Engine final : public AnyEngine {
   }
 
   // For ShareWork.
-
   /// What the transport has moved since it was asked last was for this operation. (Asked whenever that could be another one's.)
   void count(Run& run) {
     const TransportCounters& now = transport_->counters();
@@ -285,9 +294,13 @@ class Engine final : public AnyEngine {
     counted_ = {now.bytes_sent, now.bytes_received, now.overhead_sent};
   }
   void enter(Run& run, State state) {
+    diagnosis_.serving = &run;
     progress_.serve(run.account);
     progress_.enter(state);
   }
+  /// A local step of this one is next: its operator may throw.
+  void at_work_for(Run& run) { diagnosis_.serving = &run; }
+  Lateness resumed() const { return progress_.resumed(); }
   /// Another algorithm did it than the one that was asked for.
   void done_as(Run& run, std::string_view algorithm) { run.row = &ledger_.row(run.call->layout.operation, run.call->size, algorithm); }
   /// Posts all steps and drives them to their end.
@@ -306,8 +319,6 @@ class Engine final : public AnyEngine {
   }
   std::string describe(const Run& run) const { return diagnosis_.describe(run); }
 
-  // For Mailbox, too.
-
   static constexpr std::uint16_t collective_lane = 0, message_lane = 1;
   Runs& runs() { return runs_; }
   /// One less of its transfers is under way. Those in the background are completed when the thread is out of the transport.
@@ -325,19 +336,26 @@ class Engine final : public AnyEngine {
   }
 
  private:
-
+  /// For who may come at any time and does not stay.
+  struct Held {
+    explicit Held(Engine& e) : gate(e.gate_) { gate.lock([&] { e.transport_->interrupt(); }); }
+    ~Held() { gate.unlock(); }
+    Held(const Held&) = delete;
+    Gate& gate;
+  };
   struct Use {
-    /// `even_failed`: of operations that were started before.
-    explicit Use(Engine& e, bool even_failed = false) : engine(e) {
-      engine.gate_.enter([&] { engine.transport_->interrupt(); });
+    /// `even_failed`: of operations that were started before. For `ruled` see Gate.
+    explicit Use(Engine& e, bool even_failed = false, bool ruled = true) : engine(e), under_rule(ruled) {
+      engine.gate_.enter([&] { engine.transport_->interrupt(); }, under_rule);
       if (engine.failed_ && !even_failed) {
-        engine.gate_.leave();
+        engine.gate_.leave(under_rule);
         throw *engine.failed_;
       }
     }
-    ~Use() { engine.gate_.leave(); }
+    ~Use() { engine.gate_.leave(under_rule); }
     Use(const Use&) = delete;
     Engine& engine;
+    bool under_rule;
   };
 
   template <class F>
@@ -369,6 +387,7 @@ class Engine final : public AnyEngine {
     run.timeout = timeout;
     run.exposed = 0;
     progress_.begin(run.account, timeout);
+    run.posted = accounting_ ? run.account.arrival : clock_.now();
     try {
       f();
       complete_finished();  // what this one finished at once, among them perhaps itself
@@ -470,7 +489,7 @@ class Engine final : public AnyEngine {
     run.fingerprint = detail::Fingerprint::of_tag(message.tag);
     run.count = message.bytes;
     run.bytes = message.bytes + (other ? other->bytes : 0);
-    run.row = &message_row(other ? Collective::send_receive : message.is_send ? Collective::send : Collective::receive, run.bytes);
+    run.row = &mailbox_.row(ledger_, other ? Collective::send_receive : message.is_send ? Collective::send : Collective::receive, run.bytes);
     run.remaining = other ? 2 : 1;
     if (runs_.first()) count(*runs_.first());
     runs_.enlist(run);
@@ -485,14 +504,6 @@ class Engine final : public AnyEngine {
     }
     if (mailbox_.post(run, arrival)) progress_.post(run.transfer, *this);
   }
-  /// The last one's, as a rule.
-  LedgerRow& message_row(Collective what, std::uint64_t bytes) {
-    const std::uint8_t size = Ledger::size_class(bytes);
-    LedgerRow*& known = message_rows_[static_cast<std::size_t>(what) - static_cast<std::size_t>(Collective::send)];
-    if (!known || known->size_class != size) known = &ledger_.row(what, bytes, "message");
-    return *known;
-  }
-
   template <class F>
   void wrap(F&& f) {
     progress_.enter(State::copy);
@@ -560,7 +571,7 @@ class Engine final : public AnyEngine {
     report.sequence = run.number;
     if (run.row) report.algorithm = run.row->algorithm;
   }
-  /// One in the background is booked by the caller's thread, when its report is fetched.
+  /// In the background: by the caller's thread, when its report is fetched.
   void book(Run& run) {
     if (run.booked) return;
     run.booked = true;
@@ -579,15 +590,7 @@ class Engine final : public AnyEngine {
     if (peer < 0) peer = diagnosis_.first_missing();
     const Run& run = *diagnosis_.serving;
     std::exception_ptr thrown = std::current_exception();
-    try {
-      throw;
-    } catch (const Error& error) {
-      failed_.emplace(error);
-    } catch (const std::exception& error) {
-      failed_.emplace(Errc::aborted, detail::concat({"rank ", rank(), ": exception during ", describe(run), ": ", error.what()}), ErrorContext{rank(), rank(), run.sequence, {}});
-    } catch (...) {
-      failed_.emplace(Errc::aborted, detail::concat({"rank ", rank(), ": exception during ", describe(run)}), ErrorContext{rank(), rank(), run.sequence, {}});
-    }
+    failed_.emplace(diagnosis_.error_of(run));
     for (Run* r = runs_.first(); r; r = r->after) withdraw(*r);
     transport_->abort({failed_->errc(), rank(), failed_->peer(), std::string(failed_->text())});
     if (detected_) {  // several ranks may find the same failure at once: the first notice wins, so all raise the same
@@ -642,7 +645,6 @@ class Engine final : public AnyEngine {
   bool limit_is_error_ = true, out_of_time_ = false;
   std::optional<Error> failed_;
   bool detected_ = false;  // failed_ was found here or told by another rank, not thrown by a user's operator
-  LedgerRow* message_rows_[3] = {};        // of send, receive and send_receive
   Gate gate_;
 };
 

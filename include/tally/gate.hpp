@@ -6,7 +6,7 @@
 #include <atomic>
 #include <functional>
 #include <mutex>
-#include <optional>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -17,17 +17,20 @@ namespace tally::inline v0 {
 
 class Gate {
  public:
-  /// The caller's thread comes in; `interrupt()` wakes the progress thread if that is asleep in here.
+  /// The caller's thread comes in; `interrupt()` wakes the progress thread if that is asleep in here. Not `ruled`: another
+  /// thread may be in here, with an operation that is done, too.
   template <class Interrupt>
-  void enter(Interrupt&& interrupt) {
-    rule_.enter();
+  void enter(Interrupt&& interrupt, bool ruled = true) {
+    if (ruled) rule_.enter();
+    if (!shared_) return;
+    if (is_driver()) refuse_driver(ruled);
     lock(interrupt);
   }
   /// And goes, and calls what has become due meanwhile.
-  void leave() {
-    if (!due_.empty()) return leave_and_call();
+  void leave(bool ruled = true) {
+    if (!due_.empty()) return leave_and_call(ruled);
     unlock();
-    rule_.exit();
+    if (ruled) rule_.exit();
   }
   /// The same without the rule: for who may come at any time and does not stay.
   template <class Interrupt>
@@ -43,26 +46,46 @@ class Gate {
   }
 
   /// There is a progress thread from now on; from the caller's thread, outside.
-  void share() { shared_ = true; }
+  void share() {
+    if (!shared_) shared_ = true;  // not written again: the progress thread may read it
+  }
+  bool shared() const { return shared_; }
   /// The progress thread comes in; without the lock it must not.
   std::unique_lock<std::mutex> try_lock() { return std::unique_lock(mutex_, std::try_to_lock); }
-  bool wanted() const { return wanted_.load(std::memory_order_relaxed) != 0; }
+  /// While it has the lock: it is this thread.
+  void begin_driving() { driver_.store(std::this_thread::get_id(), std::memory_order_relaxed); }
+  void end_driving() {
+    driver_.store(std::thread::id(), std::memory_order_relaxed);
+    back_.store(false, std::memory_order_relaxed);
+  }
+  bool is_driver() const { return driver_.load(std::memory_order_relaxed) == std::this_thread::get_id(); }
+  /// It has something else to do.
+  void call_back() { back_.store(true, std::memory_order_relaxed); }
+  /// Somebody else wants to go on: the progress thread should leave.
+  bool wanted() const { return wanted_.load(std::memory_order_relaxed) != 0 || (back_.load(std::memory_order_relaxed) && is_driver()); }
 
   /// To be called by whoever leaves next.
   void call_later(std::function<void()> f) { due_.push_back(std::move(f)); }
   std::vector<std::function<void()>> take_due() { return std::exchange(due_, {}); }
 
  private:
-  [[gnu::noinline]] void leave_and_call() {
+  [[gnu::noinline]] void leave_and_call(bool ruled) {
     const auto due = take_due();
     unlock();
-    rule_.exit();
+    if (ruled) rule_.exit();
     for (const auto& f : due) f();
+  }
+  /// The progress thread, in an operator: the rule does not know of it.
+  [[noreturn, gnu::cold, gnu::noinline]] void refuse_driver(bool ruled) {
+    if (ruled) rule_.exit();
+    throw Error(Errc::invalid_argument, "this communicator is called from inside one of its own operations");
   }
 
   ThreadRule rule_;
   std::mutex mutex_;
   std::atomic<int> wanted_{0};
+  std::atomic<bool> back_{false};
+  std::atomic<std::thread::id> driver_{};  // the progress thread, while it is at work in here
   bool shared_ = false;
   std::vector<std::function<void()>> due_;
 };

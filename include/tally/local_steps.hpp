@@ -35,11 +35,13 @@ class LocalSteps {
       const std::size_t grain = run->active->plan->grain(), bytes = std::min(t.ready - t.done, slice - slice % grain);
       const std::byte* from = t.from + t.done;
       std::byte* to = t.to + t.done;
+      engine.at_work_for(*run);
       if (bytes > short_bytes) engine.enter(*run, t.fold ? State::reduce : State::copy);
       if (t.past_caches) copy_past_caches(to, from, bytes);
       else if (!t.fold) std::memmove(to, from, bytes);
       else if (t.side == Side::right) (*t.fold)(to, to, from, bytes);
       else (*t.fold)(to, from, to, bytes);
+      t.late.raise(engine.resumed());
       t.done += bytes;
       if (t.done == t.bytes) engine.end_transfer(*run);
       else if (t.done < t.ready) queue(*run, i);

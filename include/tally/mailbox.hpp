@@ -57,6 +57,13 @@ class Mailbox {
     if (run.receiver) deliver(run);
   }
 
+  /// Where it is booked: as a rule with the last one.
+  LedgerRow& row(Ledger& ledger, Collective what, std::uint64_t bytes) {
+    LedgerRow*& known = rows_[static_cast<std::size_t>(what) - static_cast<std::size_t>(Collective::send)];
+    if (!known || known->size_class != Ledger::size_class(bytes)) known = &ledger.row(what, bytes, "message");
+    return *known;
+  }
+
   void check(const Run& run, const FrameInfo& frame) {
     if (frame.first) check(const_cast<Run&>(run), static_cast<std::int32_t>(frame.fingerprint), frame.operation, frame.total);
   }
@@ -144,6 +151,7 @@ class Mailbox {
   }
 
   Engine& engine_;
+  LedgerRow* rows_[3] = {};  // of send, receive and send_receive
   std::vector<Run*> unexpected_;
   std::size_t bytes_ = 0;
 };

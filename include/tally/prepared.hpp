@@ -56,7 +56,7 @@ struct Prepared : std::enable_shared_from_this<Prepared> {
   std::vector<std::size_t> ready;   // at the start
   std::vector<char> queued;         // local steps: waiting to be run
   LedgerRow* row = nullptr;
-  std::shared_ptr<Prepared> original;             // another one of the same plan, which keeps the spare ones
+  std::shared_ptr<Prepared> original;             // while in flight: another one of the same plan, which keeps the spare ones
   std::vector<std::shared_ptr<Prepared>> spares;  // not in flight
 };
 
@@ -76,7 +76,7 @@ struct PlanKey {
 
 class PlanCache {
  public:
-  /// One that is not in flight. Never dropped while somebody holds it.
+  /// May be in flight; see free(). Never dropped while somebody holds it.
   std::shared_ptr<Prepared> find(const PlanKey& key) {
     auto found = plans_.find(key);
     if (found == plans_.end()) {
@@ -90,26 +90,27 @@ class PlanCache {
       kept.layout = prepared->plan->layout();  // whose extents are its own
       found = plans_.emplace(kept, std::move(prepared)).first;
     }
-    return free(found->second);
+    return found->second;
   }
-  /// The same, of the same plan.
+  /// One of the same plan that is not in flight.
   static std::shared_ptr<Prepared> free(const std::shared_ptr<Prepared>& original) {
     if (!original->busy) return original;
+    std::shared_ptr<Prepared> spare;
     if (original->spares.empty()) {
-      auto another = std::make_shared<Prepared>(original->plan);
-      another->original = original;
-      another->row = original->row;
-      return another;
+      spare = std::make_shared<Prepared>(original->plan);
+      spare->row = original->row;
+    } else {
+      spare = std::move(original->spares.back());
+      original->spares.pop_back();
     }
-    auto spare = std::move(original->spares.back());
-    original->spares.pop_back();
+    spare->original = original;
     return spare;
   }
   /// It is in flight no longer.
   static void give_back(std::shared_ptr<Prepared>&& held) {
     const std::shared_ptr<Prepared> prepared = std::move(held);
     prepared->busy = false;
-    Prepared* original = prepared->original.get();
+    const auto original = std::exchange(prepared->original, nullptr);  // else the two would keep each other for ever
     if (original) original->spares.push_back(prepared);
   }
   /// One that is not kept. Shares have no steps.

@@ -111,6 +111,8 @@ class Progress {
     if (timed_ && current_)
       if (current_->watch.state() != state) current_->watch.enter(state, now_ = clock_.now());
   }
+  /// Since when this rank drives: what it does itself cannot have been done before.
+  Lateness resumed() const { return {began_, transport_.rank()}; }
   Lateness arrival(const Account& account) const { return {account.arrival, transport_.rank()}; }
 
   /// An operation ends, by success or, with the rank to blame for an unfinished wait, by failure. The report has
@@ -206,6 +208,7 @@ class Progress {
   Report close(Account& account) {
     for (const auto& [begin, end] : account.open) account.watch.book(State::wait_local, end - begin);  // what it waited for was its own doing
     account.open.clear();
+    current_ = nullptr;  // what is driven next is not its time
     return detail::report_of(account.watch, clock_, account.heard || transport_.size() == 1 ? account.latest.culprit : -1);
   }
 

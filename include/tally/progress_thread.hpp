@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cerrno>
+#include <chrono>
 #include <condition_variable>
 #include <memory>
 #include <mutex>
@@ -43,22 +44,27 @@ class ProgressWorker {
     {
       const std::lock_guard lock(mutex_);
       if (std::ranges::find(pending_, engine) != pending_.end()) return;
+      for (const auto& other : pending_) other->step_back();  // it may be asleep in there
       pending_.push_back(engine);
     }
     changed_.notify_one();
   }
 
  private:
+  static constexpr nanoseconds least_nap = std::chrono::microseconds(20), most_nap = std::chrono::milliseconds(1);
+
   void stop() {
     {
       const std::lock_guard lock(mutex_);
       stopping_ = true;
+      for (const auto& engine : pending_) engine->step_back();
     }
     changed_.notify_one();
     if (thread_.joinable()) thread_.join();
   }
   void work() {
     std::vector<std::shared_ptr<AnyEngine>> engines;
+    nanoseconds nap = least_nap;
     for (;;) {
       {
         std::unique_lock lock(mutex_);
@@ -67,10 +73,20 @@ class ProgressWorker {
         engines = pending_;
       }
       // With one communicator it waits in there, asleep if that takes long; with several each gets a short look.
+      bool driven = false;
       for (const auto& engine : engines) {
-        if (engine->drive(engines.size() == 1 ? std::chrono::milliseconds(5) : std::chrono::microseconds(5))) continue;
+        const AnyEngine::Driven how = engine->drive(engines.size() == 1 ? std::chrono::milliseconds(5) : std::chrono::microseconds(5));
+        driven = driven || how != AnyEngine::Driven::by_caller;
+        if (how != AnyEngine::Driven::nothing_left) continue;
         const std::lock_guard lock(mutex_);
         if (!engine->pending()) std::erase(pending_, engine);
+      }
+      if (driven) {
+        nap = least_nap;
+      } else {  // the callers' threads drive all of them
+        std::unique_lock lock(mutex_);
+        changed_.wait_for(lock, nap, [&] { return stopping_ || pending_.size() != engines.size(); });
+        nap = std::min(2 * nap, most_nap);
       }
       engines.clear();
     }

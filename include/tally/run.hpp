@@ -78,7 +78,7 @@ struct Run {
 
   Account account;
   nanoseconds timeout{};
-  Ticks exposed = 0;
+  Ticks posted = 0, exposed = 0;  // of those in the background
   Report report;
   std::exception_ptr error;
   std::function<void()> continuation;
@@ -150,8 +150,10 @@ class AnyEngine {
   virtual Report fetch(Run& run) = 0;  // of one that is done; throws what it failed with
   virtual void give_back(Run& run) = 0;  // waits until it is done
   virtual void then(Run& run, std::function<void()> f) = 0;
-  /// For a progress thread: drives what is in flight until nothing is, or nothing has moved for so long, or the caller wants to go on. False if nothing is in flight.
-  virtual bool drive(nanoseconds patience) = 0;
+  /// For a progress thread: drives what is in flight until the oldest is done, or nothing has moved for so long, or somebody wants it back.
+  enum class Driven : std::uint8_t { nothing_left, more, by_caller };  // by_caller: its thread is in here
+  virtual Driven drive(nanoseconds patience) = 0;
+  virtual void step_back() = 0;  // ends a drive(), from any thread
   virtual bool pending() = 0;  // something is in flight, as far as can be told without waiting
   virtual void be_driven_by_others() = 0;  // from the caller's thread, before the first drive()
 

@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // One thread at a time, enforced: a second one that comes while the first is inside gets an error, and so does an operator
 // that calls the communicator that is calling it. Costs a store and a load as long as it is always the same thread; another
-// one makes itself known by a barrier on all cores (see AsymmetricBarrier in wait.hpp).
+// one makes itself known by a barrier on all cores (see AsymmetricBarrier in wait.hpp). tests/thread_rule_test.cpp proves it.
 #pragma once
 
 #include <pthread.h>
 
 #include <atomic>
 #include <cstdint>
+#include <memory>
 #include <mutex>
 
 #include "error.hpp"
@@ -21,34 +22,57 @@ class ThreadRule {
 
   /// Errc::invalid_argument if another thread is inside, or this one already is.
   void enter() {
-    const std::uintptr_t me = self();
-    if (user_.load(std::memory_order_relaxed) != me || inside_.load(std::memory_order_relaxed) != 0) return take_over(me);
-    inside_.store(me, std::memory_order_relaxed);
+    Mark* const mine = user_.load(std::memory_order_acquire);
+    if (mine->thread != self() || mine->inside.load(std::memory_order_relaxed)) return take_over();
+    mine->inside.store(true, std::memory_order_relaxed);
     if (fences_) full_fence();
     std::atomic_signal_fence(std::memory_order_seq_cst);
-    if (user_.load(std::memory_order_relaxed) == me) return;
-    inside_.store(0, std::memory_order_release);
-    take_over(me);
+    if (user_.load(std::memory_order_relaxed) == mine) {
+      inside_ = mine;
+      return;
+    }
+    mine->inside.store(false, std::memory_order_release);
+    take_over();
   }
-  void exit() { inside_.store(0, std::memory_order_release); }
+  void exit() { inside_->inside.store(false, std::memory_order_release); }
 
  private:
+  /// Each thread has one of its own: one that was the user may still be about to set its mark when another one is inside.
+  struct Mark {
+    std::uintptr_t thread = 0;
+    std::atomic<bool> inside{false};
+    std::unique_ptr<Mark> next;
+  };
   static std::uintptr_t self() { return static_cast<std::uintptr_t>(pthread_self()); }
 
   /// Either the thread before sees in enter() that it is no longer the user, or this one sees it inside.
-  [[gnu::cold, gnu::noinline]] void take_over(std::uintptr_t me) {
+  [[gnu::cold, gnu::noinline]] void take_over() {
     const std::lock_guard lock(taking_over_);
-    if (user_.load(std::memory_order_relaxed) != me) {
-      user_.store(me, std::memory_order_seq_cst);
-      AsymmetricBarrier::heavy();
+    Mark& mine = mark_of(self());
+    if (mine.inside.load(std::memory_order_relaxed)) throw Error(Errc::invalid_argument, "this communicator is called from inside one of its own operations");
+    Mark* const before = user_.load(std::memory_order_relaxed);
+    user_.store(&mine, std::memory_order_seq_cst);
+    AsymmetricBarrier::heavy();
+    for (const Mark* other = &first_; other; other = other->next.get()) {
+      if (other == &mine || !other->inside.load(std::memory_order_acquire)) continue;
+      user_.store(before, std::memory_order_release);  // as if nothing had been: else it could come in the fast way next time
+      throw Error(Errc::invalid_argument, "this communicator is in use by another thread: one at a time, or a duplicate() for each");
     }
-    if (const std::uintptr_t other = inside_.load(std::memory_order_acquire); other != 0)
-      throw Error(Errc::invalid_argument, other == me ? "this communicator is called from inside one of its own operations" :
-                                                        "this communicator is in use by another thread: one at a time, or a duplicate() for each");
-    inside_.store(me, std::memory_order_seq_cst);
+    mine.inside.store(true, std::memory_order_seq_cst);
+    inside_ = &mine;
+  }
+  /// Under the lock.
+  Mark& mark_of(std::uintptr_t thread) {
+    Mark* mark = &first_;
+    for (; mark->thread != thread && mark->thread != 0; mark = mark->next.get())
+      if (!mark->next) mark->next = std::make_unique<Mark>();
+    mark->thread = thread;
+    return *mark;
   }
 
-  std::atomic<std::uintptr_t> user_{0}, inside_{0};
+  Mark first_;
+  std::atomic<Mark*> user_{&first_};
+  Mark* inside_ = nullptr;  // of who is inside
   std::mutex taking_over_;
   bool fences_;
 };

@@ -487,7 +487,7 @@ class SlotTransport {
         if (t.past_caches) copy_past_caches(to, in, take);
         else std::memcpy(to, in, take);
       } else {
-        if (bytes > short_bytes) probe.reducing(t);
+        if (bytes > short_bytes || e.taken > 0) probe.reducing(t);  // the rest of a frame is not announced again
         const std::byte* acc = t.from + t.done;
         if (t.side == Side::right) (*t.fold)(to, acc, in, take);
         else (*t.fold)(to, in, acc, take);

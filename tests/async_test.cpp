@@ -1,0 +1,528 @@
+// SPDX-License-Identifier: Apache-2.0
+// Operations in flight: started, driven by later calls or by the progress thread, waited for in any order, called back,
+// awaited, destroyed; what they report; what happens to them when something fails.
+#include <catch2/catch.hpp>
+
+#include <sys/resource.h>
+
+#include <atomic>
+#include <chrono>
+#include <coroutine>
+#include <cstdint>
+#include <functional>
+#include <numeric>
+#include <optional>
+#include <random>
+#include <span>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include <tally/tally.hpp>
+
+#include "processes.hpp"
+
+using namespace tally;
+using namespace std::chrono_literals;
+using test::Caught, test::caught, test::expect, test::now_ns;
+
+namespace {
+
+/// f on n ranks; their first error fails the test.
+template <class F>
+void on_ranks(int n, RankKind kind, F f, Options options = {}) {
+  options.timeout = std::chrono::seconds(20);
+  const test::Outcome outcome = test::outcome_of(n, kind, f, options);
+  CAPTURE(n, outcome);
+  for (const Caught& rank : outcome.ranks) CHECK((rank.ran && !rank.error && !rank.foreign));
+}
+/// The same, with the progress thread and without; f may ask which.
+template <class F>
+void either_way(int n, RankKind kind, F f) {
+  const auto run = [&](Communicator& comm, bool progress) {
+    if constexpr (std::invocable<F, Communicator&, bool>) f(comm, progress);
+    else f(comm);
+  };
+  on_ranks(n, kind, [&](Communicator& comm) { run(comm, false); });
+  on_ranks(n, kind, [&](Communicator& comm) {
+    const ProgressThread thread = progress_thread();
+    run(comm, true);
+  });
+}
+std::vector<int> filled(std::size_t count, int value) { return std::vector<int>(count, value); }
+bool all_are(std::span<const int> data, int value) {
+  return std::ranges::all_of(data, [=](int x) { return x == value; });
+}
+nanoseconds process_time() {
+  timespec t{};
+  clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &t);
+  return std::chrono::seconds(t.tv_sec) + nanoseconds(t.tv_nsec);
+}
+void expect_exact(const Report& r) {
+  expect(r.elapsed == r.busy() + r.idle() + r.undriven, "the parts add up to elapsed, to the nanosecond");
+  for (const nanoseconds part : {r.copy, r.reduce, r.codec, r.protocol, r.wait_arrival, r.wait_transfer, r.wait_credit, r.wait_local, r.undriven}) expect(part >= 0ns, "no part is negative");
+  expect(0ns <= r.exposed && r.exposed <= r.elapsed && r.overlapped() == r.elapsed - r.exposed, "0 <= exposed <= elapsed");
+}
+
+/// A coroutine that runs by itself.
+struct Task {
+  struct promise_type {
+    Task get_return_object() { return {}; }
+    std::suspend_never initial_suspend() noexcept { return {}; }
+    std::suspend_never final_suspend() noexcept { return {}; }
+    void return_void() {}
+    void unhandled_exception() { std::terminate(); }
+  };
+};
+
+}  // namespace
+
+// Results.
+
+static void many_in_flight(RankKind kind) {
+  for (const int n : {1, 2, 3, 5})
+    either_way(n, kind, [n](Communicator& comm, bool progress) {
+      Communicator other = comm.duplicate();
+      const auto me = static_cast<std::size_t>(comm.rank()), ranks = static_cast<std::size_t>(n);
+      std::mt19937 random(static_cast<unsigned>(comm.rank()));  // each rank waits in an order of its own
+      for (int round = 0; round < 8; ++round) {
+        std::vector<std::vector<int>> sums, gathered, copied;
+        std::vector<Operation> operations;
+        for (std::size_t i = 0; i < 12; ++i) {
+          Communicator& on = i % 3 == 2 ? other : comm;
+          const std::size_t count = i % 4 == 3 ? 3000 : 1 + i;
+          const int value = static_cast<int>(1000 * i);
+          operations.push_back(on.async_all_reduce(sums.emplace_back(filled(count, value + comm.rank())), sum));
+          copied.push_back(filled(count, comm.rank() == static_cast<int>(i) % n ? value : -1));
+          operations.push_back(on.async_broadcast(copied.back(), static_cast<int>(i) % n));
+          gathered.push_back(filled(ranks * count, -1));
+          const std::vector<int> mine = filled(count, value + comm.rank());
+          std::ranges::copy(mine, gathered.back().begin() + static_cast<std::ptrdiff_t>(me * count));
+          operations.push_back(on.async_all_gather(std::span(gathered.back()).subspan(me * count, count), gathered.back()));
+          if (i == 5) comm.barrier();
+        }
+        // Who waits in one communicator drives that one alone: without the progress thread, ranks that began with different ones would wait for each other.
+        if (!progress) std::ranges::stable_partition(operations, [&, i = std::size_t{0}](const Operation&) mutable { return i++ / 3 % 3 != 2; });
+        const auto middle = operations.begin() + (progress ? 0 : 24);
+        std::shuffle(operations.begin(), middle, random);
+        std::shuffle(middle, operations.end(), random);
+        for (Operation& operation : operations) {
+          if (random() % 3 == 0) operation = Operation();  // destroying it waits for it
+          else expect_exact(operation.wait());
+        }
+        for (std::size_t i = 0; i < 12; ++i) {
+          const int value = static_cast<int>(1000 * i);
+          expect(all_are(sums[i], n * value + n * (n - 1) / 2), "sums");
+          expect(all_are(copied[i], value), "broadcasts");
+          for (std::size_t r = 0; r < ranks; ++r)
+            expect(all_are(std::span(gathered[i]).subspan(r * sums[i].size(), sums[i].size()), value + static_cast<int>(r)), "gathered blocks");
+        }
+      }
+    });
+}
+TALLY_TEST_BOTH("many operations in flight have exact results, in whatever order they end", "", many_in_flight)
+
+static void slots_of_one(RankKind kind) {
+  Options options;
+  options.slots = SlotOptions{.slots = 1, .slot_bytes = 128};
+  on_ranks(
+      3, kind,
+      [](Communicator& comm) {
+        std::optional<ProgressThread> thread;
+        for (int round = 0; round < 4; ++round) {
+          if (round == 2) thread = progress_thread();
+          std::vector<std::vector<int>> data;
+          std::vector<Operation> operations;
+          for (std::size_t i = 0; i < 10; ++i) operations.push_back(comm.async_all_reduce(data.emplace_back(filled(1 + 97 * i, comm.rank())), sum));
+          int block = comm.rank();
+          comm.all_reduce(std::span(&block, 1), sum);
+          expect(block == 3, "a blocking call behind them");
+          for (std::size_t i = 10; i-- > 0;) operations[i].wait();
+          for (const auto& each : data) expect(all_are(each, 3), "sums");
+        }
+      },
+      options);
+}
+TALLY_TEST_BOTH("operations in flight through rings of one small slot", "", slots_of_one)
+
+TEST_CASE("plans in flight are not shared") {
+  on_ranks(2, threads, [](Communicator& comm) {
+    std::vector<std::vector<int>> a(3), b(1);
+    const auto start = [&](std::vector<int>& data, std::size_t count, int value) { return comm.async_all_reduce(data = filled(count, value + comm.rank()), sum); };
+    for (int round = 0; round < 3; ++round) {
+      {
+        const Operation first = start(a[0], 4, 10), between = start(b[0], 7, 20), second = start(a[1], 4, 30);
+      }
+      expect(a[0][0] == 21 && b[0][0] == 41 && a[1][0] == 61, "two of a layout, another one between them");
+      {
+        const Operation first = start(a[0], 4, 10), between = start(b[0], 7, 20), second = start(a[1], 4, 30), third = start(a[2], 4, 40);
+      }
+      expect(a[0][0] == 21 && b[0][0] == 41 && a[1][0] == 61 && a[2][0] == 81, "three of a layout");
+    }
+  });
+}
+
+TEST_CASE("messages to oneself in flight") {
+  for (const int n : {1, 2})
+    either_way(n, threads, [](Communicator& comm) {
+      int out = 7, in = 0, late = 0;
+      Operation receiving = comm.async_receive(std::span(&in, 1), comm.rank(), 3);
+      Operation sending = comm.async_send(std::span(&out, 1), comm.rank(), 3);
+      expect(sending.wait_for(5s) && receiving.wait_for(5s) && in == 7, "receive first");
+      Operation first = comm.async_send(std::span(&out, 1), comm.rank(), 4), second = comm.async_receive(std::span(&late, 1), comm.rank(), 4);
+      expect(first.wait_for(5s) && second.wait_for(5s) && late == 7, "send first");
+      in = 0;
+      receiving = comm.async_receive(std::span(&in, 1), comm.rank(), 3);
+      comm.send(std::span(&out, 1), comm.rank(), 3);
+      Operation barrier = comm.async_barrier();
+      expect(barrier.wait_for(5s) && receiving.wait_for(5s) && in == 7, "a blocking send");
+    });
+}
+
+static void driven_by_other_calls(RankKind kind) {
+  on_ranks(2, kind, [](Communicator& comm) {
+    std::vector<int> data = filled(100, 1), more = filled(5000, 2);
+    Operation first = comm.async_all_reduce(data, sum), second = comm.async_all_reduce(more, sum);
+    bool called = false;
+    first.then([&] { called = true; });
+    comm.barrier();
+    comm.barrier();  // between two ranks nothing overtakes: all was moved before the barrier was
+    expect(first.test() && second.test() && called, "barriers drove them to their end");
+    expect(all_are(data, 2) && all_are(more, 4), "sums");
+    const Report report = first.wait(), again = first.wait();
+    expect(report.elapsed == again.elapsed && report.sequence == again.sequence, "waiting again gives the same report");
+    called = false;
+    first.then([&] { called = true; });
+    expect(called, "called at once when it is done already");
+  });
+}
+TALLY_TEST_BOTH("operations go on in other calls of their communicator", "", driven_by_other_calls)
+
+static void waiting_for_a_while(RankKind kind) {
+  either_way(2, kind, [](Communicator& comm) {
+    comm.barrier();
+    if (comm.rank() == 1) std::this_thread::sleep_for(60ms);
+    int x = comm.rank();
+    const std::int64_t begin = now_ns();
+    Operation operation = comm.async_all_reduce(std::span(&x, 1), sum);
+    if (comm.rank() == 0) {
+      expect(!operation.test(), "not done while the other one sleeps");
+      expect(!operation.wait_for(5ms), "not done after 5 ms");
+      expect(now_ns() - begin >= 5'000'000, "it took the 5 ms");
+    }
+    expect(operation.wait_for(nanoseconds::max()) && operation.test(), "done");
+    expect(x == 1, "the sum");
+    expect_exact(operation.wait());
+  });
+}
+TALLY_TEST_BOTH("wait_for is no deadline", "", waiting_for_a_while)
+
+TEST_CASE("the progress thread alone ends operations, calls back and resumes coroutines") {
+  on_ranks(3, threads, [](Communicator& comm) {
+    const ProgressThread thread = progress_thread();
+    std::vector<int> data = filled(1000, 1), more = filled(1000, 1);
+    std::atomic<int> called{0}, resumed{0};
+    Operation operation = comm.async_all_reduce(data, sum);
+    operation.then([&] { ++called; });
+    const auto wait = [&]() -> Task {
+      const Report report = co_await comm.async_all_reduce(more, sum);
+      if (report.elapsed == report.busy() + report.idle() + report.undriven) ++resumed;
+    };
+    wait();
+    expect(test::eventually(10s, [&] { return called == 1 && resumed == 1; }), "both were called back");
+    expect(all_are(data, 3) && all_are(more, 3), "sums");
+    // The caller's thread inside at the same time: neither disturbs the other.
+    for (int i = 0; i < 200; ++i) {
+      wait();
+      comm.barrier();
+    }
+    expect(test::eventually(10s, [&] { return resumed == 201; }), "all were resumed");
+  });
+}
+
+// Life and death of what holds them.
+
+TEST_CASE("operations are destroyed while an exception passes") {
+  on_ranks(2, threads, [](Communicator& comm) {
+    std::vector<int> a = filled(3000, 1), b = filled(3, 1);
+    try {
+      const Operation first = comm.async_all_reduce(a, sum), second = comm.async_all_reduce(b, sum);
+      throw std::runtime_error("mine");
+    } catch (const std::runtime_error&) {
+    }
+    expect(all_are(a, 2) && all_are(b, 2), "both were waited for");
+  });
+}
+
+TEST_CASE("misuse of operations in flight is refused") {
+  on_ranks(2, threads, [](Communicator& comm) {
+    const auto refused = [&](auto&& f, std::initializer_list<std::string_view> parts) {
+      const Caught c = caught(f);
+      expect(c.is(Errc::invalid_argument), std::string("refused: ") + c.text);
+      for (const std::string_view part : parts) expect(test::has(c.text, part), std::string(c.text) + " names " + std::string(part));
+    };
+    std::vector<int> a = filled(100, 1), b = filled(100, 1);
+    Operation first = comm.async_all_reduce(a, sum), second = comm.async_reduce(b, b, sum, 0);
+    refused([&] { comm.broadcast(std::span(a).subspan(99), 0); }, {"broadcast", "all_reduce(int32 x 100", "#1", "still in flight"});
+    refused([&] { const Operation o = comm.async_all_gather(std::span(a).first(2), std::span(b).first(4)); }, {"all_gather", "still in flight"});
+    refused([&] { const Operation o = comm.async_all_reduce(std::span(std::as_const(a)).first(2), std::span(b).first(2), sum); }, {"all_reduce", "still in flight"});
+    first.wait();
+    second.wait();
+    comm.broadcast(std::span(a).subspan(99), 0);  // no longer in flight
+    Operation moved = std::move(first);
+    refused([&] { first.wait(); }, {"moved from"});
+    refused([&] { Operation().test(); }, {"never started"});
+    expect(moved.test(), "it went to the other one");
+  });
+}
+
+static void communicator_first(RankKind kind) {
+  either_way(2, kind, [](Communicator& comm) {
+    Communicator gone = comm.duplicate();
+    std::vector<int> data = filled(100, 1);
+    std::optional<Operation> operation;
+    bool called = false;
+    if (comm.rank() == 0) {
+      operation = gone.async_all_reduce(data, sum);
+      operation->then([&] { called = true; });
+    }
+    {
+      Communicator last = std::move(gone);
+      expect(caught([&] { gone.barrier(); }).is(Errc::invalid_argument), "a communicator that was moved from is refused");
+      if (comm.rank() == 1) comm.barrier();
+    }
+    if (comm.rank() == 0) {
+      expect(called && operation->test(), "it ended with its communicator");
+      const std::vector<int> before = data;
+      comm.barrier();
+      expect(caught([&] { operation->wait(); }).is(Errc::invalid_argument), "with an error");
+      expect(data == before, "and nothing touches its memory");
+    }
+  });
+}
+TALLY_TEST_BOTH("a communicator goes before its operations", "", communicator_first)
+
+TEST_CASE("the progress thread goes before the operations that it drives") {
+  on_ranks(2, threads, [](Communicator& comm) {
+    for (int round = 0; round < 20; ++round) {
+      std::optional<ProgressThread> thread = progress_thread();
+      std::vector<int> data = filled(20'000, 1), more = filled(10, 1);
+      Operation first = comm.async_all_reduce(data, sum), second = comm.async_all_reduce(more, sum);
+      if (round % 2) std::this_thread::sleep_for(200us);
+      thread.reset();
+      second.wait();
+      first.wait();
+      expect(all_are(data, 2) && all_are(more, 2), "sums");
+    }
+  });
+}
+
+// Threads.
+
+TEST_CASE("a second thread is refused, with operations in flight and with the progress thread") {
+  either_way(2, threads, [](Communicator& comm) {
+    Communicator other = comm.duplicate();
+    int x = 1, y = 1;
+    Operation pending = comm.async_all_reduce(std::span(&x, 1), sum);
+    if (comm.rank() == 0) {
+      std::atomic<bool> inside{false};
+      Caught second;
+      std::thread thread([&] {
+        while (!inside) std::this_thread::yield();
+        std::this_thread::sleep_for(20ms);
+        second = caught([&] { comm.barrier(); });
+        other.all_reduce(std::span(&y, 1), sum);  // another communicator is nobody else's
+      });
+      inside = true;
+      comm.barrier();
+      thread.join();
+      expect(second.is(Errc::invalid_argument) && test::has(second.text, "in use by another thread"), second.text);
+    } else {
+      std::this_thread::sleep_for(60ms);
+      other.all_reduce(std::span(&y, 1), sum);
+      comm.barrier();
+    }
+    pending.wait();
+    expect(x == 2 && y == 2, "nothing else came of it");
+  });
+}
+
+TEST_CASE("an operator that calls its own communicator gets an error, in whichever thread") {
+  either_way(2, threads, [](Communicator& comm) {
+    int x = 1;
+    std::atomic<int> refused{0}, other{0};
+    const auto calls = [&](int a, int b) {
+      const Caught c = caught([&] { comm.barrier(); });
+      ++(c.is(Errc::invalid_argument) ? refused : other);
+      return a + b;
+    };
+    Operation operation = comm.async_all_reduce(std::span(&x, 1), commutative(calls));
+    std::this_thread::sleep_for(20ms);
+    operation.wait();
+    expect(x == 2 && refused > 0 && other == 0, "refused each time");
+    comm.barrier();
+  });
+}
+
+// What they report.
+
+TEST_CASE("operations account for their time exactly, and the thread's only once") {
+  for (const bool progress : {false, true})
+    on_ranks(3, threads, [progress](Communicator& comm) {
+      std::optional<ProgressThread> thread;
+      if (progress) thread = progress_thread();
+      comm.barrier();
+      std::vector<std::vector<int>> data(12);
+      std::vector<Operation> operations;
+      const std::int64_t begin = now_ns();
+      for (std::size_t i = 0; i < data.size(); ++i) {
+        operations.push_back(comm.async_all_reduce(data[i] = filled(i % 2 ? 20'000 : 5, 1), sum));
+        if (i % 5 == static_cast<std::size_t>(comm.rank())) std::this_thread::sleep_for(1ms);
+      }
+      nanoseconds worked{}, elapsed{};
+      std::uint64_t sent = 0;
+      for (Operation& operation : operations) {
+        const Report r = operation.wait();
+        expect_exact(r);
+        nanoseconds blamed{};
+        for (const Blame& b : r.blame()) blamed += b.total();
+        expect(blamed == r.wait_arrival + r.wait_transfer + r.wait_credit, "blame adds up to the waits");
+        worked += r.busy() + r.idle();
+        elapsed += r.elapsed;
+        sent += r.bytes_sent;
+      }
+      const nanoseconds wall(now_ns() - begin);
+      for (Operation& operation : operations) expect(operation.wait().elapsed <= wall + wall / 1000 + 1us, "no longer than the time between post and wait");
+      operations.clear();
+      nanoseconds in_rows{}, queued{};
+      std::uint64_t calls = 0, sent_in_rows = 0;
+      for (const LedgerRow& row : comm.ledger().rows())
+        if (row.operation == Collective::all_reduce) in_rows += row.elapsed, queued += row.queued, calls += row.calls, sent_in_rows += row.bytes_sent;
+      expect(calls == 12 && in_rows == elapsed && sent_in_rows == sent, "the ledger has what the reports have: " + std::to_string((in_rows - elapsed).count()) + " ns more");
+      expect(worked - queued <= wall + wall / 1000 + 1us, "what they pay for together is at most the time of one thread: " + std::to_string((worked - queued).count()) + " of " + std::to_string(wall.count()));
+      expect(queued > 0ns, "some queued");
+    });
+}
+
+/// Rank `late` starts an operation and then leaves it alone; `held` depend on what it has to pass on.
+struct Neglect {
+  const char* algorithm;
+  int n;
+  Rank late;
+  std::vector<Rank> held;
+};
+static void blamed_for_not_driving(RankKind kind) {
+  for (const Neglect& c : {Neglect{"ring", 3, 1, {0, 2}}, {"recursive_doubling", 4, 1, {3}}, {"tree", 3, 0, {1, 2}}, {"bruck", 3, 1, {0, 2}}}) {
+    CAPTURE(c.algorithm);
+    on_ranks(c.n, kind, [&c](Communicator& comm) {
+      const auto n = static_cast<std::size_t>(c.n);
+      std::vector<int> data = filled(n, 1), out = data;
+      const auto start = [&] { return c.algorithm == std::string_view("bruck") ? comm.async_all_to_all(data, out, {.algorithm = c.algorithm}) : comm.async_all_reduce(data, sum, {.algorithm = c.algorithm}); };
+      start().wait();
+      comm.barrier();
+      Operation operation = start();
+      if (comm.rank() == c.late) std::this_thread::sleep_for(30ms);
+      const Report r = operation.wait();
+      expect_exact(r);
+      nanoseconds on_late{}, others{};
+      for (const Blame& b : r.blame()) (b.rank == c.late ? on_late : others) += b.arrival;
+      const std::string blame = std::string(c.algorithm) + ": rank " + std::to_string(comm.rank()) + " blames rank " + std::to_string(c.late) + " for " + std::to_string(test::ms(on_late.count())) + " ms, others for " +
+                                std::to_string(test::ms(others.count())) + " ms";
+      if (comm.rank() == c.late) {
+        expect(r.undriven >= 25ms && r.undriven <= 200ms, "nobody drove it for 30 ms: " + std::to_string(test::ms(r.undriven.count())));
+        expect(r.exposed <= 20ms, "but the caller did not wait");
+      } else if (std::ranges::count(c.held, comm.rank())) {
+        expect(on_late >= 15ms && on_late <= 200ms && others < 15ms, blame);
+        expect(r.exposed >= 15ms, "the caller waited");
+        std::printf("%s\n", blame.c_str());
+        std::fflush(stdout);
+      }
+    });
+  }
+}
+TALLY_TEST_BOTH("who starts an operation and leaves it alone is blamed for it", "[timing]", blamed_for_not_driving)
+
+TEST_CASE("what nobody drives before its communicator goes is undriven", "[timing]") {
+  on_ranks(2, threads, [](Communicator& comm) {
+    if (comm.rank() == 1) return;
+    int x = 1;
+    Communicator mine = std::move(comm);
+    const Ledger& ledger = mine.ledger();
+    Operation operation = mine.async_all_reduce(std::span(&x, 1), sum);
+    std::this_thread::sleep_for(30ms);
+    { const Communicator gone = std::move(mine); }
+    expect(caught([&] { operation.wait(); }).error, "it ended with an error");
+    const LedgerRow& row = ledger.rows().front();
+    expect(row.undriven >= 25ms && row.queued < 5ms, "undriven, not queued: " + std::to_string(test::ms(row.undriven.count())) + " ms");
+  });
+}
+
+TEST_CASE("the progress thread sleeps while nothing is pending, and while the caller's thread drives", "[timing]") {
+  on_ranks(2, threads, [](Communicator& comm) {
+    const ProgressThread thread = progress_thread();
+    int x = 1;
+    comm.async_all_reduce(std::span(&x, 1), sum).wait();
+    comm.barrier();
+    const nanoseconds idle_from = process_time();
+    std::this_thread::sleep_for(200ms);
+    const nanoseconds idle = process_time() - idle_from;
+    comm.barrier();
+    Operation pending = comm.async_all_reduce(std::span(&x, 1), sum);
+    const nanoseconds blocked_from = process_time();
+    if (comm.rank() == 1) std::this_thread::sleep_for(200ms);
+    comm.barrier();  // rank 0 is in it for 200 ms, with something pending
+    const nanoseconds blocked = process_time() - blocked_from;
+    pending.wait();
+    if (comm.rank() == 0) std::printf("processor time in 200 ms: %.2f ms idle, %.2f ms with a caller who waits\n", test::ms(idle.count()), test::ms(blocked.count()));
+    expect(idle < 20ms, "idle: " + std::to_string(test::ms(idle.count())) + " ms of processor time");
+    expect(blocked < 120ms, "the caller waits: " + std::to_string(test::ms(blocked.count())) + " ms of processor time");
+  });
+}
+
+TEST_CASE("the progress thread turns to another communicator although it sleeps in one", "[timing]") {
+  on_ranks(2, threads, [](Communicator& comm) {
+    const ProgressThread thread = progress_thread();
+    Communicator stalled = comm.duplicate(), other = comm.duplicate();
+    int x = 1, y = 1;
+    std::vector<nanoseconds> took;
+    std::optional<Operation> never;
+    if (comm.rank() == 0) never = stalled.async_all_reduce(std::span(&x, 1), sum);  // rank 1 does not come for long
+    for (int i = 0; i < 10; ++i) {
+      std::this_thread::sleep_for(7ms);
+      comm.barrier();
+      const std::int64_t begin = now_ns();
+      std::atomic<bool> done{false};
+      Operation operation = other.async_all_reduce(std::span(&y, 1), sum);
+      operation.then([&] { done = true; });
+      while (!done && now_ns() - begin < 2'000'000'000) std::this_thread::sleep_for(100us);
+      took.emplace_back(now_ns() - begin);
+      expect(done, "done without the caller");
+    }
+    std::ranges::sort(took);
+    expect(took[5] < 8ms, "it took " + std::to_string(test::ms(took[5].count())) + " ms");
+    if (comm.rank() == 1) stalled.all_reduce(std::span(&x, 1), sum);
+    if (never) never->wait();
+  });
+}
+
+TEST_CASE("ten thousand operations in flight", "[timing]") {
+  on_ranks(2, threads, [](Communicator& comm) {
+    constexpr std::size_t many = 10'000;
+    std::vector<int> data(many * 4), out(many * 4);
+    for (const char* algorithm : {"one_shot", "ring"})
+      for (int round = 0; round < 2; ++round) {
+        std::ranges::fill(data, comm.rank());
+        std::vector<Operation> operations;
+        const std::int64_t begin = now_ns();
+        for (std::size_t i = 0; i < many; ++i) operations.push_back(comm.async_all_reduce(std::span(data).subspan(4 * i, 4), std::span(out).subspan(4 * i, 4), sum, {.algorithm = algorithm}));
+        const std::int64_t started = now_ns();
+        for (Operation& operation : operations) operation.wait();
+        const std::int64_t waited = now_ns();
+        operations.clear();
+        expect(all_are(out, 1), "sums");
+        if (comm.rank() == 0) std::printf("%zu %s: started in %.1f ms, waited for in %.1f ms, given back in %.1f ms\n", many, algorithm, test::ms(started - begin), test::ms(waited - started), test::ms(now_ns() - waited));
+        expect(now_ns() - begin < 15'000'000'000, "within 15 s");
+      }
+  });
+}
