@@ -102,6 +102,7 @@ class Mixture {
     flying_.erase(flying_.begin() + static_cast<std::ptrdiff_t>(i));
     if (own_.once_in(3)) {
       f->operation = Operation();
+      if (f->out != f->expected) const Operation refused = communicators_[f->communicator].async_barrier();  // throws what it failed with, if it did
     } else {
       if (own_.once_in(3)) f->operation.wait_for(std::chrono::microseconds(own_.below(200)));
       const Report r = f->operation.wait();
