@@ -69,6 +69,24 @@ void rank_order(tally::RankKind ranks) {
       comm.reduce_scatter_v(blocks, out, counts, Append{});
       expect(all_are(out, n), "reduce_scatter_v in rank order");
     }
+    // Every algorithm that can, by name.
+    int done = 0;
+    for (const Collective o : {Collective::all_reduce, Collective::reduce, Collective::scan, Collective::exclusive_scan})
+      for (const std::string_view name : tally::algorithms_for(o)) {
+        const tally::AlgorithmRef known = tally::find_algorithm(o, name);
+        if (known.folding < tally::Folding::ordered || (known.is(tally::Reach::direct) && comm.transport_name() != "thread")) continue;
+        const std::vector<Digits> in(3, mine);
+        std::vector<Digits> out(3);
+        const Rank root = n / 2;
+        if (o == Collective::all_reduce) comm.all_reduce(in, out, Append{}, {.algorithm = name});
+        else if (o == Collective::reduce) comm.reduce(in, out, Append{}, root, {.algorithm = name});
+        else if (o == Collective::scan) comm.scan(in, out, Append{}, {.algorithm = name});
+        else comm.exclusive_scan(in, out, Append{}, {.algorithm = name});
+        const int of = o == Collective::scan ? me + 1 : o == Collective::exclusive_scan ? me : n;
+        if (of > 0 && (o != Collective::reduce || me == root)) expect(out[0] == digits(of) && out[2] == digits(of), std::string(name_of(o)) + " by " + std::string(name) + " in rank order");
+        ++done;
+      }
+    expect(done >= 9, "several algorithms keep the order");
     std::vector<Digits> data(10, mine), all(10 * static_cast<std::size_t>(n), mine);
     // What the environment asks for is taken where it can be.
     expect(comm.all_reduce(data, Append{}).algorithm_name() != "ring" && data[3] == digits(n), "not by ring");
