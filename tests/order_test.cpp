@@ -46,7 +46,7 @@ void rank_order(tally::RankKind ranks) {
     const int n = comm.size();
     const Rank me = comm.rank();
     const Digits mine{static_cast<std::uint64_t>(me) + 1, 10};
-    for (const std::size_t count : {1, 40, 5'000, 100'000}) {
+    for (const std::size_t count : {1u, 40u, 5'000u, 100'000u}) {
       if (count > 5'000 && n != 4) continue;
       const auto all_are = [&](const std::vector<Digits>& data, int of) { return std::ranges::count(data, digits(of)) == static_cast<std::ptrdiff_t>(data.size()); };
       const std::vector<Digits> in(count, mine);
@@ -187,7 +187,7 @@ void fixed_order(tally::RankKind ranks) {
     tally::launch(
         n,
         [&](Communicator& comm) {
-          for (const std::size_t count : {1, 7, 300}) fixed_bits<float>(comm, count, name);
+          for (const std::size_t count : {1u, 7u, 300u}) fixed_bits<float>(comm, count, name);
           fixed_bits<tally::bf16>(comm, 65, name);
           if (n == 7) fixed_bits<float>(comm, 9'000, name);
         },
