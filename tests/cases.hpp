@@ -80,7 +80,9 @@ struct Spans {
 
 template <class T>
 Report move(Communicator& comm, const Arguments& a) {
-  const auto [in, out] = Spans<T>(a);
+  const Spans<T> spans(a);
+  const auto in = spans.in;
+  const auto out = spans.out;
   const auto& o = a.options;
   switch (a.operation) {
     case Collective::broadcast: return in_form(a, [&] { return comm.broadcast(out, a.root, o); }, [&] { return comm.async_broadcast(out, a.root, o); }, [&] { return comm.persistent_broadcast(out, a.root, o); });
@@ -94,7 +96,9 @@ Report move(Communicator& comm, const Arguments& a) {
 }
 template <class T>
 tally::Operation start_move(Communicator& comm, const Arguments& a) {
-  const auto [in, out] = Spans<T>(a);
+  const Spans<T> spans(a);
+  const auto in = spans.in;
+  const auto out = spans.out;
   switch (a.operation) {
     case Collective::broadcast: return comm.async_broadcast(out, a.root, a.options);
     case Collective::all_gather: return comm.async_all_gather(in, out, a.options);
@@ -107,7 +111,9 @@ tally::Operation start_move(Communicator& comm, const Arguments& a) {
 }
 template <class T, class Op>
 Report fold(Communicator& comm, const Arguments& a, const Op& op) {
-  const auto [in, out] = Spans<T>(a);
+  const Spans<T> spans(a);
+  const auto in = spans.in;
+  const auto out = spans.out;
   switch (a.operation) {
     // The form with one buffer is another function.
     case Collective::all_reduce: return a.in == a.out && a.root == 0 ? comm.all_reduce(out, op, a.options) : comm.all_reduce(in, out, op, a.options);
@@ -120,7 +126,9 @@ Report fold(Communicator& comm, const Arguments& a, const Op& op) {
 }
 template <class T, class Op>
 tally::Operation start_fold(Communicator& comm, const Arguments& a, const Op& op) {
-  const auto [in, out] = Spans<T>(a);
+  const Spans<T> spans(a);
+  const auto in = spans.in;
+  const auto out = spans.out;
   switch (a.operation) {
     case Collective::all_reduce: return a.in == a.out && a.root == 0 ? comm.async_all_reduce(out, op, a.options) : comm.async_all_reduce(in, out, op, a.options);
     case Collective::reduce: return comm.async_reduce(in, out, op, a.root, a.options);
@@ -132,7 +140,9 @@ tally::Operation start_fold(Communicator& comm, const Arguments& a, const Op& op
 }
 template <class T, class Op>
 tally::Persistent keep_fold(Communicator& comm, const Arguments& a, const Op& op) {
-  const auto [in, out] = Spans<T>(a);
+  const Spans<T> spans(a);
+  const auto in = spans.in;
+  const auto out = spans.out;
   switch (a.operation) {
     case Collective::all_reduce: return a.in == a.out && a.root == 0 ? comm.persistent_all_reduce(out, op, a.options) : comm.persistent_all_reduce(in, out, op, a.options);
     case Collective::reduce: return comm.persistent_reduce(in, out, op, a.root, a.options);

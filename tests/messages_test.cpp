@@ -68,7 +68,7 @@ void lengths(tally::RankKind ranks) {
   run_on(3, ranks, [](Communicator& comm) {
     const Rank next = (comm.rank() + 1) % 3, previous = (comm.rank() + 2) % 3;
     // Nothing; less than there is room for: the rest stays; in one go; in many frames.
-    for (const std::size_t count : {0, 1, 5, 100, 20'000}) {
+    for (const std::size_t count : {0u, 1u, 5u, 100u, 20'000u}) {
       Ints data(count + 3, -7);
       const Received got = comm.send_receive(numbered(count, comm.rank() * 10), next, data, previous, 3);
       expect(got.count == count && got.from == previous && got.tag == 3, "told what came");

@@ -46,7 +46,7 @@ void rank_order(tally::RankKind ranks) {
     const int n = comm.size();
     const Rank me = comm.rank();
     const Digits mine{static_cast<std::uint64_t>(me) + 1, 10};
-    for (const std::size_t count : {1, 40, 5'000, 100'000}) {
+    for (const std::size_t count : {1u, 40u, 5'000u, 100'000u}) {
       if (count > 5'000 && n != 4) continue;
       const auto all_are = [&](const std::vector<Digits>& data, int of) { return std::ranges::count(data, digits(of)) == static_cast<std::ptrdiff_t>(data.size()); };
       const std::vector<Digits> in(count, mine);
@@ -69,6 +69,24 @@ void rank_order(tally::RankKind ranks) {
       comm.reduce_scatter_v(blocks, out, counts, Append{});
       expect(all_are(out, n), "reduce_scatter_v in rank order");
     }
+    // Every algorithm that can, by name.
+    int done = 0;
+    for (const Collective o : {Collective::all_reduce, Collective::reduce, Collective::scan, Collective::exclusive_scan})
+      for (const std::string_view name : tally::algorithms_for(o)) {
+        const tally::AlgorithmRef known = tally::find_algorithm(o, name);
+        if (known.folding < tally::Folding::ordered || (known.is(tally::Reach::direct) && comm.transport_name() != "thread")) continue;
+        const std::vector<Digits> in(3, mine);
+        std::vector<Digits> out(3);
+        const Rank root = n / 2;
+        if (o == Collective::all_reduce) comm.all_reduce(in, out, Append{}, {.algorithm = name});
+        else if (o == Collective::reduce) comm.reduce(in, out, Append{}, root, {.algorithm = name});
+        else if (o == Collective::scan) comm.scan(in, out, Append{}, {.algorithm = name});
+        else comm.exclusive_scan(in, out, Append{}, {.algorithm = name});
+        const int of = o == Collective::scan ? me + 1 : o == Collective::exclusive_scan ? me : n;
+        if (of > 0 && (o != Collective::reduce || me == root)) expect(out[0] == digits(of) && out[2] == digits(of), std::string(name_of(o)) + " by " + std::string(name) + " in rank order");
+        ++done;
+      }
+    expect(done >= 9, "several algorithms keep the order");
     std::vector<Digits> data(10, mine), all(10 * static_cast<std::size_t>(n), mine);
     // What the environment asks for is taken where it can be.
     expect(comm.all_reduce(data, Append{}).algorithm_name() != "ring" && data[3] == digits(n), "not by ring");
@@ -169,7 +187,7 @@ void fixed_order(tally::RankKind ranks) {
     tally::launch(
         n,
         [&](Communicator& comm) {
-          for (const std::size_t count : {1, 7, 300}) fixed_bits<float>(comm, count, name);
+          for (const std::size_t count : {1u, 7u, 300u}) fixed_bits<float>(comm, count, name);
           fixed_bits<tally::bf16>(comm, 65, name);
           if (n == 7) fixed_bits<float>(comm, 9'000, name);
         },
