@@ -220,9 +220,10 @@ class Progress {
     }
     serve(account);
     account.heard = true;
-    const Ticks arrived = times.sent_at - std::min<Ticks>(times.sent_at, Ticks{times.arrive_age} * age_unit);
+    const Ticks sent_at = to_local(t.peer, times.sent_at);
+    const Ticks arrived = sent_at - std::min<Ticks>(sent_at, Ticks{times.arrive_age} * age_unit);
     const Ticks late_by = times.late_age == age_limit ? 0 : Ticks{times.late_age} * age_unit;
-    const Ticks late_until = std::max(arrived, times.sent_at - std::min(times.sent_at, late_by));
+    const Ticks late_until = std::max(arrived, sent_at - std::min(sent_at, late_by));
     const Rank culprit = times.culprit < transport_.size() ? times.culprit : t.peer;  // never trust a peer's index
     const auto split = [&](Ticks begin, Ticks end) {
       const Ticks came = std::clamp(arrived, begin, end), ready = std::clamp(late_until, came, end);
@@ -243,7 +244,13 @@ class Progress {
     t.late.raise(late);
     account.latest.raise(late);
     // It was here before anybody looked for it: what depends on it is late by that.
-    if (times.sent_at < began_) t.late.raise({began_, transport_.rank()});
+    if (sent_at < began_) t.late.raise({began_, transport_.rank()});
+  }
+
+  /// A time of the peer's clock in this rank's: where ranks have clocks of their own, the transport compares them.
+  Ticks to_local(Rank peer, Ticks theirs) const {
+    if constexpr (requires(const T& t) { { t.to_local(peer, theirs) } -> std::same_as<Ticks>; }) return transport_.to_local(peer, theirs);
+    else return theirs;
   }
 
   void begin_wait(Account& oldest) {
@@ -268,7 +275,7 @@ class Progress {
   template <ProgressClient C>
   void wait(C& client) {
     const Ticks before = now_;
-    const Ladder::Rest rest = ladder_.climb(now_ - wait_began_);
+    const Ladder::Rest rest = pass_time() ? Ladder::Rest::none : ladder_.climb(now_ - wait_began_);
     if (rest == Ladder::Rest::doze && doze(client)) return;
     if (transport_.aborted()) client.raise_abort();
     now_ = clock_.now();
@@ -289,6 +296,17 @@ class Progress {
       client.raise_lost(lost);
     }
     if (now_ >= deadline_) client.expired();
+  }
+
+  /// Of a simulated transport's time only waits take any: it passes here, until something may have moved or there is something to check.
+  bool pass_time() {
+    if constexpr (requires { transport_.pass_time(nanoseconds{}); }) {
+      const Ticks until = std::min(next_check_, deadline_);
+      transport_.pass_time(clock_.to_ns(until - std::min(until, now_)));
+      return true;
+    } else {
+      return false;
+    }
   }
 
   /// Rests until the line that is waited for changes, for 2 us at most; a pause if the transport has no such line, or more
