@@ -46,10 +46,10 @@ inline void expect(bool ok, const std::string& what) {
 }
 
 /// Each rank's program on an engine of its own.
-template <class T = SimulatedTransport, class F>
-void run(SimulatedNetwork& network, F&& body) {
+template <class T = SimulatedTransport, class F, class... More>
+void run(SimulatedNetwork& network, F&& body, More&... more) {
   network.run([&](Rank r) {
-    Engine<T> engine(std::make_unique<T>(network, r), network.clock(r), ModelMeter{});
+    Engine<T> engine(std::make_unique<T>(network, r, more...), network.clock(r), ModelMeter{});
     body(engine);
   });
 }
