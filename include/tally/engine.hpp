@@ -422,8 +422,8 @@ class Engine final : public AnyEngine {
     progress_.begin(run.account, timeout);
     try {
       f();
-      if (run.remaining == 0 && run.in_flight && !finished_) complete(run);
       complete_finished();
+      if (run.remaining == 0 && run.in_flight) complete(run);  // as soon as it was posted
       transport_->flush();
       ledger_.settle();
     } catch (...) {
