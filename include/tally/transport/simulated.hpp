@@ -140,15 +140,15 @@ class SimulatedNetwork {
   }
 
   RankStatus& status(Rank r) { return nodes_[at(r)]->status; }
-  bool dead(Rank r) const { return nodes_[at(r)]->dead; }
+  /// Also after it left: what is lost of what it sent is not sent again.
+  bool dead(Rank r) const { return nodes_[at(r)]->dead || (r == options_.killed && now_ >= static_cast<Ticks>(options_.killed_at.count())); }
   /// Whether `r` is gone and everything that it sent to `to` before is there.
   bool is_gone(Rank r, Rank to) const {
-    const Node& node = *nodes_[at(r)];
     for (int lane = 0; lane < options_.lanes; ++lane) {
       const auto& frames = channels_[static_cast<std::size_t>(lane) * squared(n_) + pair(r, to)].frames;
       if (std::any_of(frames.begin(), frames.end(), [&](const Frame& f) { return f.visible > now_ && f.visible != never; })) return false;
     }
-    return node.dead || node.status.left;
+    return dead(r) || nodes_[at(r)]->status.left;
   }
   bool aborted() const { return aborted_; }
   const AbortNotice& abort_notice() const { return notice_; }
