@@ -219,7 +219,7 @@ class RecordedTransport : public SimulatedTransport {
       recording.moved(me, t);
       probe.moved(t);
     }
-    FrameTimes stamp(const Transfer& t) {
+    FrameTimes stamp(Transfer& t) {
       recording.sending(me, t);
       return probe.stamp(t);
     }

@@ -287,6 +287,43 @@ TEST_CASE("who computes between start and wait is who the others wait for") {
   }
 }
 
+TEST_CASE("who drives bit by bit is not late") {
+  for (const std::string_view name : algorithms_for(Collective::all_reduce)) {
+    const AlgorithmRef algorithm = find_algorithm(Collective::all_reduce, name);
+    if (!algorithm.generate) continue;
+    nanoseconds arrival{}, waits{};
+    for (std::uint64_t seed = 1; seed <= 5; ++seed) {
+      Random random(seed);
+      SimulatedNetwork network(ranks, truth_options(random, seed));
+      for (Rank r = 0; r < ranks; ++r) network.link(2, r).byte_time = 500;
+      run(network, [&](Engine<SimulatedTransport>& engine) {
+        Work work;
+        work.operation = Collective::all_reduce;
+        work.algorithm = algorithm;
+        work.n = ranks;
+        work.me = engine.rank();
+        work.count = chunk * 8;
+        work.in_place = true;
+        const Call call = work.call();
+        network.sleep(10ms);
+        Run* const started = engine.start(call, nullptr);
+        for (const nanoseconds limit = 20us; !engine.wait(*started, &limit);) {
+        }
+        const Report report = engine.fetch(*started);
+        engine.give_back(*started);
+        work.expect_result();
+        expect_exact(report, work.me);
+        arrival += report.wait_arrival;
+        waits += report.idle();
+      });
+    }
+    CAPTURE(name, arrival.count(), waits.count());
+    CHECK(waits > 100ms);
+    CHECK(arrival < waits / 200);
+    if (verbose()) std::cout << name << ", bit by bit: arrival " << arrival.count() / 1000 << " us of " << waits.count() / 1000 << '\n';
+  }
+}
+
 TEST_CASE("operations in flight: each account is exact, and no moment is paid twice") {
   for_seeds(1000, [](std::uint64_t seed) {
     Random random(seed);

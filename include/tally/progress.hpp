@@ -166,7 +166,10 @@ class Progress {
       progress.enter(State::reduce);
     }
     void moved(Transfer& t) { client.moved(t); }
-    FrameTimes stamp(const Transfer& t) const { return progress.stamp(client.account_of(t), t.late); }
+    FrameTimes stamp(Transfer& t) const {
+      if (progress.first_stall_ == 0) t.late.raise({progress.began_, progress.transport_.rank()});  // it could have left before, had anybody driven it
+      return progress.stamp(client.account_of(t), t.late);
+    }
     FrameTimes credit_stamp(const Transfer& t) const { return progress.stamp(client.account_of(t), t.inherited); }
   };
 
@@ -243,8 +246,11 @@ class Progress {
     const Lateness late{late_until, culprit};
     t.late.raise(late);
     account.latest.raise(late);
-    // It was here before anybody looked for it: what depends on it is late by that.
-    if (sent_at < began_) t.late.raise({began_, transport_.rank()});
+    // It was here before anybody looked for it: what depends on it is late by that, and so is the room that it gives back.
+    if (first_stall_ == 0 && sent_at < began_) {
+      t.late.raise({began_, transport_.rank()});
+      t.inherited.raise({began_, transport_.rank()});
+    }
   }
 
   /// A time of the peer's clock in this rank's: where ranks have clocks of their own, the transport compares them.
@@ -343,7 +349,8 @@ class Progress {
   std::uint32_t doze_;
   nanoseconds timeout_{};
   Ticks began_ = 0, driven_ = 0;  // driving, this time; and the times before
-  Ticks now_ = 0, deadline_ = 0, next_check_ = 0, wait_began_ = 0, first_stall_ = 0;
+  Ticks now_ = 0, deadline_ = 0, next_check_ = 0, wait_began_ = 0;
+  Ticks first_stall_ = 0;  // since driving began: up to there, what moves may have been able to for long
   bool waiting_ = false;
 };
 
