@@ -301,7 +301,7 @@ class Progress {
       if (poll(client)) return;  // it may have sent everything before it went
       client.raise_lost(lost);
     }
-    if (now_ >= deadline_) client.expired();
+    if (now_ >= deadline_ && !poll(client)) client.expired();  // it may have come while nobody looked
   }
 
   /// Of a simulated transport's time only waits take any: it passes here, until something may have moved or there is something to check.
