@@ -119,9 +119,9 @@ class Recording {
       for_each_need(r, i, bytes, [&](std::uint32_t j, std::size_t needed) { last = std::max(last, done_at(r, j, needed)); });
       return last;
     }
-    for (const auto& [done, when] : ranks_[at(r)].steps[i])
-      if (done >= bytes) return when;
-    return SimulatedNetwork::never;
+    const Progress& progress = ranks_[at(r)].steps[i];
+    const auto found = std::lower_bound(progress.begin(), progress.end(), std::pair<std::size_t, Ticks>(bytes, 0));
+    return found == progress.end() ? SimulatedNetwork::never : found->second;
   }
 
   /// Why rank r was not through with the first `bytes` of step i from `a` until `b`: the time in which somebody was missing.
@@ -145,7 +145,8 @@ class Recording {
       const auto* frames = s.peer < 0 ? nullptr : &frames_[sends ? pair(r, s.peer) : pair(s.peer, r)];
       std::size_t k = 0;
       if (frames) {
-        while ((sends ? (*frames)[k].send_step : (*frames)[k].receive_step) != i || (*frames)[k].end < bytes) ++k;
+        const auto place = [&](const Frame& f) { return std::pair(sends ? f.send_step : f.receive_step, f.end); };
+        k = static_cast<std::size_t>(std::lower_bound(frames->begin(), frames->end(), std::pair(i, bytes), [&](const Frame& f, const auto& sought) { return place(f) < sought; }) - frames->begin());
         if (k > 0) {
           const Frame& f = (*frames)[k - 1];
           if (sends) consider(f.send_step, f.end, f.sent);
