@@ -45,7 +45,7 @@ struct Ring {
     const Rank next = wrap(me + 1, n), previous = wrap(me - 1, n);
     std::size_t widest = 0;
     for (int i = 0; i < n; ++i) widest = in[i].count > widest ? in[i].count : widest;
-    const auto partial = [&, me = me](int s) { return Range{Buffer::scratch, static_cast<std::size_t>(s & 1) * widest, in[me - s - 2].count}; };
+    const auto partial = [&, me = me, &in = in](int s) { return Range{Buffer::scratch, static_cast<std::size_t>(s & 1) * widest, in[me - s - 2].count}; };
     if (n == 1) co_yield copy(in[0], out.all());
     for (int s = 0; s < n - 1; ++s) {
       co_yield send(next, s == 0 ? in[me - 1] : partial(s - 1));
