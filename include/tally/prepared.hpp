@@ -55,7 +55,7 @@ struct Prepared : std::enable_shared_from_this<Prepared> {
   std::vector<std::size_t> ready;   // at the start
   std::vector<char> queued;         // local steps: waiting to be run
   LedgerRow* row = nullptr;
-  std::shared_ptr<Prepared> original;             // another one of the same plan, which keeps the spare ones
+  std::shared_ptr<Prepared> original;             // another one of the same plan, which keeps the spare ones; null in those it keeps
   std::vector<std::shared_ptr<Prepared>> spares;  // not in flight
 };
 
@@ -102,13 +102,13 @@ class PlanCache {
     }
     auto spare = std::move(original->spares.back());
     original->spares.pop_back();
+    spare->original = original;
     return spare;
   }
   /// It is in flight no longer.
   static void give_back(std::shared_ptr<Prepared> prepared) {
     prepared->busy = false;
-    Prepared* original = prepared->original.get();
-    if (original) original->spares.push_back(std::move(prepared));
+    if (const auto original = std::move(prepared->original)) original->spares.push_back(std::move(prepared));
   }
   /// One that is not kept. Shares have no steps.
   static std::shared_ptr<Prepared> make(const PlanKey& key) {
