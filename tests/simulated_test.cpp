@@ -522,6 +522,8 @@ TEST_CASE("messages find their receives, whatever comes first") {
         if (lane.left.empty()) lanes.erase(lanes.begin() + static_cast<std::ptrdiff_t>(k));
         network.sleep(nanoseconds(mine.once_in(2) ? mine.below(200'000) : 0));
         runs.push_back(engine.start(m));
+        const nanoseconds moment(mine.below(100'000));
+        if (mine.once_in(2)) engine.wait(*mine.one_of(runs), &moment);  // so that messages come before their receives
       }
       while (!runs.empty()) {
         const std::size_t k = mine.below(runs.size());

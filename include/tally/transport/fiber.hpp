@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Programs that take turns on one thread, each with a stack of its own: what the simulated transport's ranks are. Hides
-// how stacks are changed, and what exceptions and sanitizers must be told about that. For tests: Linux with glibc.
+// how stacks are changed, and what exceptions and the address sanitizer must be told about that. For tests: Linux with glibc, and not
+// under the thread sanitizer, for which there is but one thread anyway.
 #pragma once
 
 #include <cxxabi.h>
@@ -12,14 +13,10 @@
 #include <memory>
 #include <utility>
 
-// Of the sanitizers' run-time libraries, where the program has one.
+// Of the address sanitizer's run-time library, where the program has it.
 extern "C" {
 [[gnu::weak]] void __sanitizer_start_switch_fiber(void** fake_stack, const void* bottom, std::size_t size);
 [[gnu::weak]] void __sanitizer_finish_switch_fiber(void* fake_stack, const void** bottom, std::size_t* size);
-[[gnu::weak]] void* __tsan_get_current_fiber();
-[[gnu::weak]] void* __tsan_create_fiber(unsigned flags);
-[[gnu::weak]] void __tsan_destroy_fiber(void* fiber);
-[[gnu::weak]] void __tsan_switch_to_fiber(void* fiber, unsigned flags);
 }
 
 namespace tally::inline v0 {
@@ -27,10 +24,10 @@ namespace tally::inline v0 {
 class Fiber {
  public:
   /// The program that makes it.
-  Fiber() : tsan_(__tsan_get_current_fiber ? __tsan_get_current_fiber() : nullptr) {}
+  Fiber() = default;
   /// Runs `body`, which must not throw, when it is first switched to; then `next()` says which other one goes on.
   Fiber(std::function<void()> body, std::function<Fiber&()> next)
-      : body_(std::move(body)), next_(std::move(next)), stack_(std::make_unique_for_overwrite<std::byte[]>(stack_bytes)), bottom_(stack_.get()), size_(stack_bytes), tsan_(__tsan_create_fiber ? __tsan_create_fiber(0) : nullptr) {
+      : body_(std::move(body)), next_(std::move(next)), stack_(std::make_unique_for_overwrite<std::byte[]>(stack_bytes)), bottom_(stack_.get()), size_(stack_bytes) {
     ::getcontext(&context_);
     context_.uc_stack.ss_sp = stack_.get();
     context_.uc_stack.ss_size = stack_bytes;
@@ -39,9 +36,6 @@ class Fiber {
   }
   Fiber(const Fiber&) = delete;
   Fiber& operator=(const Fiber&) = delete;
-  ~Fiber() {
-    if (stack_ && tsan_) __tsan_destroy_fiber(tsan_);
-  }
 
   /// From this one, which is running, to another; returns when somebody switches back.
   void switch_to(Fiber& to) { leave_for(to, false); }
@@ -58,7 +52,6 @@ class Fiber {
     exceptions_ = std::exchange(exceptions, to.exceptions_);
     from_ = this;
     to_ = &to;
-    if (__tsan_switch_to_fiber) __tsan_switch_to_fiber(to.tsan_, 0);
     if (__sanitizer_start_switch_fiber) __sanitizer_start_switch_fiber(for_good ? nullptr : &fake_stack_, to.bottom_, to.size_);
     ::swapcontext(&context_, &to.context_);
     arrive();
@@ -80,7 +73,7 @@ class Fiber {
   std::unique_ptr<std::byte[]> stack_;
   const void* bottom_ = nullptr;
   std::size_t size_ = 0;
-  void *fake_stack_ = nullptr, *tsan_ = nullptr;
+  void* fake_stack_ = nullptr;
   Exceptions exceptions_;
   ucontext_t context_{};
 };
