@@ -15,6 +15,7 @@
 #include <stdexcept>
 #include <string>
 #include <thread>
+#include <type_traits>
 #include <vector>
 
 #include <tally/transport/concept.hpp>
@@ -115,8 +116,11 @@ template <class T>
 using BodyOf = std::function<void(T&)>;
 using Body = BodyOf<SlotTransport>;
 
+template <class T>
+using Run = std::function<void(int n, const SlotOptions& options, const BodyOf<T>& body)>;
+
 template <class T = SlotTransport>
-void conformance(const std::function<void(int n, const SlotOptions& options, const BodyOf<T>& body)>& run) {
+void conformance(const std::type_identity_t<Run<T>>& run) {
   SlotOptions small;
   small.slots = 4;
   small.slot_bytes = 1024;
