@@ -31,6 +31,7 @@ exceptions=(
   "transport/slots: clock copy topology wait reduce transport/concept transport/slot_layout"
   "transport/slot_layout: reduce"
   "transport/thread: transport/slots"
+  "transport/simulated: clock transport/concept transport/fiber"
   "transport/shm: transport/slots"
   "energy/model: energy/meter"
   "account/states: clock"

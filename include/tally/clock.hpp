@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // One host-wide clock in ticks: the time stamp counter where it is invariant and the kernel trusts it (about
 // 10 ns a read), else CLOCK_MONOTONIC in nanoseconds. Both are the same on all cores and in all processes of a
-// host, so ticks of different ranks compare directly; only durations are converted to nanoseconds.
+// host, so ticks of different ranks compare directly; only durations are converted to nanoseconds. Simulations bring
+// a time of their own.
 #pragma once
 
 #include <time.h>
@@ -21,6 +22,12 @@ namespace tally::inline v0 {
 
 using Ticks = std::uint64_t;
 
+/// Where a clock gets its time from in simulations, in nanoseconds.
+struct TimeSource {
+  virtual ~TimeSource() = default;
+  virtual Ticks now() const = 0;
+};
+
 class Clock {
  public:
   /// This host's clock, calibrated once per process (2 ms) and inherited through fork.
@@ -31,12 +38,13 @@ class Clock {
   explicit Clock(bool use_tsc) : tsc_(use_tsc) {
     if (tsc_) calibrate();
   }
+  explicit Clock(const TimeSource& source) : tsc_(false), source_(&source) {}
 
   Ticks now() const {
 #if defined(__x86_64__)
     if (tsc_) return __builtin_ia32_rdtsc();
 #endif
-    return monotonic();
+    return source_ ? source_->now() : monotonic();
   }
   nanoseconds to_ns(Ticks duration) const {
     return nanoseconds(static_cast<std::int64_t>((static_cast<Wide>(duration) * factor_) >> 32));
@@ -93,6 +101,7 @@ class Clock {
   }
 
   bool tsc_;
+  const TimeSource* source_ = nullptr;
   std::uint64_t factor_ = std::uint64_t{1} << 32, inverse_ = factor_;  // nanoseconds per tick, ticks per nanosecond, 32.32
 };
 

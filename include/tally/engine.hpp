@@ -390,7 +390,7 @@ class Engine final : public AnyEngine {
     run.posted = accounting_ ? run.account.arrival : clock_.now();
     try {
       f();
-      complete_finished();  // what this one finished at once, among them perhaps itself
+      complete_finished();  // among them perhaps itself
       if (run.remaining == 0 && run.in_flight) complete(run);
       transport_->flush();
       ledger_.settle();

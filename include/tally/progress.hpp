@@ -168,7 +168,10 @@ class Progress {
       progress.enter(State::reduce);
     }
     void moved(Transfer& t) { client.moved(t); }
-    FrameTimes stamp(const Transfer& t) const { return progress.stamp(client.account_of(t), t.late); }
+    FrameTimes stamp(Transfer& t) const {
+      if (progress.first_stall_ == 0) t.late.raise({progress.began_, progress.transport_.rank()});  // it could have left before, had anybody driven it
+      return progress.stamp(client.account_of(t), t.late);
+    }
     FrameTimes credit_stamp(const Transfer& t) const { return progress.stamp(client.account_of(t), t.inherited); }
   };
 
@@ -223,9 +226,10 @@ class Progress {
     }
     serve(account);
     account.heard = true;
-    const Ticks arrived = times.sent_at - std::min<Ticks>(times.sent_at, Ticks{times.arrive_age} * age_unit);
+    const Ticks sent_at = to_local(t.peer, times.sent_at);
+    const Ticks arrived = sent_at - std::min<Ticks>(sent_at, Ticks{times.arrive_age} * age_unit);
     const Ticks late_by = times.late_age == age_limit ? 0 : Ticks{times.late_age} * age_unit;
-    const Ticks late_until = std::max(arrived, times.sent_at - std::min(times.sent_at, late_by));
+    const Ticks late_until = std::max(arrived, sent_at - std::min(sent_at, late_by));
     const Rank culprit = times.culprit < transport_.size() ? times.culprit : t.peer;  // never trust a peer's index
     const auto split = [&](Ticks begin, Ticks end) {
       const Ticks came = std::clamp(arrived, begin, end), ready = std::clamp(late_until, came, end);
@@ -245,8 +249,17 @@ class Progress {
     const Lateness late{late_until, culprit};
     t.late.raise(late);
     account.latest.raise(late);
-    // It was here before anybody looked for it: what depends on it is late by that.
-    if (times.sent_at < began_) t.late.raise({began_, transport_.rank()});
+    // It was here before anybody looked for it: what depends on it is late by that, and so is the room that it gives back.
+    if (first_stall_ == 0 && sent_at < began_) {
+      t.late.raise({began_, transport_.rank()});
+      t.inherited.raise({began_, transport_.rank()});
+    }
+  }
+
+  /// A time of the peer's clock in this rank's: where ranks have clocks of their own, the transport compares them.
+  Ticks to_local(Rank peer, Ticks theirs) const {
+    if constexpr (requires(const T& t) { { t.to_local(peer, theirs) } -> std::same_as<Ticks>; }) return transport_.to_local(peer, theirs);
+    else return theirs;
   }
 
   void begin_wait(Account& oldest) {
@@ -271,7 +284,7 @@ class Progress {
   template <ProgressClient C>
   void wait(C& client) {
     const Ticks before = now_;
-    const Ladder::Rest rest = ladder_.climb(now_ - wait_began_);
+    const Ladder::Rest rest = pass_time() ? Ladder::Rest::none : ladder_.climb(now_ - wait_began_);
     if (rest == Ladder::Rest::doze && doze(client)) return;
     if (transport_.aborted()) client.raise_abort();
     now_ = clock_.now();
@@ -291,7 +304,18 @@ class Progress {
       if (poll(client)) return;  // it may have sent everything before it went
       client.raise_lost(lost);
     }
-    if (now_ >= deadline_) client.expired();
+    if (now_ >= deadline_ && !poll(client)) client.expired();  // it may have come while nobody looked
+  }
+
+  /// Of a simulated transport's time only waits take any: it passes here, until something may have moved or there is something to check.
+  bool pass_time() {
+    if constexpr (requires { transport_.pass_time(nanoseconds{}); }) {
+      const Ticks until = std::min(next_check_, deadline_);
+      transport_.pass_time(clock_.to_ns(until - std::min(until, now_)));
+      return true;
+    } else {
+      return false;
+    }
   }
 
   /// Rests until the line that is waited for changes, for 2 us at most; a pause if the transport has no such line, or more
@@ -328,7 +352,8 @@ class Progress {
   std::uint32_t doze_;
   nanoseconds timeout_{};
   Ticks began_ = 0, driven_ = 0;  // driving, this time; and the times before
-  Ticks now_ = 0, deadline_ = 0, next_check_ = 0, wait_began_ = 0, first_stall_ = 0;
+  Ticks now_ = 0, deadline_ = 0, next_check_ = 0, wait_began_ = 0;
+  Ticks first_stall_ = 0;  // since driving began: up to there, what moves may have been able to for long
   bool waiting_ = false;
 };
 
