@@ -229,7 +229,7 @@ void storm(Communicator& comm, unsigned seed, bool collectives) {
 void many_at_once(tally::RankKind ranks) {
   for (const int n : {1, 2, 3, 5, 8})
     run_on(n, ranks, [](Communicator& comm) {
-      for (unsigned seed = 1; seed <= 4; ++seed) storm(comm, seed, seed % 2 == 0);
+      for (unsigned seed = 1; seed <= (sanitized ? 2 : 4); ++seed) storm(comm, seed, seed % 2 == 0);
     });
 }
 void between_collectives(tally::RankKind ranks) {
@@ -270,7 +270,7 @@ void that_do_not_fit(tally::RankKind ranks) {
   for (const std::size_t count : {std::size_t{5}, std::size_t{100'000}})
     for (const bool posted_first : {false, true})
       for (const bool out_of_order : {false, true}) {
-        const std::string sizes = "rank 0 sends rank 1 a message of " + std::to_string(count) + " int32 with tag 3";
+        const std::string sizes = "rank 0 sends rank 1 a message of int32 x " + std::to_string(count) + " with tag 3";
         expect_both(outcome_of(2, ranks,
                                [&](Communicator& comm) {
                                  if (comm.rank() == 0) {

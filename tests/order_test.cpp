@@ -189,7 +189,7 @@ void fixed_order(tally::RankKind ranks) {
         [&](Communicator& comm) {
           for (const std::size_t count : {1u, 7u, 300u}) fixed_bits<float>(comm, count, name);
           fixed_bits<tally::bf16>(comm, 65, name);
-          if (n == 7) fixed_bits<float>(comm, 9'000, name);
+          if (n == 7 && options.slots.slots > 1 && !sanitized) fixed_bits<float>(comm, 9'000, name);
         },
         ranks, options);
   };
