@@ -111,8 +111,8 @@ class Progress {
     if (timed_ && current_)
       if (current_->watch.state() != state) current_->watch.enter(state, now_ = clock_.now());
   }
-  /// Since when this rank drives: what it does itself cannot have been done before.
-  Lateness resumed() const { return {began_, transport_.rank()}; }
+  /// What this rank does itself it could have done before, had anybody driven it: until the first wait, which shows that nothing was left to do.
+  Lateness resumed() const { return {first_stall_ == 0 ? began_ : 0, transport_.rank()}; }
   Lateness arrival(const Account& account) const { return {account.arrival, transport_.rank()}; }
 
   /// An operation ends, by success or, with the rank to blame for an unfinished wait, by failure. The report has
