@@ -429,6 +429,7 @@ void one_sided_edges(tally::RankKind ranks) {
     comm.neighbour_exchange(std::span(in).first(to.size() * 2), std::span(out).first(from.size() * 2), to, from, {.timeout = 300ms});
     std::vector<int> data(3);
     comm.all_reduce(data, tally::sum, {.timeout = 3s, .algorithm = "one_shot"});
+    comm.barrier({.timeout = 3s});  // others may have had all they needed from rank 2
   });
   expect_all(unread, Errc::mismatch, {"rank 0", "rank 2", "neighbour_exchange(int32, pairwise) #1"}, 4s);
   // The two ends disagree about the size of the block.
