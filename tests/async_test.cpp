@@ -318,6 +318,28 @@ TEST_CASE("the progress thread goes before the operations that it drives") {
   });
 }
 
+TEST_CASE("the last to hold the progress thread is what it calls back") {
+  on_ranks(2, threads, [](Communicator& comm) {
+    int x = 1;
+    std::atomic<int> state{0};
+    std::optional<ProgressThread> thread = progress_thread();
+    Operation operation = comm.async_all_reduce(std::span(&x, 1), sum);
+    operation.then([&] {
+      const ProgressThread mine = progress_thread();
+      state = 1;
+      test::eventually(5s, [&] { return state == 2; });
+      std::this_thread::sleep_for(5ms);
+      state = 3;
+    });
+    expect(test::eventually(5s, [&] { return state == 1; }), "called back");
+    thread.reset();
+    state = 2;
+    expect(test::eventually(5s, [&] { return state == 3; }), "called to the end");
+    operation.wait();
+    comm.barrier();
+  });
+}
+
 // Threads.
 
 TEST_CASE("a second thread is refused, with operations in flight and with the progress thread") {
@@ -345,6 +367,32 @@ TEST_CASE("a second thread is refused, with operations in flight and with the pr
     }
     pending.wait();
     expect(x == 2 && y == 2, "nothing else came of it");
+  });
+}
+
+TEST_CASE("what the progress thread calls back may wait for its operation while the caller's thread is inside") {
+  on_ranks(2, threads, [](Communicator& comm) {
+    const ProgressThread thread = progress_thread();
+    int x = 1;
+    std::atomic<int> state{0};
+    Caught waited;
+    if (comm.rank() == 1) std::this_thread::sleep_for(5ms);
+    Operation operation = comm.async_all_reduce(std::span(&x, 1), sum);
+    if (comm.rank() == 1) {  // has nothing to be called back: meanwhile the one progress thread of this process waits for rank 0
+      operation.wait();
+      std::this_thread::sleep_for(40ms);
+      return void(comm.barrier());
+    }
+    operation.then([&] {
+      state = 1;
+      std::this_thread::sleep_for(15ms);
+      waited = caught([&] { operation.wait(); });
+      state = 2;
+    });
+    expect(test::eventually(5s, [&] { return state > 0; }), "called back");
+    comm.barrier();
+    expect(test::eventually(5s, [&] { return state == 2; }), "called to the end");
+    expect(waited.ran && !waited.error, waited.text);
   });
 }
 
@@ -433,8 +481,9 @@ static void blamed_for_not_driving(RankKind kind) {
         expect(r.undriven >= 25ms && r.undriven <= 200ms, "nobody drove it for 30 ms: " + std::to_string(test::ms(r.undriven.count())));
         expect(r.exposed <= 20ms, "but the caller did not wait");
       } else if (std::ranges::count(c.held, comm.rank())) {
-        expect(on_late >= 15ms && on_late <= 200ms && others < 15ms, blame);
-        expect(r.exposed >= 15ms, "the caller waited");
+        // Where the machine has no core for this rank, nobody drives here either.
+        expect(on_late + r.undriven >= 15ms && on_late <= 200ms, blame);
+        expect(r.exposed + r.undriven >= 15ms, "the caller waited");
         std::printf("%s\n", blame.c_str());
         std::fflush(stdout);
       }
@@ -476,7 +525,7 @@ TEST_CASE("the progress thread sleeps while nothing is pending, and while the ca
     pending.wait();
     if (comm.rank() == 0) std::printf("processor time in 200 ms: %.2f ms idle, %.2f ms with a caller who waits\n", test::ms(idle.count()), test::ms(blocked.count()));
     expect(idle < 20ms, "idle: " + std::to_string(test::ms(idle.count())) + " ms of processor time");
-    expect(blocked < 120ms, "the caller waits: " + std::to_string(test::ms(blocked.count())) + " ms of processor time");
+    expect(blocked < 40ms, "the caller waits: " + std::to_string(test::ms(blocked.count())) + " ms of processor time");
   });
 }
 

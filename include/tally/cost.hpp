@@ -6,6 +6,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <bit>
 #include <charconv>
 #include <cmath>
@@ -14,6 +15,7 @@
 #include <fstream>
 #include <initializer_list>
 #include <limits>
+#include <mutex>
 #include <ostream>
 #include <string>
 #include <string_view>
@@ -167,9 +169,11 @@ class Chooser {
   const AlgorithmRef& choose(Collective operation, std::size_t bytes, const Need& need) {
     // One choice for all sizes between two classes, so that it need not be made for every call.
     const std::size_t size_class = bytes <= 8 ? 0 : static_cast<std::size_t>(std::bit_width((bytes - 1) >> 3));
-    const AlgorithmRef*& known = chosen_[static_cast<std::size_t>(operation)][need.index()][std::min<std::size_t>(size_class, CostModel::classes - 1)];
-    if (!known) known = best(operation, std::size_t{8} << std::min<std::size_t>(size_class, CostModel::classes - 1), need);
-    return *known;
+    // A second thread is refused only when the call is made: here it must do no harm.
+    const std::atomic_ref<const AlgorithmRef*> known(chosen_[static_cast<std::size_t>(operation)][need.index()][std::min<std::size_t>(size_class, CostModel::classes - 1)]);
+    const AlgorithmRef* chosen = known.load(std::memory_order_relaxed);
+    if (!chosen) known.store(chosen = best(operation, std::size_t{8} << std::min<std::size_t>(size_class, CostModel::classes - 1), need), std::memory_order_relaxed);
+    return *chosen;
   }
 
   struct Estimate {
@@ -197,6 +201,7 @@ class Chooser {
     Estimate estimate;
   };
   std::vector<Candidate> candidates(Collective operation, std::size_t bytes, const Need& need) {
+    const std::lock_guard lock(estimating_);
     std::vector<Candidate> all;
     for (const std::string_view name : algorithms_for(operation)) {
       const AlgorithmRef algorithm = find_algorithm(operation, name);
@@ -247,6 +252,7 @@ class Chooser {
   CostModel model_;
   const AlgorithmRef* chosen_[static_cast<std::size_t>(Collective::neighbour_exchange) + 1][Need::kinds][CostModel::classes] = {};
   std::vector<std::pair<std::uint8_t, detail::Profile>> profiles_[CostModel::operations];
+  std::mutex estimating_;
 };
 
 /// Reads what `tally_perf --tune` wrote: a line per measurement, "transport ranks operation algorithm bytes us"; #

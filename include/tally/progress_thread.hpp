@@ -27,7 +27,7 @@ namespace detail {
 class ProgressWorker {
  public:
   /// `core`: where to run; -1: anywhere the process may.
-  explicit ProgressWorker(int core) : thread_([this] { work(); }) {
+  explicit ProgressWorker(int core) : thread_([state = state_] { state->work(); }) {
     if (core < 0) return;
     cpu_set_t set;
     CPU_ZERO(&set);
@@ -42,60 +42,66 @@ class ProgressWorker {
   /// Something is pending there.
   void notify(const std::shared_ptr<AnyEngine>& engine) {
     {
-      const std::lock_guard lock(mutex_);
-      if (std::ranges::find(pending_, engine) != pending_.end()) return;
-      for (const auto& other : pending_) other->step_back();  // it may be asleep in there
-      pending_.push_back(engine);
+      const std::lock_guard lock(state_->mutex);
+      auto& pending = state_->pending;
+      if (std::ranges::find(pending, engine) != pending.end()) return;
+      for (const auto& other : pending) other->step_back();  // it may be asleep in there
+      pending.push_back(engine);
     }
-    changed_.notify_one();
+    state_->changed.notify_one();
   }
 
  private:
-  static constexpr nanoseconds least_nap = std::chrono::microseconds(20), most_nap = std::chrono::milliseconds(1);
+  /// Also the thread's own: what it calls back may hold the last ProgressThread.
+  struct State {
+    std::mutex mutex;
+    std::condition_variable changed;
+    std::vector<std::shared_ptr<AnyEngine>> pending;
+    bool stopping = false;
 
+    void work() {
+      static constexpr nanoseconds least_nap = std::chrono::microseconds(20), most_nap = std::chrono::milliseconds(1);
+      std::vector<std::shared_ptr<AnyEngine>> engines;
+      nanoseconds nap = least_nap;
+      for (;;) {
+        {
+          std::unique_lock lock(mutex);
+          changed.wait(lock, [&] { return stopping || !pending.empty(); });
+          if (stopping) return;
+          engines = pending;
+        }
+        // With one communicator it waits in there, asleep if that takes long; with several each gets a short look.
+        bool driven = false;
+        for (const auto& engine : engines) {
+          const AnyEngine::Driven how = engine->drive(engines.size() == 1 ? std::chrono::milliseconds(5) : std::chrono::microseconds(5));
+          driven = driven || how != AnyEngine::Driven::by_caller;
+          if (how != AnyEngine::Driven::nothing_left) continue;
+          const std::lock_guard lock(mutex);
+          if (!engine->pending()) std::erase(pending, engine);
+        }
+        if (driven) {
+          nap = least_nap;
+        } else {  // the callers' threads drive all of them
+          std::unique_lock lock(mutex);
+          changed.wait_for(lock, nap, [&] { return stopping || pending.size() != engines.size(); });
+          nap = std::min(2 * nap, most_nap);
+        }
+        engines.clear();
+      }
+    }
+  };
   void stop() {
     {
-      const std::lock_guard lock(mutex_);
-      stopping_ = true;
-      for (const auto& engine : pending_) engine->step_back();
+      const std::lock_guard lock(state_->mutex);
+      state_->stopping = true;
+      for (const auto& engine : state_->pending) engine->step_back();
     }
-    changed_.notify_one();
-    if (thread_.joinable()) thread_.join();
-  }
-  void work() {
-    std::vector<std::shared_ptr<AnyEngine>> engines;
-    nanoseconds nap = least_nap;
-    for (;;) {
-      {
-        std::unique_lock lock(mutex_);
-        changed_.wait(lock, [&] { return stopping_ || !pending_.empty(); });
-        if (stopping_) return;
-        engines = pending_;
-      }
-      // With one communicator it waits in there, asleep if that takes long; with several each gets a short look.
-      bool driven = false;
-      for (const auto& engine : engines) {
-        const AnyEngine::Driven how = engine->drive(engines.size() == 1 ? std::chrono::milliseconds(5) : std::chrono::microseconds(5));
-        driven = driven || how != AnyEngine::Driven::by_caller;
-        if (how != AnyEngine::Driven::nothing_left) continue;
-        const std::lock_guard lock(mutex_);
-        if (!engine->pending()) std::erase(pending_, engine);
-      }
-      if (driven) {
-        nap = least_nap;
-      } else {  // the callers' threads drive all of them
-        std::unique_lock lock(mutex_);
-        changed_.wait_for(lock, nap, [&] { return stopping_ || pending_.size() != engines.size(); });
-        nap = std::min(2 * nap, most_nap);
-      }
-      engines.clear();
-    }
+    state_->changed.notify_one();
+    if (thread_.get_id() == std::this_thread::get_id()) thread_.detach();
+    else if (thread_.joinable()) thread_.join();
   }
 
-  std::mutex mutex_;
-  std::condition_variable changed_;
-  std::vector<std::shared_ptr<AnyEngine>> pending_;
-  bool stopping_ = false;
+  std::shared_ptr<State> state_ = std::make_shared<State>();
   std::thread thread_;
 };
 
