@@ -292,6 +292,7 @@ class CallMaker {
     void (*finish)(void*, std::size_t, int) = nullptr;
     if constexpr (std::same_as<Op, Mean>) finish = detail::divide<T>;
     constexpr bool commutes = is_commutative<Op>;
+    static_assert(!std::same_as<Op, Mean> || (O != Collective::scan && O != Collective::exclusive_scan), "a scan has no mean: each rank folds another number of values");
     if constexpr (!std::same_as<A, Auto>)
       static_assert(commutes || detail::folding_of<A, O>() != Folding::cyclic, "this algorithm does not keep the order of ranks, which this operator needs: it is not marked as commutative");
     const Folding least = options.order.value_or(order_) == Order::fixed ? Folding::fixed : commutes ? Folding::cyclic : Folding::ordered;

@@ -24,19 +24,19 @@ class Mailbox {
   /// A message is sent, or to be received. False: it is settled here, no transfer is needed.
   bool post(Run& run, const Lateness& arrival) {
     const Message& m = run.message;
-    if (!m.is_send) {
-      const auto match = std::find_if(unexpected_.begin(), unexpected_.end(), [&](const Run* r) { return !r->receiver && r->message.peer == m.peer && (m.tag < 0 || r->message.tag == m.tag); });
-      if (match != unexpected_.end()) {
-        Run& known = **match;
-        known.receiver = &run;
-        if (!known.transfer.pending) deliver(known);
-        return false;
-      }
+    if (Run* known = m.is_send ? nullptr : find(m)) {
+      known->receiver = &run;
+      if (!known->transfer.pending) deliver(*known);
+      return false;
     }
     aim(run, arrival);
     if (m.peer != engine_.rank()) return true;
     if (m.is_send) send_to_self(run);
     return false;  // a receive will be found by its send
+  }
+  /// A rank that is to wait for a message from itself must have sent it.
+  void expect_known(const Message& receive) const {
+    if (!find(receive)) throw Error(Errc::invalid_argument, {"rank ", engine_.rank(), " would wait for a message from itself for ever: send it first"});
   }
   /// The send of a send_receive, to another rank.
   void aim_other(Run& run, const Lateness& arrival) { aim(run.other_transfer, run.other, run, arrival); }
@@ -79,6 +79,11 @@ class Mailbox {
  private:
   static constexpr std::size_t most_unexpected = std::size_t{1} << 30;
 
+  /// One that nobody has received yet, and that this receive matches.
+  Run* find(const Message& m) const {
+    const auto match = std::find_if(unexpected_.begin(), unexpected_.end(), [&](const Run* r) { return !r->receiver && r->message.peer == m.peer && (m.tag < 0 || r->message.tag == m.tag); });
+    return match == unexpected_.end() ? nullptr : *match;
+  }
   static std::uint32_t type_of(const Message& m) { return static_cast<std::uint32_t>(m.type) << 16 | m.grain; }
   /// The transfer of a message. Its type travels where collectives have the operation's number.
   void aim(Run& run, const Lateness& arrival) {

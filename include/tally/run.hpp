@@ -140,7 +140,7 @@ class AnyEngine {
 
   // Messages. `received`, where it is asked for, is told which one came.
   virtual Report run(const Message& message, Message* received) = 0;
-  virtual Report run(const Message& send, const Message& receive, Message* received) = 0;
+  virtual Report run(const Message& send, const Message& receive, Message* received) = 0;  // both at once, to and from other ranks
 
   // In the background. What `kept` points at lives as long as the operation does; who started one gives it back.
   virtual Run* start(const Call& call, std::shared_ptr<const void> kept) = 0;
