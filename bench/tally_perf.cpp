@@ -98,10 +98,15 @@ class Trial {
       case Collective::gather: return comm_.gather(in_, out_, s_.root);
       case Collective::scatter: return comm_.scatter(in_, out_, s_.root);
       case Collective::all_to_all: return comm_.all_to_all(in_, out_);
-      case Collective::scan: return comm_.scan(in_, out_, Op{});
-      case Collective::exclusive_scan: return comm_.exclusive_scan(in_, out_, Op{});
-      default: return comm_.barrier();
+      case Collective::scan:
+        if constexpr (std::same_as<Op, tally::Mean>) break;
+        else return comm_.scan(in_, out_, Op{});
+      case Collective::exclusive_scan:
+        if constexpr (std::same_as<Op, tally::Mean>) break;
+        else return comm_.exclusive_scan(in_, out_, Op{});
+      default: break;
     }
+    return comm_.barrier();
   }
 
   /// Fresh inputs; outputs that were not written afterwards count as wrong.
@@ -483,6 +488,7 @@ void parse(int argc, char** argv, CLI::App& app, Settings& s) {
     const auto found = std::find_if(reductions.begin(), reductions.end(), [&](const auto& r) { return s.reduce_name == r.first; });
     require(found != reductions.end(), "--reduce", "unknown operator '" + s.reduce_name + "'; there are sum, prod, min, max, mean");
     s.reduce = found->second;
+    require(s.reduce != Reduce::mean || (s.op != Collective::scan && s.op != Collective::exclusive_scan), "--reduce", "a scan has no mean");
     require(s.reduce != Reduce::mean || type->floating, "--reduce", "mean needs a floating-point type, not " + s.type);
   } else {
     require(reduce->count() == 0, "--reduce", op + " does not reduce");

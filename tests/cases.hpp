@@ -114,13 +114,15 @@ Report fold(Communicator& comm, const Arguments& a, const Op& op) {
   const Spans<T> spans(a);
   const auto in = spans.in;
   const auto out = spans.out;
+  if constexpr (!std::same_as<Op, tally::Mean>) {  // a scan has none
+    if (a.operation == Collective::scan) return comm.scan(in, out, op, a.options);
+    if (a.operation == Collective::exclusive_scan) return comm.exclusive_scan(in, out, op, a.options);
+  }
   switch (a.operation) {
     // The form with one buffer is another function.
     case Collective::all_reduce: return a.in == a.out && a.root == 0 ? comm.all_reduce(out, op, a.options) : comm.all_reduce(in, out, op, a.options);
     case Collective::reduce: return comm.reduce(in, out, op, a.root, a.options);
     case Collective::reduce_scatter: return comm.reduce_scatter(in, out, op, a.options);
-    case Collective::scan: return comm.scan(in, out, op, a.options);
-    case Collective::exclusive_scan: return comm.exclusive_scan(in, out, op, a.options);
     default: throw std::logic_error("does not fold");
   }
 }
@@ -129,12 +131,14 @@ tally::Operation start_fold(Communicator& comm, const Arguments& a, const Op& op
   const Spans<T> spans(a);
   const auto in = spans.in;
   const auto out = spans.out;
+  if constexpr (!std::same_as<Op, tally::Mean>) {  // a scan has none
+    if (a.operation == Collective::scan) return comm.async_scan(in, out, op, a.options);
+    if (a.operation == Collective::exclusive_scan) return comm.async_exclusive_scan(in, out, op, a.options);
+  }
   switch (a.operation) {
     case Collective::all_reduce: return a.in == a.out && a.root == 0 ? comm.async_all_reduce(out, op, a.options) : comm.async_all_reduce(in, out, op, a.options);
     case Collective::reduce: return comm.async_reduce(in, out, op, a.root, a.options);
     case Collective::reduce_scatter: return comm.async_reduce_scatter(in, out, op, a.options);
-    case Collective::scan: return comm.async_scan(in, out, op, a.options);
-    case Collective::exclusive_scan: return comm.async_exclusive_scan(in, out, op, a.options);
     default: throw std::logic_error("does not fold");
   }
 }
@@ -143,12 +147,14 @@ tally::Persistent keep_fold(Communicator& comm, const Arguments& a, const Op& op
   const Spans<T> spans(a);
   const auto in = spans.in;
   const auto out = spans.out;
+  if constexpr (!std::same_as<Op, tally::Mean>) {  // a scan has none
+    if (a.operation == Collective::scan) return comm.persistent_scan(in, out, op, a.options);
+    if (a.operation == Collective::exclusive_scan) return comm.persistent_exclusive_scan(in, out, op, a.options);
+  }
   switch (a.operation) {
     case Collective::all_reduce: return a.in == a.out && a.root == 0 ? comm.persistent_all_reduce(out, op, a.options) : comm.persistent_all_reduce(in, out, op, a.options);
     case Collective::reduce: return comm.persistent_reduce(in, out, op, a.root, a.options);
     case Collective::reduce_scatter: return comm.persistent_reduce_scatter(in, out, op, a.options);
-    case Collective::scan: return comm.persistent_scan(in, out, op, a.options);
-    case Collective::exclusive_scan: return comm.persistent_exclusive_scan(in, out, op, a.options);
     default: throw std::logic_error("does not fold");
   }
 }
