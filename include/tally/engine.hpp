@@ -137,8 +137,8 @@ class Engine final : public AnyEngine {
     {
       const Use use(*this, true);
       if (!run.done.load(std::memory_order_relaxed)) {
-        run.continuation = std::move(f);
-        return;
+        if (run.continuation) throw Error(Errc::invalid_argument, "this operation has something to call already");
+        return void(run.continuation = std::move(f));
       }
     }
     f();
