@@ -460,6 +460,34 @@ struct Neglect {
   Rank late;
   std::vector<Rank> held;
 };
+/// Two ranks that wait for two communicators in crossing order: each has to drive what it does not wait for.
+static void waits_that_cross(RankKind kind) {
+  on_ranks(2, kind, [](Communicator& comm) {
+    Communicator other = comm.duplicate();
+    for (int round = 0; round < 30; ++round) {
+      std::vector<int> a = filled(300'000, 1), b = filled(200'000, 2);  // more than the slots hold
+      Operation first = comm.async_all_reduce(a, sum), second = other.async_all_reduce(b, sum);
+      Operation& mine = comm.rank() == 0 ? first : second;
+      Operation& later = comm.rank() == 0 ? second : first;
+      expect_exact(mine.wait());
+      expect_exact(later.wait());
+      expect(all_are(a, 2) && all_are(b, 4), "both sums");
+      // And a blocking call of one while the other's operation is pending.
+      Operation pending = (comm.rank() == 0 ? other : comm).async_all_reduce(comm.rank() == 0 ? b : a, sum);
+      Operation its = (comm.rank() == 0 ? comm : other).async_all_reduce(comm.rank() == 0 ? a : b, sum);
+      expect_exact(pending.wait());
+      expect_exact(its.wait());
+    }
+    const auto total = [](const Communicator& c) {
+      nanoseconds charged{};
+      for (const LedgerRow& row : c.ledger().rows()) charged += row.busy() + row.idle() - row.queued;
+      return charged;
+    };
+    expect(total(comm) > 0ns && total(other) > 0ns, "both are accounted");
+  });
+}
+TALLY_TEST_BOTH("waits that cross between communicators", "", waits_that_cross)
+
 static void blamed_for_not_driving(RankKind kind) {
   for (const Neglect& c : {Neglect{"ring", 3, 1, {0, 2}}, {"recursive_doubling", 4, 1, {3}}, {"tree", 3, 0, {1, 2}}, {"bruck", 3, 1, {0, 2}}}) {
     CAPTURE(c.algorithm);

@@ -10,7 +10,7 @@ cd "$root/include/tally"
 layers=(
   "text error floats types steps plan check algorithms/*"
   "clock wait thread_rule memory topology copy operators reduce share kernel_copy transport/* energy/* account/*"
-  "call staging gate prepared progress run diagnosis local_steps mailbox share_work engine choose cost group options"
+  "call staging gate prepared progress run neighbours diagnosis local_steps mailbox share_work engine choose cost group options"
   "calls operation progress_thread fusion communicator mesh bootstrap launch"
   "tally"
 )
@@ -39,10 +39,11 @@ exceptions=(
   "account/ledger: account/report"
   "run: call prepared progress"
   "share_work: call prepared run staging"
+  "neighbours: run"
   "diagnosis: call run"
   "local_steps: run"
   "mailbox: call run"
-  "engine: call diagnosis gate local_steps mailbox prepared progress run share_work"
+  "engine: call diagnosis gate local_steps mailbox neighbours prepared progress run share_work"
   "prepared: call"
   "staging: call"
   "choose: call"
@@ -56,7 +57,7 @@ exceptions=(
   "mesh: communicator"
   "launch: bootstrap"
 )
-longest=650
+longest=680
 top_level="CMakeLists.txt include examples bench tests cmake LICENSE README.md"
 
 failures=0

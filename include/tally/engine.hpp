@@ -24,6 +24,7 @@
 #include "gate.hpp"
 #include "local_steps.hpp"
 #include "mailbox.hpp"
+#include "neighbours.hpp"
 #include "prepared.hpp"
 #include "progress.hpp"
 #include "run.hpp"
@@ -174,6 +175,24 @@ class Engine final : public AnyEngine {
     for (const auto& f : due) f();
     return more ? Driven::more : Driven::nothing_left;
   }
+  bool look_in(bool& moved) override {
+    if (!gate_.try_enter()) return true;  // another thread drives it
+    const std::uint64_t before = moves_;
+    if (runs_.first() && !failed_) {
+      progress_.drive(runs_.first()->timeout);
+      try {
+        once();
+        transport_->flush();
+      } catch (...) {
+        fail();
+      }
+      progress_.rest();
+    }
+    moved = moved || moves_ != before;
+    const bool left = runs_.first() != nullptr;
+    gate_.leave();
+    return left;
+  }
   void step_back() override {
     gate_.call_back();
     transport_->interrupt();
@@ -228,6 +247,8 @@ class Engine final : public AnyEngine {
   }
   Account& oldest() { return runs_.first() ? runs_.first()->account : diagnosis_.serving->account; }
   bool interrupted() const { return gate_.wanted(); }
+  bool has_neighbours() const { return Neighbours::of_this_thread().any_but(this); }
+  bool look_elsewhere() { return Neighbours::of_this_thread().look(this); }
 
   void check(const Transfer& t, const FrameInfo& frame) {
     const Run& run = *static_cast<const Run*>(t.owner);

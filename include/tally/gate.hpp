@@ -26,6 +26,17 @@ class Gate {
     if (is_driver()) refuse_driver(ruled);
     lock(interrupt);
   }
+  /// The same, unless somebody is in here. Its leave() is ruled.
+  bool try_enter() {
+    if (shared_ && !mutex_.try_lock()) return false;
+    try {
+      rule_.enter();
+      return true;
+    } catch (const Error&) {
+      unlock();
+      return false;
+    }
+  }
   /// And goes, and calls what has become due meanwhile.
   void leave(bool ruled = true) {
     if (!due_.empty()) return leave_and_call(ruled);

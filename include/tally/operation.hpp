@@ -13,6 +13,7 @@
 #include <utility>
 
 #include "call.hpp"
+#include "neighbours.hpp"
 #include "progress_thread.hpp"
 #include "run.hpp"
 
@@ -33,6 +34,7 @@ class [[nodiscard]] Operation {
  public:
   Operation() = default;
   Operation(std::shared_ptr<AnyEngine> engine, Run* run) : engine_(std::move(engine)), run_(run) {
+    if (!run_->done.load(std::memory_order_acquire)) Neighbours::of_this_thread().add(engine_);
     auto& the = detail::TheProgressWorker::get();
     if (!the.exists.load(std::memory_order_acquire) || run_->done.load(std::memory_order_acquire)) return;
     std::shared_ptr<detail::ProgressWorker> worker;

@@ -45,6 +45,8 @@ concept ProgressClient = requires(C& client, Transfer& transfer, const FrameInfo
   client.raise_abort();                  // throws
   client.expired();                      // the limit is reached: throws, or sees to it that nobody goes on waiting
   { client.interrupted() } -> std::same_as<bool>;  // somebody else wants to go on: do not sleep
+  { client.has_neighbours() } -> std::same_as<bool>;  // this thread has something in flight elsewhere
+  { client.look_elsewhere() } -> std::same_as<bool>;  // drives that for a moment; true if anything moved
 };
 
 template <Transport T>
@@ -283,6 +285,16 @@ class Progress {
   /// something is work.
   template <ProgressClient C>
   void wait(C& client) {
+    if (client.has_neighbours()) {
+      const Ticks before = clock_.now();
+      if (client.look_elsewhere()) {  // that time was theirs
+        now_ = before;
+        leave();
+        current_ = nullptr;
+        waiting_ = false;
+        return;
+      }
+    }
     const Ticks before = now_;
     const Ladder::Rest rest = pass_time() ? Ladder::Rest::none : ladder_.climb(now_ - wait_began_);
     if (rest == Ladder::Rest::doze && doze(client)) return;
@@ -335,7 +347,7 @@ class Progress {
 
   template <ProgressClient C>
   void sleep(C& client) {
-    const nanoseconds limit = std::min<nanoseconds>(std::chrono::milliseconds(25), clock_.to_ns(deadline_ - now_));
+    const nanoseconds most = client.has_neighbours() ? nanoseconds(std::chrono::microseconds(200)) : std::chrono::milliseconds(25), limit = std::min(most, clock_.to_ns(deadline_ - now_));
     const Ticks before = now_;
     transport_.park(limit, [&] { return poll(client) || transport_.aborted() || client.interrupted(); });
     if (!waiting_) return;

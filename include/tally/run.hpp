@@ -153,6 +153,8 @@ class AnyEngine {
   /// For a progress thread: drives what is in flight until the oldest is done, or nothing has moved for so long, or somebody wants it back.
   enum class Driven : std::uint8_t { nothing_left, more, by_caller };  // by_caller: its thread is in here
   virtual Driven drive(nanoseconds patience) = 0;
+  /// For a thread that waits elsewhere: does what can be done without waiting. False if nothing is in flight; `moved` becomes true if anything moved.
+  virtual bool look_in(bool& moved) = 0;
   virtual void step_back() = 0;  // ends a drive(), from any thread
   virtual bool pending() = 0;  // something is in flight, as far as can be told without waiting
   virtual void be_driven_by_others() = 0;  // from the caller's thread, before the first drive()

@@ -1,0 +1,50 @@
+// SPDX-License-Identifier: Apache-2.0
+// The engines in which this thread has started something in the background. A thread that waits in one of them looks into the
+// others meanwhile, so that two ranks that wait for two communicators in crossing order do not wait for each other.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <memory>
+#include <vector>
+
+#include "run.hpp"
+
+namespace tally::inline v0 {
+
+class Neighbours {
+ public:
+  static Neighbours& of_this_thread() {
+    static thread_local Neighbours mine;
+    return mine;
+  }
+  void add(const std::shared_ptr<AnyEngine>& engine) {
+    for (const Entry& known : engines_)
+      if (known.address == engine.get() && !known.engine.expired()) return;
+    engines_.push_back({engine.get(), engine});
+  }
+  bool any_but(const AnyEngine* me) const { return !looking_ && (engines_.size() > 1 || (engines_.size() == 1 && engines_[0].address != me)); }
+  /// Does what can be done there without waiting; true if anything could. Forgets those that have nothing left.
+  bool look(const AnyEngine* me) {
+    bool moved = false;
+    looking_ = true;
+    for (std::size_t i = 0; i < engines_.size();) {
+      const auto engine = engines_[i].engine.lock();
+      const bool left = engine && (engine.get() == me || engine->look_in(moved));
+      if (left) ++i;
+      else engines_.erase(engines_.begin() + static_cast<std::ptrdiff_t>(i));
+    }
+    looking_ = false;
+    return moved;
+  }
+
+ private:
+  struct Entry {
+    const AnyEngine* address;  // to compare with only
+    std::weak_ptr<AnyEngine> engine;
+  };
+  std::vector<Entry> engines_;
+  bool looking_ = false;  // what it looks at may call back, and that may wait
+};
+
+}  // namespace tally::inline v0
