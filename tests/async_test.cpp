@@ -371,28 +371,34 @@ TEST_CASE("a second thread is refused, with operations in flight and with the pr
 }
 
 TEST_CASE("what the progress thread calls back may wait for its operation while the caller's thread is inside") {
-  on_ranks(2, threads, [](Communicator& comm) {
+  std::atomic<int> state{0};
+  on_ranks(2, threads, [&](Communicator& comm) {
     const ProgressThread thread = progress_thread();
     int x = 1;
-    std::atomic<int> state{0};
     Caught waited;
     if (comm.rank() == 1) std::this_thread::sleep_for(5ms);
-    Operation operation = comm.async_all_reduce(std::span(&x, 1), sum);
-    if (comm.rank() == 1) {  // has nothing to be called back: meanwhile the one progress thread of this process waits for rank 0
-      operation.wait();
-      std::this_thread::sleep_for(40ms);
+    std::optional<Operation> operation = comm.async_all_reduce(std::span(&x, 1), sum);
+    if (comm.rank() == 1) {  // comes to the barrier, in which rank 0's thread is, only when rank 0's call-back has ended
+      operation->wait();
+      expect(test::eventually(5s, [&] { return state == 2; }), "called to the end");
+      comm.barrier();
       return void(comm.barrier());
     }
-    operation.then([&] {
+    operation->then([&] {
       state = 1;
       std::this_thread::sleep_for(15ms);
-      waited = caught([&] { operation.wait(); });
+      waited = caught([&] { operation->wait(); });
+      operation.reset();
       state = 2;
     });
     expect(test::eventually(5s, [&] { return state > 0; }), "called back");
     comm.barrier();
-    expect(test::eventually(5s, [&] { return state == 2; }), "called to the end");
     expect(waited.ran && !waited.error, waited.text);
+    std::uint64_t calls = 0;
+    comm.barrier();  // books what the call-back gave back
+    for (const LedgerRow& row : comm.ledger().rows())
+      if (row.operation == Collective::all_reduce) calls += row.calls;
+    expect(calls == 1, "booked once");
   });
 }
 

@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstddef>
 #include <exception>
 #include <functional>
@@ -120,19 +121,24 @@ class Engine final : public AnyEngine {
     return run.done.load(std::memory_order_relaxed);
   }
   Report fetch(Run& run) override {
-    const Use use(*this, true, !gate_.shared());  // the progress thread calls back while the caller's thread may be in here
-    book(run);
+    if (!Gate::on_progress_thread()) {  // which would wait for the caller's thread here, and leaves the ledger to it
+      const Use use(*this, true, !gate_.shared());
+      book(run);
+    }
     if (run.error) std::rethrow_exception(run.error);
-    return run.report;
+    Report report = run.report;
+    report.exposed = std::min(report.elapsed, clock_.to_ns(run.exposed));
+    return report;
   }
   void give_back(Run& run) override {
     wait(run, nullptr);
-    const Use use(*this, true, !gate_.shared());
-    book(run);
     run.kept = nullptr;
-    run.error = nullptr;
     run.continuation = nullptr;
-    runs_.free(run);
+    run.next = returned_.load(std::memory_order_relaxed);
+    while (!returned_.compare_exchange_weak(run.next, &run, std::memory_order_release, std::memory_order_relaxed)) {
+    }
+    if (Gate::on_progress_thread()) return;
+    const Use use(*this, true, !gate_.shared());  // it takes what was returned
   }
   void then(Run& run, std::function<void()> f) override {
     {
@@ -367,6 +373,7 @@ class Engine final : public AnyEngine {
     /// `even_failed`: of operations that were started before. For `ruled` see Gate.
     explicit Use(Engine& e, bool even_failed = false, bool ruled = true) : engine(e), under_rule(ruled) {
       engine.gate_.enter([&] { engine.transport_->interrupt(); }, under_rule);
+      if (engine.returned_.load(std::memory_order_relaxed)) engine.take_returned();
       if (engine.failed_ && !even_failed) {
         engine.gate_.leave(under_rule);
         throw *engine.failed_;
@@ -591,6 +598,15 @@ class Engine final : public AnyEngine {
     report.sequence = run.number;
     if (run.row) report.algorithm = run.row->algorithm;
   }
+  /// Operations that nobody holds any longer.
+  [[gnu::noinline]] void take_returned() {
+    for (Run* run = returned_.exchange(nullptr, std::memory_order_acquire); run;) {
+      Run& one = *std::exchange(run, run->next);
+      book(one);
+      one.error = nullptr;
+      runs_.free(one);
+    }
+  }
   /// In the background: by the caller's thread, when its report is fetched.
   void book(Run& run) {
     if (run.booked) return;
@@ -657,6 +673,7 @@ class Engine final : public AnyEngine {
   Mailbox<Engine> mailbox_{*this};
   Diagnosis<T> diagnosis_{*transport_, runs_};
   Run* finished_ = nullptr;                // of the background, not yet completed
+  std::atomic<Run*> returned_{nullptr};    // of the background, to be booked and freed by the caller's thread
   LocalSteps locals_;
   struct {
     std::uint64_t sent = 0, received = 0, overhead = 0;

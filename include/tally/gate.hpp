@@ -69,6 +69,11 @@ class Gate {
     driver_.store(std::thread::id(), std::memory_order_relaxed);
     back_.store(false, std::memory_order_relaxed);
   }
+  /// Whether this thread is the progress thread, wherever it is at work.
+  static bool& on_progress_thread() {
+    static thread_local bool is = false;
+    return is;
+  }
   bool is_driver() const { return driver_.load(std::memory_order_relaxed) == std::this_thread::get_id(); }
   /// It has something else to do.
   void call_back() { back_.store(true, std::memory_order_relaxed); }

@@ -18,6 +18,7 @@
 #include <utility>
 #include <vector>
 
+#include "gate.hpp"
 #include "run.hpp"
 
 namespace tally::inline v0 {
@@ -60,6 +61,7 @@ class ProgressWorker {
     bool stopping = false;
 
     void work() {
+      Gate::on_progress_thread() = true;
       static constexpr nanoseconds least_nap = std::chrono::microseconds(20), most_nap = std::chrono::milliseconds(1);
       std::vector<std::shared_ptr<AnyEngine>> engines;
       nanoseconds nap = least_nap;
