@@ -118,7 +118,7 @@ TEST_CASE("a model that cannot be read is refused with its line") {
   CHECK_THAT(problem_with("shm 2 all_reduce tree 12 5\n"), Catch::Contains("power of two"));
   CHECK_THAT(problem_with("shm 2 all_reduce tree 18446744073709551616 5\n"), Catch::Contains("is not a number"));
   CHECK_THAT(problem_with("shm 2 all_reduce tree 9223372036854775808 5\n"), Catch::Contains("power of two"));
-  CHECK_THAT(problem_with("shm 2 all_to_all tree 8 5\n"), Catch::Contains("'all_to_all' is not an operation"));
+  CHECK_THAT(problem_with("shm 2 all_to_some tree 8 5\n"), Catch::Contains("'all_to_some' is not an operation"));
   CHECK_THAT(problem_with("shm 2 broadcast ring 8 5\n"), Catch::Contains("'ring' is not an algorithm for broadcast"));
   CostModel model;
   CHECK_THROWS_WITH(read_model("/nonexistent/model", "shm", 2, model), Catch::Contains("cannot read '/nonexistent/model'"));
