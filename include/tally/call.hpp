@@ -42,6 +42,7 @@ struct Around {
 struct Call {
   Layout layout;
   std::size_t size = 0;  // in bytes: what it is accounted by, and chosen
+  std::uint64_t fingerprint = 0;  // 0: not worked out yet
   AlgorithmRef algorithm;
   const std::byte* input = nullptr;
   std::byte* output = nullptr;
@@ -89,11 +90,11 @@ struct Fingerprint {
   std::uint16_t count_hash = 0;
 
   static constexpr std::uint16_t hash_count(std::size_t count) { return static_cast<std::uint16_t>((count * 0x9e3779b97f4a7c15u) >> 48); }
-  static Fingerprint of(const Call& call) {
+  static constexpr Fingerprint of(const Call& call) {
     return {call.layout.operation, call.type, call.operator_code, static_cast<std::uint16_t>(call.layout.root), call.algorithm.code, call.parts != 0, static_cast<std::uint16_t>(hash_count(agreed_count(call)) + call.parts)};
   }
   /// What all ranks have to agree on; where sizes differ the two ends of a message find out.
-  static std::size_t agreed_count(const Call& call) { return call.layout.extents ? 0 : call.layout.count; }
+  static constexpr std::size_t agreed_count(const Call& call) { return call.layout.extents ? 0 : call.layout.count; }
   /// Of a message: what a receive is told from others by. Its type travels apart, so that a wrong one is seen.
   static constexpr std::uint64_t of_tag(int tag) { return static_cast<std::uint64_t>(Collective::send) << 58 | static_cast<std::uint32_t>(tag); }
   constexpr std::uint64_t pack() const {

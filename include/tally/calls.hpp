@@ -215,6 +215,7 @@ class CallMaker {
     need.steps = true;
     if (call.named && !need.met_by(call.algorithm, call.layout.operation)) refuse_algorithm(call.layout.operation, call.algorithm, need);
     if (!call.named) call.algorithm = asked_for(call.layout.operation, {}, call.size, need);
+    call.fingerprint = 0;
     return call;
   }
   /// The same call on other memory, of another size: what a group makes of its parts.
@@ -229,6 +230,7 @@ class CallMaker {
     Need need = Need::of(call.need);
     need.direct = one_address_space_;
     if (!call.named) call.algorithm = asked_for(call.layout.operation, {}, call.size, need);
+    call.fingerprint = 0;
     return call;
   }
 
@@ -316,7 +318,8 @@ class CallMaker {
     // Made in one go and where it stays: what is copied right after it was written in parts costs ten times as much.
     const bool named = !std::same_as<A, Auto> || !options.algorithm.empty();
     const auto made = [&](const AlgorithmRef& algorithm) {
-      return Call{layout, bytes, algorithm, in.data, out.data, element_type<T>(), sizeof(T), how.code, named, static_cast<std::uint8_t>(need.index()), 0, how.fold, how.finish, how.scale, timeout, in.memory, out.memory};
+      const detail::Fingerprint fingerprint{O, element_type<T>(), how.code, static_cast<std::uint16_t>(layout.root), algorithm.code, false, detail::Fingerprint::hash_count(layout.extents ? 0 : layout.count)};
+      return Call{layout, bytes, fingerprint.pack(), algorithm, in.data, out.data, element_type<T>(), sizeof(T), how.code, named, static_cast<std::uint8_t>(need.index()), 0, how.fold, how.finish, how.scale, timeout, in.memory, out.memory};
     };
     if constexpr (std::same_as<A, Auto>) {
       if (!options.algorithm.empty() || overrides_.of(O)) return made(asked_for(O, options.algorithm, bytes, need));

@@ -439,7 +439,7 @@ class Engine final : public AnyEngine {
     run.active = nullptr;
     run.receiver = nullptr;
     run.remaining = 0;
-    run.fingerprint = detail::Fingerprint::of(call).pack();
+    run.fingerprint = call.fingerprint ? call.fingerprint : detail::Fingerprint::of(call).pack();
     if (runs_.first()) count(*runs_.first());
     runs_.enlist(run);
     diagnosis_.serving = &run;

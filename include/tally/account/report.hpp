@@ -142,6 +142,13 @@ namespace detail {
 inline Report report_of(const Stopwatch& watch, const Clock& clock, Rank last_arrival) {
   const auto& ticks = watch.ticks();
   const auto part = [&](State state) { return clock.to_ns(ticks[static_cast<std::size_t>(state)]); };
+  if (watch.plain()) {
+    const nanoseconds all = part(State::protocol);
+    Report report;
+    report.elapsed = report.exposed = report.protocol = all;
+    report.last_arrival = static_cast<std::int16_t>(last_arrival);
+    return report;
+  }
   const nanoseconds copy = part(State::copy), reduce = part(State::reduce), protocol = part(State::protocol), local = part(State::wait_local), undriven = part(State::undriven);
   Blame waits;
   for (const Rank rank : watch.blamed()) {

@@ -47,6 +47,9 @@ class Stopwatch {
   void start(Ticks now) {
     mark_ = now;
     state_ = State::protocol;
+    ticks_[static_cast<std::size_t>(State::protocol)] = 0;
+    if (plain_) return;
+    plain_ = true;
     ticks_.fill(0);
     slept_ = queued_ = 0;
     for (const Rank r : blamed_) {
@@ -61,10 +64,14 @@ class Stopwatch {
     ticks_[static_cast<std::size_t>(state_)] += now - mark_;
     mark_ = now;
     state_ = state;
+    plain_ = plain_ && state == State::protocol;
   }
+  /// Nothing but protocol so far, as in most short calls.
+  bool plain() const { return plain_; }
   /// Books part of a wait on `rank`; whoever calls this moves the mark beyond it.
   void blame(Rank rank, State cause, Ticks ticks) {
     if (ticks == 0) return;
+    plain_ = false;
     const auto r = static_cast<std::size_t>(rank);
     if (!is_blamed_[r]) {
       is_blamed_[r] = true;
@@ -80,13 +87,20 @@ class Stopwatch {
   /// Goes on after a time in which others were served, for all of it but `undriven`, in which nobody was.
   void resume(State state, Ticks now, Ticks undriven) {
     const Ticks queued = now - mark_ - undriven;
+    plain_ = false;
     ticks_[static_cast<std::size_t>(State::undriven)] += undriven;
     ticks_[static_cast<std::size_t>(State::wait_local)] += queued;
     queued_ += queued;
     resume(state, now);
   }
-  void book(State state, Ticks ticks) { ticks_[static_cast<std::size_t>(state)] += ticks; }
-  void slept(Ticks ticks) { slept_ += ticks; }
+  void book(State state, Ticks ticks) {
+    ticks_[static_cast<std::size_t>(state)] += ticks;
+    plain_ = false;
+  }
+  void slept(Ticks ticks) {
+    slept_ += ticks;
+    plain_ = false;
+  }
 
   Ticks slept() const { return slept_; }
   /// The part of wait_local in which the thread served other operations: it is they who pay for its core.
@@ -105,6 +119,7 @@ class Stopwatch {
   };
   Ticks mark_ = 0, slept_ = 0, queued_ = 0;
   State state_ = State::protocol;
+  bool plain_ = true;
   std::array<Ticks, state_count> ticks_{};
   std::vector<Waits> waits_;
   std::vector<char> is_blamed_;
