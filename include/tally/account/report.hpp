@@ -142,13 +142,9 @@ namespace detail {
 inline Report report_of(const Stopwatch& watch, const Clock& clock, Rank last_arrival) {
   const auto& ticks = watch.ticks();
   const auto part = [&](State state) { return clock.to_ns(ticks[static_cast<std::size_t>(state)]); };
-  if (watch.plain()) {
-    const nanoseconds all = part(State::protocol);
-    Report report;
-    report.elapsed = report.exposed = report.protocol = all;
-    report.last_arrival = static_cast<std::int16_t>(last_arrival);
-    return report;
-  }
+  const nanoseconds none{};
+  // Returned in one go: what is copied right after it was written in parts costs ten times as much.
+  if (const nanoseconds all = part(State::protocol); watch.plain()) return {all, all, none, none, none, all, none, none, none, none, none, 0, 0, 0, 0, 0, static_cast<std::int16_t>(last_arrival), 0, 0};
   const nanoseconds copy = part(State::copy), reduce = part(State::reduce), protocol = part(State::protocol), local = part(State::wait_local), undriven = part(State::undriven);
   Blame waits;
   for (const Rank rank : watch.blamed()) {
@@ -157,7 +153,7 @@ inline Report report_of(const Stopwatch& watch, const Clock& clock, Rank last_ar
     waits.transfer += blame.transfer;
     waits.credit += blame.credit;
   }
-  const nanoseconds elapsed = copy + reduce + protocol + waits.total() + local + undriven, none{};
+  const nanoseconds elapsed = copy + reduce + protocol + waits.total() + local + undriven;
   return {elapsed, elapsed, copy, reduce, none, protocol, waits.arrival, waits.transfer, waits.credit, local, undriven, 0, 0, 0, 0, 0, static_cast<std::int16_t>(last_arrival), 0, 0};
 }
 
