@@ -59,7 +59,6 @@ configuration() {
     return
   fi
   echo "run.sh: $name: built in $((SECONDS - start)) s"
-  # One test at a time: some measure time.
   (cd "$build" && "${run[@]}" ctest --output-on-failure --no-tests=error "$@" "${ctest_arguments[@]}") || fail "$name" "tests failed"
   grep '^skipped: ' "$build/Testing/Temporary/LastTest.log" || true
 }
@@ -71,8 +70,9 @@ run=()
 configuration tests "everything" -DCMAKE_BUILD_TYPE=Release
 if [[ -z $fast ]]; then
   run=("${fixed_addresses[@]}")
-  configuration tests-address "the tests with ASan and UBSan" -DTALLY_SANITIZE=address "-DCMAKE_CXX_FLAGS_DEBUG=-O0 -g1" "${tests_only[@]}" -- -LE build
-  configuration tests-thread "the tests with TSan" -DTALLY_SANITIZE=thread "-DCMAKE_CXX_FLAGS_DEBUG=-O1 -g1" "${tests_only[@]}" -- -LE build
+  # Several at a time: those that measure time are left out.
+  configuration tests-address "the tests with ASan and UBSan" -DTALLY_SANITIZE=address "-DCMAKE_CXX_FLAGS_DEBUG=-O0 -g1" "${tests_only[@]}" -- -LE build -j "$(nproc)"
+  configuration tests-thread "the tests with TSan" -DTALLY_SANITIZE=thread "-DCMAKE_CXX_FLAGS_DEBUG=-O1 -g1" "${tests_only[@]}" -- -LE build -j "$(nproc)"
   run=()
   configuration tests-clang "everything with Clang 14" -DCMAKE_BUILD_TYPE=Release -DCMAKE_CXX_COMPILER=clang++-14 -- -E "^(layers|two_units|consumer)"
 fi
