@@ -112,6 +112,43 @@ void run_operations(Communicator& comm, const Span& whole, std::size_t count) {
   check(other, "reduce_scatter", [&](std::size_t i) { return total(n, static_cast<std::size_t>(me) * count + i); });
   comm.reduce_scatter<A>(a, part(static_cast<std::size_t>(me) * count, count), sum);
   check(part(static_cast<std::size_t>(me) * count, count), "reduce_scatter in place", [&](std::size_t i) { return total(n, static_cast<std::size_t>(me) * count + i); });
+  for (const Rank root : {0, n - 1}) {
+    const auto block = part(static_cast<std::size_t>(me) * count, count);
+    const auto gathered = [&](std::size_t i) { return input(static_cast<Rank>(i / count), i % count); };
+    const auto scattered = [&](std::size_t i) { return input(root, static_cast<std::size_t>(me) * count + i); };
+    fill(mine);
+    std::fill(b.begin(), b.end(), -1.0f);
+    comm.gather<A>(mine, b, root);
+    check(b, "gather", [&](std::size_t i) { return me == root ? gathered(i) : -1.0f; });
+    fill(block);
+    comm.gather<A>(block, a, root);
+    if (me == root) check(a, "gather in place", gathered);
+    fill(a);
+    comm.scatter<A>(a, other, root);
+    same(a, "input of scatter");
+    check(other, "scatter", scattered);
+    comm.scatter<A>(a, block, root);
+    check(block, "scatter in place", scattered);
+  }
+  const auto exchanged = [&](std::size_t i) { return input(static_cast<Rank>(i / count), static_cast<std::size_t>(me) * count + i % count); };
+  fill(a);
+  comm.all_to_all<A>(a, b);
+  same(a, "input of all_to_all");
+  check(b, "all_to_all", exchanged);
+  if constexpr (!SymmetricElements<Span> || !std::same_as<A, ZeroCopy>) {
+    comm.all_to_all<A>(a, a);
+    check(a, "all_to_all in place", exchanged);
+  }
+  for (const bool in_place : {false, true}) {
+    const auto& out = in_place ? mine : other;
+    fill(mine);
+    comm.scan<A>(mine, out, sum);
+    check(out, "scan", [&](std::size_t i) { return total(me + 1, i); });
+    fill(mine);
+    std::fill(other.begin(), other.end(), -1.0f);
+    comm.exclusive_scan<A>(mine, out, sum);
+    check(out, "exclusive_scan", [&](std::size_t i) { return me > 0 ? total(me, i) : in_place ? input(me, i) : -1.0f; });
+  }
   comm.barrier();
 }
 
@@ -151,6 +188,11 @@ TEST_CASE("zero-copy shares are proven for every rank count and element count") 
   prove<Collective::reduce_scatter>("reduce_scatter");
   prove<Collective::all_gather>("all_gather");
   prove<Collective::broadcast>("broadcast");
+  prove<Collective::gather>("gather");
+  prove<Collective::scatter>("scatter");
+  prove<Collective::all_to_all>("all_to_all");
+  prove<Collective::scan>("scan");
+  prove<Collective::exclusive_scan>("exclusive_scan");
 }
 
 TEST_CASE("the proof of shares can fail") {
@@ -161,6 +203,10 @@ TEST_CASE("the proof of shares can fail") {
   CHECK(problem(Collective::all_reduce, [](Shape s) { return Share{s.in[0], s.out[0]}; }, false).find("written twice") != std::string::npos);
   CHECK(problem(Collective::all_reduce, [](Shape s) { return Share{s.in[0], s.out.all()}; }, false).find("reads") != std::string::npos);
   CHECK(problem(Collective::all_gather, [](Shape s) { return Share{s.in.all(), s.out[s.me], s.me, s.me}; }, false).find("belongs") != std::string::npos);
+  CHECK(problem(Collective::all_to_all, [](Shape s) { return Share{s.in[s.me], s.out[1], -1, s.me, Share::Way::exchange}; }, false).find("beyond") != std::string::npos);
+  CHECK(problem(Collective::all_to_all, [](Shape s) { return Share{s.in[s.me + 1], s.out[0], -1, s.me, Share::Way::exchange}; }, false).find("belongs") != std::string::npos);
+  CHECK(problem(Collective::scan, [](Shape s) { return Share{s.in[s.me], s.out[s.me], -1, -1, Share::Way::exclusive_scan}; }, false).find("folded") != std::string::npos);
+  CHECK(problem(Collective::scan, [](Shape s) { return Share{s.in[s.me], s.out[s.me]}; }, false).find("folded") != std::string::npos);
 }
 
 TEST_CASE("zero-copy operations on symmetric memory, threads") { run_everything(threads); }
@@ -429,6 +475,11 @@ TEST_CASE("the bytes of shares are what other ranks' memory gave and got") {
       is(comm.broadcast<ZeroCopy>(a, 1), me == 1 ? 10 * (m - 1) : 10 * (m - 2), me == 1 ? 0 : 10, "broadcast");
       is(comm.all_gather<ZeroCopy>(a, all), count * (m - 1), 0, "all_gather");
       is(comm.reduce_scatter<ZeroCopy>(all, a, sum), 0, count * (m - 1), "reduce_scatter");
+      is(comm.gather<ZeroCopy>(a, all, 1), me == 1 ? 0 : count, 0, "gather");
+      is(comm.scatter<ZeroCopy>(all, a, 1), 0, me == 1 ? 0 : count, "scatter");
+      is(comm.all_to_all<ZeroCopy>(memory.subspan(0, count * m), all), 0, count * (m - 1), "all_to_all");
+      is(comm.scan<ZeroCopy>(a, b, sum), 10 * (m - 1), 10 * (m - 1), "scan");
+      is(comm.exclusive_scan<ZeroCopy>(a, b, sum), 10 * (me == 0 ? m - 1 : m - 2), 10 * (me == m - 1 ? m - 1 : m - 2), "exclusive_scan");
     }, threads);
 }
 

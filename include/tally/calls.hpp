@@ -126,13 +126,13 @@ class CallMaker {
   Call gather(In& in, Out& out, Rank root, const CallOptions& options, Way way) {
     expect_root("gather", root);
     if (rank_ == root) expect_count("gather: out", std::ranges::size(out), product(std::ranges::size(in)));
-    return moving<A, Collective::gather, ValueOf<In>>(memory_of("in", in), rank_ == root ? memory_of("out", out) : Output{}, std::ranges::size(in), root, options, way);
+    return moving<A, Collective::gather, ValueOf<In>>(memory_of("in", in), rank_ == root ? memory_of("out", out) : nowhere(out), std::ranges::size(in), root, options, way);
   }
   template <class A, class In, class Out>
   Call scatter(In& in, Out& out, Rank root, const CallOptions& options, Way way) {
     expect_root("scatter", root);
     if (rank_ == root) expect_count("scatter: in", std::ranges::size(in), product(std::ranges::size(out)));
-    return moving<A, Collective::scatter, ValueOf<In>>(rank_ == root ? Input(memory_of("in", in)) : Input{}, memory_of("out", out), std::ranges::size(out), root, options, way);
+    return moving<A, Collective::scatter, ValueOf<In>>(rank_ == root ? Input(memory_of("in", in)) : Input(nowhere(in)), memory_of("out", out), std::ranges::size(out), root, options, way);
   }
   template <class A, class In, class Out>
   Call all_to_all(In& in, Out& out, const CallOptions& options, Way way) {
@@ -309,9 +309,9 @@ class CallMaker {
   [[gnu::always_inline]] Call settle(const Input& in, const Output& out, Layout layout, const Combining& how, const CallOptions& options, Way way) {
     layout.in_place = in_place(layout, in, out, sizeof(T));
     // A scaled input lies elsewhere, and blocks of shared memory hold but elements of some bytes for each rank.
-    const bool moved = how.scale && !(O == Collective::all_reduce && layout.in_place);
+    const bool moved = how.scale && !(O == Collective::all_reduce && layout.in_place), copied = O == Collective::all_to_all && layout.in_place;
     if (moved) layout.in_place = false;
-    const Need need{O != Collective::barrier && reachable(O, moved ? Input{} : in, out), how.least, way == Way::background || sizeof(T) > most_shared};
+    const Need need{O != Collective::barrier && reachable(O, moved || copied ? Input{} : in, out), how.least, way == Way::background || sizeof(T) > most_shared};
     if (how.fold.function && sizeof(T) > frame_bytes_) refuse_elements(sizeof(T));
     const std::size_t bytes = layout.items() * sizeof(T);
     const nanoseconds timeout = timeout_of(options);
@@ -345,7 +345,8 @@ class CallMaker {
   /// Whether all ranks can reach what a share needs of the others' buffers. The same on all ranks.
   bool reachable(Collective operation, const Input& in, const Output& out) const {
     if (one_address_space_) return true;
-    const bool reads = operation != Collective::all_gather && operation != Collective::broadcast, writes = operation != Collective::reduce_scatter;
+    const bool reads = operation != Collective::all_gather && operation != Collective::gather && operation != Collective::broadcast;
+    const bool writes = operation != Collective::reduce_scatter && operation != Collective::scatter && operation != Collective::all_to_all;
     return (in.symmetric || !reads) && (out.symmetric || !writes);
   }
   /// In place is: the same span, or this rank's block of the larger one. Any other overlap is an error.

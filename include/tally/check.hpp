@@ -62,6 +62,7 @@ class Checker {
   /// Runs all ranks' shares in one order. No other order gives another result: no rank writes what another one
   /// touches, but the element itself that it folds into its own place.
   std::string run(Share (*share)(Shape)) {
+    if (share(layout(0).shape()).way == Share::Way::exchange) request_.layout.in_place = false;  // it is given a copy of its input
     for (Rank r = 0; r < n_; ++r) prepare(r);
     struct Touch {
       Rank writer = -1, reader = -1;
@@ -81,22 +82,33 @@ class Checker {
       if (mine.from.count != mine.to.count) return concat({"rank ", me, "'s share reads ", mine.from.count, " elements and writes ", mine.to.count});
       for (std::size_t u = 0; u < mine.from.count; ++u) {
         for (Rank r = 0; r < n_; ++r) {
-          if (mine.source >= 0 && mine.source != r) continue;
+          if (!mine.reads(r, n_)) continue;
           Touch* t = touch(r, mine.from, u);
           if (!t) return name(r, u) + " is read beyond its end";
           if (t->writer >= 0 && t->writer != me) return concat({name(r, u), " is read, and written by rank ", t->writer});
           t->many_readers = t->many_readers || (t->reader >= 0 && t->reader != me);
           t->reader = me;
         }
-        const Value result = mine.source < 0 ? folded(0, n_, mine.from, u) : value(mine.source, mine.from, u);
-        for (Rank r = 0; r < n_; ++r) {
-          if (mine.target >= 0 && mine.target != r) continue;
-          Touch* t = touch(r, mine.to, u);
+        const auto write = [&](Rank r, const Range& to, const Value& result) -> std::string {
+          Touch* t = touch(r, to, u);
           if (!t) return name(r, u) + " is written beyond its end";
           if (t->writer >= 0) return name(r, u) + " is written twice";
           if (t->many_readers || (t->reader >= 0 && t->reader != me)) return name(r, u) + " is written, and read by another rank";
           t->writer = me;
-          value(r, mine.to, u) = result;
+          value(r, to, u) = result;
+          return {};
+        };
+        std::vector<std::pair<Range, Value>> results;  // by target; of an exchange by source. All before any is written.
+        for (Rank r = 0; r < n_; ++r) {
+          const int last = mine.way == Share::Way::scan ? r + 1 : mine.way == Share::Way::exclusive_scan ? r : n_;
+          if (mine.way == Share::Way::exchange) results.emplace_back(mine.to_of(r), value(r, mine.from, u));
+          else if (!mine.writes(r)) results.emplace_back();
+          else results.emplace_back(mine.to, mine.source < 0 ? folded(0, last, mine.from, u) : value(mine.source, mine.from, u));
+        }
+        for (Rank r = 0; r < n_; ++r) {
+          if (!mine.writes(mine.way == Share::Way::exchange ? mine.target : r)) continue;
+          const auto& [to, result] = results[static_cast<std::size_t>(r)];
+          if (std::string problem = write(mine.way == Share::Way::exchange ? mine.target : r, to, result); !problem.empty()) return problem;
         }
       }
     }

@@ -70,17 +70,29 @@ struct Profile {
   Profile profile;
   if (algorithm.share) {  // two meetings, and its share of the data
     const double meeting = n <= direct_meeting_ranks ? n - 1 : std::bit_width(static_cast<unsigned>(n - 1));
-    const bool all_read = reduces(operation), all_written = operation != Collective::reduce && operation != Collective::reduce_scatter;
     profile.chain = 2 * (n <= direct_meeting_ranks ? 1 : meeting);
     profile.messages = 4 * meeting;
-    profile.received = (all_read ? n - 1.0 : 0.0) / n;
-    profile.sent = (all_written ? n - 1.0 : operation == Collective::reduce ? 1.0 : 0.0) / n;
-    if (algorithm.is(Reach::staged)) {  // and what others read is put in, what they wrote is taken out
-      const bool put = all_read || operation == Collective::broadcast, taken = operation != Collective::reduce_scatter;
-      profile.local = put ? (n - 1.0) / n : operation == Collective::all_gather ? 1.0 / n : 0.0;
-      profile.received += (taken ? (n - 1.0) / n : 0.0) + (operation == Collective::broadcast ? 1.0 / n : 0.0);
-      // Results are written where inputs were just read; where nothing was, a line has to be fetched to be written.
-      profile.sent *= operation == Collective::all_reduce ? 0 : 2;
+    std::vector<Share> shares;
+    for (Rank r = 0; r < n; ++r) {
+      Layout mine = layout;
+      mine.me = r;
+      shares.push_back(algorithm.share(mine.shape()));
+    }
+    const bool staged = algorithm.is(Reach::staged);
+    for (Rank r = 0; r < n; ++r) {
+      const ShareBytes own = for_each_rank_of(shares[static_cast<std::size_t>(r)], r, n, 1, [](Rank, const Range&) {}, [](Rank, const Range&) {});
+      double put = 0, taken = 0;  // what others read of it, and what they wrote for it
+      for (Rank other = 0; other < n; ++other) {
+        const Share& share = shares[static_cast<std::size_t>(other)];
+        if (other == r) continue;
+        if (share.reads(r, n)) put += static_cast<double>(share.from.count);
+        if (share.writes(r)) taken += static_cast<double>(share.to.count);
+      }
+      // Staged results are written where inputs were just read; where nothing was, a line has to be fetched to be written.
+      const bool returns = operation == Collective::all_reduce || shares[0].scans();
+      profile.received = std::max(profile.received, (static_cast<double>(own.loaded) + (staged ? taken : 0)) / items);
+      profile.sent = std::max(profile.sent, static_cast<double>(own.stored) * (!staged ? 1 : returns ? 0 : 2) / items);
+      profile.local = std::max(profile.local, staged ? put / items : 0);
     }
     if (group > 1 && group < n) {
       profile.chain *= across;

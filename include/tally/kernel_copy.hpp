@@ -12,6 +12,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 #include <vector>
 
 #include "share.hpp"
@@ -48,8 +49,10 @@ class KernelPass {
   std::vector<Place> sources, targets;  // as in SharePass
 
   /// As SharePass::run. 0, or the errno of the first copy that failed, with the process in `failed`.
-  int run(std::size_t bytes, std::size_t grain, const Fold* fold, SharePass& pass, pid_t& failed) {
+  int run(std::size_t bytes, std::size_t grain, const Fold* fold, SharePass& pass, pid_t& failed, Share::Way way = Share::Way::fold) {
     if (targets.empty()) return 0;
+    if (way == Share::Way::exchange) return exchange(bytes, failed);
+    if (way != Share::Way::fold) return scan(bytes, grain, fold, pass, failed, way);
     const bool own_target = targets[0].process == 0;
     const std::size_t most = std::max<std::size_t>(cached / (sources.size() + 1), 16 << 10), piece = std::max(grain, most - most % grain);
     scratch_.resize(std::max(scratch_.size(), (sources.size() + 1) * piece));
@@ -77,6 +80,37 @@ class KernelPass {
 
  private:
   static constexpr std::size_t cached = std::size_t{512} << 10;
+
+  /// Targets are this process's.
+  int exchange(std::size_t bytes, pid_t& failed) {
+    for (std::size_t i = 0; i < sources.size(); ++i) {
+      if (sources[i].process == 0) std::memcpy(targets[i].at, sources[i].at, bytes);
+      else if (const int error = copy_by_kernel(false, failed = sources[i].process, targets[i].at, sources[i].at, bytes)) return error;
+    }
+    return 0;
+  }
+  int scan(std::size_t bytes, std::size_t grain, const Fold* fold, SharePass& pass, pid_t& failed, Share::Way way) {
+    const std::size_t most = std::max<std::size_t>(cached / (sources.size() + targets.size()), 16 << 10), piece = std::max(grain, most - most % grain);
+    scratch_.resize(std::max(scratch_.size(), (sources.size() + targets.size()) * piece));
+    for (std::size_t at = 0; at < bytes; at += piece) {
+      const std::size_t now = std::min(piece, bytes - at);
+      std::byte* here = scratch_.data();
+      pass.sources.clear();
+      pass.targets.clear();
+      for (const Place& source : sources) {
+        if (source.process != 0)
+          if (const int error = copy_by_kernel(false, failed = source.process, here, source.at + at, now)) return error;
+        pass.sources.push_back(source.process == 0 ? source.at + at : std::exchange(here, here + piece));
+      }
+      for (const Place& target : targets) pass.targets.push_back(target.process == 0 ? target.at + at : std::exchange(here, here + piece));
+      pass.run(now, grain, fold, false, way);
+      for (std::size_t t = 0; t < targets.size(); ++t)
+        if (targets[t].process != 0)
+          if (const int error = copy_by_kernel(true, failed = targets[t].process, pass.targets[t], targets[t].at + at, now)) return error;
+    }
+    return 0;
+  }
+
   std::vector<std::byte> scratch_;
 };
 

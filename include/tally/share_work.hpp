@@ -102,6 +102,7 @@ class ShareWork {
       return take_staged(run);
     }
     const Share share = call.algorithm.share(call.layout.shape());
+    if (share.way == Share::Way::exchange && call.layout.in_place) return take_copied(run);
     lent_ = kernel || transport_.one_address_space();
     meet(run, {name_of(call.input, call.input_memory), name_of(call.output, call.output_memory), call.layout.count});
     {
@@ -115,6 +116,7 @@ class ShareWork {
       if (lent_) sharing.emplace(transport_);
       if (transport_.aborted()) engine_.raise_abort();
       const std::size_t length = share.from.count * call.grain;
+      const bool folds = call.fold.function != nullptr;
       const auto process = [&](Rank r) { return r == transport_.rank() ? 0 : processes_[static_cast<std::size_t>(r)]; };
       pass_.sources.clear();
       pass_.targets.clear();
@@ -122,23 +124,35 @@ class ShareWork {
       kernel_pass_.targets.clear();
       const ShareBytes bytes = for_each_rank_of(
           share, transport_.rank(), transport_.size(), call.grain,
-          [&](Rank r) {
-            std::byte* source = reach(run, r, share.from, length);
+          [&](Rank r, const Range& from) {
+            std::byte* source = reach(run, r, from, length);
             if (kernel) kernel_pass_.sources.push_back({process(r), source});
             else pass_.sources.push_back(source);
           },
-          [&](Rank r) {
-            std::byte* target = reach(run, r, share.to, length);
+          [&](Rank r, const Range& to) {
+            std::byte* target = reach(run, r, to, length);
             if (kernel) kernel_pass_.targets.push_back({process(r), target});
             else pass_.targets.push_back(target);
           });
-      if (length > short_bytes) engine_.enter(run, call.fold.function ? State::reduce : State::copy);
-      if (kernel) run_by_kernel(run, length);
-      else pass_.run(length, call.grain, &call.fold, writes_past_caches(run) && !call.fold.function);
+      if (length > short_bytes) engine_.enter(run, folds ? State::reduce : State::copy);
+      if (kernel) run_by_kernel(run, length, share.way);
+      else pass_.run(length, call.grain, &call.fold, writes_past_caches(run) && !folds, share.way);
       count(run, bytes);
     }
     meet(run, {0, 0, call.layout.count});
     lent_ = false;
+  }
+  /// An exchange in place writes where others still read: they are given a copy.
+  void take_copied(Run& run) {
+    Call& copied = run.own_call = *run.call;
+    run.call = &copied;
+    const std::size_t bytes = copied.input_bytes().size();
+    run.scratch.grow(bytes);
+    if (bytes > short_bytes) engine_.enter(run, State::copy);
+    if (bytes > 0) std::memcpy(run.scratch.data(), copied.input, bytes);
+    copied.input = run.scratch.data();
+    copied.layout.in_place = false;
+    take(run);
   }
   /// Shares likewise (see Prepared): what was just read is not only written.
   bool writes_past_caches(const Run& run) const { return run.prepared->past_caches && !run.call->layout.in_place; }
@@ -146,9 +160,9 @@ class ShareWork {
     transport_.shared(bytes.stored, bytes.loaded);
     engine_.count(run);
   }
-  void run_by_kernel(Run& run, std::size_t bytes) {
+  void run_by_kernel(Run& run, std::size_t bytes, Share::Way way) {
     pid_t failed = 0;
-    const int error = kernel_pass_.run(bytes, run.call->grain, &run.call->fold, pass_, failed);
+    const int error = kernel_pass_.run(bytes, run.call->grain, &run.call->fold, pass_, failed, way);
     if (error == 0) return;
     const Rank r = static_cast<Rank>(std::find(processes_.begin(), processes_.end(), failed) - processes_.begin());
     if (error == ESRCH || transport_.liveness(r) != Liveness::alive) engine_.raise_lost(r);
@@ -200,7 +214,7 @@ class ShareWork {
       if (i >= 1 && i - 1 < pieces) {
         const ShareBytes bytes = staging.find(i - 1, pass_, [&](Rank r) { return block(r, i - 1); });
         moving(bytes.length, call.fold.function ? State::reduce : State::copy);
-        pass_.run(bytes.length, call.grain, &call.fold);
+        pass_.run(bytes.length, call.grain, &call.fold, false, staging.way());
         count(run, bytes);
       }
       if (i >= 2) staging.take(i - 2, block(transport_.rank(), i - 2), copying);

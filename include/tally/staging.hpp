@@ -20,6 +20,7 @@ class Staging {
   /// No piece takes more than `limit` bytes of a block. `past_caches`: nobody looks at the results soon.
   Staging(const Call& call, std::size_t limit, bool past_caches = false) : call_(call), past_caches_(past_caches), width_(call.layout.items() / std::max<std::size_t>(call.layout.count, 1) * call.grain), most_(std::max<std::size_t>(limit / std::max<std::size_t>(width_, 1), 1)) {}
 
+  Share::Way way() const { return share_of(me(), 0).way; }
   std::size_t pieces() const { return (call_.layout.count + most_ - 1) / most_; }
   /// Bytes of a block that piece i takes.
   std::size_t bytes(std::size_t i) const { return count(i) * width_; }
@@ -29,7 +30,7 @@ class Staging {
   void put(std::size_t i, std::byte* block, Moving&& moving) const {
     for (Rank r = 0; r < call_.layout.n; ++r) {
       const Share share = share_of(r, i);
-      if (r != me() && (share.source < 0 || share.source == me())) copy(block + share.from.first * call_.grain, place(share.from, i), share.from.count, false, moving);
+      if (r != me() && share.reads(me(), call_.layout.n)) copy(block + share.from.first * call_.grain, place(share.from, i), share.from.count, false, moving);
     }
   }
   /// Where this rank's share is: `block(r)` is rank r's block of the piece.
@@ -39,14 +40,14 @@ class Staging {
     const auto at = [&](Rank r, const Range& range) { return r == me() ? place(range, i) : block(r) + range.first * call_.grain; };
     pass.sources.clear();
     pass.targets.clear();
-    return for_each_rank_of(share, me(), call_.layout.n, call_.grain, [&](Rank r) { pass.sources.push_back(at(r, share.from)); }, [&](Rank r) { pass.targets.push_back(at(r, share.to)); });
+    return for_each_rank_of(share, me(), call_.layout.n, call_.grain, [&](Rank r, const Range& from) { pass.sources.push_back(at(r, from)); }, [&](Rank r, const Range& to) { pass.targets.push_back(at(r, to)); });
   }
   /// Takes what other ranks have written for this one out of its block. Likewise.
   template <class Moving>
   void take(std::size_t i, const std::byte* block, Moving&& moving) const {
     for (Rank r = 0; r < call_.layout.n; ++r) {
       const Share share = share_of(r, i);
-      if (r != me() && (share.target < 0 || share.target == me()) && !share.has_already(me())) copy(place(share.to, i), block + share.to.first * call_.grain, share.to.count, past_caches_, moving);
+      if (r != me() && share.writes(me())) copy(place(share.to, i), block + share.to.first * call_.grain, share.to.count, past_caches_, moving);
     }
   }
 
@@ -63,7 +64,8 @@ class Staging {
   /// no range is of two of them.
   std::byte* place(const Range& range, std::size_t i) const {
     const bool input = range.buffer == Buffer::input;
-    const bool blocks = call_.layout.operation == (input ? Collective::reduce_scatter : Collective::all_gather);
+    const Collective o = call_.layout.operation;
+    const bool blocks = o == Collective::all_to_all || (input ? o == Collective::reduce_scatter || o == Collective::scatter : o == Collective::all_gather || o == Collective::gather);
     const std::size_t first = i * most_ + (blocks ? range.first / count(i) * call_.layout.count + range.first % count(i) : range.first);
     return (input ? const_cast<std::byte*>(call_.input) : call_.output) + first * call_.grain;  // inputs are never written
   }

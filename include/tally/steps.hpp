@@ -162,10 +162,21 @@ struct Shape {
 /// their input is there, it folds `from` of all sources in rank order (the fixed bracketing) and writes the result
 /// to `to` of all targets; when all have said that they are done, so is the operation. -1 stands for all ranks.
 struct Share {
+  enum class Way : std::uint8_t {
+    fold,
+    exchange,        // nothing is folded: what comes from rank r goes to the r-th block of the target, the first of which is `to`
+    scan,            // target r gets the fold of the sources up to r
+    exclusive_scan,  // or of those before it
+  };
   Range from, to;  // of the same count
   Rank source = -1, target = -1;
-  /// Rank r is where the data comes from, and it would go where it came from: a broadcast's root.
-  constexpr bool has_already(Rank r) const { return source == r && from.buffer == to.buffer && from.first == to.first; }
+  Way way = Way::fold;
+  constexpr bool reads(Rank r, int n) const { return (source < 0 || source == r) && (way != Way::exclusive_scan || r < n - 1); }
+  /// Where the data comes from, and would go where it came from, nothing is written: a broadcast's root.
+  constexpr bool writes(Rank r) const { return (target < 0 || target == r) && !(source == r && from.buffer == to.buffer && from.first == to.first) && (way != Way::exclusive_scan || r > 0); }
+  constexpr bool scans() const { return way == Way::scan || way == Way::exclusive_scan; }
+  /// Where what comes from rank r goes.
+  constexpr Range to_of(Rank r) const { return way == Way::exchange ? Range{to.buffer, to.first + static_cast<std::size_t>(r) * to.count, to.count} : to; }
 };
 
 /// How a share gets at other ranks' memory.

@@ -20,6 +20,18 @@ struct ZeroCopy {
   static Share reduce_scatter(Shape shape) { return {shape.in[shape.me], shape.out.all(), -1, shape.me}; }
   static Share all_gather(Shape shape) { return {shape.in.all(), shape.out[shape.me], shape.me, -1}; }
   static Share broadcast(Shape shape) { return {shape.out[shape.me], shape.out[shape.me], shape.root, -1}; }
+  static Share gather(Shape shape) { return {shape.in.all(), block(Buffer::output, shape.me, shape.in.count()), shape.me, shape.root}; }
+  static Share scatter(Shape shape) { return {block(Buffer::input, shape.me, shape.out.count()), shape.out.all(), shape.root, shape.me}; }
+  static Share all_to_all(Shape shape) { return {shape.in[shape.me], shape.out[0], -1, shape.me, Share::Way::exchange}; }
+  static Share scan(Shape shape) { return {shape.in[shape.me], shape.out[shape.me], -1, -1, Share::Way::scan}; }
+  static Share exclusive_scan(Shape shape) {
+    const Range mine = shape.in[shape.me];
+    return {mine, {Buffer::output, mine.first, mine.count}, -1, -1, Share::Way::exclusive_scan};
+  }
+
+ private:
+  /// Of a buffer that this rank does not have itself.
+  static Range block(Buffer buffer, Rank which, std::size_t count) { return {buffer, static_cast<std::size_t>(which) * count, count}; }
 };
 
 /// The same for memory that other ranks cannot reach, in blocks of shared memory through which the data goes piece by
