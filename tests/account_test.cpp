@@ -21,16 +21,10 @@
 
 #include <tally/tally.hpp>
 
+#include "sanitized.hpp"
+
 using namespace tally;
 using namespace std::chrono_literals;
-
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-#define TALLY_TEST_SANITIZED 1
-#elif defined(__has_feature)
-#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
-#define TALLY_TEST_SANITIZED 1
-#endif
-#endif
 
 // Counts this program's allocations, to show that operations make none. Sanitizers bring their own allocator.
 static std::atomic<std::size_t> allocations{0};

@@ -14,21 +14,13 @@
 #include <tally/check.hpp>
 #include <tally/choose.hpp>
 
+#include "sanitized.hpp"
+
 using namespace tally;
 
 namespace {
 
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-constexpr int most_ranks = 20;  // sanitizers are 10 times slower and the checker's own memory use is the same for more
-#elif defined(__has_feature)
-#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
-constexpr int most_ranks = 20;
-#else
-constexpr int most_ranks = 64;
-#endif
-#else
-constexpr int most_ranks = 64;
-#endif
+constexpr int most_ranks = test::sanitized ? 20 : 64;  // the checker's own memory use is the same for more
 
 std::set<std::size_t> counts(int n) {
   const auto m = static_cast<std::size_t>(n);

@@ -77,6 +77,58 @@ void all_kinds(Communicator& comm) {
   for (std::size_t i = 0; i < static_cast<std::size_t>(n); ++i) expect(g[i] == static_cast<std::int64_t>(i) && t_out[i] == static_cast<std::int64_t>(i), "all_gather and all_to_all");
 }
 
+/// More than a bucket: staged from where the parts lie, which is in no order, of all sizes, in place and not.
+void large_ones(Communicator& comm) {
+  const int n = comm.size(), me = comm.rank(), root = n - 1;
+  const std::size_t count = 3000;
+  std::vector<float> in(count * count / 10), out(in.size(), -1.0f), means(in.size()), scaled(in.size(), 1.0f), reduced(in.size(), -1.0f), sent(in.size());
+  const auto value = [](int rank, std::size_t i) { return static_cast<float>((i * 7 + static_cast<std::size_t>(rank) * 11) % 1000); };
+  for (std::size_t i = 0; i < in.size(); ++i) in[i] = means[i] = value(me, i), sent[i] = me == root ? value(5, i) : 0;
+  std::vector<std::span<float>> pieces;  // of `out`: all but those between them
+  std::vector<std::size_t> firsts;
+  for (std::size_t i = 0, first = 0; first + i % 601 <= in.size(); first += i % 601 + 3, ++i) pieces.push_back(std::span(out).subspan(first, i % 601)), firsts.push_back(first);
+  const auto piece = [&](std::vector<float>& of, std::size_t k) { return std::span(of).subspan(firsts[k], pieces[k].size()); };
+  const auto each = [&](auto&& f) {
+    for (std::size_t k = pieces.size(); k > 0; --k) f(k - 1);
+  };
+  Report report = comm.group([&] { each([&](std::size_t k) { comm.all_reduce(piece(in, k), pieces[k], sum); }); });
+  expect(n == 1 || report.algorithm_name() == "staged", "staged, not " + std::string(report.algorithm_name()));
+  expect(report.elapsed == report.busy() + report.idle() + report.undriven, "an exact account");
+  comm.group([&] { each([&](std::size_t k) { comm.all_reduce(piece(means, k), mean); }); });
+  comm.group([&] { each([&](std::size_t k) { comm.all_reduce(piece(scaled, k), premultiplied_sum(2.0f)); }); });
+  comm.group([&] { each([&](std::size_t k) { comm.reduce(piece(in, k), piece(reduced, k), max, root); }); });
+  comm.group([&] { each([&](std::size_t k) { comm.broadcast(piece(sent, k), root); }); });
+  std::vector<char> within(in.size());
+  for (std::size_t k = 0; k < pieces.size(); ++k) std::fill_n(within.begin() + static_cast<std::ptrdiff_t>(firsts[k]), pieces[k].size(), 1);
+  std::size_t wrong = 0;
+  for (std::size_t i = 0; i < in.size(); ++i) {
+    float total = 0, most = 0;
+    for (int r = 0; r < n; ++r) total += value(r, i), most = std::max(most, value(r, i));
+    wrong += in[i] != value(me, i);
+    wrong += out[i] != (within[i] ? total : -1.0f);
+    wrong += means[i] != (within[i] ? total / static_cast<float>(n) : value(me, i));
+    wrong += scaled[i] != (within[i] ? 2.0f * static_cast<float>(n) : 1.0f);
+    wrong += reduced[i] != (within[i] && me == root ? most : -1.0f);
+    wrong += sent[i] != (within[i] || me == root ? value(5, i) : 0);
+  }
+  expect(wrong == 0, std::to_string(wrong) + " wrong values");
+}
+
+void large_different_sizes(Communicator& comm) {
+  std::vector<float> data(1'000'000);
+  std::string what;
+  try {
+    comm.group([&] {
+      for (std::size_t i = 0; i < 1000; ++i) comm.all_reduce(std::span(data).subspan(i * 1000, comm.rank() == 0 || i != 500 ? 1000 : 999), sum);
+      comm.all_reduce(std::span(data).first(comm.rank() == 0 ? 0 : 1), sum);
+    });
+  } catch (const Error& error) {
+    what = error.what();
+    expect(error.errc() == Errc::mismatch, what);
+  }
+  expect(what.find("a group of sizes") != std::string::npos, "the error names the calls, not: " + what);
+}
+
 void order_and_again(Communicator& comm) {
   std::vector<std::uint32_t> x(6, 1), y(1, 2);
   for (int i = 0; i < 50; ++i)
@@ -129,6 +181,13 @@ TEST_CASE("thousands of small operations are few", "[processes]") {
   for (const int n : {1, 2, 3}) launch(n, many_small_ones);
 }
 TEST_CASE("thousands of small operations are few: threads") { launch(3, many_small_ones, threads); }
+TEST_CASE("many small operations are staged from where they lie", "[processes]") {
+  for (const int n : {1, 2, 3, 5}) launch(n, large_ones);
+}
+TEST_CASE("many small operations are staged from where they lie: threads") {
+  for (const int n : {2, 4}) launch(n, large_ones, threads);
+}
+TEST_CASE("large groups of other sizes are told apart", "[processes]") { launch(2, large_different_sizes); }
 TEST_CASE("a group of all kinds of operations", "[processes]") {
   for (const int n : {1, 2, 4}) launch(n, all_kinds);
 }

@@ -435,10 +435,12 @@ TEST_CASE("launch works where the signal of ended children is ignored", "[launch
 }
 
 TEST_CASE("launch leaves other children alone", "[launch][processes]") {
-  Process other([] { std::this_thread::sleep_for(150ms); });
+  const Shared<std::atomic<int>> seen;
+  Process other([&] { expect(eventually(20s, [&] { return seen->load() != 0; }), "seen alive"); });
   Process ended([] {});
   tally::launch(2, one_barrier);
   CHECK(lives(other.pid()));
+  seen->store(1);
   CHECK(exited_well(ended.wait(5s)));
   CHECK(exited_well(other.wait(5s)));
 }

@@ -39,6 +39,8 @@
 
 #include <tally/tally.hpp>
 
+#include "sanitized.hpp"
+
 /// The same check for ranks that are threads and, tagged so that TSan runs can leave it out, for processes.
 #define TALLY_TEST_BOTH(name, tag, check)                                      \
   TEST_CASE(name " (threads)", tag) { check(tally::threads); }                 \
@@ -47,18 +49,6 @@
 namespace test {
 
 using namespace std::chrono_literals;
-
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-inline constexpr bool sanitized = true;
-#elif defined(__has_feature)
-#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
-inline constexpr bool sanitized = true;
-#else
-inline constexpr bool sanitized = false;
-#endif
-#else
-inline constexpr bool sanitized = false;
-#endif
 
 inline void expect(bool ok, const std::string& text) {
   if (!ok) throw std::runtime_error(text);

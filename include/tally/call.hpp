@@ -30,6 +30,13 @@ struct AlgorithmRef {
   constexpr explicit operator bool() const { return generate || share; }
 };
 
+/// One of many small buffers that a call works on as if they were one.
+struct Part {
+  const std::byte* in;
+  std::byte* out;
+  std::size_t first, count;  // its elements among those of the call
+};
+
 /// What a call does with its buffers before and after, as part of it.
 struct Around {
   virtual void before() = 0;
@@ -59,6 +66,7 @@ struct Call {
   const SymmetricMemory* input_memory = nullptr;  // where the buffers are symmetric
   const SymmetricMemory* output_memory = nullptr;
   Around* around = nullptr;
+  std::span<const Part> scattered = {};  // by staged shares alone: its buffers, instead of input and output
   void* pinned = nullptr;  // what the engine's pin() gave for this call
 
   /// The user's memory; a barrier has none.

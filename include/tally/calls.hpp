@@ -219,7 +219,8 @@ class CallMaker {
     return call;
   }
   /// The same call on other memory, of another size: what a group makes of its parts.
-  Call regrouped(Call call, std::size_t count, const std::byte* in, std::byte* out, std::uint16_t parts) {
+  /// `scattered`: it lies in many places, which only staged shares can do.
+  Call regrouped(Call call, std::size_t count, const std::byte* in, std::byte* out, std::uint16_t parts, bool scattered = false) {
     call.layout.count = count;
     call.size = count * call.grain;
     call.layout.in_place = in == out;
@@ -228,7 +229,7 @@ class CallMaker {
     call.input_memory = call.output_memory = nullptr;
     call.parts = parts;
     Need need = Need::of(call.need);
-    need.direct = one_address_space_;
+    need.direct = one_address_space_ && !scattered;
     if (!call.named) call.algorithm = asked_for(call.layout.operation, {}, call.size, need);
     call.fingerprint = 0;
     return call;

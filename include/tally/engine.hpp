@@ -54,10 +54,7 @@ class Engine final : public AnyEngine {
       post(run);
       if (call.algorithm.share) shares_.run(run);
       else drive(run);
-      if (call.finish && call.layout.output_count() > 0) {
-        progress_.enter(State::reduce);
-        call.finish(call.output, call.layout.output_count(), size());
-      }
+      if (call.finish && call.layout.output_count() > 0) finish(call, call.layout);
       if (call.around) wrap([&] { call.around->after(); });
     });
   }
@@ -274,7 +271,7 @@ class Engine final : public AnyEngine {
     if (runs_.several() || !run.in_flight) count(run);
     ++moves_;
     if (!t.pending) end_transfer(run);
-    if (run.active) locals_.propagate(run, t.step);
+    if (run.active) locals_.propagate(*this, run, t.step);
   }
   Transfer* unexpected(Rank peer, const FrameInfo& frame) { return mailbox_.take_in(peer, frame); }
 
@@ -501,7 +498,7 @@ class Engine final : public AnyEngine {
     for (std::uint32_t i = 0; i < prepared.transfers.size(); ++i) {
       Transfer& t = prepared.transfers[i];
       if (t.peer >= 0) progress_.post(t, *this);
-      else if (t.ready > 0) locals_.queue(run, i);
+      else if (t.ready > 0) locals_.go(*this, run, i);
     }
   }
 
@@ -530,6 +527,11 @@ class Engine final : public AnyEngine {
       progress_.post(run.other_transfer, *this);
     }
     if (mailbox_.post(run, arrival)) progress_.post(run.transfer, *this);
+  }
+  void finish(const Call& call, const Layout& layout) {
+    progress_.enter(State::reduce);
+    if (call.scattered.empty()) return call.finish(call.output, layout.output_count(), size());
+    for (const Part& part : call.scattered) call.finish(part.out, part.count, size());
   }
   template <class F>
   void wrap(F&& f) {
@@ -563,10 +565,7 @@ class Engine final : public AnyEngine {
   /// An operation in the background is done.
   void complete(Run& run) {
     progress_.serve(run.account);
-    if (run.call && run.call->finish && run.call->layout.output_count() > 0) {
-      progress_.enter(State::reduce);
-      run.call->finish(run.call->output, run.prepared->plan->layout().output_count(), size());
-    }
+    if (run.call && run.call->finish && run.call->layout.output_count() > 0) finish(*run.call, run.prepared->plan->layout());
     run.report = close(run);
     end(run);
   }

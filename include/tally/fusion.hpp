@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Makes few operations of many: those of a group that fit together (the same operation, type, operator and root) are packed
-// into buffers that stay in a core's cache, done there, and unpacked. All others run in the background meanwhile.
+// Makes few operations of many: those of a group that fit together (the same operation, type, operator and root) become one.
+// If that is large, its parts are staged from where they lie; else they are packed into a buffer, done there, and unpacked.
+// All others run in the background meanwhile.
 #pragma once
 
 #include <algorithm>
@@ -28,8 +29,7 @@ class Fusion {
     const bool packs = (what == Collective::all_reduce || what == Collective::reduce || what == Collective::broadcast) && call.output_bytes().size() + call.input_bytes().size() <= most_bytes;
     if (!packs) return started_.push_back({engine, engine->start(make.in_background(call), kept)});
     Pack* pack = latest_ < packs_.size() && fits(packs_[latest_], call) ? &packs_[latest_] : find(call, kept);
-    // All ranks must cut the group in the same way.
-    pack->parts.push_back({call.input, call.output, call.layout.count});
+    pack->parts.push_back({call.input, call.output, pack->elements, call.layout.count});
     pack->elements += call.layout.count;
   }
   void add(Operation operation) { started_.push_back(std::move(operation)); }
@@ -49,11 +49,6 @@ class Fusion {
   static constexpr std::size_t most_bytes = std::size_t{64} << 10;     // of an operation: larger ones gain nothing
   static constexpr std::size_t bucket_bytes = std::size_t{512} << 10;  // stays in a core's cache
 
-  struct Part {
-    const std::byte* in;
-    std::byte* out;
-    std::size_t count;
-  };
   struct Pack {
     Call call;  // of the first
     std::shared_ptr<const void> kept;
@@ -99,16 +94,27 @@ class Fusion {
     return &packs_.back();
   }
 
-  void run(const Pack& pack, AnyEngine& engine, CallMaker& make, Report& all) {
+  /// All ranks must cut the group in the same way: a hash of the parts' sizes tells.
+  static std::uint16_t hash_of(std::span<const Part> parts) {
+    std::uint64_t hash = 0;
+    for (const Part& part : parts) hash = (hash ^ part.count) * 0x9e3779b97f4a7c15u;
+    return static_cast<std::uint16_t>(hash >> 48 | 1);
+  }
+  void run(Pack& pack, AnyEngine& engine, CallMaker& make, Report& all) {
     const Call& call = pack.call;
     const bool reads = call.layout.operation != Collective::broadcast, is_root = call.layout.root == make.rank(), reduce = call.layout.operation == Collective::reduce;
+    if (!reads)  // a broadcast's data is what it puts out
+      for (Part& part : pack.parts) part.in = part.out;
+    if (!call.scale && pack.elements * call.grain > bucket_bytes) {
+      Call whole = make.regrouped(call, pack.elements, nullptr, nullptr, hash_of(pack.parts), true);
+      if (whole.algorithm.is(Reach::staged)) {
+        whole.scattered = pack.parts;
+        return add(all, engine.run(whole));
+      }
+    }
     for (std::size_t first = 0; first < pack.parts.size();) {
       std::size_t last = first, elements = 0;
-      std::uint64_t hash = 0;
-      while (last < pack.parts.size() && (last == first || (elements + pack.parts[last].count) * call.grain <= bucket_bytes)) {
-        elements += pack.parts[last].count;
-        hash = (hash ^ pack.parts[last++].count) * 0x9e3779b97f4a7c15u;
-      }
+      while (last < pack.parts.size() && (last == first || (elements + pack.parts[last].count) * call.grain <= bucket_bytes)) elements += pack.parts[last++].count;
       buffer_.grow(std::max<std::size_t>(elements * call.grain, 1));
       Bucket bucket;
       bucket.first = pack.parts.data() + first;
@@ -117,9 +123,7 @@ class Fusion {
       bucket.grain = call.grain;
       bucket.has_input = reads || is_root;
       bucket.has_output = !(reduce || !reads) || (reduce ? is_root : !is_root);
-      if (!reads && is_root)  // a broadcast's data is what it puts out
-        for (Part* part = const_cast<Part*>(bucket.first); part != bucket.last; ++part) part->in = part->out;
-      Call together = make.regrouped(call, elements, reads ? buffer_.data() : nullptr, !reduce || is_root ? buffer_.data() : nullptr, static_cast<std::uint16_t>(hash >> 48 | 1));
+      Call together = make.regrouped(call, elements, reads ? buffer_.data() : nullptr, !reduce || is_root ? buffer_.data() : nullptr, hash_of({bucket.first, bucket.last}));
       together.around = &bucket;
       add(all, engine.run(together));
       first = last;

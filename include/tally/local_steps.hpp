@@ -19,10 +19,17 @@ class LocalSteps {
  public:
   bool empty() const { return queue_.empty(); }
   void clear() { queue_.clear(); }
-  void queue(Run& run, std::uint32_t i) {
+  /// Step i can go on: a short copy does so at once.
+  template <class Engine>
+  void go(Engine& engine, Run& run, std::uint32_t i) {
+    Transfer& t = run.active->transfers[i];
     if (run.active->queued[i]) return;
-    run.active->queued[i] = 1;
-    queue_.push_back({&run, i});
+    if (t.fold || t.bytes > short_bytes || t.ready < t.bytes) return queue(run, i);
+    std::memmove(t.to + t.done, t.from + t.done, t.bytes - t.done);
+    t.late.raise(engine.resumed());
+    t.done = t.bytes;
+    engine.end_transfer(run);
+    propagate(engine, run, i);
   }
   /// One slice of each that can go on. `engine` is told of the time, and of those that are done.
   template <class Engine>
@@ -45,12 +52,13 @@ class LocalSteps {
       t.done += bytes;
       if (t.done == t.bytes) engine.end_transfer(*run);
       else if (t.done < t.ready) queue(*run, i);
-      propagate(*run, i);
+      propagate(engine, *run, i);
     }
     queue_.erase(queue_.begin(), queue_.begin() + static_cast<std::ptrdiff_t>(n));
   }
   /// Step i moved: whoever waits for it may go further, and inherits what it was late by.
-  void propagate(Run& run, std::uint32_t i) {
+  template <class Engine>
+  void propagate(Engine& engine, Run& run, std::uint32_t i) {
     Prepared& active = *run.active;
     const PlannedStep& step = active.plan->steps()[i];
     const Transfer& moved = active.transfers[i];
@@ -60,12 +68,16 @@ class LocalSteps {
       t.inherited.raise(moved.late);
       t.late.raise(moved.late);
       t.ready = active.plan->ready(j, [&](std::size_t k) { return active.transfers[k].done; });
-      if (t.peer < 0 && t.ready > t.done) queue(run, j);
+      if (t.peer < 0 && t.ready > t.done) go(engine, run, j);
     }
   }
 
  private:
   static constexpr std::size_t slice = std::size_t{64} << 10;
+  void queue(Run& run, std::uint32_t i) {
+    run.active->queued[i] = 1;
+    queue_.push_back({&run, i});
+  }
   struct Local {
     Run* run;
     std::uint32_t step;

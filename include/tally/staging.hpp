@@ -30,14 +30,14 @@ class Staging {
   void put(std::size_t i, std::byte* block, Moving&& moving) const {
     for (Rank r = 0; r < call_.layout.n; ++r) {
       const Share share = share_of(r, i);
-      if (r != me() && share.reads(me(), call_.layout.n)) copy(block + share.from.first * call_.grain, place(share.from, i), share.from.count, false, moving);
+      if (in_block(r) && share.reads(me(), call_.layout.n)) put(block + share.from.first * call_.grain, share.from, i, moving);
     }
   }
   /// Where this rank's share is: `block(r)` is rank r's block of the piece.
   template <class Block>
   ShareBytes find(std::size_t i, SharePass& pass, Block&& block) const {
     const Share share = share_of(me(), i);
-    const auto at = [&](Rank r, const Range& range) { return r == me() ? place(range, i) : block(r) + range.first * call_.grain; };
+    const auto at = [&](Rank r, const Range& range) { return in_block(r) ? block(r) + range.first * call_.grain : place(range, i); };
     pass.sources.clear();
     pass.targets.clear();
     return for_each_rank_of(share, me(), call_.layout.n, call_.grain, [&](Rank r, const Range& from) { pass.sources.push_back(at(r, from)); }, [&](Rank r, const Range& to) { pass.targets.push_back(at(r, to)); });
@@ -47,7 +47,7 @@ class Staging {
   void take(std::size_t i, const std::byte* block, Moving&& moving) const {
     for (Rank r = 0; r < call_.layout.n; ++r) {
       const Share share = share_of(r, i);
-      if (r != me() && share.writes(me())) copy(place(share.to, i), block + share.to.first * call_.grain, share.to.count, past_caches_, moving);
+      if (in_block(r) && share.writes(me())) take(share.to, block + share.to.first * call_.grain, i, moving);
     }
   }
 
@@ -69,12 +69,33 @@ class Staging {
     const std::size_t first = i * most_ + (blocks ? range.first / count(i) * call_.layout.count + range.first % count(i) : range.first);
     return (input ? const_cast<std::byte*>(call_.input) : call_.output) + first * call_.grain;  // inputs are never written
   }
+  /// What a rank shares with itself stays where it is, unless that is in many places.
+  bool in_block(Rank r) const { return r != me() || !call_.scattered.empty(); }
   template <class Moving>
-  void copy(std::byte* to, const std::byte* from, std::size_t count, bool past_caches, Moving&& moving) const {
-    if (count == 0) return;
-    moving(count * call_.grain);
-    if (past_caches) copy_past_caches(to, from, count * call_.grain);
-    else std::memcpy(to, from, count * call_.grain);
+  void put(std::byte* to, const Range& from, std::size_t i, Moving&& moving) const {
+    if (from.count == 0) return;
+    moving(from.count * call_.grain);
+    if (call_.scattered.empty()) std::memcpy(to, place(from, i), from.count * call_.grain);
+    else each_part(from, i, [&](const Part& part, std::size_t first, std::size_t at, std::size_t bytes) { std::memcpy(to + at, part.in + first, bytes); });
+  }
+  template <class Moving>
+  void take(const Range& to, const std::byte* from, std::size_t i, Moving&& moving) const {
+    if (to.count == 0) return;
+    moving(to.count * call_.grain);
+    if (!call_.scattered.empty()) each_part(to, i, [&](const Part& part, std::size_t first, std::size_t at, std::size_t bytes) { std::memcpy(part.out + first, from + at, bytes); });
+    else if (past_caches_) copy_past_caches(place(to, i), from, to.count * call_.grain);
+    else std::memcpy(place(to, i), from, to.count * call_.grain);
+  }
+  /// f(part, byte of the part, byte of the range, bytes) for all that lie in a range of piece i.
+  template <class F>
+  void each_part(const Range& range, std::size_t i, F&& f) const {
+    const std::size_t begin = i * most_ + range.first, end = begin + range.count;
+    auto part = std::upper_bound(call_.scattered.begin(), call_.scattered.end(), begin, [](std::size_t element, const Part& p) { return element < p.first + p.count; });
+    for (std::size_t at = begin; at < end; ++part) {
+      const std::size_t now = std::min(end, part->first + part->count) - at;
+      if (now > 0) f(*part, (at - part->first) * call_.grain, (at - begin) * call_.grain, now * call_.grain);
+      at += now;
+    }
   }
 
   const Call& call_;
