@@ -7,6 +7,7 @@
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdio>
 #include <fstream>
@@ -98,20 +99,27 @@ class Measurement {
 
  private:
   static double seconds(tally::nanoseconds time) { return std::chrono::duration<double>(time).count(); }
-  /// Median over rounds of the slowest rank's seconds.
-  template <class F>
-  double median(F&& f) {
-    std::vector<double> times;
-    for (int i = -2; i < s_.rounds; ++i) {
+  /// Median over rounds of the slowest rank's seconds; of several they take turns, so that what disturbs one disturbs all.
+  template <class... F>
+  std::array<double, sizeof...(F)> medians(F&&... f) {
+    std::array<std::vector<double>, sizeof...(F)> times;
+    const auto take = [&](auto& timed, auto& of, bool counts) {
       control_.barrier();
       const double begin = bench::seconds_now();
-      f();
+      timed();
       double took = bench::seconds_now() - begin;
       control_.all_reduce(std::span(&took, 1), tally::max);
-      if (i >= 0) times.push_back(took);
+      if (counts) of.push_back(took);
+    };
+    for (int i = -2; i < s_.rounds; ++i) {
+      std::size_t next = 0;
+      (take(f, times[next++], i >= 0), ...);
     }
-    return bench::quantile(times, 0.5);
+    std::array<double, sizeof...(F)> result;
+    std::ranges::transform(times, result.begin(), [](const std::vector<double>& of) { return bench::median(of); });
+    return result;
   }
+  double median(const auto& f) { return medians(f)[0]; }
   void overlap(bool cpu, std::vector<float>& data) {
     const auto rank = static_cast<std::size_t>(comm_.rank()), ranks = static_cast<std::size_t>(comm_.size());
     const std::string kind = cpu ? "cpu" : "device";
@@ -124,19 +132,19 @@ class Measurement {
       if (driver == Driver::thread) thread = tally::progress_thread(s_.progress_core >= 0 ? s_.progress_core + comm_.rank() : cores_.size() >= 2 * ranks ? cores_[ranks + rank] : -1);
       const bool tests = driver == Driver::caller;
       const auto compute = [&](const auto& between) { cpu ? computing_.work(alone_, between) : Computing::sleep(alone_, tests ? 20e-6 : alone_, between); };
-      const double computing = median([&] { compute([] {}); });
       std::vector<double> blocked;
-      const double both = median([&] {
-        tally::Operation op = comm_.async_all_reduce(data, tally::sum);
-        compute([&] {
-          if (tests) op.test();
-        });
-        blocked.push_back(seconds(op.wait().exposed));
-      });
-      const double exposed = bench::median(blocked), hidden = 100 * (1 - (both - computing) / alone_);
+      const auto [alone, computing, both] = medians([&] { comm_.async_all_reduce(data, tally::sum).wait(); }, [&] { compute([] {}); },
+                                                    [&] {
+                                                      tally::Operation op = comm_.async_all_reduce(data, tally::sum);
+                                                      compute([&] {
+                                                        if (tests) op.test();
+                                                      });
+                                                      blocked.push_back(seconds(op.wait().exposed));
+                                                    });
+      const double exposed = bench::median(blocked), hidden = 100 * (1 - (both - computing) / alone);
       const char* const who = driver == Driver::nobody ? "nobody drives it" : tests ? "test() every 20 us" : "progress thread";
-      say(who, {{"compute", kind}, {"computing_seconds", computing}, {"both_seconds", both}, {"exposed_seconds", exposed}, {"hidden_percent", hidden}}, "  %-20s computing %7.0f us, both %7.0f us: %4.0f %% hidden; caller blocked for %.0f us\n", who, computing * 1e6, both * 1e6, hidden,
-          exposed * 1e6);
+      say(who, {{"compute", kind}, {"alone_seconds", alone}, {"computing_seconds", computing}, {"both_seconds", both}, {"exposed_seconds", exposed}, {"hidden_percent", hidden}},
+          "  %-20s alone %7.0f us, computing %7.0f us, both %7.0f us: %4.0f %% hidden; caller blocked for %.0f us\n", who, alone * 1e6, computing * 1e6, both * 1e6, hidden, exposed * 1e6);
     }
   }
   void groups() {
