@@ -141,7 +141,9 @@ class Measurement {
                                                       });
                                                       blocked.push_back(seconds(op.wait().exposed));
                                                     });
-      const double exposed = bench::median(blocked), hidden = 100 * (1 - (both - computing) / alone);
+      double exposed = bench::median(blocked);
+      control_.all_reduce(std::span(&exposed, 1), tally::max);
+      const double hidden = 100 * (1 - (both - computing) / alone);
       const char* const who = driver == Driver::nobody ? "nobody drives it" : tests ? "test() every 20 us" : "progress thread";
       say(who, {{"compute", kind}, {"alone_seconds", alone}, {"computing_seconds", computing}, {"both_seconds", both}, {"exposed_seconds", exposed}, {"hidden_percent", hidden}},
           "  %-20s alone %7.0f us, computing %7.0f us, both %7.0f us: %4.0f %% hidden; caller blocked for %.0f us\n", who, alone * 1e6, computing * 1e6, both * 1e6, hidden, exposed * 1e6);

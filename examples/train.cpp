@@ -79,11 +79,10 @@ void print_curve(std::ostream& out, const std::vector<float>& losses) {
   }
 }
 
-/// How long the caller was blocked by the reductions, and how much of that was communication, beside what they take when they
-/// are waited for at once: the rest is hidden. (For how long they were in flight says nothing: they are while nobody drives them.)
+/// How long the caller was blocked by the reductions, how much of that for ranks that computed longer, and what the reductions
+/// take when nothing is computed meanwhile. (For how long they were in flight says nothing: they are while nobody drives them.)
 struct Overlap {
-  double alone = 0, blocked = 0, late = 0;  // late: until the other ranks had called
-  double percent() const { return alone > 0 ? 100 * (1 - std::max(0.0, blocked - late) / alone) : 0; }
+  double alone = 0, blocked = 0, late = 0;
 };
 Overlap overlap_in(const tally::Ledger& ledger, double alone) {
   Overlap overlap{alone};
@@ -122,15 +121,15 @@ void report(const Settings& settings, const tally::Communicator& comm, const std
     out << " samples in " << seconds << " s, " << std::setprecision(0) << samples / seconds << " per second; ranks: " << comm.size() << '\n';
   }
   if (overlap) {
-    out << "communication: " << std::setprecision(1) << overlap->alone * 1e3 << " ms if waited for at once; beside the computing the caller was blocked for " << overlap->blocked * 1e3 << " ms, with up to " << overlap->late * 1e3;
-    out << " ms for ranks that came later: " << std::setprecision(0) << overlap->percent() << " % hidden\n";
+    out << "communication: the caller was blocked for " << std::setprecision(1) << overlap->blocked * 1e3 << " ms, up to " << overlap->late * 1e3 << " ms of it because other ranks computed longer; the same reductions alone take ";
+    out << overlap->alone * 1e3 << " ms\n";
   }
   out << '\n' << comm.ledger() << std::flush;
 
   if (settings.json.empty()) return;
   nlohmann::json json{{"loss_first", nullptr}, {"loss_last", nullptr}, {"steps", settings.steps}, {"ranks", comm.size()}, {"seconds", seconds}};
   json["ledger"] = to_json(comm.ledger());
-  if (overlap) json["overlap"] = {{"alone_seconds", overlap->alone}, {"blocked_seconds", overlap->blocked}, {"late_seconds", overlap->late}, {"hidden_percent", overlap->percent()}};
+  if (overlap) json["overlap"] = {{"alone_seconds", overlap->alone}, {"blocked_seconds", overlap->blocked}, {"late_seconds", overlap->late}};
   if (!losses.empty()) {
     json["loss_first"] = number_or_null(losses.front());
     json["loss_last"] = number_or_null(losses.back());
