@@ -264,14 +264,18 @@ TEST_CASE("the progress thread runs wherever the process may, or on one core, an
       int x = 1;
       std::atomic<bool> called{false};
       cpu_set_t seen{};
+      int policy = -1;
       Operation operation = comm.async_all_reduce(std::span(&x, 1), sum);
       operation.then([&] {
         seen = own_cores();
+        policy = sched_getscheduler(0);
         called = true;
       });
       waiting = true;
       expect(test::eventually(10s, [&] { return called.load(); }), "called");
-      if (comm.rank() == 0) expect(CPU_EQUAL(&seen, &wanted), "its cores");
+      if (comm.rank() == 1) return;
+      expect(CPU_EQUAL(&seen, &wanted), "its cores");
+      expect(policy == (sched_getscheduler(0) == SCHED_OTHER ? SCHED_BATCH : sched_getscheduler(0)), "it takes the core from nobody whom it shares it with");
     });
   }
 }

@@ -65,6 +65,9 @@ class ProgressWorker {
 
     void work() {
       Gate::on_progress_thread() = true;
+      // Where both share a core, waking it must not take that from who starts an operation and has yet to start a device, or go on.
+      const sched_param none{};
+      if (::sched_getscheduler(0) == SCHED_OTHER) ::sched_setscheduler(0, SCHED_BATCH, &none);
       static constexpr nanoseconds least_nap = std::chrono::microseconds(20), most_nap = std::chrono::milliseconds(1);
       std::vector<std::shared_ptr<AnyEngine>> engines;
       nanoseconds nap = least_nap;
