@@ -123,9 +123,10 @@ class Measurement {
   void overlap(bool cpu, std::vector<float>& data) {
     const auto rank = static_cast<std::size_t>(comm_.rank()), ranks = static_cast<std::size_t>(comm_.size());
     const std::string kind = cpu ? "cpu" : "device";
-    // All work is shared out evenly, at best: then both take that long.
-    const double least = static_cast<double>(ranks) * ((cpu ? alone_ : 0) + work_) / static_cast<double>(std::min(cores_.size(), 2 * ranks));
-    const double limit = 100 * (1 - std::max(0.0, least - alone_) / alone_);
+    // At best all work, here of so many ranks per core, is shared out evenly, and nobody waits.
+    const double crowd = static_cast<double>(ranks) / static_cast<double>(std::min(cores_.size(), 2 * ranks));
+    const double computing_alone = alone_ * (cpu ? std::max(1.0, crowd) : 1), both_at_best = crowd * ((cpu ? alone_ : 0) + work_);
+    const double limit = 100 * (1 - std::max(0.0, both_at_best - computing_alone) / alone_);
     say("limit", {{"compute", kind}, {"percent", limit}}, "as much computing, %s; limit on these cores: %.0f %% hidden\n", cpu ? "cpu: each rank's thread works" : "device: the host thread sleeps, as while a GPU computes", limit);
     for (const Driver driver : {Driver::nobody, Driver::caller, Driver::thread}) {
       std::optional<tally::ProgressThread> thread;  // on a core of its own where there are enough, else wherever it likes
