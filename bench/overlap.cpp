@@ -1,13 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
-// How much of a reduction is hidden behind as much computing, by who drives it meanwhile; what a group of small tensors
-// costs beside one of the same bytes; and how many small floats are summed in the time of as many float32.
+// How much of a reduction is hidden behind as much computing, by who drives it meanwhile and by what computes, and how much
+// could be; what a group of small tensors costs beside one of the same bytes; and how many small floats are summed in the time
+// of as many float32.
+#include <sys/prctl.h>
+#include <time.h>
+
 #include <CLI/CLI.hpp>
+#include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdio>
 #include <fstream>
 #include <iostream>
 #include <nlohmann/json.hpp>
 #include <optional>
+#include <string>
 #include <tally/tally.hpp>
 #include <vector>
 
@@ -18,27 +25,41 @@ namespace {
 struct Settings {
   int ranks = 2, rounds = 21, progress_core = -1;
   std::size_t bytes = std::size_t{16} << 20, tensors = 10'000, tensor = 256;
+  bool cpu = true, device = true, others = true;
   std::string json;
 };
 
-/// Work that touches no memory, in slices of about 20 us.
+/// Work that touches no memory, in slices of about 20 us; or sleep, as the thread does whose GPU computes.
 class Computing {
  public:
   Computing() {
-    for (std::uint64_t steps = 1000;; steps *= 2) {
+    constexpr std::uint64_t steps = 200'000;
+    double least = 1;  // others may have had the core meanwhile
+    for (int i = 0; i < 20; ++i) {
       const double begin = bench::seconds_now();
       run(steps);
-      if (const double took = bench::seconds_now() - begin; took > 1e-3) {
-        slice_ = static_cast<std::uint64_t>(static_cast<double>(steps) * 20e-6 / took);
-        return;
-      }
+      least = std::min(least, bench::seconds_now() - begin);
     }
+    slice_ = static_cast<std::uint64_t>(static_cast<double>(steps) * 20e-6 / least);
   }
-  template <class Between>
-  void compute(double seconds, Between&& between) {
+  void work(double seconds, const auto& between) {
     for (int slices = static_cast<int>(std::ceil(seconds / 20e-6)); slices > 0; --slices) {
       run(slice_);
       between();
+    }
+  }
+  /// `slice` at most at a time.
+  static void sleep(double seconds, double slice, const auto& between) {
+    const double begin = bench::seconds_now();
+    for (double now = begin; now < begin + seconds; now = bench::seconds_now()) {
+      sleep_until(std::min(begin + seconds, now + slice));
+      between();
+    }
+  }
+  static void sleep_until(double time) {
+    const double whole = std::floor(time);
+    const timespec until{static_cast<time_t>(whole), static_cast<long>((time - whole) * 1e9)};
+    while (clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &until, nullptr) != 0) {
     }
   }
 
@@ -50,55 +71,84 @@ class Computing {
   std::uint64_t state_ = 1, slice_ = 1;
 };
 
+/// Who drives the reduction meanwhile.
+enum class Driver { nobody, caller, thread };
+
 class Measurement {
  public:
   Measurement(tally::Communicator& comm, const Settings& settings, std::ostream* json) : comm_(comm), control_(comm.duplicate()), s_(settings), json_(json) {}
 
   void run() {
-    const std::vector<int> cores = bench::allowed_cores();
-    if (cores.size() >= static_cast<std::size_t>(comm_.size())) bench::pin_to(cores[static_cast<std::size_t>(comm_.rank())]);
+    if (cores_.size() >= static_cast<std::size_t>(comm_.size())) bench::pin_to(cores_[static_cast<std::size_t>(comm_.rank())]);
+    ::prctl(PR_SET_TIMERSLACK, 1000);  // else a sleep may last 50 us longer
     std::vector<float> data(s_.bytes / sizeof(float), 1.0f);
-    const double alone = median([&] { comm_.async_all_reduce(data, tally::sum).wait(); });
-    say("alone", {{"seconds", alone}}, "reduction alone %.0f us; as much computing; time of both beyond the computing, of the slowest rank, median of %d\n", alone * 1e6, s_.rounds);
-    overlapped("nobody drives it", data, alone, [](tally::Operation&) {});
-    overlapped("test() every 20 us", data, alone, [](tally::Operation& op) { op.test(); });
-    {
-      std::optional<tally::ProgressThread> thread;
-      try {
-        thread = tally::progress_thread(s_.progress_core < 0 ? -1 : s_.progress_core + comm_.rank());
-      } catch (const tally::Error& error) {
-        if (comm_.rank() == 0) std::cerr << "overlap: " << error.what() << '\n';
-      }
-      if (thread) overlapped("progress thread", data, alone, [](tally::Operation&) {});
-    }
+    std::vector<double> work;
+    alone_ = median([&] {
+      const tally::Report report = comm_.async_all_reduce(data, tally::sum).wait();
+      work.push_back(seconds(report.busy()));
+    });
+    work_ = bench::median(work);
+    control_.all_reduce(std::span(&work_, 1), tally::max);
+    say("alone", {{"seconds", alone_}, {"work_seconds", work_}, {"cores", cores_.size()}}, "reduction alone %.0f us, of which %.0f us are work for a core of each rank; cores: %zu\n", alone_ * 1e6, work_ * 1e6, cores_.size());
+    if (s_.cpu) overlap(true, data);
+    if (s_.device) overlap(false, data);
+    if (!s_.others) return;
     groups();
     small_floats();
   }
 
  private:
-  /// Median over rounds of the slowest rank's seconds.
-  template <class F>
-  double median(F&& f) {
-    std::vector<double> times;
-    for (int i = -2; i < s_.rounds; ++i) {
+  static double seconds(tally::nanoseconds time) { return std::chrono::duration<double>(time).count(); }
+  /// Median over rounds of the slowest rank's seconds; of several they take turns, so that what disturbs one disturbs all.
+  template <class... F>
+  std::array<double, sizeof...(F)> medians(F&&... f) {
+    std::array<std::vector<double>, sizeof...(F)> times;
+    const auto take = [&](auto& timed, auto& of, bool counts) {
       control_.barrier();
       const double begin = bench::seconds_now();
-      f();
+      timed();
       double took = bench::seconds_now() - begin;
       control_.all_reduce(std::span(&took, 1), tally::max);
-      if (i >= 0) times.push_back(took);
+      if (counts) of.push_back(took);
+    };
+    for (int i = -2; i < s_.rounds; ++i) {
+      std::size_t next = 0;
+      (take(f, times[next++], i >= 0), ...);
     }
-    return bench::quantile(times, 0.5);
+    std::array<double, sizeof...(F)> result;
+    std::ranges::transform(times, result.begin(), [](const std::vector<double>& of) { return bench::median(of); });
+    return result;
   }
-  void overlapped(const char* who, std::vector<float>& data, double alone, void (*between)(tally::Operation&)) {
-    const double computing = median([&] { computing_.compute(alone, [] {}); });
-    const double both = median([&] {
-      tally::Operation op = comm_.async_all_reduce(data, tally::sum);
-      computing_.compute(alone, [&] { between(op); });
-      op.wait();
-    });
-    const double hidden = 100 * (1 - (both - computing) / alone);
-    say(who, {{"computing_seconds", computing}, {"both_seconds", both}, {"hidden_percent", hidden}}, "  %-20s computing %7.0f us, both %7.0f us: %4.0f %% hidden\n", who, computing * 1e6, both * 1e6, hidden);
+  double median(const auto& f) { return medians(f)[0]; }
+  void overlap(bool cpu, std::vector<float>& data) {
+    const auto rank = static_cast<std::size_t>(comm_.rank()), ranks = static_cast<std::size_t>(comm_.size());
+    const std::string kind = cpu ? "cpu" : "device";
+    // At best all work, here of so many ranks per core, is shared out evenly, and nobody waits.
+    const double crowd = static_cast<double>(ranks) / static_cast<double>(std::min(cores_.size(), 2 * ranks));
+    const double computing_alone = alone_ * (cpu ? std::max(1.0, crowd) : 1), both_at_best = crowd * ((cpu ? alone_ : 0) + work_);
+    const double limit = 100 * (1 - std::max(0.0, both_at_best - computing_alone) / alone_);
+    say("limit", {{"compute", kind}, {"percent", limit}}, "as much computing, %s; limit on these cores: %.0f %% hidden\n", cpu ? "cpu: each rank's thread works" : "device: the host thread sleeps, as while a GPU computes", limit);
+    for (const Driver driver : {Driver::nobody, Driver::caller, Driver::thread}) {
+      std::optional<tally::ProgressThread> thread;  // on a core of its own where there are enough, else wherever it likes
+      if (driver == Driver::thread) thread = tally::progress_thread(s_.progress_core >= 0 ? s_.progress_core + comm_.rank() : cores_.size() >= 2 * ranks ? cores_[ranks + rank] : -1);
+      const bool tests = driver == Driver::caller;
+      const auto compute = [&](const auto& between) { cpu ? computing_.work(alone_, between) : Computing::sleep(alone_, tests ? 20e-6 : alone_, between); };
+      std::vector<double> blocked;
+      const auto [alone, computing, both] = medians([&] { comm_.async_all_reduce(data, tally::sum).wait(); }, [&] { compute([] {}); },
+                                                    [&] {
+                                                      tally::Operation op = comm_.async_all_reduce(data, tally::sum);
+                                                      compute([&] {
+                                                        if (tests) op.test();
+                                                      });
+                                                      blocked.push_back(seconds(op.wait().exposed));
+                                                    });
+      double exposed = bench::median(blocked);
+      control_.all_reduce(std::span(&exposed, 1), tally::max);
+      const double hidden = 100 * (1 - (both - computing) / alone);
+      const char* const who = driver == Driver::nobody ? "nobody drives it" : tests ? "test() every 20 us" : "progress thread";
+      say(who, {{"compute", kind}, {"alone_seconds", alone}, {"computing_seconds", computing}, {"both_seconds", both}, {"exposed_seconds", exposed}, {"hidden_percent", hidden}},
+          "  %-20s alone %7.0f us, computing %7.0f us, both %7.0f us: %4.0f %% hidden; caller blocked for %.0f us\n", who, alone * 1e6, computing * 1e6, both * 1e6, hidden, exposed * 1e6);
+    }
   }
   void groups() {
     std::vector<std::vector<float>> tensors(s_.tensors, std::vector<float>(s_.tensor, 1.0f));
@@ -134,6 +184,8 @@ class Measurement {
   tally::Communicator control_;
   const Settings& s_;
   std::ostream* json_;
+  const std::vector<int> cores_ = bench::allowed_cores();  // before it is pinned to one
+  double alone_ = 0, work_ = 0;                            // seconds of the reduction; and of a core, of each rank, in it
   Computing computing_;
 };
 
@@ -144,10 +196,15 @@ int main(int argc, char** argv) {
   Settings s;
   app.add_option("-n,--ranks", s.ranks, "ranks, as processes")->check(CLI::Range(1, 1024))->capture_default_str();
   app.add_option("--bytes", s.bytes, "of the reduction that is overlapped")->check(CLI::Range(std::size_t{4}, std::size_t{1} << 32))->capture_default_str();
+  std::string compute = "both";
+  app.add_option("--compute", compute, "by the rank's thread, by a device while that sleeps, or one after the other")->check(CLI::IsMember({"cpu", "device", "both"}))->capture_default_str();
   app.add_option("--rounds", s.rounds, "of each measurement")->check(CLI::Range(1, 100'000))->capture_default_str();
-  app.add_option("--progress-core", s.progress_core, "rank r's progress thread on this core + r; -1: on any")->capture_default_str();
+  app.add_option("--progress-core", s.progress_core, "rank r's progress thread on this core + r; -1: on a core of its own where there are enough, else on any")->capture_default_str();
+  app.add_flag("!--overlap-only", s.others, "no groups and small floats");
   app.add_option("--json", s.json, "also JSON lines to this file");
   CLI11_PARSE(app, argc, argv);
+  s.cpu = compute != "device";
+  s.device = compute != "cpu";
   std::ofstream file;
   if (!s.json.empty()) {
     file.open(s.json);

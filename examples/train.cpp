@@ -79,22 +79,38 @@ void print_curve(std::ostream& out, const std::vector<float>& losses) {
   }
 }
 
-/// How long reductions were in flight, and how much of that nobody waited for.
+/// How long the caller was blocked by the reductions, how much of that for ranks that computed longer, and what the reductions
+/// take when nothing is computed meanwhile. (For how long they were in flight says nothing: they are while nobody drives them.)
 struct Overlap {
-  double in_flight = 0, exposed = 0;
-  double percent() const { return in_flight > 0 ? 100 * (1 - exposed / in_flight) : 0; }
+  double alone = 0, blocked = 0, late = 0;
 };
-Overlap overlap_in(const tally::Ledger& ledger) {
-  Overlap h;
+Overlap overlap_in(const tally::Ledger& ledger, double alone) {
+  Overlap overlap{alone};
   for (const tally::LedgerRow& row : ledger.rows()) {
     if (row.operation != tally::Collective::all_reduce) continue;
-    h.in_flight += std::chrono::duration<double>(row.elapsed).count();
-    h.exposed += std::chrono::duration<double>(row.exposed).count();
+    overlap.blocked += std::chrono::duration<double>(row.exposed).count();
+    overlap.late += std::chrono::duration<double>(row.wait_arrival).count();
   }
-  return h;
+  return overlap;
+}
+/// What the reductions of so many steps take, if nothing is computed meanwhile and all ranks come at once.
+double seconds_alone(tally::Communicator& comm, Parameters& gradient, std::uint64_t steps) {
+  tally::Communicator other = comm.duplicate();  // with a ledger of its own
+  std::fill(gradient.all.begin(), gradient.all.end(), 0.0f);
+  std::vector<double> times;
+  for (int i = 0; i < 51; ++i) {
+    other.barrier();
+    const Clock::time_point start = Clock::now();
+    tally::Operation output_part = other.async_all_reduce(gradient.output_part(), tally::sum), input_part = other.async_all_reduce(gradient.input_part(), tally::sum);
+    output_part.wait();
+    input_part.wait();
+    times.push_back(seconds_since(start));
+  }
+  std::nth_element(times.begin(), times.begin() + 25, times.end());
+  return times[25] * static_cast<double>(steps);
 }
 
-void report(const Settings& settings, const tally::Communicator& comm, const std::vector<float>& losses, double seconds) {
+void report(const Settings& settings, const tally::Communicator& comm, const std::vector<float>& losses, double seconds, const std::optional<Overlap>& overlap) {
   std::ostream& out = settings.json == "-" ? std::cerr : std::cout;
   if (losses.empty()) {
     out << "no steps, so no loss\n";
@@ -104,19 +120,16 @@ void report(const Settings& settings, const tally::Communicator& comm, const std
     out << "first " << losses.front() << ", last " << losses.back() << "; " << losses.size() * settings.batch << std::setprecision(1);
     out << " samples in " << seconds << " s, " << std::setprecision(0) << samples / seconds << " per second; ranks: " << comm.size() << '\n';
   }
-  if (settings.overlap && !losses.empty()) {
-    const Overlap h = overlap_in(comm.ledger());
-    out << "communication: " << std::setprecision(1) << h.in_flight * 1e3 << " ms in flight, of which the caller was blocked for " << h.exposed * 1e3 << " ms: " << h.percent() << " % hidden\n";
+  if (overlap) {
+    out << "communication: the caller was blocked for " << std::setprecision(1) << overlap->blocked * 1e3 << " ms, up to " << overlap->late * 1e3 << " ms of it because other ranks computed longer; the same reductions alone take ";
+    out << overlap->alone * 1e3 << " ms\n";
   }
   out << '\n' << comm.ledger() << std::flush;
 
   if (settings.json.empty()) return;
   nlohmann::json json{{"loss_first", nullptr}, {"loss_last", nullptr}, {"steps", settings.steps}, {"ranks", comm.size()}, {"seconds", seconds}};
   json["ledger"] = to_json(comm.ledger());
-  if (settings.overlap) {
-    const Overlap h = overlap_in(comm.ledger());
-    json["overlap"] = {{"in_flight_seconds", h.in_flight}, {"exposed_seconds", h.exposed}, {"hidden_percent", h.percent()}};
-  }
+  if (overlap) json["overlap"] = {{"alone_seconds", overlap->alone}, {"blocked_seconds", overlap->blocked}, {"late_seconds", overlap->late}};
   if (!losses.empty()) {
     json["loss_first"] = number_or_null(losses.front());
     json["loss_last"] = number_or_null(losses.back());
@@ -176,7 +189,10 @@ void train(tally::Communicator& comm, const Settings& settings, const std::strin
     losses.push_back(*gradient.loss);
     if (comm.rank() == 0) progress.show(step + 1, losses.back());
   }
-  if (comm.rank() == 0) report(settings, comm, losses, seconds_since(start));
+  const double seconds = seconds_since(start);
+  std::optional<Overlap> overlap;
+  if (settings.overlap && !losses.empty()) overlap = overlap_in(comm.ledger(), seconds_alone(comm, gradient, settings.steps));
+  if (comm.rank() == 0) report(settings, comm, losses, seconds, overlap);
 }
 
 [[noreturn]] void refuse(const std::string& text) { throw tally::Error(tally::Errc::invalid_argument, text); }

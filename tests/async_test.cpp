@@ -3,6 +3,7 @@
 // awaited, destroyed; what they report; what happens to them when something fails.
 #include <catch2/catch.hpp>
 
+#include <sched.h>
 #include <sys/resource.h>
 
 #include <atomic>
@@ -239,6 +240,44 @@ TEST_CASE("the progress thread alone ends operations, calls back and resumes cor
     }
     expect(test::eventually(10s, [&] { return resumed == 201; }), "all were resumed");
   });
+}
+
+TEST_CASE("the progress thread runs wherever the process may, or on one core, and not where its starter is pinned") {
+  const cpu_set_t all = own_cores();
+  std::vector<std::size_t> cores;
+  for (std::size_t core = 0; core < CPU_SETSIZE; ++core)
+    if (CPU_ISSET(core, &all)) cores.push_back(core);
+  REQUIRE(!cores.empty());
+  const auto only = [](std::size_t core) {
+    cpu_set_t set;
+    CPU_ZERO(&set);
+    CPU_SET(core, &set);
+    return set;
+  };
+  for (const bool anywhere : {true, false}) {
+    std::atomic<bool> waiting{false};
+    on_ranks(2, threads, [&](Communicator& comm) {
+      const cpu_set_t mine = only(cores.front()), wanted = anywhere ? all : only(cores.back());
+      expect(sched_setaffinity(0, sizeof mine, &mine) == 0, "pinned");
+      const ProgressThread thread = progress_thread(anywhere ? -1 : static_cast<int>(cores.back()));
+      if (comm.rank() == 1) expect(test::eventually(10s, [&] { return waiting.load(); }), "rank 0 is there");
+      int x = 1;
+      std::atomic<bool> called{false};
+      cpu_set_t seen{};
+      int policy = -1;
+      Operation operation = comm.async_all_reduce(std::span(&x, 1), sum);
+      operation.then([&] {
+        seen = own_cores();
+        policy = sched_getscheduler(0);
+        called = true;
+      });
+      waiting = true;
+      expect(test::eventually(10s, [&] { return called.load(); }), "called");
+      if (comm.rank() == 1) return;
+      expect(CPU_EQUAL(&seen, &wanted), "its cores");
+      expect(policy == (sched_getscheduler(0) == SCHED_OTHER ? SCHED_BATCH : sched_getscheduler(0)), "it takes the core from nobody whom it shares it with");
+    });
+  }
 }
 
 // Life and death of what holds them.

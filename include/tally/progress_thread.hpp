@@ -8,7 +8,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cerrno>
 #include <chrono>
 #include <condition_variable>
 #include <memory>
@@ -20,20 +19,24 @@
 
 #include "gate.hpp"
 #include "run.hpp"
+#include "topology.hpp"
 
 namespace tally::inline v0 {
 
 namespace detail {
 
+/// Before anybody pins a thread.
+inline const cpu_set_t cores_at_start = own_cores();
+
 class ProgressWorker {
  public:
-  /// `core`: where to run; -1: anywhere the process may.
+  /// `core`: where to run; -1: anywhere the process may, since who starts it may be pinned to a core that it needs itself.
   explicit ProgressWorker(int core) : thread_([state = state_] { state->work(); }) {
-    if (core < 0) return;
-    cpu_set_t set;
-    CPU_ZERO(&set);
-    const int error = core < CPU_SETSIZE ? (CPU_SET(static_cast<std::size_t>(core), &set), ::pthread_setaffinity_np(thread_.native_handle(), sizeof set, &set)) : EINVAL;
-    if (error == 0) return;
+    cpu_set_t set = cores_at_start;
+    if (core >= 0) CPU_ZERO(&set);
+    if (core >= 0 && core < CPU_SETSIZE) CPU_SET(static_cast<std::size_t>(core), &set);
+    const int error = ::pthread_setaffinity_np(thread_.native_handle(), sizeof set, &set);
+    if (error == 0 || core < 0) return;
     stop();
     throw Error(Errc::invalid_argument, {"the progress thread cannot run on core ", core, ": ", std::generic_category().message(error)});
   }
@@ -62,6 +65,9 @@ class ProgressWorker {
 
     void work() {
       Gate::on_progress_thread() = true;
+      // Where both share a core, waking it must not take that from who starts an operation and has yet to start a device, or go on.
+      const sched_param none{};
+      if (::sched_getscheduler(0) == SCHED_OTHER) ::sched_setscheduler(0, SCHED_BATCH, &none);
       static constexpr nanoseconds least_nap = std::chrono::microseconds(20), most_nap = std::chrono::milliseconds(1);
       std::vector<std::shared_ptr<AnyEngine>> engines;
       nanoseconds nap = least_nap;
@@ -130,7 +136,8 @@ class ProgressThread {
 };
 
 /// Starts the progress thread, or shares the one there is (then `core` is ignored). From then on it drives operations that
-/// are started; without it, they go on in calls of their communicator alone. Errc::invalid_argument if it cannot run on that core.
+/// are started; without it, they go on in calls of their communicator alone. It runs on `core`, or Errc::invalid_argument if it
+/// cannot; -1: on any that the process had when it started (`taskset`, a launcher), even if the caller is pinned to one of them.
 [[nodiscard]] inline ProgressThread progress_thread(int core = -1) {
   auto& the = detail::TheProgressWorker::get();
   const std::lock_guard lock(the.mutex);
