@@ -125,6 +125,7 @@ constexpr std::uint8_t algorithm_code(std::string_view name) {
   const std::string algorithm = f.algorithm < std::size(algorithm_names) ? std::string(algorithm_names[f.algorithm]) : concat({"user algorithm #", f.algorithm});
   if (f.operation == Collective::send || f.operation == Collective::receive) return concat({name_of(f.operation), "(", count, " bytes, tag ", static_cast<std::int32_t>(bits), ")"});
   if (f.operation == Collective::barrier) return concat({name_of(f.operation), "(", algorithm, ")"});
+  if (f.type == ElementType::membership) return "split, subset, duplicate or allocate";
   const Piece elements = f.group ? Piece("a group of sizes") : Fingerprint::hash_count(count) == f.count_hash ? Piece(count) : "another count";
   const std::string folded = reduces(f.operation) ? concat({", ", operator_text(f.op)}) : "", from = has_root(f.operation) ? concat({", root ", f.root}) : "";
   if (sizes_differ(f.operation)) return concat({name_of(f.operation), "(", name_of(f.type), folded, from, ", ", algorithm, ")"});
