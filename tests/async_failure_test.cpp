@@ -175,6 +175,30 @@ static void operator_throws(RankKind kind) {
 }
 TALLY_TEST_BOTH("an operator throws with other operations in flight", "", operator_throws)
 
+static void thrown_in_a_blocking_call(RankKind kind) {
+  const test::Shared<std::atomic<int>> started;
+  const test::Outcome outcome = test::outcome_of(2, kind, [&](Communicator& comm) {
+    std::vector<int> a(5, 1), b(5, 1);
+    const auto throws = [&](int x, int y) {
+      if (comm.rank() == 0) throw std::out_of_range("mine");
+      return x + y;
+    };
+    if (comm.rank() == 1) {
+      test::eventually(10s, [&] { return *started == 1; });
+      const Caught c = caught([&] { comm.all_reduce(a, b, commutative(throws), {.algorithm = "one_shot"}), comm.barrier(), comm.barrier(); });
+      return expect(c.is(Errc::aborted) && test::has(c.text, "mine"), c.text);
+    }
+    Operation operation = comm.async_all_reduce(a, b, commutative(throws), {.algorithm = "one_shot"});
+    *started = 1;
+    const Caught blocking = caught([&] { comm.barrier(); }), own = caught([&] { operation.wait(); });
+    expect(blocking.is(Errc::aborted) && test::has(blocking.text, "mine") && test::has(blocking.text, "all_reduce"), std::string("the barrier: ") + blocking.text);
+    expect(own.foreign && std::string_view(own.text) == "mine", std::string("its own: ") + own.text);
+  });
+  CAPTURE(outcome);
+  for (const Caught& rank : outcome.ranks) CHECK((rank.ran && !rank.error && !rank.foreign));
+}
+TALLY_TEST_BOTH("a blocking call that drives an operation whose operator throws fails with an error of its own", "", thrown_in_a_blocking_call)
+
 TEST_CASE("an operator of a share, or of a step without a peer, throws with other operations in flight") {
   everywhere(2, threads, [](Communicator& comm) {
     std::vector<int> a(40'000, 1), b(4000, 1), c(4000, 0);

@@ -218,6 +218,27 @@ static void waiting_for_a_while(RankKind kind) {
 }
 TALLY_TEST_BOTH("wait_for is no deadline", "", waiting_for_a_while)
 
+static void test_goes_on(RankKind kind) {
+  const test::Shared<std::atomic<bool>> sent;
+  Options options;
+  options.slots = SlotOptions{.slots = 32, .slot_bytes = 128};
+  on_ranks(
+      2, kind,
+      [&](Communicator& comm) {
+        std::vector<int> data = filled(400, comm.rank());  // 13 frames at least
+        if (comm.rank() == 1) {
+          comm.send(data, 0, 3);
+          *sent = true;
+        } else {
+          expect(test::eventually(10s, [&] { return sent->load(); }), "all frames are there");
+          Operation operation = comm.async_receive(data, 1, 3);
+          expect(operation.test() && all_are(data, 1), "one test() takes them");
+        }
+      },
+      options);
+}
+TALLY_TEST_BOTH("test() goes on as long as something moves", "", test_goes_on)
+
 TEST_CASE("the progress thread alone ends operations, calls back and resumes coroutines") {
   on_ranks(3, threads, [](Communicator& comm) {
     const ProgressThread thread = progress_thread();

@@ -108,7 +108,7 @@ class Engine final : public AnyEngine {
     out_of_time_ = false;
     diagnosis_.waited = &run;
     try {
-      if (at_most && *at_most <= nanoseconds{0}) once();
+      if (at_most && *at_most <= nanoseconds{0}) a_while();
       else
         while (!run.done.load(std::memory_order_relaxed) && !out_of_time_) turn();
       transport_->flush();
@@ -187,7 +187,7 @@ class Engine final : public AnyEngine {
     if (runs_.first() && !failed_) {
       progress_.drive(runs_.first()->timeout);
       try {
-        once();
+        a_while();
         transport_->flush();
       } catch (...) {
         fail();
@@ -334,6 +334,7 @@ class Engine final : public AnyEngine {
     prepared.busy = true;
     post_steps(run, prepared, input, output);
     drive(run);
+    at_work_for(run);
     prepared.busy = false;
   }
   [[noreturn, gnu::cold]] void raise(Errc code, const Run& run, Rank peer, std::initializer_list<detail::Piece> text) {
@@ -397,7 +398,7 @@ class Engine final : public AnyEngine {
       fail();
       progress_.stop();
       runs_.free(run);
-      if (detected_) throw *failed_;
+      if (detected_ || diagnosis_.serving != &run) throw *failed_;  // what the operator of another one threw is that one's
       throw;  // a user's exception, as it was
     }
     Report report = close(run);
@@ -425,7 +426,7 @@ class Engine final : public AnyEngine {
       fail();
       progress_.stop();
       runs_.free(run);
-      if (detected_) throw *failed_;
+      if (detected_ || diagnosis_.serving != &run) throw *failed_;
       throw;
     }
     run.exposed = progress_.rest() - run.account.arrival;
@@ -547,11 +548,17 @@ class Engine final : public AnyEngine {
     else once();
     if (finished_) complete_finished();
   }
-  /// What can be done without waiting.
-  void once() {
-    if (!locals_.empty()) locals_.run(*this);
-    progress_.poll(*this);
+  /// What can be done without waiting: a frame, or a slice of each local step. True if there was any.
+  bool once() {
+    const bool local = !locals_.empty();
+    if (local) locals_.run(*this);
+    const bool moved = progress_.poll(*this);
     if (finished_) complete_finished();
+    return local || moved;
+  }
+  /// The same as long as there is more, within bounds: who asked has something else to do.
+  void a_while() {
+    for (int rounds = 32; rounds > 0 && once();) --rounds;
   }
   void complete_finished() {
     while (finished_) {
