@@ -299,6 +299,31 @@ TEST_CASE("deadlines of operations that only the progress thread drives", "[timi
   }
 }
 
+TEST_CASE("of several operations that only the progress thread drives the first deadline counts, and its operation is named", "[timing]") {
+  const test::Outcome outcome = test::outcome_of(2, threads, [](Communicator& comm) {
+    const ProgressThread thread = progress_thread();
+    std::vector<int> a(5, 1), b(6, 1), c(7, 1), d(8, 1);
+    comm.barrier();
+    comm.async_all_reduce(d, sum, {.timeout = 40ms}).wait();
+    if (comm.rank() == 1) {
+      std::this_thread::sleep_for(600ms);
+      return;
+    }
+    std::atomic<std::int64_t> ended{0};
+    const std::int64_t begin = now_ns();
+    Operation first = comm.async_all_reduce(a, sum, {.timeout = 20s}), second = comm.async_all_reduce(b, sum, {.timeout = 150ms}), third = comm.async_all_reduce(c, sum, {.timeout = 10s});
+    second.then([&] { ended = now_ns(); });
+    std::this_thread::sleep_for(500ms);
+    expect(ended - begin >= 145'000'000 && ended - begin < 400'000'000, "it ended at its deadline: " + std::to_string(test::ms(ended - begin)));
+    for (Operation* operation : {&third, &second, &first}) {
+      const Caught end = caught([&] { operation->wait(); });
+      expect(end.is(Errc::timeout) && test::has(end.text, "rank 0 in all_reduce(int32 x 6, sum") && test::has(end.text, "#4 waits for") && test::has(end.text, "rank 1 has not called it"), end.text);
+    }
+  });
+  CAPTURE(outcome);
+  CHECK((outcome.ranks[0].ran && !outcome.ranks[0].error && !outcome.ranks[0].foreign));
+}
+
 TEST_CASE("an operation that is driven on does not inherit the deadline of the one before", "[timing]") {
   const test::Outcome outcome = test::outcome_of(2, threads, [](Communicator& comm) {
     std::optional<ProgressThread> thread = progress_thread();

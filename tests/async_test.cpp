@@ -440,6 +440,93 @@ TEST_CASE("an operator that calls its own communicator gets an error, in whichev
   });
 }
 
+TEST_CASE("an operator that destroys an operation in flight of its communicator ends the process and says why", "[processes]") {
+  for (const bool progress : {false, true}) {
+    CAPTURE(progress);
+    int ends[2];
+    REQUIRE(::pipe(ends) == 0);
+    test::Process child([&] {
+      ::signal(SIGABRT, SIG_DFL);
+      const rlimit none{0, 0};
+      ::setrlimit(RLIMIT_CORE, &none);
+      ::dup2(ends[1], 2);
+      launch(2, [&](Communicator& comm) {
+        std::optional<ProgressThread> thread;
+        if (progress) thread = progress_thread();
+        int x = 1, never = 0;
+        std::optional<Operation> victim = comm.async_receive(std::span(&never, 1), 1 - comm.rank(), 5);  // nobody sends
+        Operation operation = comm.async_all_reduce(std::span(&x, 1), commutative([&](int a, int b) {
+          victim.reset();
+          return a + b;
+        }));
+        if (progress) std::this_thread::sleep_for(10s);
+        operation.wait();
+      }, threads);
+    });
+    ::close(ends[1]);
+    CHECK(test::killed_by(child.wait(8s), SIGABRT));
+    char text[1000] = {};
+    CHECK(::read(ends[0], text, sizeof text - 1) > 0);
+    CHECK_THAT(text, Catch::StartsWith("tally: an operator destroys an Operation in flight of the communicator that calls it"));
+    ::close(ends[0]);
+  }
+}
+
+TEST_CASE("an operator may destroy operations that are done, and those of other communicators") {
+  either_way(2, threads, [](Communicator& comm) {
+    Communicator other = comm.duplicate();
+    int x = 1, y = 1, z = 1, w = 1;
+    std::optional<Operation> done = comm.async_all_reduce(std::span(&y, 1), sum), again = comm.async_all_reduce(std::span(&w, 1), sum), elsewhere;
+    done->wait();
+    again->wait();
+    elsewhere = other.async_all_reduce(std::span(&z, 1), sum);
+    std::uint64_t sent = 0;
+    Operation operation = comm.async_all_reduce(std::span(&x, 1), commutative([&](int a, int b) {
+      if (again) caught([&] { again->wait(); });  // refused, except in the progress thread
+      sent = comm.counters().frames_sent;
+      again.reset();
+      done.reset();
+      elsewhere.reset();
+      return a + b;
+    }));
+    operation.wait();
+    expect(x == 2 && y == 2 && z == 2 && w == 2 && !done && !again && !elsewhere && sent > 0, "all went on");
+    operation = Operation();
+    comm.barrier();
+    std::uint64_t calls = 0;
+    for (const LedgerRow& row : comm.ledger().rows())
+      if (row.operation == Collective::all_reduce) calls += row.calls;
+    expect(calls == 4, "all are booked once, as is the one in duplicate(): " + std::to_string(calls));
+  });
+}
+
+TEST_CASE("another thread may destroy what is done while the communicator is in use") {
+  either_way(2, threads, [](Communicator& comm) {
+    for (int round = 0; round < 3; ++round) {
+      int x = 1;
+      std::optional<Operation> done = comm.async_all_reduce(std::span(&x, 1), sum);
+      done->wait();
+      comm.barrier();
+      if (comm.rank() == 1) std::this_thread::sleep_for(20ms);
+      std::atomic<bool> inside{false};
+      std::thread thread([&] {
+        while (!inside) std::this_thread::yield();
+        std::this_thread::sleep_for(5ms);
+        done.reset();
+      });
+      inside = true;
+      comm.barrier();
+      thread.join();
+      for (int i = 0; i < 5; ++i) comm.async_all_reduce(std::span(&x, 1), sum).wait();
+    }
+    comm.barrier();
+    std::uint64_t calls = 0;
+    for (const LedgerRow& row : comm.ledger().rows())
+      if (row.operation == Collective::all_reduce) calls += row.calls;
+    expect(calls == 18, "each is booked once: " + std::to_string(calls));
+  });
+}
+
 // What they report.
 
 TEST_CASE("operations account for their time exactly, and the thread's only once") {

@@ -138,8 +138,12 @@ class Engine final : public AnyEngine {
     while (!returned_.compare_exchange_weak(run.next, &run, std::memory_order_release, std::memory_order_relaxed)) {
     }
     if (Gate::on_progress_thread()) return;
-    const Use use(*this, true, !gate_.shared());  // it takes what was returned
+    try {
+      const Use use(*this, true, !gate_.shared());  // it takes what was returned
+    } catch (const Error&) {  // somebody is inside: whoever comes next does
+    }
   }
+  bool is_inside() const override { return gate_.is_inside(); }
   void then(Run& run, std::function<void()> f) override {
     {
       const Use use(*this, true);
@@ -160,11 +164,12 @@ class Engine final : public AnyEngine {
       gate_.begin_driving();
       const Ticks limit = clock_.to_ticks(patience);
       Ticks moved = clock_.now();
-      const Run* const oldest = runs_.first();  // whose deadline counts
-      progress_.drive(oldest->timeout, oldest->posted);
+      const Run* const oldest = runs_.first();
+      progress_.drive_until(runs_.soonest());
       limit_is_error_ = true;
+      out_of_time_ = false;
       try {
-        for (std::uint64_t seen = moves_; runs_.first() == oldest && !gate_.wanted();) {
+        for (std::uint64_t seen = moves_; runs_.first() == oldest && !gate_.wanted() && !out_of_time_;) {
           turn();
           if (seen == moves_ && clock_.now() - moved > limit) break;
           if (seen != moves_) moved = clock_.now(), seen = moves_;
@@ -173,6 +178,7 @@ class Engine final : public AnyEngine {
       } catch (...) {
         fail();
       }
+      diagnosis_.waited = nullptr;
       progress_.rest();
       gate_.end_driving();
       more = runs_.first() != nullptr;
@@ -228,7 +234,7 @@ class Engine final : public AnyEngine {
   int size() const override { return transport_->size(); }
   const Ledger& ledger() const override { return ledger_; }
   TransportCounters counters() const override {
-    if (!gate_.shared() || gate_.is_driver()) return transport_->counters();
+    if (!gate_.shared() || gate_.is_inside()) return transport_->counters();
     const Held held(const_cast<Engine&>(*this));
     return transport_->counters();
   }
@@ -300,9 +306,17 @@ class Engine final : public AnyEngine {
       out_of_time_ = true;
       return;
     }
+    nanoseconds waited = progress_.waited();
+    if (gate_.is_driver()) {  // the first of their deadlines, unless its operation has ended meanwhile
+      const Run& next = runs_.find_soonest();
+      const Ticks now = clock_.now();
+      if (now < next.deadline) return void(out_of_time_ = true);
+      diagnosis_.waited = &next;
+      waited = clock_.to_ns(now - next.posted);
+    }
     const Rank late = diagnosis_.late_rank();
     raise(Errc::timeout, diagnosis_.stuck(), late >= 0 ? late : diagnosis_.first_missing(),
-          {diagnosis_.missing(), " after ", detail::time_text(progress_.waited()), late >= 0 ? detail::concat({"; rank ", late, " has not called it; "}) : "; ", diagnosis_.last_seen()});
+          {diagnosis_.missing(), " after ", detail::time_text(waited), late >= 0 ? detail::concat({"; rank ", late, " has not called it; "}) : "; ", diagnosis_.last_seen()});
   }
   [[noreturn, gnu::cold]] void raise_abort() {
     const AbortNotice notice = transport_->abort_notice();
@@ -346,7 +360,7 @@ class Engine final : public AnyEngine {
   }
   std::string describe(const Run& run) const { return diagnosis_.describe(run); }
 
-  static constexpr std::uint16_t collective_lane = 0, message_lane = 1;
+  static constexpr std::uint16_t message_lane = 1;  // collectives use lane 0
   Runs& runs() { return runs_; }
   /// One less of its transfers is under way. Those in the background are completed when the thread is out of the transport.
   void end_transfer(Run& run) {
@@ -416,8 +430,10 @@ class Engine final : public AnyEngine {
     run.exposed = 0;
     progress_.begin(run.account, timeout);
     run.posted = accounting_ ? run.account.arrival : clock_.now();
+    run.deadline = run.posted + clock_.to_ticks(timeout);
     try {
       f();
+      runs_.expect_by_deadline();
       complete_finished();  // among them perhaps itself
       if (run.remaining == 0 && run.in_flight) complete(run);
       transport_->flush();
@@ -476,28 +492,9 @@ class Engine final : public AnyEngine {
   }
   /// Posts all steps of a plan; moved() tells how far they are.
   void post_steps(Run& run, Prepared& prepared, const std::byte* input, std::byte* output) {
-    const std::byte* scratch = run.scratch.data();
-    const auto address = [&](const Range& range) -> const std::byte* {
-      const std::byte* base = range.buffer == Buffer::input ? input : range.buffer == Buffer::output ? output : scratch;
-      return base ? base + range.first : nullptr;
-    };
     run.active = &prepared;
-    const Lateness arrival = progress_.arrival(run.account);
     run.remaining = prepared.transfers.size();
-    for (std::uint32_t i = 0; i < prepared.transfers.size(); ++i) {
-      const PlannedStep& step = prepared.plan->steps()[i];
-      Transfer& t = prepared.transfers[i];
-      t.from = address(step.from);
-      t.to = const_cast<std::byte*>(address(step.to));  // plans never write the input
-      t.ready = prepared.ready[i];
-      t.done = 0;
-      t.operation = static_cast<std::uint32_t>(run.sequence);
-      t.fingerprint = run.fingerprint;
-      t.lane = collective_lane;
-      t.inherited = t.late = arrival;
-      t.owner = &run;
-      prepared.queued[i] = 0;
-    }
+    prepared.aim(input, output, run.scratch.data(), run.sequence, run.fingerprint, progress_.arrival(run.account), &run);
     // Some are done as soon as they are posted, and move others.
     for (std::uint32_t i = 0; i < prepared.transfers.size(); ++i) {
       Transfer& t = prepared.transfers[i];

@@ -23,7 +23,7 @@ class Gate {
   void enter(Interrupt&& interrupt, bool ruled = true) {
     if (ruled) rule_.enter();
     if (!shared_) return;
-    if (is_driver()) refuse_driver(ruled);
+    if (is_driver() || (!ruled && rule_.is_inside())) refuse_own(ruled);
     lock(interrupt);
   }
   /// The same, unless somebody is in here. Its leave() is ruled.
@@ -75,6 +75,8 @@ class Gate {
     return is;
   }
   bool is_driver() const { return driver_.load(std::memory_order_relaxed) == std::this_thread::get_id(); }
+  /// Whether this thread is at work in here, and so in an operator of the user's.
+  bool is_inside() const { return is_driver() || rule_.is_inside(); }
   /// It has something else to do.
   void call_back() { back_.store(true, std::memory_order_relaxed); }
   /// Somebody else wants to go on: the progress thread should leave.
@@ -91,8 +93,8 @@ class Gate {
     if (ruled) rule_.exit();
     for (const auto& f : due) f();
   }
-  /// The progress thread, in an operator: the rule does not know of it.
-  [[noreturn, gnu::cold, gnu::noinline]] void refuse_driver(bool ruled) {
+  /// An operator calls, where the rule does not know of it: it would wait for itself.
+  [[noreturn, gnu::cold, gnu::noinline]] void refuse_own(bool ruled) {
     if (ruled) rule_.exit();
     throw Error(Errc::invalid_argument, "this communicator is called from inside one of its own operations");
   }

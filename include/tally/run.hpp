@@ -3,6 +3,7 @@
 // element types.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
@@ -78,7 +79,7 @@ struct Run {
 
   Account account;
   nanoseconds timeout{};
-  Ticks posted = 0, exposed = 0;  // of those in the background
+  Ticks posted = 0, deadline = 0, exposed = 0;  // of those in the background
   Report report;
   std::exception_ptr error;
   std::function<void()> continuation;
@@ -123,11 +124,25 @@ class Runs {
   Run* first() const { return first_; }
   bool several() const { return first_ != last_; }
 
+  /// The last one is in the background and has its deadline.
+  void expect_by_deadline() { soonest_ = several() ? std::min(soonest_, last_->deadline) : last_->deadline; }
+  /// No deadline of those in flight, in the background all, comes before this; not looked for each time, since they end all the time.
+  Ticks soonest() const { return soonest_; }
+  /// When that has come: whose deadline is next. There is one in flight.
+  const Run& find_soonest() {
+    const Run* found = first_;
+    for (const Run* run = first_; run; run = run->after)
+      if (run->deadline < found->deadline) found = run;
+    soonest_ = found->deadline;
+    return *found;
+  }
+
  private:
   int n_;
   std::vector<std::unique_ptr<Run>> all_;
   Run *free_first_ = nullptr, *free_last_ = nullptr, *first_ = nullptr, *last_ = nullptr;
   std::uint32_t number_ = 0;
+  Ticks soonest_ = 0;
 };
 
 /// What communicators see: one virtual call per operation hides which transport and accounting are at work.
@@ -149,6 +164,7 @@ class AnyEngine {
   virtual bool wait(Run& run, const nanoseconds* at_most) = 0;
   virtual Report fetch(Run& run) = 0;  // of one that is done; throws what it failed with
   virtual void give_back(Run& run) = 0;  // waits until it is done
+  virtual bool is_inside() const = 0;    // this thread is at work in here: it is in an operator that this engine calls
   virtual void then(Run& run, std::function<void()> f) = 0;
   /// For a progress thread: drives what is in flight until the oldest is done, or nothing has moved for so long, or somebody wants it back.
   enum class Driven : std::uint8_t { nothing_left, more, by_caller };  // by_caller: its thread is in here

@@ -35,6 +35,15 @@ class ThreadRule {
     take_over();
   }
   void exit() { inside_->inside.store(false, std::memory_order_release); }
+  /// Whether this very thread is.
+  bool is_inside() const {
+    const Mark* mark = user_.load(std::memory_order_acquire);
+    if (mark->thread != self()) {  // perhaps for a moment: another one is being refused
+      const std::lock_guard lock(taking_over_);
+      for (mark = &first_; mark && mark->thread != self();) mark = mark->next.get();
+    }
+    return mark && mark->inside.load(std::memory_order_relaxed);
+  }
 
  private:
   /// Each thread has one of its own: one that was the user may still be about to set its mark when another one is inside.
@@ -66,14 +75,14 @@ class ThreadRule {
     Mark* mark = &first_;
     for (; mark->thread != thread && mark->thread != 0; mark = mark->next.get())
       if (!mark->next) mark->next = std::make_unique<Mark>();
-    mark->thread = thread;
+    if (mark->thread != thread) mark->thread = thread;  // others read it
     return *mark;
   }
 
   Mark first_;
   std::atomic<Mark*> user_{&first_};
   Mark* inside_ = nullptr;  // of who is inside
-  std::mutex taking_over_;
+  mutable std::mutex taking_over_;
   bool fences_;
 };
 
