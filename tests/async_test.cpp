@@ -288,9 +288,36 @@ TEST_CASE("misuse of operations in flight is refused") {
     refused([&] { comm.broadcast(std::span(a).subspan(99), 0); }, {"broadcast", "all_reduce(int32 x 100", "#1", "still in flight"});
     refused([&] { const Operation o = comm.async_all_gather(std::span(a).first(2), std::span(b).first(4)); }, {"all_gather", "still in flight"});
     refused([&] { const Operation o = comm.async_all_reduce(std::span(std::as_const(a)).first(2), std::span(b).first(2), sum); }, {"all_reduce", "still in flight"});
+    refused([&] { comm.all_gather(std::span(a).first(2), std::span(b).first(4)); }, {"all_gather", "still in flight"});
+    // Messages, too.
+    const Rank peer = 1 - comm.rank();
+    std::vector<int> in = filled(10, 0), out = filled(10, 1);
+    refused([&] { const Operation o = comm.async_send(std::span(a).last(1), peer); }, {"send of 4 bytes", "all_reduce(int32 x 100", "still in flight"});
+    refused([&] { const Operation o = comm.async_receive(std::span(a).first(1), peer); }, {"receive of 4 bytes", "still in flight"});
+    refused([&] { comm.send(std::span(a).last(1), peer); }, {"send"});
+    refused([&] { comm.receive(std::span(a).last(1), peer); }, {"receive"});
+    refused([&] { comm.send_receive(std::span(a).last(1), peer, in, peer); }, {"send_receive"});
+    refused([&] { comm.send_receive(out, peer, std::span(a).last(1), peer); }, {"send_receive"});
+    Operation receiving = comm.async_receive(in, peer, 1), large = comm.async_receive(std::span(b).first(0), peer, 2);
+    refused([&] { const Operation o = comm.async_receive(std::span(in).last(1), peer, 3); }, {"receive(int32 x 10 from rank", "tag 1", "still in flight"});
+    refused([&] { const Operation o = comm.async_send(std::span(in).first(1), peer, 3); }, {"receive(int32 x 10 from rank"});
+    refused([&] { comm.all_reduce(in, sum); }, {"all_reduce", "receive(int32 x 10 from rank"});
+    comm.send(out, peer, 1);
+    comm.send(std::span(out).first(0), peer, 2);
+    // Between others in memory, and what is only read: both are fine.
+    std::vector<int> around(30);
+    {
+      const std::span all(around);
+      Operation low = comm.async_receive(all.first(10), peer, 4), high = comm.async_receive(all.last(10), peer, 4), middle = comm.async_receive(all.subspan(10, 10), peer, 4);
+      const Operation one = comm.async_send(out, peer, 4), two = comm.async_send(out, peer, 4), three = comm.async_send(out, peer, 4);
+      low.wait(), high.wait(), middle.wait();
+    }
+    expect(all_are(around, 1), "three messages");
     first.wait();
     second.wait();
+    receiving.wait();
     comm.broadcast(std::span(a).subspan(99), 0);  // no longer in flight
+    comm.all_reduce(in, sum);
     Operation moved = std::move(first);
     refused([&] { first.wait(); }, {"moved from"});
     refused([&] { Operation().test(); }, {"never started"});
@@ -668,6 +695,30 @@ TEST_CASE("the progress thread sleeps while nothing is pending, and while the ca
     if (comm.rank() == 0) std::printf("processor time in 200 ms: %.2f ms idle, %.2f ms with a caller who waits\n", test::ms(idle.count()), test::ms(blocked.count()));
     expect(idle < 20ms, "idle: " + std::to_string(test::ms(idle.count())) + " ms of processor time");
     expect(blocked < 40ms, "the caller waits: " + std::to_string(test::ms(blocked.count())) + " ms of processor time");
+  });
+}
+
+TEST_CASE("the progress thread naps while several communicators wait for other ranks", "[timing]") {
+  on_ranks(2, threads, [](Communicator& comm) {
+    const ProgressThread thread = progress_thread();
+    Communicator other = comm.duplicate(), third = comm.duplicate();
+    int x = 1, y = 1, z = 1;
+    comm.barrier();
+    if (comm.rank() == 1) {
+      std::this_thread::sleep_for(500ms);
+      comm.all_reduce(std::span(&x, 1), sum);
+      return other.all_reduce(std::span(&y, 1), sum), third.all_reduce(std::span(&z, 1), sum), void();
+    }
+    Operation first = comm.async_all_reduce(std::span(&x, 1), sum), second = other.async_all_reduce(std::span(&y, 1), sum);
+    const nanoseconds from = process_time();
+    std::this_thread::sleep_for(300ms);
+    const nanoseconds used = process_time() - from;
+    std::atomic<bool> done{false};
+    Operation last = third.async_all_reduce(std::span(&z, 1), sum);
+    last.then([&] { done = true; });
+    expect(test::eventually(5s, [&] { return done.load(); }), "it goes on with all of them");
+    std::printf("processor time in 300 ms: %.2f ms with two communicators that wait\n", test::ms(used.count()));
+    expect(used < 150ms, "it took " + std::to_string(test::ms(used.count())) + " ms of processor time");
   });
 }
 

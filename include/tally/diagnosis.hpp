@@ -7,9 +7,8 @@
 #include <cstddef>
 #include <cstdint>
 #include <exception>
-#include <functional>
-#include <span>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "call.hpp"
@@ -97,17 +96,10 @@ class Diagnosis {
   }
 
   /// What one operation writes, no other one in flight may read or write.
-  void refuse_overlaps(const Call& call) {
-    const auto overlap = [](std::span<const std::byte> a, std::span<const std::byte> b) {
-      const std::less<> before;
-      return !a.empty() && !b.empty() && before(a.data(), b.data() + b.size()) && before(b.data(), a.data() + a.size());
-    };
-    for (const Run* run = runs_.first(); run; run = run->after) {
-      if (!run->call) continue;
-      const Call& other = *run->call;
-      if (overlap(call.output_bytes(), other.output_bytes()) || overlap(call.output_bytes(), other.input_bytes()) || overlap(call.input_bytes(), other.output_bytes()))
-        throw Error(Errc::invalid_argument, {name_of(call.layout.operation), " of ", call.layout.items(), " elements overlaps in memory with ", describe(*run), ", which is still in flight: wait for that first"});
-    }
+  void refuse_overlaps(const Buffers& buffers, std::string_view what) const {
+    if (!runs_.first() || !buffers.clashes(runs_.hull())) return;
+    for (const Run* run = runs_.first(); run; run = run->after)
+      if (buffers.clashes(Buffers(*run))) throw Error(Errc::invalid_argument, {what, " of ", std::max(buffers.in.size(), buffers.out.size()), " bytes overlaps in memory with ", describe(*run), ", which is still in flight: wait for that first"});
   }
 
   /// In a handler: what was thrown, as an error of this rank in that operation.

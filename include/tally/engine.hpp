@@ -46,7 +46,7 @@ class Engine final : public AnyEngine {
 
   Report run(const Call& call) override {
     const Use use(*this);
-    if (runs_.first()) diagnosis_.refuse_overlaps(call);
+    if (runs_.first()) diagnosis_.refuse_overlaps(Buffers(call), name_of(call.layout.operation));
     Run& run = runs_.take();
     run.call = &call;
     return to_end(run, call.timeout, [&] {
@@ -66,6 +66,7 @@ class Engine final : public AnyEngine {
   Report run(const Message& message, Message* received) override {
     const Use use(*this);
     if (message.peer == rank() && !message.is_send) mailbox_.expect_known(message);
+    if (runs_.first()) diagnosis_.refuse_overlaps(Buffers(message), message.is_send ? "send" : "receive");
     Run& run = runs_.take();
     return to_end(run, message.timeout, [&] {
       post(run, message);
@@ -76,6 +77,7 @@ class Engine final : public AnyEngine {
 
   Report run(const Message& send, const Message& receive, Message* received) override {
     const Use use(*this);
+    if (runs_.first()) diagnosis_.refuse_overlaps(Buffers(send, receive), "send_receive");
     Run& run = runs_.take();
     return to_end(run, receive.timeout, [&] {
       post(run, receive, &send);
@@ -86,7 +88,7 @@ class Engine final : public AnyEngine {
 
   Run* start(const Call& call, std::shared_ptr<const void> kept) override {
     const Use use(*this);
-    diagnosis_.refuse_overlaps(call);
+    diagnosis_.refuse_overlaps(Buffers(call), name_of(call.layout.operation));
     Run& run = runs_.take();
     run.own_call = call;
     run.call = &run.own_call;
@@ -95,6 +97,7 @@ class Engine final : public AnyEngine {
   }
   Run* start(const Message& message) override {
     const Use use(*this);
+    diagnosis_.refuse_overlaps(Buffers(message), message.is_send ? "send" : "receive");
     Run& run = runs_.take();
     return in_background(run, message.timeout, [&] { post(run, message); });
   }
@@ -107,14 +110,11 @@ class Engine final : public AnyEngine {
     limit_is_error_ = !at_most;
     out_of_time_ = false;
     diagnosis_.waited = &run;
-    try {
+    attempt([&] {
       if (at_most && *at_most <= nanoseconds{0}) a_while();
       else
         while (!run.done.load(std::memory_order_relaxed) && !out_of_time_) turn();
-      transport_->flush();
-    } catch (...) {
-      fail();
-    }
+    });
     diagnosis_.waited = nullptr;
     progress_.rest();
     if (accounting_) run.exposed += clock_.now() - begin;
@@ -154,7 +154,7 @@ class Engine final : public AnyEngine {
     }
     f();
   }
-  Driven drive(nanoseconds patience) override {
+  Driven drive(nanoseconds patience, bool& moved) override {
     std::vector<std::function<void()>> due;
     bool more = false;
     {
@@ -163,21 +163,20 @@ class Engine final : public AnyEngine {
       if (!runs_.first() || failed_) return Driven::nothing_left;
       gate_.begin_driving();
       const Ticks limit = clock_.to_ticks(patience);
-      Ticks moved = clock_.now();
+      Ticks since = clock_.now();
+      const std::uint64_t before = moves_;
       const Run* const oldest = runs_.first();
       progress_.drive_until(runs_.soonest());
       limit_is_error_ = true;
       out_of_time_ = false;
-      try {
+      attempt([&] {
         for (std::uint64_t seen = moves_; runs_.first() == oldest && !gate_.wanted() && !out_of_time_;) {
           turn();
-          if (seen == moves_ && clock_.now() - moved > limit) break;
-          if (seen != moves_) moved = clock_.now(), seen = moves_;
+          if (seen == moves_ && clock_.now() - since > limit) break;
+          if (seen != moves_) since = clock_.now(), seen = moves_;
         }
-        transport_->flush();
-      } catch (...) {
-        fail();
-      }
+      });
+      moved = moved || moves_ != before || !locals_.empty() || runs_.first() != oldest;
       diagnosis_.waited = nullptr;
       progress_.rest();
       gate_.end_driving();
@@ -192,12 +191,7 @@ class Engine final : public AnyEngine {
     const std::uint64_t before = moves_;
     if (runs_.first() && !failed_) {
       progress_.drive(runs_.first()->timeout);
-      try {
-        a_while();
-        transport_->flush();
-      } catch (...) {
-        fail();
-      }
+      attempt([&] { a_while(); });
       progress_.rest();
     }
     moved = moved || moves_ != before;
@@ -433,7 +427,7 @@ class Engine final : public AnyEngine {
     run.deadline = run.posted + clock_.to_ticks(timeout);
     try {
       f();
-      runs_.expect_by_deadline();
+      runs_.leave_last_in_background();
       complete_finished();  // among them perhaps itself
       if (run.remaining == 0 && run.in_flight) complete(run);
       transport_->flush();
@@ -539,6 +533,16 @@ class Engine final : public AnyEngine {
     ledger_.settle();  // what was sent takes longer to arrive than this
     while (run.remaining > 0) turn();
     transport_->flush();
+  }
+  /// What was started before goes on: if that fails, its wait() says so.
+  template <class F>
+  void attempt(F&& f) {
+    try {
+      f();
+      transport_->flush();
+    } catch (...) {
+      fail();
+    }
   }
   void turn() {
     if (locals_.empty()) progress_.turn(*this);
