@@ -20,7 +20,7 @@ namespace tally::inline v0 {
 template <class T>
 class Diagnosis {
  public:
-  Diagnosis(T& transport, const Runs& runs) : transport_(transport), runs_(runs) {}
+  Diagnosis(T& transport, const Runs& runs) : transport_(transport), runs_(runs), seen_(2 * static_cast<std::size_t>(transport.size())) {}
 
   const Run* waited = nullptr;  // what the caller waits for, of the background
   Run* serving = nullptr;       // what the thread works for, or did last
@@ -30,13 +30,13 @@ class Diagnosis {
   /// Transfers that only their peer holds up: the first of their queue, and free to go on.
   template <class F>
   void for_each_needed(F&& f) const {
-    std::vector<char> seen(2 * static_cast<std::size_t>(transport_.size()));
+    std::ranges::fill(seen_, 0);
     for (const Run* run = runs_.first(); run; run = run->after) {
       if (!run->call && run->transfer.pending) f(run->transfer);
       if (!run->call && run->both && run->other_transfer.pending) f(run->other_transfer);
       if (!run->active) continue;
       for (const Transfer& t : run->active->transfers) {
-        char& queue = seen[2 * static_cast<std::size_t>(std::max(t.peer, 0)) + (t.is_send ? 1 : 0)];
+        char& queue = seen_[2 * static_cast<std::size_t>(std::max(t.peer, 0)) + (t.is_send ? 1 : 0)];
         if (!t.pending || queue) continue;
         queue = 1;
         if (t.bytes == 0 || t.ready > t.done) f(t);
@@ -144,6 +144,7 @@ class Diagnosis {
   };
   T& transport_;
   const Runs& runs_;
+  mutable std::vector<char> seen_;  // queues of transfers; kept, as who is needed is asked time and again in a long wait
   Called called_[8];
 };
 

@@ -22,7 +22,7 @@ namespace tally::inline v0 {
 
 /// One operation's side of the account.
 struct Account {
-  explicit Account(int n) : watch(n) {}
+  explicit Account(int n) : watch(n) { open.reserve(16); }  // as a rule that is enough for good
   Stopwatch watch;
   Ticks arrival = 0;  // when it was called
   Ticks driven = 0;   // Progress::driven() when it was last served
