@@ -710,9 +710,16 @@ TEST_CASE("the progress thread naps while several communicators wait for other r
       return other.all_reduce(std::span(&y, 1), sum), third.all_reduce(std::span(&z, 1), sum), void();
     }
     Operation first = comm.async_all_reduce(std::span(&x, 1), sum), second = other.async_all_reduce(std::span(&y, 1), sum);
+    const auto naps = [] {
+      rusage usage{};
+      ::getrusage(RUSAGE_SELF, &usage);
+      return usage.ru_nvcsw;
+    };
     const nanoseconds from = process_time();
+    const long naps_before = naps();
     std::this_thread::sleep_for(300ms);
     const nanoseconds used = process_time() - from;
+    expect(naps() - naps_before >= 50, "it naps: " + std::to_string(naps() - naps_before) + " times");
     std::atomic<bool> done{false};
     Operation last = third.async_all_reduce(std::span(&z, 1), sum);
     last.then([&] { done = true; });

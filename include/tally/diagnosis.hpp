@@ -96,7 +96,9 @@ class Diagnosis {
   }
 
   /// What one operation writes, no other one in flight may read or write.
-  void refuse_overlaps(const Buffers& buffers, std::string_view what) const {
+  [[gnu::noinline]] void refuse_overlaps(const Call& call) const { refuse_overlaps(Buffers(call), name_of(call.layout.operation)); }
+  [[gnu::noinline]] void refuse_overlaps(const Message& m) const { refuse_overlaps(Buffers(m), m.is_send ? "send" : "receive"); }
+  [[gnu::noinline]] void refuse_overlaps(const Buffers& buffers, std::string_view what) const {
     if (!runs_.first() || !buffers.clashes(runs_.hull())) return;
     for (const Run* run = runs_.first(); run; run = run->after)
       if (buffers.clashes(Buffers(*run))) throw Error(Errc::invalid_argument, {what, " of ", std::max(buffers.in.size(), buffers.out.size()), " bytes overlaps in memory with ", describe(*run), ", which is still in flight: wait for that first"});

@@ -46,7 +46,7 @@ class Engine final : public AnyEngine {
 
   Report run(const Call& call) override {
     const Use use(*this);
-    if (runs_.first()) diagnosis_.refuse_overlaps(Buffers(call), name_of(call.layout.operation));
+    if (runs_.first()) diagnosis_.refuse_overlaps(call);
     Run& run = runs_.take();
     run.call = &call;
     return to_end(run, call.timeout, [&] {
@@ -66,7 +66,7 @@ class Engine final : public AnyEngine {
   Report run(const Message& message, Message* received) override {
     const Use use(*this);
     if (message.peer == rank() && !message.is_send) mailbox_.expect_known(message);
-    if (runs_.first()) diagnosis_.refuse_overlaps(Buffers(message), message.is_send ? "send" : "receive");
+    if (runs_.first()) diagnosis_.refuse_overlaps(message);
     Run& run = runs_.take();
     return to_end(run, message.timeout, [&] {
       post(run, message);
@@ -88,7 +88,7 @@ class Engine final : public AnyEngine {
 
   Run* start(const Call& call, std::shared_ptr<const void> kept) override {
     const Use use(*this);
-    diagnosis_.refuse_overlaps(Buffers(call), name_of(call.layout.operation));
+    diagnosis_.refuse_overlaps(call);
     Run& run = runs_.take();
     run.own_call = call;
     run.call = &run.own_call;
@@ -97,7 +97,7 @@ class Engine final : public AnyEngine {
   }
   Run* start(const Message& message) override {
     const Use use(*this);
-    diagnosis_.refuse_overlaps(Buffers(message), message.is_send ? "send" : "receive");
+    diagnosis_.refuse_overlaps(message);
     Run& run = runs_.take();
     return in_background(run, message.timeout, [&] { post(run, message); });
   }
@@ -381,7 +381,7 @@ class Engine final : public AnyEngine {
   struct Use {
     /// `even_failed`: of operations that were started before. For `ruled` see Gate.
     explicit Use(Engine& e, bool even_failed = false, bool ruled = true) : engine(e), under_rule(ruled) {
-      engine.gate_.enter([&] { engine.transport_->interrupt(); }, under_rule);
+      engine.gate_.enter([&e] { e.transport_->interrupt(); }, ruled);  // nothing of this object's, which so stays in registers
       if (engine.returned_.load(std::memory_order_relaxed)) engine.take_returned();
       if (engine.failed_ && !even_failed) {
         engine.gate_.leave(under_rule);

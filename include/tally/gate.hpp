@@ -22,9 +22,7 @@ class Gate {
   template <class Interrupt>
   void enter(Interrupt&& interrupt, bool ruled = true) {
     if (ruled) rule_.enter();
-    if (!shared_) return;
-    if (is_driver() || (!ruled && rule_.is_inside())) refuse_own(ruled);
-    lock(interrupt);
+    if (shared_) enter_shared(interrupt, ruled);
   }
   /// The same, unless somebody is in here. Its leave() is ruled.
   bool try_enter() {
@@ -87,6 +85,11 @@ class Gate {
   std::vector<std::function<void()>> take_due() { return std::exchange(due_, {}); }
 
  private:
+  template <class Interrupt>
+  [[gnu::noinline]] void enter_shared(Interrupt& interrupt, bool ruled) {
+    if (is_driver() || (!ruled && rule_.is_inside())) refuse_own(ruled);
+    lock(interrupt);
+  }
   [[gnu::noinline]] void leave_and_call(bool ruled) {
     const auto due = take_due();
     unlock();

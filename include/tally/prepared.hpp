@@ -47,7 +47,7 @@ struct Prepared : std::enable_shared_from_this<Prepared> {
     }
   }
   /// The transfers begin anew, for a call with these buffers.
-  void aim(const std::byte* input, std::byte* output, const std::byte* scratch, std::uint64_t sequence, std::uint64_t fingerprint, const Lateness& arrival, void* owner) {
+  void aim(const std::byte* input, std::byte* output, const std::byte* scratch, std::uint64_t sequence, std::uint64_t fingerprint, Lateness arrival, void* owner) {
     const auto address = [&](const Range& range) -> const std::byte* {
       const std::byte* base = range.buffer == Buffer::input ? input : range.buffer == Buffer::output ? output : scratch;
       return base ? base + range.first : nullptr;

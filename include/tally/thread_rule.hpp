@@ -36,7 +36,7 @@ class ThreadRule {
   }
   void exit() { inside_->inside.store(false, std::memory_order_release); }
   /// Whether this very thread is.
-  bool is_inside() const {
+  [[gnu::cold, gnu::noinline]] bool is_inside() const {
     const Mark* mark = user_.load(std::memory_order_acquire);
     if (mark->thread != self()) {  // perhaps for a moment: another one is being refused
       const std::lock_guard lock(taking_over_);
