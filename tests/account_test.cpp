@@ -13,6 +13,8 @@
 #include <memory>
 #include <new>
 #include <numeric>
+#include <optional>
+#include <span>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -369,6 +371,41 @@ TEST_CASE("the steady state allocates nothing", "[processes]") {
     const std::size_t made = allocations - before;
     expect(made == 0, "no allocation in 250 operations");
   });
+}
+
+TEST_CASE("the steady state in the background allocates nothing", "[processes]") {
+#ifdef TALLY_TEST_SANITIZED
+  WARN("skipped: allocations are the sanitizer's");
+  return;
+#endif
+  for (const bool progress : {false, true}) {
+    CAPTURE(progress);
+    launch(2, [progress](Communicator& comm) {
+      std::optional<ProgressThread> thread;
+      if (progress) thread = progress_thread();
+      std::vector<float> small(2, 1.0f), large(100'000, 1.0f), sent(50, 1.0f), received(50);
+      const Rank peer = 1 - comm.rank();
+      const auto one = [&] {
+        for (int i = 0; i < 1000; ++i) comm.async_all_reduce(small, max).wait();
+      };
+      const auto several = [&] {
+        for (int i = 0; i < 200; ++i) {
+          Operation first = comm.async_all_reduce(small, max), second = comm.async_all_reduce(large, max), receiving = comm.async_receive(received, peer, 1), sending = comm.async_send(sent, peer, 1), third = comm.async_broadcast(std::span(small).first(0), 1);
+          comm.barrier();
+          sending.wait(), third.wait(), first.wait(), second.wait(), receiving.wait();
+        }
+      };
+      const auto made_by = [](const auto& work) {
+        work();
+        const std::size_t before = allocations;
+        work();
+        return allocations - before;
+      };
+      const std::size_t by_one = made_by(one), by_several = made_by(several);
+      expect(by_one == 0, std::to_string(by_one) + " allocations in 1000 operations in the background");
+      expect(by_several == 0, std::to_string(by_several) + " allocations in 1200 operations, five at a time in the background");
+    });
+  }
 }
 
 TEST_CASE("joules are modelled, bounded, and unknown where there is no model", "[processes]") {

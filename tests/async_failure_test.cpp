@@ -175,6 +175,30 @@ static void operator_throws(RankKind kind) {
 }
 TALLY_TEST_BOTH("an operator throws with other operations in flight", "", operator_throws)
 
+static void thrown_in_a_blocking_call(RankKind kind) {
+  const test::Shared<std::atomic<int>> started;
+  const test::Outcome outcome = test::outcome_of(2, kind, [&](Communicator& comm) {
+    std::vector<int> a(5, 1), b(5, 1);
+    const auto throws = [&](int x, int y) {
+      if (comm.rank() == 0) throw std::out_of_range("mine");
+      return x + y;
+    };
+    if (comm.rank() == 1) {
+      test::eventually(10s, [&] { return *started == 1; });
+      const Caught c = caught([&] { comm.all_reduce(a, b, commutative(throws), {.algorithm = "one_shot"}), comm.barrier(), comm.barrier(); });
+      return expect(c.is(Errc::aborted) && test::has(c.text, "mine"), c.text);
+    }
+    Operation operation = comm.async_all_reduce(a, b, commutative(throws), {.algorithm = "one_shot"});
+    *started = 1;
+    const Caught blocking = caught([&] { comm.barrier(); }), own = caught([&] { operation.wait(); });
+    expect(blocking.is(Errc::aborted) && test::has(blocking.text, "mine") && test::has(blocking.text, "all_reduce"), std::string("the barrier: ") + blocking.text);
+    expect(own.foreign && std::string_view(own.text) == "mine", std::string("its own: ") + own.text);
+  });
+  CAPTURE(outcome);
+  for (const Caught& rank : outcome.ranks) CHECK((rank.ran && !rank.error && !rank.foreign));
+}
+TALLY_TEST_BOTH("a blocking call that drives an operation whose operator throws fails with an error of its own", "", thrown_in_a_blocking_call)
+
 TEST_CASE("an operator of a share, or of a step without a peer, throws with other operations in flight") {
   everywhere(2, threads, [](Communicator& comm) {
     std::vector<int> a(40'000, 1), b(4000, 1), c(4000, 0);
@@ -273,6 +297,31 @@ TEST_CASE("deadlines of operations that only the progress thread drives", "[timi
     CAPTURE(outcome);
     CHECK((outcome.ranks[0].ran && !outcome.ranks[0].foreign));
   }
+}
+
+TEST_CASE("of several operations that only the progress thread drives the first deadline counts, and its operation is named", "[timing]") {
+  const test::Outcome outcome = test::outcome_of(2, threads, [](Communicator& comm) {
+    const ProgressThread thread = progress_thread();
+    std::vector<int> a(5, 1), b(6, 1), c(7, 1), d(8, 1);
+    comm.barrier();
+    comm.async_all_reduce(d, sum, {.timeout = 40ms}).wait();
+    if (comm.rank() == 1) {
+      std::this_thread::sleep_for(600ms);
+      return;
+    }
+    std::atomic<std::int64_t> ended{0};
+    const std::int64_t begin = now_ns();
+    Operation first = comm.async_all_reduce(a, sum, {.timeout = 20s}), second = comm.async_all_reduce(b, sum, {.timeout = 150ms}), third = comm.async_all_reduce(c, sum, {.timeout = 10s});
+    second.then([&] { ended = now_ns(); });
+    std::this_thread::sleep_for(500ms);
+    expect(ended - begin >= 145'000'000 && ended - begin < 400'000'000, "it ended at its deadline: " + std::to_string(test::ms(ended - begin)));
+    for (Operation* operation : {&third, &second, &first}) {
+      const Caught end = caught([&] { operation->wait(); });
+      expect(end.is(Errc::timeout) && test::has(end.text, "rank 0 in all_reduce(int32 x 6, sum") && test::has(end.text, "#4 waits for") && test::has(end.text, "rank 1 has not called it"), end.text);
+    }
+  });
+  CAPTURE(outcome);
+  CHECK((outcome.ranks[0].ran && !outcome.ranks[0].error && !outcome.ranks[0].foreign));
 }
 
 TEST_CASE("an operation that is driven on does not inherit the deadline of the one before", "[timing]") {

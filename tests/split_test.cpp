@@ -5,6 +5,7 @@
 #include <sys/resource.h>
 
 #include <cmath>
+#include <functional>
 #include <limits>
 #include <numeric>
 #include <sstream>
@@ -466,18 +467,24 @@ void misuse(RankKind kind) {
 TALLY_TEST_BOTH("misuse is an error on all ranks, and names them", "[split]", misuse)
 
 void mixed(RankKind kind) {
-  const Outcome outcome = outcome_of(3, kind, [](Communicator& comm) {
-    std::vector<int> data(100);
-    if (comm.rank() == 1) comm.split(0);
-    else comm.all_reduce(data, tally::sum);
-    comm.barrier();
-  }, with_timeout(20s));
-  CAPTURE(outcome);
-  for (const Caught& rank : outcome.ranks) {
-    CHECK(rank.is(Errc::mismatch));
-    CHECK_THAT(rank.text, Catch::Contains("called all_reduce(int32 x 100, sum") && Catch::Contains("rank 1 called all_gather("));
+  const std::pair<std::string, std::function<void(Communicator&)>> all[] = {{"split", [](Communicator& comm) { comm.split(0); }},
+                                                                            {"subset", [](Communicator& comm) { comm.subset({0, 1}); }},
+                                                                            {"duplicate", [](Communicator& comm) { comm.duplicate(); }},
+                                                                            {"allocate", [](Communicator& comm) { comm.allocate<int>(3); }}};
+  for (const auto& [name, make] : all) {
+    const Outcome outcome = outcome_of(3, kind, [&make](Communicator& comm) {
+      std::vector<int> data(100);
+      if (comm.rank() == 1) make(comm);
+      else comm.all_reduce(data, tally::sum);
+      comm.barrier();
+    }, with_timeout(20s));
+    CAPTURE(outcome);
+    for (const Caught& rank : outcome.ranks) {
+      CHECK(rank.is(Errc::mismatch));
+      CHECK_THAT(rank.text, Catch::Contains("called all_reduce(int32 x 100, sum") && Catch::Contains("rank 1 called split, subset, duplicate or allocate") && !Catch::Contains("all_gather"));
+    }
+    CHECK_THAT(outcome.ranks[1].text, Catch::Contains(name + ": "));
   }
-  CHECK_THAT(outcome.ranks[1].text, Catch::Contains("split: "));
   const Outcome absent = outcome_of(3, kind, [](Communicator& comm) {
     if (comm.rank() == 1) std::this_thread::sleep_for(400ms);
     else comm.split(0);

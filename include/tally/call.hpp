@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <span>
 #include <string>
 #include <string_view>
@@ -30,20 +31,11 @@ struct AlgorithmRef {
   constexpr explicit operator bool() const { return generate || share; }
 };
 
-/// One of many small buffers that a call works on as if they were one.
+/// One of many small buffers that a call works on as if they were one. Null where nothing is read or written.
 struct Part {
   const std::byte* in;
   std::byte* out;
   std::size_t first, count;  // its elements among those of the call
-};
-
-/// What a call does with its buffers before and after, as part of it.
-struct Around {
-  virtual void before() = 0;
-  virtual void after() = 0;
-
- protected:
-  ~Around() = default;
 };
 
 struct Call {
@@ -65,10 +57,20 @@ struct Call {
   nanoseconds timeout{};
   const SymmetricMemory* input_memory = nullptr;  // where the buffers are symmetric
   const SymmetricMemory* output_memory = nullptr;
-  Around* around = nullptr;
-  std::span<const Part> scattered = {};  // by staged shares alone: its buffers, instead of input and output
+  std::span<const Part> scattered = {};  // the caller's buffers: staged shares work on them, for others input and output are one to pack them into
   void* pinned = nullptr;  // what the engine's pin() gave for this call
 
+  bool is_scattered() const { return !scattered.empty() && algorithm.is(Reach::staged) && !scale; }
+  bool packs() const { return !scattered.empty() && !is_scattered(); }
+  void pack() const {
+    std::byte* const to = input ? const_cast<std::byte*>(input) : output;
+    for (const Part& part : scattered)
+      if (part.in && part.count > 0) std::memcpy(to + (part.first - scattered[0].first) * grain, part.in, part.count * grain);
+  }
+  void unpack() const {
+    for (const Part& part : scattered)
+      if (part.out && part.count > 0) std::memcpy(part.out, output + (part.first - scattered[0].first) * grain, part.count * grain);
+  }
   /// The user's memory; a barrier has none.
   std::span<const std::byte> input_bytes() const { return {input, input && layout.operation != Collective::barrier ? layout.input_count() * grain : 0}; }
   std::span<const std::byte> output_bytes() const { return {output, output && layout.operation != Collective::barrier ? layout.output_count() * grain : 0}; }
@@ -133,6 +135,7 @@ constexpr std::uint8_t algorithm_code(std::string_view name) {
   const std::string algorithm = f.algorithm < std::size(algorithm_names) ? std::string(algorithm_names[f.algorithm]) : concat({"user algorithm #", f.algorithm});
   if (f.operation == Collective::send || f.operation == Collective::receive) return concat({name_of(f.operation), "(", count, " bytes, tag ", static_cast<std::int32_t>(bits), ")"});
   if (f.operation == Collective::barrier) return concat({name_of(f.operation), "(", algorithm, ")"});
+  if (f.type == ElementType::membership) return "split, subset, duplicate or allocate";
   const Piece elements = f.group ? Piece("a group of sizes") : Fingerprint::hash_count(count) == f.count_hash ? Piece(count) : "another count";
   const std::string folded = reduces(f.operation) ? concat({", ", operator_text(f.op)}) : "", from = has_root(f.operation) ? concat({", root ", f.root}) : "";
   if (sizes_differ(f.operation)) return concat({name_of(f.operation), "(", name_of(f.type), folded, from, ", ", algorithm, ")"});

@@ -219,8 +219,7 @@ class CallMaker {
     return call;
   }
   /// The same call on other memory, of another size: what a group makes of its parts.
-  /// `scattered`: it lies in many places, which only staged shares can do.
-  Call regrouped(Call call, std::size_t count, const std::byte* in, std::byte* out, std::uint16_t parts, bool scattered = false) {
+  Call regrouped(Call call, std::size_t count, const std::byte* in, std::byte* out, std::uint16_t parts) {
     call.layout.count = count;
     call.size = count * call.grain;
     call.layout.in_place = in == out;
@@ -229,7 +228,7 @@ class CallMaker {
     call.input_memory = call.output_memory = nullptr;
     call.parts = parts;
     Need need = Need::of(call.need);
-    need.direct = one_address_space_ && !scattered;
+    need.direct = false;  // it lies in many places
     if (!call.named) call.algorithm = asked_for(call.layout.operation, {}, call.size, need);
     call.fingerprint = 0;
     return call;

@@ -508,7 +508,12 @@ class Communicator {
   void tell_all(detail::Wish mine, std::vector<detail::Wish>& all) {
     all.resize(static_cast<std::size_t>(size()));
     try {
-      all_gather(std::as_bytes(std::span(&mine, 1)), std::as_writable_bytes(std::span(all)));
+      const auto in = std::as_bytes(std::span(&mine, 1));
+      const auto out = std::as_writable_bytes(std::span(all));
+      Call call = make().all_gather<Auto>(in, out, {}, CallMaker::Way::foreground);
+      call.type = ElementType::membership;  // so that other ranks' errors say what this is
+      call.fingerprint = 0;
+      perform(call);
     } catch (const Error& error) {
       throw Error(error.errc(), {name_of(mine.what), ": ", error.text()}, error.context());
     }

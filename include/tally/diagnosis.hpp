@@ -7,9 +7,8 @@
 #include <cstddef>
 #include <cstdint>
 #include <exception>
-#include <functional>
-#include <span>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "call.hpp"
@@ -21,7 +20,7 @@ namespace tally::inline v0 {
 template <class T>
 class Diagnosis {
  public:
-  Diagnosis(T& transport, const Runs& runs) : transport_(transport), runs_(runs) {}
+  Diagnosis(T& transport, const Runs& runs) : transport_(transport), runs_(runs), seen_(2 * static_cast<std::size_t>(transport.size())) {}
 
   const Run* waited = nullptr;  // what the caller waits for, of the background
   Run* serving = nullptr;       // what the thread works for, or did last
@@ -31,13 +30,13 @@ class Diagnosis {
   /// Transfers that only their peer holds up: the first of their queue, and free to go on.
   template <class F>
   void for_each_needed(F&& f) const {
-    std::vector<char> seen(2 * static_cast<std::size_t>(transport_.size()));
+    std::ranges::fill(seen_, 0);
     for (const Run* run = runs_.first(); run; run = run->after) {
       if (!run->call && run->transfer.pending) f(run->transfer);
       if (!run->call && run->both && run->other_transfer.pending) f(run->other_transfer);
       if (!run->active) continue;
       for (const Transfer& t : run->active->transfers) {
-        char& queue = seen[2 * static_cast<std::size_t>(std::max(t.peer, 0)) + (t.is_send ? 1 : 0)];
+        char& queue = seen_[2 * static_cast<std::size_t>(std::max(t.peer, 0)) + (t.is_send ? 1 : 0)];
         if (!t.pending || queue) continue;
         queue = 1;
         if (t.bytes == 0 || t.ready > t.done) f(t);
@@ -97,17 +96,15 @@ class Diagnosis {
   }
 
   /// What one operation writes, no other one in flight may read or write.
-  void refuse_overlaps(const Call& call) {
-    const auto overlap = [](std::span<const std::byte> a, std::span<const std::byte> b) {
-      const std::less<> before;
-      return !a.empty() && !b.empty() && before(a.data(), b.data() + b.size()) && before(b.data(), a.data() + a.size());
-    };
-    for (const Run* run = runs_.first(); run; run = run->after) {
-      if (!run->call) continue;
-      const Call& other = *run->call;
-      if (overlap(call.output_bytes(), other.output_bytes()) || overlap(call.output_bytes(), other.input_bytes()) || overlap(call.input_bytes(), other.output_bytes()))
-        throw Error(Errc::invalid_argument, {name_of(call.layout.operation), " of ", call.layout.items(), " elements overlaps in memory with ", describe(*run), ", which is still in flight: wait for that first"});
-    }
+  [[gnu::noinline]] void refuse_overlaps(const Call& call) const {
+    refuse_overlaps(Buffers(call), name_of(call.layout.operation));
+    for (const Part& part : call.scattered) refuse_overlaps(Buffers(part, call.grain), name_of(call.layout.operation));
+  }
+  [[gnu::noinline]] void refuse_overlaps(const Message& m) const { refuse_overlaps(Buffers(m), m.is_send ? "send" : "receive"); }
+  [[gnu::noinline]] void refuse_overlaps(const Buffers& buffers, std::string_view what) const {
+    if (!runs_.first() || !buffers.clashes(runs_.hull())) return;
+    for (const Run* run = runs_.first(); run; run = run->after)
+      if (buffers.clashes(Buffers(*run))) throw Error(Errc::invalid_argument, {what, " of ", std::max(buffers.in.size(), buffers.out.size()), " bytes overlaps in memory with ", describe(*run), ", which is still in flight: wait for that first"});
   }
 
   /// In a handler: what was thrown, as an error of this rank in that operation.
@@ -152,6 +149,7 @@ class Diagnosis {
   };
   T& transport_;
   const Runs& runs_;
+  mutable std::vector<char> seen_;  // queues of transfers; kept, as who is needed is asked time and again in a long wait
   Called called_[8];
 };
 

@@ -50,12 +50,12 @@ class Engine final : public AnyEngine {
     Run& run = runs_.take();
     run.call = &call;
     return to_end(run, call.timeout, [&] {
-      if (call.around) wrap([&] { call.around->before(); });
+      if (call.packs()) wrap([&] { call.pack(); });
       post(run);
       if (call.algorithm.share) shares_.run(run);
       else drive(run);
       if (call.finish && call.layout.output_count() > 0) finish(call, call.layout);
-      if (call.around) wrap([&] { call.around->after(); });
+      if (call.packs()) wrap([&] { call.unpack(); });
     });
   }
   std::shared_ptr<void> pin(const Call& call) override { return planner_.pin(call); }
@@ -63,6 +63,7 @@ class Engine final : public AnyEngine {
   Report run(const Message& message, Message* received) override {
     const Use use(*this);
     if (message.peer == rank() && !message.is_send) mailbox_.expect_known(message);
+    if (runs_.first()) diagnosis_.refuse_overlaps(message);
     Run& run = runs_.take();
     return to_end(run, message.timeout, [&] {
       post(run, message);
@@ -73,6 +74,7 @@ class Engine final : public AnyEngine {
 
   Report run(const Message& send, const Message& receive, Message* received) override {
     const Use use(*this);
+    if (runs_.first()) diagnosis_.refuse_overlaps(Buffers(send, receive), "send_receive");
     Run& run = runs_.take();
     return to_end(run, receive.timeout, [&] {
       post(run, receive, &send);
@@ -92,26 +94,27 @@ class Engine final : public AnyEngine {
   }
   Run* start(const Message& message) override {
     const Use use(*this);
+    diagnosis_.refuse_overlaps(message);
     Run& run = runs_.take();
     return in_background(run, message.timeout, [&] { post(run, message); });
   }
   bool wait(Run& run, const nanoseconds* at_most) override {
     if (run.done.load(std::memory_order_acquire)) return true;
+    const Ticks begin = accounting_ ? clock_.now() : 0;  // before the progress thread has stepped back, which may take it a while
     const Use use(*this, true);
-    if (run.done.load(std::memory_order_relaxed)) return true;
-    const Ticks begin = accounting_ ? clock_.now() : 0;
+    if (run.done.load(std::memory_order_relaxed)) {
+      if (accounting_) run.exposed += clock_.now() - begin;
+      return true;
+    }
     progress_.drive(at_most ? *at_most : run.timeout);
     limit_is_error_ = !at_most;
     out_of_time_ = false;
     diagnosis_.waited = &run;
-    try {
-      if (at_most && *at_most <= nanoseconds{0}) once();
+    attempt([&] {
+      if (at_most && *at_most <= nanoseconds{0}) a_while();
       else
         while (!run.done.load(std::memory_order_relaxed) && !out_of_time_) turn();
-      transport_->flush();
-    } catch (...) {
-      fail();
-    }
+    });
     diagnosis_.waited = nullptr;
     progress_.rest();
     if (accounting_) run.exposed += clock_.now() - begin;
@@ -135,8 +138,12 @@ class Engine final : public AnyEngine {
     while (!returned_.compare_exchange_weak(run.next, &run, std::memory_order_release, std::memory_order_relaxed)) {
     }
     if (Gate::on_progress_thread()) return;
-    const Use use(*this, true, !gate_.shared());  // it takes what was returned
+    try {
+      const Use use(*this, true, !gate_.shared());  // it takes what was returned
+    } catch (const Error&) {  // somebody is inside: whoever comes next does
+    }
   }
+  bool is_inside() const override { return gate_.is_inside(); }
   void then(Run& run, std::function<void()> f) override {
     {
       const Use use(*this, true);
@@ -147,7 +154,7 @@ class Engine final : public AnyEngine {
     }
     f();
   }
-  Driven drive(nanoseconds patience) override {
+  Driven drive(nanoseconds patience, bool& moved) override {
     std::vector<std::function<void()>> due;
     bool more = false;
     {
@@ -156,20 +163,21 @@ class Engine final : public AnyEngine {
       if (!runs_.first() || failed_) return Driven::nothing_left;
       gate_.begin_driving();
       const Ticks limit = clock_.to_ticks(patience);
-      Ticks moved = clock_.now();
-      const Run* const oldest = runs_.first();  // whose deadline counts
-      progress_.drive(oldest->timeout, oldest->posted);
+      Ticks since = clock_.now();
+      const std::uint64_t before = moves_;
+      const Run* const oldest = runs_.first();
+      progress_.drive_until(runs_.soonest());
       limit_is_error_ = true;
-      try {
-        for (std::uint64_t seen = moves_; runs_.first() == oldest && !gate_.wanted();) {
+      out_of_time_ = false;
+      attempt([&] {
+        for (std::uint64_t seen = moves_; runs_.first() == oldest && !gate_.wanted() && !out_of_time_;) {
           turn();
-          if (seen == moves_ && clock_.now() - moved > limit) break;
-          if (seen != moves_) moved = clock_.now(), seen = moves_;
+          if (seen == moves_ && clock_.now() - since > limit) break;
+          if (seen != moves_) since = clock_.now(), seen = moves_;
         }
-        transport_->flush();
-      } catch (...) {
-        fail();
-      }
+      });
+      moved = moved || moves_ != before || !locals_.empty() || runs_.first() != oldest;
+      diagnosis_.waited = nullptr;
       progress_.rest();
       gate_.end_driving();
       more = runs_.first() != nullptr;
@@ -183,12 +191,7 @@ class Engine final : public AnyEngine {
     const std::uint64_t before = moves_;
     if (runs_.first() && !failed_) {
       progress_.drive(runs_.first()->timeout);
-      try {
-        once();
-        transport_->flush();
-      } catch (...) {
-        fail();
-      }
+      attempt([&] { a_while(); });
       progress_.rest();
     }
     moved = moved || moves_ != before;
@@ -225,7 +228,7 @@ class Engine final : public AnyEngine {
   int size() const override { return transport_->size(); }
   const Ledger& ledger() const override { return ledger_; }
   TransportCounters counters() const override {
-    if (!gate_.shared() || gate_.is_driver()) return transport_->counters();
+    if (!gate_.shared() || gate_.is_inside()) return transport_->counters();
     const Held held(const_cast<Engine&>(*this));
     return transport_->counters();
   }
@@ -297,9 +300,17 @@ class Engine final : public AnyEngine {
       out_of_time_ = true;
       return;
     }
+    nanoseconds waited = progress_.waited();
+    if (gate_.is_driver()) {  // the first of their deadlines, unless its operation has ended meanwhile
+      const Run& next = runs_.find_soonest();
+      const Ticks now = clock_.now();
+      if (now < next.deadline) return void(out_of_time_ = true);
+      diagnosis_.waited = &next;
+      waited = clock_.to_ns(now - next.posted);
+    }
     const Rank late = diagnosis_.late_rank();
     raise(Errc::timeout, diagnosis_.stuck(), late >= 0 ? late : diagnosis_.first_missing(),
-          {diagnosis_.missing(), " after ", detail::time_text(progress_.waited()), late >= 0 ? detail::concat({"; rank ", late, " has not called it; "}) : "; ", diagnosis_.last_seen()});
+          {diagnosis_.missing(), " after ", detail::time_text(waited), late >= 0 ? detail::concat({"; rank ", late, " has not called it; "}) : "; ", diagnosis_.last_seen()});
   }
   [[noreturn, gnu::cold]] void raise_abort() {
     const AbortNotice notice = transport_->abort_notice();
@@ -331,6 +342,7 @@ class Engine final : public AnyEngine {
     prepared.busy = true;
     post_steps(run, prepared, input, output);
     drive(run);
+    at_work_for(run);
     prepared.busy = false;
   }
   [[noreturn, gnu::cold]] void raise(Errc code, const Run& run, Rank peer, std::initializer_list<detail::Piece> text) {
@@ -342,7 +354,7 @@ class Engine final : public AnyEngine {
   }
   std::string describe(const Run& run) const { return diagnosis_.describe(run); }
 
-  static constexpr std::uint16_t collective_lane = 0, message_lane = 1;
+  static constexpr std::uint16_t message_lane = 1;  // collectives use lane 0
   Runs& runs() { return runs_; }
   /// One less of its transfers is under way. Those in the background are completed when the thread is out of the transport.
   void end_transfer(Run& run) {
@@ -369,7 +381,7 @@ class Engine final : public AnyEngine {
   struct Use {
     /// `even_failed`: of operations that were started before. For `ruled` see Gate.
     explicit Use(Engine& e, bool even_failed = false, bool ruled = true) : engine(e), under_rule(ruled) {
-      engine.gate_.enter([&] { engine.transport_->interrupt(); }, under_rule);
+      engine.gate_.enter([&e] { e.transport_->interrupt(); }, ruled);  // nothing of this object's, which so stays in registers
       if (engine.returned_.load(std::memory_order_relaxed)) engine.take_returned();
       if (engine.failed_ && !even_failed) {
         engine.gate_.leave(under_rule);
@@ -394,7 +406,7 @@ class Engine final : public AnyEngine {
       fail();
       progress_.stop();
       runs_.free(run);
-      if (detected_) throw *failed_;
+      if (detected_ || diagnosis_.serving != &run) throw *failed_;  // what the operator of another one threw is that one's
       throw;  // a user's exception, as it was
     }
     Report report = close(run);
@@ -412,8 +424,10 @@ class Engine final : public AnyEngine {
     run.exposed = 0;
     progress_.begin(run.account, timeout);
     run.posted = accounting_ ? run.account.arrival : clock_.now();
+    run.deadline = run.posted + clock_.to_ticks(timeout);
     try {
       f();
+      runs_.leave_last_in_background();
       complete_finished();  // among them perhaps itself
       if (run.remaining == 0 && run.in_flight) complete(run);
       transport_->flush();
@@ -422,7 +436,7 @@ class Engine final : public AnyEngine {
       fail();
       progress_.stop();
       runs_.free(run);
-      if (detected_) throw *failed_;
+      if (detected_ || diagnosis_.serving != &run) throw *failed_;
       throw;
     }
     run.exposed = progress_.rest() - run.account.arrival;
@@ -472,28 +486,9 @@ class Engine final : public AnyEngine {
   }
   /// Posts all steps of a plan; moved() tells how far they are.
   void post_steps(Run& run, Prepared& prepared, const std::byte* input, std::byte* output) {
-    const std::byte* scratch = run.scratch.data();
-    const auto address = [&](const Range& range) -> const std::byte* {
-      const std::byte* base = range.buffer == Buffer::input ? input : range.buffer == Buffer::output ? output : scratch;
-      return base ? base + range.first : nullptr;
-    };
     run.active = &prepared;
-    const Lateness arrival = progress_.arrival(run.account);
     run.remaining = prepared.transfers.size();
-    for (std::uint32_t i = 0; i < prepared.transfers.size(); ++i) {
-      const PlannedStep& step = prepared.plan->steps()[i];
-      Transfer& t = prepared.transfers[i];
-      t.from = address(step.from);
-      t.to = const_cast<std::byte*>(address(step.to));  // plans never write the input
-      t.ready = prepared.ready[i];
-      t.done = 0;
-      t.operation = static_cast<std::uint32_t>(run.sequence);
-      t.fingerprint = run.fingerprint;
-      t.lane = collective_lane;
-      t.inherited = t.late = arrival;
-      t.owner = &run;
-      prepared.queued[i] = 0;
-    }
+    prepared.aim(input, output, run.scratch.data(), run.sequence, run.fingerprint, progress_.arrival(run.account), &run);
     // Some are done as soon as they are posted, and move others.
     for (std::uint32_t i = 0; i < prepared.transfers.size(); ++i) {
       Transfer& t = prepared.transfers[i];
@@ -530,7 +525,7 @@ class Engine final : public AnyEngine {
   }
   void finish(const Call& call, const Layout& layout) {
     progress_.enter(State::reduce);
-    if (call.scattered.empty()) return call.finish(call.output, layout.output_count(), size());
+    if (!call.is_scattered()) return call.finish(call.output, layout.output_count(), size());
     for (const Part& part : call.scattered) call.finish(part.out, part.count, size());
   }
   template <class F>
@@ -544,16 +539,32 @@ class Engine final : public AnyEngine {
     while (run.remaining > 0) turn();
     transport_->flush();
   }
+  /// What was started before goes on: if that fails, its wait() says so.
+  template <class F>
+  void attempt(F&& f) {
+    try {
+      f();
+      transport_->flush();
+    } catch (...) {
+      fail();
+    }
+  }
   void turn() {
     if (locals_.empty()) progress_.turn(*this);
     else once();
     if (finished_) complete_finished();
   }
-  /// What can be done without waiting.
-  void once() {
-    if (!locals_.empty()) locals_.run(*this);
-    progress_.poll(*this);
+  /// What can be done without waiting: a frame, or a slice of each local step. True if there was any.
+  bool once() {
+    const bool local = !locals_.empty();
+    if (local) locals_.run(*this);
+    const bool moved = progress_.poll(*this);
     if (finished_) complete_finished();
+    return local || moved;
+  }
+  /// The same as long as there is more, within bounds: who asked has something else to do.
+  void a_while() {
+    for (int rounds = 32; rounds > 0 && once();) --rounds;
   }
   void complete_finished() {
     while (finished_) {

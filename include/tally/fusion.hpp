@@ -7,8 +7,8 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <cstring>
 #include <memory>
+#include <span>
 #include <utility>
 #include <vector>
 
@@ -55,23 +55,6 @@ class Fusion {
     std::vector<Part> parts;
     std::size_t elements = 0;
   };
-  /// A bucket on its way into the buffer and out of it.
-  struct Bucket final : Around {
-    const Part *first = nullptr, *last = nullptr;
-    std::byte* buffer = nullptr;
-    std::size_t grain = 1;
-    bool has_input = false, has_output = false;
-    void before() override {
-      std::byte* at = buffer;
-      for (const Part* part = first; has_input && part != last; at += part->count * grain, ++part)
-        if (part->count > 0) std::memcpy(at, part->in, part->count * grain);
-    }
-    void after() override {
-      const std::byte* at = buffer;
-      for (const Part* part = first; has_output && part != last; at += part->count * grain, ++part)
-        if (part->count > 0) std::memcpy(part->out, at, part->count * grain);
-    }
-  };
   struct Ending {
     Fusion& fusion;
     explicit Ending(Fusion& group) : fusion(group) { fusion.recording_ = false; }
@@ -103,29 +86,22 @@ class Fusion {
   void run(Pack& pack, AnyEngine& engine, CallMaker& make, Report& all) {
     const Call& call = pack.call;
     const bool reads = call.layout.operation != Collective::broadcast, is_root = call.layout.root == make.rank(), reduce = call.layout.operation == Collective::reduce;
-    if (!reads)  // a broadcast's data is what it puts out
-      for (Part& part : pack.parts) part.in = part.out;
-    if (!call.scale && pack.elements * call.grain > bucket_bytes) {
-      Call whole = make.regrouped(call, pack.elements, nullptr, nullptr, hash_of(pack.parts), true);
-      if (whole.algorithm.is(Reach::staged)) {
-        whole.scattered = pack.parts;
-        return add(all, engine.run(whole));
-      }
+    if (!reads && is_root)  // its data is what others get, and stays
+      for (Part& part : pack.parts) part.in = std::exchange(part.out, nullptr);
+    const std::span<const Part> parts = pack.parts;
+    if (pack.elements * call.grain > bucket_bytes) {
+      Call whole = make.regrouped(call, pack.elements, nullptr, nullptr, hash_of(parts));
+      whole.scattered = parts;
+      if (whole.is_scattered()) return add(all, engine.run(whole));
     }
-    for (std::size_t first = 0; first < pack.parts.size();) {
+    for (std::size_t first = 0; first < parts.size();) {
       std::size_t last = first, elements = 0;
-      while (last < pack.parts.size() && (last == first || (elements + pack.parts[last].count) * call.grain <= bucket_bytes)) elements += pack.parts[last++].count;
+      while (last < parts.size() && (last == first || (elements + parts[last].count) * call.grain <= bucket_bytes)) elements += parts[last++].count;
+      const auto bucket = parts.subspan(first, last - first);
       buffer_.grow(std::max<std::size_t>(elements * call.grain, 1));
-      Bucket bucket;
-      bucket.first = pack.parts.data() + first;
-      bucket.last = pack.parts.data() + last;
-      bucket.buffer = buffer_.data();
-      bucket.grain = call.grain;
-      bucket.has_input = reads || is_root;
-      bucket.has_output = !(reduce || !reads) || (reduce ? is_root : !is_root);
-      Call together = make.regrouped(call, elements, reads ? buffer_.data() : nullptr, !reduce || is_root ? buffer_.data() : nullptr, hash_of({bucket.first, bucket.last}));
-      together.around = &bucket;
-      add(all, engine.run(together));
+      Call packed = make.regrouped(call, elements, reads ? buffer_.data() : nullptr, !reduce || is_root ? buffer_.data() : nullptr, hash_of(bucket));
+      packed.scattered = bucket;
+      add(all, engine.run(packed));
       first = last;
     }
   }

@@ -22,9 +22,7 @@ class Gate {
   template <class Interrupt>
   void enter(Interrupt&& interrupt, bool ruled = true) {
     if (ruled) rule_.enter();
-    if (!shared_) return;
-    if (is_driver()) refuse_driver(ruled);
-    lock(interrupt);
+    if (shared_) enter_shared(interrupt, ruled);
   }
   /// The same, unless somebody is in here. Its leave() is ruled.
   bool try_enter() {
@@ -75,6 +73,8 @@ class Gate {
     return is;
   }
   bool is_driver() const { return driver_.load(std::memory_order_relaxed) == std::this_thread::get_id(); }
+  /// Whether this thread is at work in here, and so in an operator of the user's.
+  bool is_inside() const { return is_driver() || rule_.is_inside(); }
   /// It has something else to do.
   void call_back() { back_.store(true, std::memory_order_relaxed); }
   /// Somebody else wants to go on: the progress thread should leave.
@@ -85,14 +85,19 @@ class Gate {
   std::vector<std::function<void()>> take_due() { return std::exchange(due_, {}); }
 
  private:
+  template <class Interrupt>
+  [[gnu::noinline]] void enter_shared(Interrupt& interrupt, bool ruled) {
+    if (is_driver() || (!ruled && rule_.is_inside())) refuse_own(ruled);
+    lock(interrupt);
+  }
   [[gnu::noinline]] void leave_and_call(bool ruled) {
     const auto due = take_due();
     unlock();
     if (ruled) rule_.exit();
     for (const auto& f : due) f();
   }
-  /// The progress thread, in an operator: the rule does not know of it.
-  [[noreturn, gnu::cold, gnu::noinline]] void refuse_driver(bool ruled) {
+  /// An operator calls, where the rule does not know of it: it would wait for itself.
+  [[noreturn, gnu::cold, gnu::noinline]] void refuse_own(bool ruled) {
     if (ruled) rule_.exit();
     throw Error(Errc::invalid_argument, "this communicator is called from inside one of its own operations");
   }

@@ -6,6 +6,8 @@
 #include <chrono>
 #include <coroutine>
 #include <cstddef>
+#include <cstdio>
+#include <exception>
 #include <functional>
 #include <memory>
 #include <optional>
@@ -29,7 +31,8 @@ struct Received {
 
 /// Returned by the async_ calls. It goes on in calls of its communicator (also of other operations of it) and in the
 /// progress thread, if there is one (see progress_thread()). Until it is done its buffers belong to it: they must neither go
-/// nor change, and inputs may only be read. Destroying it waits until it is done, or its deadline.
+/// nor change, and inputs may only be read. Destroying it waits until it is done, or its deadline; in an operator that the same
+/// communicator calls nobody can, and the process ends (std::terminate).
 class [[nodiscard]] Operation {
  public:
   Operation() = default;
@@ -95,10 +98,17 @@ class [[nodiscard]] Operation {
         engine_->give_back(*run_);
         run_ = nullptr;
       } catch (...) {
+        if (engine_->is_inside()) refuse_operator();
         std::this_thread::sleep_for(std::chrono::milliseconds(1));
       }
     }
     engine_ = nullptr;
+  }
+
+  /// The operation would wait for the operator, and the operator for the operation. As std::thread does it.
+  [[noreturn, gnu::cold, gnu::noinline]] static void refuse_operator() {
+    std::fputs("tally: an operator destroys an Operation in flight of the communicator that calls it; nobody can wait for it there\n", stderr);
+    std::terminate();
   }
 
   std::shared_ptr<AnyEngine> engine_;

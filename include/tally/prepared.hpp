@@ -46,6 +46,26 @@ struct Prepared : std::enable_shared_from_this<Prepared> {
       ready.push_back(plan->ready(i, [](std::size_t) { return std::size_t{0}; }));
     }
   }
+  /// The transfers begin anew, for a call with these buffers.
+  void aim(const std::byte* input, std::byte* output, const std::byte* scratch, std::uint64_t sequence, std::uint64_t fingerprint, Lateness arrival, void* owner) {
+    const auto address = [&](const Range& range) -> const std::byte* {
+      const std::byte* base = range.buffer == Buffer::input ? input : range.buffer == Buffer::output ? output : scratch;
+      return base ? base + range.first : nullptr;
+    };
+    for (std::uint32_t i = 0; i < transfers.size(); ++i) {
+      const PlannedStep& step = plan->steps()[i];
+      Transfer& t = transfers[i];
+      t.from = address(step.from);
+      t.to = const_cast<std::byte*>(address(step.to));  // plans never write the input
+      t.ready = ready[i];
+      t.done = 0;
+      t.operation = static_cast<std::uint32_t>(sequence);
+      t.fingerprint = fingerprint;
+      t.inherited = t.late = arrival;
+      t.owner = owner;
+      queued[i] = 0;
+    }
+  }
   std::size_t bytes_held() const { return plan->bytes_held() + transfers.size() * sizeof(Transfer); }
 
   std::shared_ptr<const Plan> plan;

@@ -22,7 +22,7 @@ namespace tally::inline v0 {
 
 /// One operation's side of the account.
 struct Account {
-  explicit Account(int n) : watch(n) {}
+  explicit Account(int n) : watch(n) { open.reserve(16); }  // as a rule that is enough for good
   Stopwatch watch;
   Ticks arrival = 0;  // when it was called
   Ticks driven = 0;   // Progress::driven() when it was last served
@@ -66,12 +66,15 @@ class Progress {
     current_ = &account;
   }
   /// Operations that were left alone are driven again, for at most `timeout` without success.
-  /// Or since then.
-  void drive(nanoseconds timeout, Ticks since = 0) {
+  void drive(nanoseconds timeout) {
     timeout_ = timeout;
+    drive_until(0);
+  }
+  /// Or until then.
+  void drive_until(Ticks deadline) {
     waiting_ = false;
     first_stall_ = 0;
-    deadline_ = since == 0 ? 0 : since + clock_.to_ticks(timeout);
+    deadline_ = deadline;
     current_ = nullptr;
     began_ = now_ = timed_ ? clock_.now() : 0;
   }

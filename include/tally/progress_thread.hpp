@@ -48,9 +48,12 @@ class ProgressWorker {
     {
       const std::lock_guard lock(state_->mutex);
       auto& pending = state_->pending;
-      if (std::ranges::find(pending, engine) != pending.end()) return;
-      for (const auto& other : pending) other->step_back();  // it may be asleep in there
-      pending.push_back(engine);
+      const bool known = std::ranges::find(pending, engine) != pending.end();
+      if (known && !std::exchange(state_->stalled, false)) return;
+      if (!known) {
+        for (const auto& other : pending) other->step_back();  // it may be asleep in there
+        pending.push_back(engine);
+      }
     }
     state_->changed.notify_one();
   }
@@ -61,37 +64,47 @@ class ProgressWorker {
     std::mutex mutex;
     std::condition_variable changed;
     std::vector<std::shared_ptr<AnyEngine>> pending;
-    bool stopping = false;
+    bool stopping = false, stalled = false;  // stalled: it naps because nothing moves
 
     void work() {
       Gate::on_progress_thread() = true;
       // Where both share a core, waking it must not take that from who starts an operation and has yet to start a device, or go on.
       const sched_param none{};
       if (::sched_getscheduler(0) == SCHED_OTHER) ::sched_setscheduler(0, SCHED_BATCH, &none);
-      static constexpr nanoseconds least_nap = std::chrono::microseconds(20), most_nap = std::chrono::milliseconds(1);
+      using std::chrono::microseconds, std::chrono::steady_clock;
+      static constexpr nanoseconds least_nap = microseconds(20), patience = microseconds(50);
       std::vector<std::shared_ptr<AnyEngine>> engines;
       nanoseconds nap = least_nap;
+      steady_clock::time_point last_move{};
       for (;;) {
         {
           std::unique_lock lock(mutex);
-          changed.wait(lock, [&] { return stopping || !pending.empty(); });
+          if (pending.empty()) {
+            changed.wait(lock, [&] { return stopping || !pending.empty(); });
+            last_move = steady_clock::now();
+          }
           if (stopping) return;
           engines = pending;
         }
         // With one communicator it waits in there, asleep if that takes long; with several each gets a short look.
-        bool driven = false;
+        bool driven = false, moved = false;
         for (const auto& engine : engines) {
-          const AnyEngine::Driven how = engine->drive(engines.size() == 1 ? std::chrono::milliseconds(5) : std::chrono::microseconds(5));
+          const AnyEngine::Driven how = engine->drive(engines.size() == 1 ? std::chrono::milliseconds(5) : microseconds(5), moved);
           driven = driven || how != AnyEngine::Driven::by_caller;
           if (how != AnyEngine::Driven::nothing_left) continue;
           const std::lock_guard lock(mutex);
           if (!engine->pending()) std::erase(pending, engine);
         }
-        if (driven) {
+        const auto now = steady_clock::now();
+        if (moved || (driven && engines.size() == 1)) {
           nap = least_nap;
-        } else {  // the callers' threads drive all of them
+          last_move = now;
+        } else if (!driven || now - last_move > patience) {  // the callers' threads drive all of them, or all wait for other ranks
+          const nanoseconds most_nap = driven ? microseconds(200) : microseconds(1000);
           std::unique_lock lock(mutex);
-          changed.wait_for(lock, nap, [&] { return stopping || pending.size() != engines.size(); });
+          stalled = driven;
+          changed.wait_for(lock, std::min(nap, most_nap), [&] { return stopping || stalled != driven || pending.size() != engines.size(); });
+          stalled = false;
           nap = std::min(2 * nap, most_nap);
         }
         engines.clear();

@@ -3,6 +3,7 @@
 // element types.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
@@ -78,12 +79,38 @@ struct Run {
 
   Account account;
   nanoseconds timeout{};
-  Ticks posted = 0, exposed = 0;  // of those in the background
+  Ticks posted = 0, deadline = 0, exposed = 0;  // of those in the background
   Report report;
   std::exception_ptr error;
   std::function<void()> continuation;
   Run *before = nullptr, *after = nullptr;  // in flight, in the order in which they were posted
   Run* next = nullptr;                      // of the finished, or of the free
+};
+
+/// What an operation reads and writes of the caller's memory.
+struct Buffers {
+  Buffers() = default;
+  explicit Buffers(const Call& call) : in(call.input_bytes()), out(call.output_bytes()) {}
+  explicit Buffers(const Message& message) { add(message); }
+  Buffers(const Part& part, std::size_t grain) : in(part.in, part.in ? part.count * grain : 0), out(part.out, part.out ? part.count * grain : 0) {}
+  Buffers(const Message& one, const Message& other) : Buffers(one) { add(other); }
+  /// Of one in flight.
+  explicit Buffers(const Run& run) {
+    if (run.call) *this = Buffers(*run.call);
+    else if (run.both) *this = Buffers(run.message, run.other);
+    else add(run.message);
+  }
+  /// What one writes the other must neither read nor write.
+  bool clashes(const Buffers& other) const { return overlap(out, other.out) || overlap(out, other.in) || overlap(in, other.out); }
+
+  std::span<const std::byte> in, out;
+
+ private:
+  void add(const Message& m) { (m.is_send ? in : out) = {m.data, m.bytes}; }
+  static bool overlap(std::span<const std::byte> a, std::span<const std::byte> b) {
+    const std::less<> before;
+    return !a.empty() && !b.empty() && before(a.data(), b.data() + b.size()) && before(b.data(), a.data() + a.size());
+  }
 };
 
 /// All runs of an engine: those in flight, in the order in which they were posted, and those that are free.
@@ -123,11 +150,42 @@ class Runs {
   Run* first() const { return first_; }
   bool several() const { return first_ != last_; }
 
+  /// What those in the background read and write lies in here: what does not clash with it need not be compared with each.
+  const Buffers& hull() const { return hull_; }
+  /// No deadline of those in the background comes before this. They end all the time, and which is next is not looked for each time.
+  Ticks soonest() const { return soonest_; }
+  /// The last one goes on in the background, as do all others.
+  void leave_last_in_background() {
+    if (!several()) hull_ = Buffers(), soonest_ = last_->deadline;
+    const Buffers buffers(*last_);
+    widen(hull_.in, buffers.in);
+    widen(hull_.out, buffers.out);
+    soonest_ = std::min(soonest_, last_->deadline);
+  }
+  /// When that has come: whose deadline is next. There is one in flight.
+  const Run& find_soonest() {
+    const Run* found = first_;
+    for (const Run* run = first_; run; run = run->after)
+      if (run->deadline < found->deadline) found = run;
+    soonest_ = found->deadline;
+    return *found;
+  }
+
  private:
+  static void widen(std::span<const std::byte>& hull, std::span<const std::byte> by) {
+    if (by.empty()) return;
+    if (hull.empty()) return void(hull = by);
+    const std::less<> before;
+    const std::byte* const first = std::min(hull.data(), by.data(), before);
+    hull = {first, std::max(hull.data() + hull.size(), by.data() + by.size(), before)};
+  }
+
   int n_;
   std::vector<std::unique_ptr<Run>> all_;
   Run *free_first_ = nullptr, *free_last_ = nullptr, *first_ = nullptr, *last_ = nullptr;
   std::uint32_t number_ = 0;
+  Ticks soonest_ = 0;
+  Buffers hull_;
 };
 
 /// What communicators see: one virtual call per operation hides which transport and accounting are at work.
@@ -149,10 +207,12 @@ class AnyEngine {
   virtual bool wait(Run& run, const nanoseconds* at_most) = 0;
   virtual Report fetch(Run& run) = 0;  // of one that is done; throws what it failed with
   virtual void give_back(Run& run) = 0;  // waits until it is done
+  virtual bool is_inside() const = 0;    // this thread is at work in here: it is in an operator that this engine calls
   virtual void then(Run& run, std::function<void()> f) = 0;
-  /// For a progress thread: drives what is in flight until the oldest is done, or nothing has moved for so long, or somebody wants it back.
+  /// For a progress thread: drives what is in flight until the oldest is done, or nothing has moved for so long, or somebody
+  /// wants it back; `moved` becomes true if anything moved.
   enum class Driven : std::uint8_t { nothing_left, more, by_caller };  // by_caller: its thread is in here
-  virtual Driven drive(nanoseconds patience) = 0;
+  virtual Driven drive(nanoseconds patience, bool& moved) = 0;
   /// For a thread that waits elsewhere: does what can be done without waiting. False if nothing is in flight; `moved` becomes true if anything moved.
   virtual bool look_in(bool& moved) = 0;
   virtual void step_back() = 0;  // ends a drive(), from any thread

@@ -70,26 +70,26 @@ class Staging {
     return (input ? const_cast<std::byte*>(call_.input) : call_.output) + first * call_.grain;  // inputs are never written
   }
   /// What a rank shares with itself stays where it is, unless that is in many places.
-  bool in_block(Rank r) const { return r != me() || !call_.scattered.empty(); }
+  bool in_block(Rank r) const { return r != me() || call_.is_scattered(); }
   template <class Moving>
   void put(std::byte* to, const Range& from, std::size_t i, Moving&& moving) const {
     if (from.count == 0) return;
     moving(from.count * call_.grain);
-    if (call_.scattered.empty()) std::memcpy(to, place(from, i), from.count * call_.grain);
+    if (!call_.is_scattered()) std::memcpy(to, place(from, i), from.count * call_.grain);
     else each_part(from, i, [&](const Part& part, std::size_t first, std::size_t at, std::size_t bytes) { std::memcpy(to + at, part.in + first, bytes); });
   }
   template <class Moving>
   void take(const Range& to, const std::byte* from, std::size_t i, Moving&& moving) const {
     if (to.count == 0) return;
     moving(to.count * call_.grain);
-    if (!call_.scattered.empty()) each_part(to, i, [&](const Part& part, std::size_t first, std::size_t at, std::size_t bytes) { std::memcpy(part.out + first, from + at, bytes); });
+    if (call_.is_scattered()) each_part(to, i, [&](const Part& part, std::size_t first, std::size_t at, std::size_t bytes) { std::memcpy(part.out + first, from + at, bytes); });
     else if (past_caches_) copy_past_caches(place(to, i), from, to.count * call_.grain);
     else std::memcpy(place(to, i), from, to.count * call_.grain);
   }
   /// f(part, byte of the part, byte of the range, bytes) for all that lie in a range of piece i.
   template <class F>
   void each_part(const Range& range, std::size_t i, F&& f) const {
-    const std::size_t begin = i * most_ + range.first, end = begin + range.count;
+    const std::size_t begin = call_.scattered[0].first + i * most_ + range.first, end = begin + range.count;
     auto part = std::upper_bound(call_.scattered.begin(), call_.scattered.end(), begin, [](std::size_t element, const Part& p) { return element < p.first + p.count; });
     for (std::size_t at = begin; at < end; ++part) {
       const std::size_t now = std::min(end, part->first + part->count) - at;

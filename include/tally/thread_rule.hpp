@@ -23,7 +23,7 @@ class ThreadRule {
   /// Errc::invalid_argument if another thread is inside, or this one already is.
   void enter() {
     Mark* const mine = user_.load(std::memory_order_acquire);
-    if (mine->thread != self() || mine->inside.load(std::memory_order_relaxed)) return take_over();
+    if (mine->thread.load(std::memory_order_relaxed) != self() || mine->inside.load(std::memory_order_relaxed)) return take_over();
     mine->inside.store(true, std::memory_order_relaxed);
     if (fences_) full_fence();
     std::atomic_signal_fence(std::memory_order_seq_cst);
@@ -35,11 +35,20 @@ class ThreadRule {
     take_over();
   }
   void exit() { inside_->inside.store(false, std::memory_order_release); }
+  /// Whether this very thread is.
+  [[gnu::cold, gnu::noinline]] bool is_inside() const {
+    const Mark* mark = user_.load(std::memory_order_acquire);
+    if (mark->thread.load(std::memory_order_relaxed) != self()) {  // perhaps for a moment: another one is being refused
+      const std::lock_guard lock(taking_over_);
+      for (mark = &first_; mark && mark->thread.load(std::memory_order_relaxed) != self();) mark = mark->next.get();
+    }
+    return mark && mark->inside.load(std::memory_order_relaxed);
+  }
 
  private:
   /// Each thread has one of its own: one that was the user may still be about to set its mark when another one is inside.
   struct Mark {
-    std::uintptr_t thread = 0;
+    std::atomic<std::uintptr_t> thread{0};  // set once, perhaps while others ask whether it is theirs
     std::atomic<bool> inside{false};
     std::unique_ptr<Mark> next;
   };
@@ -64,16 +73,17 @@ class ThreadRule {
   /// Under the lock.
   Mark& mark_of(std::uintptr_t thread) {
     Mark* mark = &first_;
-    for (; mark->thread != thread && mark->thread != 0; mark = mark->next.get())
+    const auto has = [&](std::uintptr_t id) { return mark->thread.load(std::memory_order_relaxed) == id; };
+    for (; !has(thread) && !has(0); mark = mark->next.get())
       if (!mark->next) mark->next = std::make_unique<Mark>();
-    mark->thread = thread;
+    mark->thread.store(thread, std::memory_order_relaxed);
     return *mark;
   }
 
   Mark first_;
   std::atomic<Mark*> user_{&first_};
   Mark* inside_ = nullptr;  // of who is inside
-  std::mutex taking_over_;
+  mutable std::mutex taking_over_;
   bool fences_;
 };
 

@@ -63,13 +63,13 @@ constexpr bool has_root(Collective operation) {
 }
 
 /// Elements as they are named to peers: kind and size, so `long` and `long long` are the same type. 6 bits; append only,
-/// and stay below the 24 where users' types begin.
-enum class ElementType : std::uint8_t { none, i8, i16, i32, i64, u8, u16, u32, u64, f32, f64, f80, byte, bfloat16, float16, e4m3, e5m2, boolean, c64, c128 };
+/// and stay below the 24 where users' types begin. `membership` is what ranks tell each other to make communicators or memory.
+enum class ElementType : std::uint8_t { none, i8, i16, i32, i64, u8, u16, u32, u64, f32, f64, f80, byte, bfloat16, float16, e4m3, e5m2, boolean, c64, c128, membership };
 inline constexpr int first_user_type = 24, user_types = 40;
 
 [[gnu::cold]] inline std::string name_of(ElementType type) {
   constexpr std::string_view names[] = {"none",    "int8",    "int16",       "int32", "int64",    "uint8",   "uint16",   "uint32",   "uint64", "float32",
-                                        "float64", "long double", "byte", "bfloat16", "float16", "fp8_e4m3", "fp8_e5m2", "bool", "complex64", "complex128"};
+                                        "float64", "long double", "byte", "bfloat16", "float16", "fp8_e4m3", "fp8_e5m2", "bool", "complex64", "complex128", "membership"};
   const int code = static_cast<int>(type);
   if (code >= first_user_type && code < first_user_type + user_types) return "user type #" + std::to_string(code - first_user_type);
   return std::string(code < std::ssize(names) ? names[code] : "unknown type");
