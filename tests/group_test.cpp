@@ -43,7 +43,7 @@ void all_kinds(Communicator& comm) {
   std::vector<double> a(3, me), b(5, me + 1), c(4, me);
   std::vector<float> d(7, static_cast<float>(me)), large(100'000, 1.0f);
   std::vector<std::int64_t> r(2, me), r_out(2, -1), s(3, me == root ? 42 : 0), g(static_cast<std::size_t>(n)), mine(1, me), t(static_cast<std::size_t>(n), me), t_out(static_cast<std::size_t>(n)), p(2, me), got(2, -1), scanned(1);
-  std::vector<std::int64_t> bare(4, me + 1);
+  std::vector<std::int64_t> bare(4, me + 1), wide(6000, me), wide_out(me == root ? 6000 : 0);  // in and out are more than what is packed
   const int factor = 3;
   comm.group([&] {
     comm.all_reduce(a, sum);
@@ -52,6 +52,7 @@ void all_kinds(Communicator& comm) {
     comm.all_reduce(d, mean);
     comm.all_reduce(large, sum);
     comm.reduce(r, r_out, sum, root);
+    comm.reduce(wide, wide_out, sum, root);
     comm.broadcast(s, root);
     comm.all_gather(mine, g);
     comm.all_to_all(t, t_out);
@@ -71,6 +72,7 @@ void all_kinds(Communicator& comm) {
   expect(large == std::vector<float>(100'000, static_cast<float>(n)), "a large one");
   expect(r_out == std::vector<std::int64_t>(2, me == root ? total : -1) && r == std::vector<std::int64_t>(2, me), "reduce");
   expect(s == std::vector<std::int64_t>(3, 42), "broadcast");
+  expect(wide_out == std::vector<std::int64_t>(me == root ? 6000 : 0, total), "a reduce of which the root holds more");
   expect(scanned[0] == me * (me + 1) / 2, "scan");
   expect(bare == std::vector<std::int64_t>(4, total + n), "an operator of one's own");
   if (n > 1) expect(got == std::vector<std::int64_t>(2, wrap(me - 1, n)), "a message");

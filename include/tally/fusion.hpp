@@ -26,7 +26,7 @@ class Fusion {
   /// An operation of the group. `kept`: its operator. Others than those that can be packed are started.
   void add(const std::shared_ptr<AnyEngine>& engine, CallMaker& make, const Call& call, const std::shared_ptr<const void>& kept) {
     const Collective what = call.layout.operation;
-    const bool packs = (what == Collective::all_reduce || what == Collective::reduce || what == Collective::broadcast) && call.output_bytes().size() + call.input_bytes().size() <= most_bytes;
+    const bool packs = (what == Collective::all_reduce || what == Collective::reduce || what == Collective::broadcast) && call.size <= most_bytes;
     if (!packs) return started_.push_back({engine, engine->start(make.in_background(call), kept)});
     Pack* pack = latest_ < packs_.size() && fits(packs_[latest_], call) ? &packs_[latest_] : find(call, kept);
     pack->parts.push_back({call.input, call.output, pack->elements, call.layout.count});
@@ -59,6 +59,10 @@ class Fusion {
     Fusion& fusion;
     explicit Ending(Fusion& group) : fusion(group) { fusion.recording_ = false; }
     ~Ending() {
+      for (Pack& pack : fusion.packs_) {
+        pack.parts.clear();
+        fusion.spare_.push_back(std::move(pack.parts));
+      }
       fusion.packs_.clear();
       fusion.started_.clear();  // waits, if something went wrong
       fusion.latest_ = 0;
@@ -74,6 +78,10 @@ class Fusion {
     for (latest_ = 0; latest_ < packs_.size(); ++latest_)
       if (fits(packs_[latest_], call)) return &packs_[latest_];
     packs_.push_back({call, kept, {}, 0});
+    if (!spare_.empty()) {
+      packs_.back().parts = std::move(spare_.back());
+      spare_.pop_back();
+    }
     return &packs_.back();
   }
 
@@ -116,6 +124,7 @@ class Fusion {
 
   bool recording_ = false;
   std::vector<Pack> packs_;
+  std::vector<std::vector<Part>> spare_;  // whose memory is there
   std::size_t latest_ = 0;
   std::vector<Operation> started_;
   Scratch buffer_;

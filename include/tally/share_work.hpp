@@ -212,9 +212,7 @@ class ShareWork {
         staging.put(i, block(transport_.rank(), i), copying);
       }
       if (i >= 1 && i - 1 < pieces) {
-        const ShareBytes bytes = staging.find(i - 1, pass_, [&](Rank r) { return block(r, i - 1); });
-        moving(bytes.length, call.fold.function ? State::reduce : State::copy);
-        pass_.run(bytes.length, call.grain, &call.fold, false, staging.way());
+        const ShareBytes bytes = staging.run(i - 1, pass_, [&](Rank r) { return block(r, i - 1); }, [&](std::size_t length) { moving(length, call.fold.function ? State::reduce : State::copy); });
         count(run, bytes);
       }
       if (i >= 2) staging.take(i - 2, block(transport_.rank(), i - 2), copying);

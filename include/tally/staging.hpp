@@ -20,7 +20,6 @@ class Staging {
   /// No piece takes more than `limit` bytes of a block. `past_caches`: nobody looks at the results soon.
   Staging(const Call& call, std::size_t limit, bool past_caches = false) : call_(call), past_caches_(past_caches), width_(call.layout.items() / std::max<std::size_t>(call.layout.count, 1) * call.grain), most_(std::max<std::size_t>(limit / std::max<std::size_t>(width_, 1), 1)) {}
 
-  Share::Way way() const { return share_of(me(), 0).way; }
   std::size_t pieces() const { return (call_.layout.count + most_ - 1) / most_; }
   /// Bytes of a block that piece i takes.
   std::size_t bytes(std::size_t i) const { return count(i) * width_; }
@@ -30,24 +29,28 @@ class Staging {
   void put(std::size_t i, std::byte* block, Moving&& moving) const {
     for (Rank r = 0; r < call_.layout.n; ++r) {
       const Share share = share_of(r, i);
-      if (in_block(r) && share.reads(me(), call_.layout.n)) put(block + share.from.first * call_.grain, share.from, i, moving);
+      if (r != me() && share.reads(me(), call_.layout.n)) put(block + share.from.first * call_.grain, share.from, i, moving);
     }
   }
-  /// Where this rank's share is: `block(r)` is rank r's block of the piece.
-  template <class Block>
-  ShareBytes find(std::size_t i, SharePass& pass, Block&& block) const {
+  /// Does this rank's share: `block(r)` is rank r's block of the piece. What it shares with itself stays where it is.
+  template <class Block, class Working>
+  ShareBytes run(std::size_t i, SharePass& pass, Block&& block, Working&& working) const {
     const Share share = share_of(me(), i);
-    const auto at = [&](Rank r, const Range& range) { return in_block(r) ? block(r) + range.first * call_.grain : place(range, i); };
+    const auto at = [&](Rank r, const Range& range) { return r != me() ? block(r) + range.first * call_.grain : call_.is_scattered() ? nullptr : place(range, i); };
     pass.sources.clear();
     pass.targets.clear();
-    return for_each_rank_of(share, me(), call_.layout.n, call_.grain, [&](Rank r, const Range& from) { pass.sources.push_back(at(r, from)); }, [&](Rank r, const Range& to) { pass.targets.push_back(at(r, to)); });
+    const ShareBytes bytes = for_each_rank_of(share, me(), call_.layout.n, call_.grain, [&](Rank r, const Range& from) { pass.sources.push_back(at(r, from)); }, [&](Rank r, const Range& to) { pass.targets.push_back(at(r, to)); });
+    working(bytes.length);
+    if (call_.is_scattered()) run_parts(share, i, pass);
+    else pass.run(bytes.length, call_.grain, &call_.fold, false, share.way);
+    return bytes;
   }
   /// Takes what other ranks have written for this one out of its block. Likewise.
   template <class Moving>
   void take(std::size_t i, const std::byte* block, Moving&& moving) const {
     for (Rank r = 0; r < call_.layout.n; ++r) {
       const Share share = share_of(r, i);
-      if (in_block(r) && share.writes(me())) take(share.to, block + share.to.first * call_.grain, i, moving);
+      if (r != me() && share.writes(me())) take(share.to, block + share.to.first * call_.grain, i, moving);
     }
   }
 
@@ -69,8 +72,18 @@ class Staging {
     const std::size_t first = i * most_ + (blocks ? range.first / count(i) * call_.layout.count + range.first % count(i) : range.first);
     return (input ? const_cast<std::byte*>(call_.input) : call_.output) + first * call_.grain;  // inputs are never written
   }
-  /// What a rank shares with itself stays where it is, unless that is in many places.
-  bool in_block(Rank r) const { return r != me() || call_.is_scattered(); }
+  /// Part by part: its own source and target, not known before, are there.
+  void run_parts(const Share& share, std::size_t i, SharePass& pass) const {
+    const auto own_source = std::ranges::find(pass.sources, nullptr);
+    const auto own_target = std::ranges::find(pass.targets, nullptr);
+    each_part(share.from, i, [&](const Part& part, std::size_t first, std::size_t, std::size_t bytes) {
+      if (own_source != pass.sources.end()) *own_source = part.in + first;
+      if (own_target != pass.targets.end()) *own_target = part.out + first;
+      pass.run(bytes, call_.grain, &call_.fold);
+      for (const std::byte*& source : pass.sources) source += bytes;
+      for (std::byte*& target : pass.targets) target += bytes;
+    });
+  }
   template <class Moving>
   void put(std::byte* to, const Range& from, std::size_t i, Moving&& moving) const {
     if (from.count == 0) return;
