@@ -44,7 +44,7 @@ void all_kinds(Communicator& comm) {
   std::vector<float> d(7, static_cast<float>(me)), large(100'000, 1.0f);
   std::vector<std::int64_t> r(2, me), r_out(2, -1), s(3, me == root ? 42 : 0), g(static_cast<std::size_t>(n)), mine(1, me), t(static_cast<std::size_t>(n), me), t_out(static_cast<std::size_t>(n)), p(2, me), got(2, -1), scanned(1);
   std::vector<std::int64_t> bare(4, me + 1), wide(6000, me), wide_out(me == root ? 6000 : 0);  // in and out are more than what is packed
-  const int factor = 3;
+  int factor = 3;  // an operator with a state
   comm.group([&] {
     comm.all_reduce(a, sum);
     comm.all_reduce(b, max);

@@ -472,7 +472,7 @@ void mixed(RankKind kind) {
                                                                             {"duplicate", [](Communicator& comm) { comm.duplicate(); }},
                                                                             {"allocate", [](Communicator& comm) { comm.allocate<int>(3); }}};
   for (const auto& [name, make] : all) {
-    const Outcome outcome = outcome_of(3, kind, [&make](Communicator& comm) {
+    const Outcome outcome = outcome_of(3, kind, [&make = make](Communicator& comm) {
       std::vector<int> data(100);
       if (comm.rank() == 1) make(comm);
       else comm.all_reduce(data, tally::sum);

@@ -178,7 +178,7 @@ class Chooser {
   const CostModel& model() const { return model_; }
 
   /// `direct`: all ranks can reach each other's buffers.
-  const AlgorithmRef& choose(Collective operation, std::size_t bytes, const Need& need) {
+  [[gnu::always_inline]] const AlgorithmRef& choose(Collective operation, std::size_t bytes, const Need& need) {
     // One choice for all sizes between two classes, so that it need not be made for every call.
     const std::size_t size_class = bytes <= 8 ? 0 : static_cast<std::size_t>(std::bit_width((bytes - 1) >> 3));
     // A second thread is refused only when the call is made: here it must do no harm.

@@ -130,7 +130,7 @@ class Diagnosis {
     }
   }
   /// To tell later what this rank called.
-  void remember(const Run& run) { called_[run.sequence % std::size(called_)] = {run.sequence, run.fingerprint, run.count}; }
+  void remember(std::uint64_t sequence, std::uint64_t fingerprint, std::uint64_t count) { called_[sequence % std::size(called_)] = {sequence, fingerprint, count}; }
   [[gnu::cold]] std::string mismatch(const Run& run, Rank peer, std::uint64_t theirs) const {
     return detail::concat({"operation #", run.sequence, ": rank ", transport_.rank(), " called ", detail::describe(run.fingerprint, run.count), ", rank ", peer, " called ", detail::describe(theirs, transport_.status(peer).count)});
   }

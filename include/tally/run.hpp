@@ -122,7 +122,7 @@ class Runs {
   }
   /// One of which nothing is known yet.
   Run& take() {
-    if (free_first_ == free_last_) free(*all_.emplace_back(std::make_unique<Run>(n_)));
+    if (free_first_ == free_last_) [[unlikely]] add();
     Run& run = *free_first_;
     free_first_ = run.next;
     return run;
@@ -179,6 +179,8 @@ class Runs {
     const std::byte* const first = std::min(hull.data(), by.data(), before);
     hull = {first, std::max(hull.data() + hull.size(), by.data() + by.size(), before)};
   }
+
+  [[gnu::cold, gnu::noinline]] void add() { free(*all_.emplace_back(std::make_unique<Run>(n_))); }
 
   int n_;
   std::vector<std::unique_ptr<Run>> all_;
