@@ -83,9 +83,16 @@ void print_curve(std::ostream& out, const std::vector<float>& losses) {
 /// take when nothing is computed meanwhile. (For how long they were in flight says nothing: they are while nobody drives them.)
 struct Overlap {
   double alone = 0, blocked = 0, late = 0;
+  /// Of the reductions' time: what did not block the caller, who may have waited for late ranks instead.
+  double least_hidden() const { return hidden(blocked); }
+  double most_hidden() const { return hidden(blocked - late); }
+
+ private:
+  double hidden(double seconds) const { return alone > 0 ? 100 * std::clamp(1 - seconds / alone, 0.0, 1.0) : 0; }
 };
 Overlap overlap_in(const tally::Ledger& ledger, double alone) {
-  Overlap overlap{alone};
+  Overlap overlap;
+  overlap.alone = alone;
   for (const tally::LedgerRow& row : ledger.rows()) {
     if (row.operation != tally::Collective::all_reduce) continue;
     overlap.blocked += std::chrono::duration<double>(row.exposed).count();
@@ -121,15 +128,16 @@ void report(const Settings& settings, const tally::Communicator& comm, const std
     out << " samples in " << seconds << " s, " << std::setprecision(0) << samples / seconds << " per second; ranks: " << comm.size() << '\n';
   }
   if (overlap) {
-    out << "communication: the caller was blocked for " << std::setprecision(1) << overlap->blocked * 1e3 << " ms, up to " << overlap->late * 1e3 << " ms of it because other ranks computed longer; the same reductions alone take ";
-    out << overlap->alone * 1e3 << " ms\n";
+    out << std::setprecision(1) << "communication: " << overlap->alone * 1e3 << " ms by itself, of which " << std::setprecision(0) << overlap->least_hidden();
+    if (overlap->most_hidden() - overlap->least_hidden() >= 1) out << " to " << overlap->most_hidden();
+    out << " % hidden: the caller was blocked for " << std::setprecision(1) << overlap->blocked * 1e3 << " ms, up to " << overlap->late * 1e3 << " ms of it because other ranks computed longer\n";
   }
   out << '\n' << comm.ledger() << std::flush;
 
   if (settings.json.empty()) return;
   nlohmann::json json{{"loss_first", nullptr}, {"loss_last", nullptr}, {"steps", settings.steps}, {"ranks", comm.size()}, {"seconds", seconds}};
   json["ledger"] = to_json(comm.ledger());
-  if (overlap) json["overlap"] = {{"alone_seconds", overlap->alone}, {"blocked_seconds", overlap->blocked}, {"late_seconds", overlap->late}};
+  if (overlap) json["overlap"] = {{"alone_seconds", overlap->alone}, {"blocked_seconds", overlap->blocked}, {"late_seconds", overlap->late}, {"least_hidden_percent", overlap->least_hidden()}, {"most_hidden_percent", overlap->most_hidden()}};
   if (!losses.empty()) {
     json["loss_first"] = number_or_null(losses.front());
     json["loss_last"] = number_or_null(losses.back());

@@ -23,7 +23,7 @@ class LocalSteps {
   template <class Engine>
   void go(Engine& engine, Run& run, std::uint32_t i) {
     Transfer& t = run.active->transfers[i];
-    if (run.active->queued[i]) return;
+    if (run.active->queued[i] || t.done == t.bytes) return;
     if (t.fold || t.bytes > short_bytes || t.ready < t.bytes) return queue(run, i);
     std::memmove(t.to + t.done, t.from + t.done, t.bytes - t.done);
     t.late.raise(engine.resumed());
