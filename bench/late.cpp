@@ -13,6 +13,7 @@
 #include <tally/tally.hpp>
 #include <vector>
 
+#include "arguments.hpp"
 #include "measure.hpp"
 
 namespace {
@@ -68,7 +69,7 @@ int main(int argc, char** argv) {
   std::string json;
   app.add_option("--times", times, "calls per row; a tenth of them where they are 100 ms late")->capture_default_str()->check(CLI::Range(1, 1'000'000));
   app.add_option("--json", json, "also JSON lines to this file");
-  CLI11_PARSE(app, argc, argv);
+  if (const auto status = bench::parse("late", app, argc, argv)) return *status;
   std::ofstream file;
   if (!json.empty()) {
     file.open(json);

@@ -117,18 +117,46 @@ void large_ones(Communicator& comm) {
 }
 
 void large_different_sizes(Communicator& comm) {
-  std::vector<float> data(1'000'000);
+  std::vector<float> data(1'000'000), rest(1);
   std::string what;
   try {
     comm.group([&] {
       for (std::size_t i = 0; i < 1000; ++i) comm.all_reduce(std::span(data).subspan(i * 1000, comm.rank() == 0 || i != 500 ? 1000 : 999), sum);
-      comm.all_reduce(std::span(data).first(comm.rank() == 0 ? 0 : 1), sum);
+      comm.all_reduce(std::span(rest).first(comm.rank() == 0 ? 0 : 1), sum);
     });
   } catch (const Error& error) {
     what = error.what();
     expect(error.errc() == Errc::mismatch, what);
   }
   expect(what.find("a group of sizes") != std::string::npos, "the error names the calls, not: " + what);
+}
+
+/// Packed operations are done at once, so that none sees what another one has done.
+void dependent_ones(Communicator& comm) {
+  const float n = static_cast<float>(comm.size());
+  std::vector<float> a(40, 1.0f), b(40, 7.0f), c(40), d(40);
+  const auto refused = [&](auto&& f) {
+    std::string what;
+    try {
+      comm.group(f);
+    } catch (const Error& error) {
+      if (error.errc() == Errc::invalid_argument) what = error.what();
+    }
+    expect(what.find("40 elements overlaps in memory with") != std::string::npos && what.find("must not depend on each other") != std::string::npos, "refused, not: " + what);
+    expect(a == std::vector<float>(40, 1.0f) && b == std::vector<float>(40, 7.0f), "and nothing is done");
+  };
+  refused([&] { comm.all_reduce(a, sum), comm.all_reduce(a, sum); });
+  refused([&] { comm.all_reduce(a, b, sum), comm.all_reduce(b, c, sum); });
+  refused([&] { comm.all_reduce(b, c, sum), comm.all_reduce(a, b, sum); });
+  refused([&] { comm.all_reduce(a, c, sum), comm.all_reduce(b, c, sum); });
+  refused([&] { comm.all_reduce(a, c, sum), comm.all_reduce(b, d, sum), comm.all_reduce(a, max); });
+  comm.group([&] { comm.all_reduce(a, c, sum), comm.all_reduce(a, d, max), comm.all_reduce(b, min); });  // two read the same
+  expect(c == std::vector<float>(40, n) && d == a && b == std::vector<float>(40, 7.0f), "inputs may be read twice");
+  std::vector<float> whole(4000, 2.0f);
+  comm.group([&] {
+    for (std::size_t i = 0; i < 100; ++i) comm.all_reduce(std::span(whole).subspan(i * 37 % 100 * 40, 40), sum);
+  });
+  expect(whole == std::vector<float>(4000, 2 * n), "neighbours in memory, in any order");
 }
 
 void order_and_again(Communicator& comm) {
@@ -198,5 +226,8 @@ TEST_CASE("a group of all kinds of operations: threads") {
 }
 TEST_CASE("groups follow each other, and fail alone") {
   for (const int n : {1, 3}) launch(n, order_and_again, threads);
+}
+TEST_CASE("operations of a group must not depend on each other") {
+  for (const int n : {1, 3}) launch(n, dependent_ones, threads);
 }
 TEST_CASE("groups of other sizes are told apart", "[processes]") { launch(2, different_sizes); }

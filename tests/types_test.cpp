@@ -518,7 +518,7 @@ TEST_CASE("what can be moved and what can be folded") {
   const auto code = static_cast<int>(element_type<Pair>());
   CHECK((code >= 24 && code < 64 && element_type<Colour>() != element_type<Pair>()));
   CHECK(name_of(element_type<Pair>()) == "user type #" + std::to_string(code - 24));
-  CHECK((name_of(ElementType::c128) == "complex128" && name_of(ElementType::bfloat16) == "bfloat16" && name_of(ElementType::f32) == "float32" && name_of(ElementType::byte) == "byte" && name_of(static_cast<ElementType>(20)) == "unknown type"));
+  CHECK((name_of(ElementType::c128) == "complex128" && name_of(ElementType::bfloat16) == "bfloat16" && name_of(ElementType::f32) == "float32" && name_of(ElementType::byte) == "byte" && name_of(static_cast<ElementType>(21)) == "unknown type"));
   CHECK((name_of(static_cast<ElementType>(63)) == "user type #39" && name_of(ElementType::e5m2) == "fp8_e5m2" && name_of(ElementType::boolean) == "bool"));
 
   CHECK((detail::operator_code<Sum>() == 1 && detail::operator_code<Mean>() == 5 && detail::operator_code<MaxLocation>() == 14 && detail::operator_code<PremultipliedSum<double>>() == 12 && detail::operator_code<Product>() >= 16));

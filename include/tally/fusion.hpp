@@ -31,12 +31,16 @@ class Fusion {
     Pack* pack = latest_ < packs_.size() && fits(packs_[latest_], call) ? &packs_[latest_] : find(call, kept);
     pack->parts.push_back({call.input, call.output, pack->elements, call.layout.count});
     pack->elements += call.layout.count;
+    const Buffers buffers(call);
+    doubtful_ = doubtful_ || buffers.clashes(all_);
+    all_.widen(buffers);
   }
   void add(Operation operation) { started_.push_back(std::move(operation)); }
 
   /// Runs them all, in the order in which the first of each kind was called. The report is the sum of theirs.
   Report run(AnyEngine& engine, CallMaker& make) {
     const Ending ending{*this};
+    if (doubtful_) refuse_overlaps();
     Report all;
     for (std::size_t i = 0; i < packs_.size(); ++i) run(packs_[i], engine, make, all);
     for (Operation& operation : started_) add(all, operation.wait());
@@ -65,6 +69,8 @@ class Fusion {
       }
       fusion.packs_.clear();
       fusion.started_.clear();  // waits, if something went wrong
+      fusion.doubtful_ = false;
+      fusion.all_ = {};
       fusion.latest_ = 0;
     }
   };
@@ -85,6 +91,33 @@ class Fusion {
     return &packs_.back();
   }
 
+  /// Packed operations are done at once: none may write what another one reads or writes.
+  [[gnu::noinline]] void refuse_overlaps() const {
+    struct Use {
+      std::span<const std::byte> bytes;
+      bool writes;
+      const Pack* pack;
+      std::size_t part;
+    };
+    std::vector<Use> uses;
+    for (const Pack& pack : packs_)
+      for (std::size_t p = 0; p < pack.parts.size(); ++p) {
+        const Buffers buffers(pack.parts[p], pack.call.grain);
+        if (!buffers.out.empty()) uses.push_back({buffers.out, true, &pack, p});
+        if (!buffers.in.empty() && buffers.in.data() != buffers.out.data()) uses.push_back({buffers.in, false, &pack, p});
+      }
+    std::ranges::sort(uses, [](const Use& a, const Use& b) { return std::less<>()(a.bytes.data(), b.bytes.data()); });
+    const Use *written = nullptr, *used = nullptr;  // which of those before reach furthest
+    const auto reaches = [](const Use* before, const Use& use) { return before && std::less<>()(use.bytes.data(), before->bytes.data() + before->bytes.size()); };
+    const auto further = [](const Use* a, const Use& b) { return !a || std::less<>()(a->bytes.data() + a->bytes.size(), b.bytes.data() + b.bytes.size()) ? &b : a; };
+    for (const Use& use : uses) {
+      if (const Use* other = use.writes ? used : written; reaches(other, use))
+        throw Error(Errc::invalid_argument, {name_of(use.pack->call.layout.operation), " of ", use.pack->parts[use.part].count, " elements overlaps in memory with ", name_of(other->pack->call.layout.operation), " of ",
+                                             other->pack->parts[other->part].count, " elements of the same group: they are done at once and must not depend on each other"});
+      used = further(used, use);
+      if (use.writes) written = further(written, use);
+    }
+  }
   /// All ranks must cut the group in the same way: a hash of the parts' sizes tells.
   static std::uint16_t hash_of(std::span<const Part> parts) {
     std::uint64_t hash = 0;
@@ -122,7 +155,8 @@ class Fusion {
     all.algorithm = one.algorithm;
   }
 
-  bool recording_ = false;
+  bool recording_ = false, doubtful_ = false;  // doubtful: some of their buffers may overlap
+  Buffers all_;                                 // their hull
   std::vector<Pack> packs_;
   std::vector<std::vector<Part>> spare_;  // whose memory is there
   std::size_t latest_ = 0;

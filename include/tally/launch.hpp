@@ -79,10 +79,11 @@ inline void throw_if_unread(const SlotMemory& memory) {
   if (memory.header().abort.load() != 0) return;  // an operation failed, and its error was caught
   const SlotMemory::Unread unread = memory.unread();
   if (unread.from < 0) return;
+  const bool message = Fingerprint::unpack(unread.fingerprint).operation == Collective::send;
   throw Error(Errc::mismatch,
-              {"rank ", unread.from, " sent rank ", unread.to, " data in ", describe(unread.fingerprint, memory.rank_line(unread.from).count.load()), " #", unread.operation,
-               " that nobody received: the ranks called different operations"},
-              {unread.from, unread.to, unread.operation, {}});
+              {"rank ", unread.from, " sent rank ", unread.to, " data in ", describe(unread.fingerprint, memory.rank_line(unread.from).count.load()), message ? Piece("") : Piece(" #"), message ? Piece("") : Piece(unread.operation),
+               " that nobody received", message ? "" : ": the ranks called different operations"},
+              {unread.from, unread.to, message ? 0 : unread.operation, {}});
 }
 
 /// Runs f as one rank. A failure is told to the other ranks before it goes on.

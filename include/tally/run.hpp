@@ -100,6 +100,11 @@ struct Buffers {
     else if (run.both) *this = Buffers(run.message, run.other);
     else add(run.message);
   }
+  /// From here on it is the hull of both.
+  void widen(const Buffers& by) {
+    widen(in, by.in);
+    widen(out, by.out);
+  }
   /// What one writes the other must neither read nor write.
   bool clashes(const Buffers& other) const { return overlap(out, other.out) || overlap(out, other.in) || overlap(in, other.out); }
 
@@ -107,6 +112,13 @@ struct Buffers {
 
  private:
   void add(const Message& m) { (m.is_send ? in : out) = {m.data, m.bytes}; }
+  static void widen(std::span<const std::byte>& hull, std::span<const std::byte> by) {
+    if (by.empty()) return;
+    if (hull.empty()) return void(hull = by);
+    const std::less<> before;
+    const std::byte* const first = std::min(hull.data(), by.data(), before);
+    hull = {first, std::max(hull.data() + hull.size(), by.data() + by.size(), before)};
+  }
   static bool overlap(std::span<const std::byte> a, std::span<const std::byte> b) {
     const std::less<> before;
     return !a.empty() && !b.empty() && before(a.data(), b.data() + b.size()) && before(b.data(), a.data() + a.size());
@@ -158,8 +170,7 @@ class Runs {
   void leave_last_in_background() {
     if (!several()) hull_ = Buffers(), soonest_ = last_->deadline;
     const Buffers buffers(*last_);
-    widen(hull_.in, buffers.in);
-    widen(hull_.out, buffers.out);
+    hull_.widen(buffers);
     soonest_ = std::min(soonest_, last_->deadline);
   }
   /// When that has come: whose deadline is next. There is one in flight.
@@ -172,14 +183,6 @@ class Runs {
   }
 
  private:
-  static void widen(std::span<const std::byte>& hull, std::span<const std::byte> by) {
-    if (by.empty()) return;
-    if (hull.empty()) return void(hull = by);
-    const std::less<> before;
-    const std::byte* const first = std::min(hull.data(), by.data(), before);
-    hull = {first, std::max(hull.data() + hull.size(), by.data() + by.size(), before)};
-  }
-
   [[gnu::cold, gnu::noinline]] void add() { free(*all_.emplace_back(std::make_unique<Run>(n_))); }
 
   int n_;

@@ -90,7 +90,7 @@ class SlotLayout {
       else slot_bytes_ = round(slot_bytes_ / 2);
     }
     if (bytes() > options.budget)
-      throw Error(Errc::no_resources, {n, " ranks need ", bytes(), " bytes for slots, the budget is ", options.budget});
+      throw Error(Errc::no_resources, {n, " ranks need ", bytes(), " bytes for slots, the budget is ", options.budget, ": set TALLY_SLOT_BUDGET, or Options::slots.budget"});
   }
   /// The same for another number of ranks.
   SlotLayout of(int n) const { return {n, options_}; }
