@@ -270,6 +270,50 @@ static void deadline(RankKind kind) {
 }
 TALLY_TEST_BOTH("the deadline of one ends all", "[timing]", deadline)
 
+/// With several communicators the progress thread looks at each for but a moment, again and again.
+static void noticed_among_several(RankKind kind) {
+  everywhere(2, kind, [](Communicator& comm) {
+    Communicator other = comm.duplicate();
+    const ProgressThread thread = progress_thread();
+    std::vector<float> a(1000), b(1000);
+    std::atomic<int> ended{0};
+    Operation first = comm.async_broadcast(a, 1 - comm.rank()), second = other.async_broadcast(b, 1 - comm.rank());
+    for (Operation* each : {&first, &second}) each->then([&] { ++ended; });
+    expect(test::eventually(20s, [&] { return ended == 2; }), "without any call");
+    for (Operation* each : {&first, &second}) expect(caught([&] { each->wait(); }).is(Errc::mismatch), "different roots");
+  });
+}
+TALLY_TEST_BOTH("the progress thread notices what is wrong among several communicators", "", noticed_among_several)
+
+static void noticed_by_testing(RankKind kind) {
+  everywhere(2, kind, [](Communicator& comm) {
+    std::vector<float> a(1000);
+    Operation operation = comm.async_broadcast(a, 1 - comm.rank());
+    expect(test::eventually(20s, [&] { return operation.test(); }), "found without waiting");
+    expect(caught([&] { operation.wait(); }).is(Errc::mismatch), "different roots");
+  });
+}
+TALLY_TEST_BOTH("who only tests is told what is wrong, too", "", noticed_by_testing)
+
+TEST_CASE("the late rank is blamed by operations that the progress thread looks at by turns", "[processes][timing]") {
+  const test::Outcome outcome = test::outcome_of(2, processes, [](Communicator& comm) {
+    Communicator other = comm.duplicate();
+    const ProgressThread thread = progress_thread();
+    std::vector<int> a(5, 1), b(5, 1);
+    comm.barrier();
+    if (comm.rank() == 1) std::this_thread::sleep_for(100ms);
+    Operation first = comm.async_all_reduce(a, sum), second = other.async_all_reduce(b, sum);
+    if (comm.rank() == 0) std::this_thread::sleep_for(200ms);
+    for (Operation* each : {&first, &second}) {
+      const Report r = each->wait();
+      expect(r.elapsed == r.busy() + r.idle() + r.undriven, "exact");
+      if (comm.rank() == 0) expect(r.wait_arrival >= 50ms && r.undriven <= 50ms && r.blame().at(0).rank == 1, "waited " + std::to_string(test::ms(r.wait_arrival.count())) + " ms, undriven " + std::to_string(test::ms(r.undriven.count())) + " ms");
+    }
+  });
+  CAPTURE(outcome);
+  for (const auto& rank : outcome.ranks) CHECK((rank.ran && !rank.error && !rank.foreign));
+}
+
 TEST_CASE("deadlines of operations that only the progress thread drives", "[timing]") {
   for (const bool accounting : {true, false}) {
     CAPTURE(accounting);

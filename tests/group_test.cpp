@@ -184,6 +184,24 @@ void order_and_again(Communicator& comm) {
   } catch (const std::runtime_error& error) {
     refused = std::string(error.what()) == "mine";
   }
+  for (int what = 0; what < 4; ++what) {
+    bool said = false;
+    try {
+      comm.group([&] {
+        if (what == 0) comm.split(0);
+        if (what == 1) comm.subset({0});
+        if (what == 2) comm.duplicate();
+        if (what == 3) comm.allocate<int>(5);
+      });
+    } catch (const Error& error) {
+      said = error.errc() == Errc::invalid_argument && std::string(error.what()).find("cannot be part of a group") != std::string::npos;
+    }
+    expect(said, "what is needed at once cannot wait for the end of the group");
+  }
+  const Report one = comm.group([&] { comm.all_reduce(x, max); });
+  expect(one.sequence > 0 && one.energy().known(), "a group of one is that one");
+  const Report two = comm.group([&] { comm.all_reduce(x, max), comm.all_reduce(y, min); });
+  expect(two.sequence == 0 && !two.energy().known() && two.blame().empty() && two.last_arrival == -1, "of several, what cannot be added is unknown");
   expect(refused && x == std::vector<std::uint32_t>(6, 1), "what is thrown inside ends it, and nothing is done");
   comm.all_reduce(y, sum);
   expect(y[0] == 2u * static_cast<std::uint32_t>(comm.size()), "the communicator goes on");

@@ -366,6 +366,17 @@ void refused(const std::string& part, const std::function<void()>& f) {
 
 }  // namespace
 
+static void overlapping(tally::RankKind kind) {
+  tally::launch(3, [](Communicator& comm) {
+    std::vector<int> data(10, comm.rank());
+    const test::Caught c = test::caught([&] { comm.send_receive(std::span(data).first(6), tally::wrap(comm.rank() + 1, 3), std::span(data).last(5), tally::wrap(comm.rank() + 2, 3)); });
+    test::expect(c.is(tally::Errc::invalid_argument) && test::has(c.text, "overlap"), c.text);
+    test::expect(data == std::vector<int>(10, comm.rank()), "and nothing is moved");
+    comm.barrier();
+  }, kind);
+}
+TALLY_TEST_BOTH("what is sent and where it is received must not overlap", "", overlapping)
+
 TALLY_TEST_BOTH("messages of one tag keep their order, tags do not", "", order_of_tags)
 TALLY_TEST_BOTH("messages of all lengths", "", lengths)
 TALLY_TEST_BOTH("messages to oneself", "", to_oneself)

@@ -25,6 +25,20 @@
 
 using namespace tally;
 
+template <std::size_t N>
+struct Sized {
+  char bytes[N];
+};
+// Types of users have but 40 codes: these two share one.
+template <>
+inline std::uint64_t tally::detail::hash_type<Sized<8>>() {
+  return 5;
+}
+template <>
+inline std::uint64_t tally::detail::hash_type<Sized<15>>() {
+  return 5;
+}
+
 namespace {
 
 template <Collective O>
@@ -481,6 +495,25 @@ TEST_CASE("the bytes of shares are what other ranks' memory gave and got") {
       is(comm.scan<ZeroCopy>(a, b, sum), 10 * (m - 1), 10 * (m - 1), "scan");
       is(comm.exclusive_scan<ZeroCopy>(a, b, sum), 10 * (me == 0 ? m - 1 : m - 2), 10 * (me == m - 1 ? m - 1 : m - 2), "exclusive_scan");
     }, threads);
+}
+
+TEST_CASE("types of other sizes with one code are told apart where ranks work in each other's memory", "[processes]") {
+  for (const char* name : {"zero_copy", "staged", "single_copy"})
+    for (const RankKind kind : {threads, processes}) {
+      if (kind == processes && std::string_view(name) == "zero_copy") continue;
+      std::string what;
+      try {
+        launch(2, [name](Communicator& comm) {
+          std::vector<Sized<8>> small(100), all(200);
+          std::vector<Sized<15>> large(100), none;
+          if (comm.rank() == 0) comm.gather(small, all, 0, {.algorithm = name});
+          else comm.gather(large, none, 0, {.algorithm = name});
+        }, kind);
+      } catch (const Error& error) {
+        if (error.errc() == Errc::mismatch) what = error.what();
+      }
+      CHECK(what.find("gather(user type #5 x 100") != std::string::npos);
+    }
 }
 
 TEST_CASE("an allocation that one rank cannot have leaves nothing behind", "[processes]") {

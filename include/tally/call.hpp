@@ -71,6 +71,20 @@ struct Call {
     for (const Part& part : scattered)
       if (part.out && part.count > 0) std::memcpy(part.out, output + (part.first - scattered[0].first) * grain, part.count * grain);
   }
+  /// Whether this rank hears, directly or through others, when each other one came.
+  bool hears_all() const {
+    if (algorithm.share || layout.n <= 2) return true;
+    switch (uniform(layout.operation)) {
+      case Collective::reduce:
+      case Collective::gather: return layout.me == layout.root;
+      case Collective::scan:
+      case Collective::exclusive_scan: return layout.me == layout.n - 1;
+      case Collective::broadcast:
+      case Collective::scatter:
+      case Collective::neighbour_exchange: return false;
+      default: return true;
+    }
+  }
   /// The user's memory; a barrier has none.
   std::span<const std::byte> input_bytes() const { return {input, input && layout.operation != Collective::barrier ? layout.input_count() * grain : 0}; }
   std::span<const std::byte> output_bytes() const { return {output, output && layout.operation != Collective::barrier ? layout.output_count() * grain : 0}; }
@@ -101,7 +115,7 @@ struct Fingerprint {
 
   static constexpr std::uint16_t hash_count(std::size_t count) { return static_cast<std::uint16_t>((count * 0x9e3779b97f4a7c15u) >> 48); }
   static constexpr Fingerprint of(const Call& call) {
-    return {call.layout.operation, call.type, call.operator_code, static_cast<std::uint16_t>(call.layout.root), call.algorithm.code, call.parts != 0, static_cast<std::uint16_t>(hash_count(agreed_count(call)) + call.parts)};
+    return {call.layout.operation, call.type, call.operator_code, static_cast<std::uint16_t>(call.layout.root), call.algorithm.code, call.parts != 0, call.parts != 0 ? call.parts : hash_count(agreed_count(call))};
   }
   /// What all ranks have to agree on; where sizes differ the two ends of a message find out.
   static constexpr std::size_t agreed_count(const Call& call) { return call.layout.extents ? 0 : call.layout.count; }
@@ -136,7 +150,8 @@ constexpr std::uint8_t algorithm_code(std::string_view name) {
   if (f.operation == Collective::send || f.operation == Collective::receive) return concat({name_of(f.operation), "(", count, " bytes, tag ", static_cast<std::int32_t>(bits), ")"});
   if (f.operation == Collective::barrier) return concat({name_of(f.operation), "(", algorithm, ")"});
   if (f.type == ElementType::membership) return "split, subset, duplicate or allocate";
-  const Piece elements = f.group ? Piece("a group of sizes") : Fingerprint::hash_count(count) == f.count_hash ? Piece(count) : "another count";
+  const std::string parts = f.group ? concat({"a group of sizes, ", count, " in all"}) : "";
+  const Piece elements = f.group ? Piece(parts) : Fingerprint::hash_count(count) == f.count_hash ? Piece(count) : "another count";
   const std::string folded = reduces(f.operation) ? concat({", ", operator_text(f.op)}) : "", from = has_root(f.operation) ? concat({", root ", f.root}) : "";
   if (sizes_differ(f.operation)) return concat({name_of(f.operation), "(", name_of(f.type), folded, from, ", ", algorithm, ")"});
   return concat({name_of(f.operation), "(", name_of(f.type), " x ", elements, folded, from, ", ", algorithm, ")"});

@@ -434,9 +434,9 @@ class CallMaker {
   [[noreturn, gnu::cold, gnu::noinline]] static void refuse_algorithm(Collective operation, const AlgorithmRef& algorithm, const Need& need) {
     if (reduces(operation) && algorithm.folding < need.folding)
       throw Error(Errc::invalid_argument, {algorithm.name, " cannot do this ", name_of(operation), ": ", need.folding == Folding::fixed ? "it does not fold in the one bracketing that Order::fixed asks for" : "it does not keep the order of ranks, which this operator needs: it is not marked as commutative"});
-    if (algorithm.share && need.steps) throw Error(Errc::unsupported, {algorithm.name, " moves elements of at most ", most_shared, " bytes, and nothing in the background: its ranks work in each other's memory"});
+    if (algorithm.share && need.steps) throw Error(Errc::unsupported, {algorithm.name, " moves elements of at most ", most_shared, " bytes, and nothing in the background or in a group: its ranks work in each other's memory"});
     if (!algorithm.is(Reach::direct)) throw Error(Errc::unsupported, {algorithm.name, " needs blocks of shared memory, for which TALLY_SLOT_BUDGET is too small with so many ranks"});
-    throw Error(Errc::unsupported, {algorithm.name, " needs memory from allocate(), or ranks that are threads: other ranks cannot reach these buffers"});
+    throw Error(Errc::unsupported, {algorithm.name, " needs memory from allocate(), or ranks that are threads: other ranks cannot reach these buffers", operation == Collective::all_to_all ? " (in place they are copies)" : ""});
   }
 
   [[noreturn, gnu::cold, gnu::noinline]] void refuse_elements(std::size_t bytes) const {

@@ -506,6 +506,7 @@ class Communicator {
   // Making communicators and memory together. Whatever goes wrong there goes wrong on all ranks, and this communicator goes on.
 
   void tell_all(detail::Wish mine, std::vector<detail::Wish>& all) {
+    if (fusion_ && fusion_->recording()) throw Error(Errc::invalid_argument, {name_of(mine.what), " cannot be part of a group: its result is needed at once"});
     all.resize(static_cast<std::size_t>(size()));
     try {
       const auto in = std::as_bytes(std::span(&mine, 1));

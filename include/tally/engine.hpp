@@ -74,6 +74,7 @@ class Engine final : public AnyEngine {
 
   Report run(const Message& send, const Message& receive, Message* received) override {
     const Use use(*this);
+    if (Buffers(send, receive).overlap_themselves()) throw Error(Errc::invalid_argument, "send_receive: what is sent and where it is received overlap");
     if (runs_.first()) diagnosis_.refuse_overlaps(Buffers(send, receive), "send_receive");
     Run& run = runs_.take();
     return to_end(run, receive.timeout, [&] {
@@ -166,7 +167,7 @@ class Engine final : public AnyEngine {
       Ticks since = clock_.now();
       const std::uint64_t before = moves_;
       const Run* const oldest = runs_.first();
-      progress_.drive_until(runs_.soonest());
+      progress_.drive_until(runs_.soonest(), true);
       limit_is_error_ = true;
       out_of_time_ = false;
       attempt([&] {
@@ -375,7 +376,6 @@ class Engine final : public AnyEngine {
   struct Held {
     explicit Held(Engine& e) : gate(e.gate_) { gate.lock([&] { e.transport_->interrupt(); }); }
     ~Held() { gate.unlock(); }
-    Held(const Held&) = delete;
     Gate& gate;
   };
   struct Use {
@@ -389,7 +389,6 @@ class Engine final : public AnyEngine {
       }
     }
     ~Use() { engine.gate_.leave(under_rule); }
-    Use(const Use&) = delete;
     Engine& engine;
     bool under_rule;
   };
@@ -565,7 +564,8 @@ class Engine final : public AnyEngine {
   }
   /// The same as long as there is more, within bounds: who asked has something else to do.
   void a_while() {
-    for (int rounds = 32; rounds > 0 && once();) --rounds;
+    if (!once()) return progress_.look_around(*this);
+    for (int rounds = 31; rounds > 0 && once();) --rounds;
   }
   void complete_finished() {
     while (finished_) {
@@ -608,6 +608,7 @@ class Engine final : public AnyEngine {
     report.ledger = ledger_.handle();
     report.sequence = run.number;
     if (run.row) report.algorithm = run.row->algorithm;
+    if (run.call && !run.call->hears_all()) report.last_arrival = -1;
   }
   /// Operations that nobody holds any longer.
   [[gnu::noinline]] void take_returned() {

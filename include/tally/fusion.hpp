@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <memory>
 #include <span>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -20,24 +21,31 @@ namespace tally::inline v0 {
 
 class Fusion {
  public:
-  bool recording() const { return recording_; }
-  void begin() { recording_ = true; }
+  /// This thread is: a call-back of another one is not part of the group.
+  bool recording() const { return recording_ && thread_ == std::this_thread::get_id(); }
+  void begin() {
+    recording_ = true;
+    thread_ = std::this_thread::get_id();
+  }
 
   /// An operation of the group. `kept`: its operator. Others than those that can be packed are started.
   void add(const std::shared_ptr<AnyEngine>& engine, CallMaker& make, const Call& call, const std::shared_ptr<const void>& kept) {
     const Collective what = call.layout.operation;
     const bool packs = (what == Collective::all_reduce || what == Collective::reduce || what == Collective::broadcast) && call.size <= most_bytes;
-    if (!packs) return started_.push_back({engine, engine->start(make.in_background(call), kept)});
+    // An algorithm in symmetric memory, insisted on, cannot work on a buffer that they are packed into.
+    if (!packs || (call.named && call.algorithm.is(Reach::direct) && !make.one_address_space())) return started_.push_back({engine, engine->start(make.in_background(call), kept)});
     Pack* pack = latest_ < packs_.size() && fits(packs_[latest_], call) ? &packs_[latest_] : find(call, kept);
     pack->parts.push_back({call.input, call.output, pack->elements, call.layout.count});
     pack->elements += call.layout.count;
+    pack->call.timeout = std::min(pack->call.timeout, call.timeout);
     const Buffers buffers(call);
     doubtful_ = doubtful_ || buffers.clashes(all_);
     all_.widen(buffers);
   }
   void add(Operation operation) { started_.push_back(std::move(operation)); }
 
-  /// Runs them all, in the order in which the first of each kind was called. The report is the sum of theirs.
+  /// Runs them all, in the order in which the first of each kind was called. The report is the sum of theirs; where there were
+  /// several, it knows no joules, no blame and no last rank.
   Report run(AnyEngine& engine, CallMaker& make) {
     const Ending ending{*this};
     if (doubtful_) refuse_overlaps();
@@ -149,12 +157,14 @@ class Fusion {
   static void add(Report& all, const Report& one) {
     for (const auto part : {&Report::elapsed, &Report::exposed, &Report::copy, &Report::reduce, &Report::codec, &Report::protocol, &Report::wait_arrival, &Report::wait_transfer, &Report::wait_credit, &Report::wait_local, &Report::undriven}) all.*part += one.*part;
     for (const auto part : {&Report::bytes_sent, &Report::bytes_received, &Report::bytes_wire}) all.*part += one.*part;
+    const bool only = all.ledger == 0;
     all.ledger = one.ledger;
-    all.sequence = one.sequence;
-    all.last_arrival = one.last_arrival;
+    all.sequence = only ? one.sequence : 0;
+    all.last_arrival = only ? one.last_arrival : std::int16_t{-1};
     all.algorithm = one.algorithm;
   }
 
+  std::thread::id thread_;  // who records
   bool recording_ = false, doubtful_ = false;  // doubtful: some of their buffers may overlap
   Buffers all_;                                 // their hull
   std::vector<Pack> packs_;

@@ -28,6 +28,7 @@ struct Account {
   Ticks driven = 0;   // Progress::driven() when it was last served
   Lateness latest;
   bool heard = false;
+  bool stalled = false;   // it was waiting when it was left alone
   std::vector<std::pair<Ticks, Ticks>> open;  // waits that ended with another operation's frame: whose they are the next own one tells
 };
 
@@ -60,7 +61,7 @@ class Progress {
   void begin(Account& account, nanoseconds timeout) {
     drive(timeout);
     account.arrival = now_;
-    account.heard = false;
+    account.heard = account.stalled = false;
     account.latest = {now_, transport_.rank()};
     if (timed_) account.watch.start(now_);
     current_ = &account;
@@ -70,8 +71,9 @@ class Progress {
     timeout_ = timeout;
     drive_until(0);
   }
-  /// Or until then.
-  void drive_until(Ticks deadline) {
+  /// Or until then. `looks`: it comes again and again to see whether anything moved, and waits in between.
+  void drive_until(Ticks deadline, bool looks = false) {
+    looks_ = looks;
     waiting_ = false;
     first_stall_ = 0;
     deadline_ = deadline;
@@ -105,6 +107,14 @@ class Progress {
     if (!transport_.poll(probe)) return false;
     if (waiting_) end_wait();  // nothing from outside ended it: it was this rank's own doing
     return true;
+  }
+
+  /// Nothing moves, and who asked does not wait: from time to time he is told what is wrong, too.
+  template <ProgressClient C>
+  void look_around(C& client) {
+    if (transport_.aborted()) client.raise_abort();
+    now_ = clock_.now();
+    if (now_ >= next_check_) check(client);
   }
 
   /// From here on the thread works for this operation; the others queue.
@@ -191,12 +201,18 @@ class Progress {
   static std::uint32_t age(Ticks ticks) { return static_cast<std::uint32_t>(std::min<Ticks>(ticks / age_unit, age_limit)); }
 
   Ticks driven() const { return driven_ + (now_ - began_); }
-  [[gnu::noinline]] void change(Account& account) {
+  [[gnu::noinline]] void change(Account& account, bool moved = true) {
     if (timed_) {
       now_ = clock_.now();
       leave();
       const Ticks away = now_ - account.watch.mark();
-      account.watch.resume(State::protocol, now_, away - std::min(away, driven() - account.driven));
+      if (!moved && looks_ && account.stalled && !account.open.empty()) {  // it has gone on waiting: nothing came meanwhile
+        account.open.back().second = now_;
+        account.watch.slept(away);
+        account.watch.resume(State::protocol, now_);
+      } else {
+        account.watch.resume(State::protocol, now_, away - std::min(away, driven() - account.driven));
+      }
     }
     waiting_ = false;
     current_ = &account;
@@ -204,9 +220,12 @@ class Progress {
   /// The current operation is left alone, at now_.
   void leave() {
     if (!timed_ || !current_) return;
+    current_->stalled = waiting_;
     if (waiting_) {
       ladder_.learn(now_ - wait_began_);
-      current_->open.emplace_back(current_->watch.mark(), now_);
+      auto& open = current_->open;
+      if (!open.empty() && open.back().second == current_->watch.mark()) open.back().second = now_;
+      else open.emplace_back(current_->watch.mark(), now_);
       current_->watch.resume(State::wait_local, now_);
     }
     current_->watch.enter(State::wait_local, now_);
@@ -268,7 +287,7 @@ class Progress {
   }
 
   void begin_wait(Account& oldest) {
-    serve(oldest);
+    if (current_ != &oldest) change(oldest, false);
     waiting_ = true;
     now_ = clock_.now();
     if (timed_) oldest.watch.enter(State::wait_local, now_);
@@ -276,7 +295,7 @@ class Progress {
     ladder_.restart(transport_.crowded());
     if (first_stall_ != 0) return;
     first_stall_ = now_;
-    next_check_ = now_ + check_interval_;
+    if (next_check_ == 0) next_check_ = now_ + check_interval_;
     if (deadline_ == 0) deadline_ = (timed_ ? began_ : now_) + clock_.to_ticks(timeout_);
   }
   void end_wait() {
@@ -312,14 +331,18 @@ class Progress {
       sleep(client);
       if (!waiting_) return;
     }
-    if (now_ < next_check_ && now_ < deadline_) return;
+    if ((now_ < next_check_ && now_ < deadline_) || check(client)) return;
+    if (now_ >= deadline_ && !poll(client)) client.expired();  // it may have come while nobody looked
+  }
+  /// Whether all who are needed are there and in matching calls; throws if not. True if something moved.
+  template <ProgressClient C>
+  bool check(C& client) {
     next_check_ = now_ + check_interval_;
     client.check_peers();
-    if (const Rank lost = client.first_lost(); lost >= 0) {
-      if (poll(client)) return;  // it may have sent everything before it went
-      client.raise_lost(lost);
-    }
-    if (now_ >= deadline_ && !poll(client)) client.expired();  // it may have come while nobody looked
+    const Rank lost = client.first_lost();
+    if (lost < 0) return false;
+    if (!poll(client)) client.raise_lost(lost);  // it may have sent everything before it went
+    return true;
   }
 
   /// Of a simulated transport's time only waits take any: it passes here, until something may have moved or there is something to check.
@@ -369,7 +392,7 @@ class Progress {
   Ticks began_ = 0, driven_ = 0;  // driving, this time; and the times before
   Ticks now_ = 0, deadline_ = 0, next_check_ = 0, wait_began_ = 0;
   Ticks first_stall_ = 0;  // since driving began: up to there, what moves may have been able to for long
-  bool waiting_ = false;
+  bool waiting_ = false, looks_ = false;
 };
 
 }  // namespace tally::inline v0

@@ -108,6 +108,8 @@ struct Buffers {
   /// What one writes the other must neither read nor write.
   bool clashes(const Buffers& other) const { return overlap(out, other.out) || overlap(out, other.in) || overlap(in, other.out); }
 
+  bool overlap_themselves() const { return overlap(in, out); }
+
   std::span<const std::byte> in, out;
 
  private:

@@ -89,10 +89,12 @@ class ShareWork {
 
  private:
   /// How ranks name their buffers to each other: an address, or a place in symmetric memory; 0 names nothing. And the
-  /// whole count, since fingerprints hold but 16 bits of it and here no frame's length shows a difference.
+  /// whole size, since fingerprints hold but 16 bits of it and here no frame's length shows a difference.
   struct Names {
-    std::uint64_t input = 0, output = 0, count = 0;
+    std::uint64_t input = 0, output = 0, bytes = 0;
   };
+  /// Types of users are told apart by 6 bits: two of different sizes may look alike.
+  static std::uint64_t agreed_bytes(const Call& call) { return call.layout.count * call.grain; }
 
   void take(Run& run) {
     const Call& call = *run.call;
@@ -104,7 +106,7 @@ class ShareWork {
     const Share share = call.algorithm.share(call.layout.shape());
     if (share.way == Share::Way::exchange && call.layout.in_place) return take_copied(run);
     lent_ = kernel || transport_.one_address_space();
-    meet(run, {name_of(call.input, call.input_memory), name_of(call.output, call.output_memory), call.layout.count});
+    meet(run, {name_of(call.input, call.input_memory), name_of(call.output, call.output_memory), agreed_bytes(call)});
     {
       // Who aborts waits for this, since its memory may go as soon as its call has returned.
       struct Sharing {
@@ -139,7 +141,7 @@ class ShareWork {
       else pass_.run(length, call.grain, &call.fold, writes_past_caches(run) && !folds, share.way);
       count(run, bytes);
     }
-    meet(run, {0, 0, call.layout.count});
+    meet(run, {0, 0, agreed_bytes(call)});
     lent_ = false;
   }
   /// An exchange in place writes where others still read: they are given a copy.
@@ -172,7 +174,7 @@ class ShareWork {
   [[gnu::cold]] bool kernel_copies(Run& run) {
     if (kernel_error_ >= 0) return kernel_error_ == 0;
     admit_other_processes();
-    const std::uint64_t count = run.call->layout.count;
+    const std::uint64_t count = agreed_bytes(*run.call);
     const auto mark = [](std::uint64_t address, std::uint64_t process) { return (address ^ process << 32) * 0x9e3779b97f4a7c15u; };
     std::uint64_t probe = 0;
     const std::uint64_t address = reinterpret_cast<std::uintptr_t>(&probe), me = static_cast<std::uint64_t>(::getpid());
@@ -216,7 +218,7 @@ class ShareWork {
         count(run, bytes);
       }
       if (i >= 2) staging.take(i - 2, block(transport_.rank(), i - 2), copying);
-      if (i <= pieces) meet(run, {0, 0, call.layout.count});
+      if (i <= pieces) meet(run, {0, 0, agreed_bytes(call)});
     }
   }
   void meet(Run& run, const Names& mine) {
@@ -230,7 +232,7 @@ class ShareWork {
     auto* names = reinterpret_cast<std::byte*>(names_.data());
     engine_.run_steps(run, *meeting_, names + sizeof(Names) * static_cast<std::size_t>(transport_.rank()), names);
     for (Rank r = 0; r < transport_.size(); ++r)
-      if (names_[static_cast<std::size_t>(r)].count != mine.count) engine_.raise_mismatch(run, r, run.fingerprint);
+      if (names_[static_cast<std::size_t>(r)].bytes != mine.bytes) engine_.raise_mismatch(run, r, run.fingerprint);
   }
   std::uint64_t name_of(const std::byte* place, const SymmetricMemory* memory) const {
     if (!place) return 0;
