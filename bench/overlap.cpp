@@ -135,9 +135,15 @@ class Measurement {
       std::optional<tally::ProgressThread> thread;  // on a core of its own where there are enough, else wherever it likes
       if (driver == Driver::thread) thread = tally::progress_thread(s_.progress_core >= 0 ? s_.progress_core + comm_.rank() : cores_.size() >= 2 * ranks ? cores_[ranks + rank] : -1);
       const bool tests = driver == Driver::caller;
-      const auto compute = [&](const auto& between) { cpu ? computing_.work(alone_, between) : Computing::sleep(alone_, tests ? 20e-6 : alone_, between); };
+      double length = alone_;  // of the computing: what the reduction alone took just before
+      const auto compute = [&](const auto& between) { cpu ? computing_.work(length, between) : Computing::sleep(length, tests ? 20e-6 : length, between); };
       std::vector<double> blocked;
-      const auto [alone, computing, both] = medians([&] { comm_.async_all_reduce(data, tally::sum).wait(); }, [&] { compute([] {}); },
+      const auto [alone, computing, both] = medians([&] {
+                                                      const double begin = bench::seconds_now();
+                                                      comm_.async_all_reduce(data, tally::sum).wait();
+                                                      length = bench::seconds_now() - begin;
+                                                    },
+                                                    [&] { compute([] {}); },
                                                     [&] {
                                                       tally::Operation op = comm_.async_all_reduce(data, tally::sum);
                                                       compute([&] {
