@@ -62,6 +62,7 @@ class Progress {
     drive(timeout);
     account.arrival = now_;
     account.heard = account.stalled = false;
+    lost_ = -1;
     account.latest = {now_, transport_.rank()};
     if (timed_) account.watch.start(now_);
     current_ = &account;
@@ -340,7 +341,7 @@ class Progress {
     next_check_ = now_ + check_interval_;
     client.check_peers();
     const Rank lost = client.first_lost();
-    if (lost < 0) return false;
+    if (std::exchange(lost_, lost) != lost || lost < 0) return false;  // what it sent before may still be on its way
     if (!poll(client)) client.raise_lost(lost);  // it may have sent everything before it went
     return true;
   }
@@ -393,6 +394,7 @@ class Progress {
   Ticks now_ = 0, deadline_ = 0, next_check_ = 0, wait_began_ = 0;
   Ticks first_stall_ = 0;  // since driving began: up to there, what moves may have been able to for long
   bool waiting_ = false, looks_ = false;
+  Rank lost_ = -1;  // who was found to be gone, but may have sent all
 };
 
 }  // namespace tally::inline v0
