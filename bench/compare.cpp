@@ -10,6 +10,7 @@
 #include <nlohmann/json.hpp>
 #include <optional>
 
+#include "arguments.hpp"
 #include "measure.hpp"
 #include "picture.hpp"
 #include "race.hpp"
@@ -76,14 +77,7 @@ std::optional<int> parse(int argc, char** argv, Settings& s) {
     std::cerr << "compare: " << why.substr(0, why.find('\n')) << '\n';
     return 2;
   };
-  try {
-    app.parse(argc, argv);
-  } catch (const CLI::CallForHelp&) {
-    std::cout << app.help();
-    return 0;
-  } catch (const CLI::ParseError& error) {
-    return refuse(error.what());
-  }
+  if (const auto status = bench::parse("compare", app, argc, argv)) return status;
   s.limits.block_s = block_ms * 1e-3;
   s.ops.clear();
   for (const std::string& word : words(ops)) {

@@ -482,9 +482,7 @@ void parse(int argc, char** argv, CLI::App& app, Settings& s) {
     for (const std::string_view name : tally::algorithms_for(s.op)) offered += (offered.empty() ? "" : ", ") + std::string(name);
     throw CLI::ValidationError("--algorithm", "'" + s.algorithm + "' does not offer " + op + "; these do: " + offered);
   }
-  if (s.algorithm == tally::ZeroCopy::name && s.transport != "thread") {
-    throw CLI::ValidationError("--algorithm", "zero_copy works on private memory only where ranks are threads: --transport thread");
-  }
+  require(s.algorithm != tally::ZeroCopy::name || s.transport == "thread", "--algorithm", "zero_copy works on private memory only where ranks are threads: --transport thread");
   const NamedType* type = find_type(s.type);
   require(type, "--type", "unknown type '" + s.type + "'; there are i8 to i64, u8 to u64, f32, f64");
   if (tally::reduces(s.op)) {

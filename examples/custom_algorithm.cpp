@@ -27,7 +27,7 @@ struct Line {
 
 int main() {
   for (int n = 1; n <= 16; ++n)
-    for (const std::size_t elements : {0, 1, 100}) {
+    for (const std::size_t elements : {0u, 1u, 100u}) {
       const std::string problem = tally::check({{tally::Collective::all_reduce, 0, n, 0, elements}}, Line::all_reduce);
       if (!problem.empty()) {
         std::cerr << n << " ranks, " << elements << " elements: " << problem << '\n';

@@ -38,6 +38,13 @@ void on_ranks(int n, RankKind kind, F f, Options options = {}) {
   CAPTURE(n, outcome);
   for (const Caught& rank : outcome.ranks) CHECK((rank.ran && !rank.error && !rank.foreign));
 }
+/// The all_reduces that its ledger knows.
+std::uint64_t booked(const Communicator& comm) {
+  std::uint64_t calls = 0;
+  for (const LedgerRow& row : comm.ledger().rows())
+    if (row.operation == Collective::all_reduce) calls += row.calls;
+  return calls;
+}
 /// The same, with the progress thread and without; f may ask which.
 template <class F>
 void either_way(int n, RankKind kind, F f) {
@@ -481,10 +488,8 @@ TEST_CASE("what the progress thread calls back may wait for its operation while 
     expect(test::eventually(5s, [&] { return state > 0; }), "called back");
     comm.barrier();
     expect(waited.ran && !waited.error, waited.text);
-    std::uint64_t calls = 0;
     comm.barrier();  // books what the call-back gave back
-    for (const LedgerRow& row : comm.ledger().rows())
-      if (row.operation == Collective::all_reduce) calls += row.calls;
+    const std::uint64_t calls = booked(comm);
     expect(calls == 1, "booked once");
   });
 }
@@ -559,9 +564,7 @@ TEST_CASE("an operator may destroy operations that are done, and those of other 
     expect(x == 2 && y == 2 && z == 2 && w == 2 && !done && !again && !elsewhere && sent > 0, "all went on");
     operation = Operation();
     comm.barrier();
-    std::uint64_t calls = 0;
-    for (const LedgerRow& row : comm.ledger().rows())
-      if (row.operation == Collective::all_reduce) calls += row.calls;
+    const std::uint64_t calls = booked(comm);
     expect(calls == 4, "all are booked once, as is the one in duplicate(): " + std::to_string(calls));
   });
 }
@@ -586,9 +589,7 @@ TEST_CASE("another thread may destroy what is done while the communicator is in 
       for (int i = 0; i < 5; ++i) comm.async_all_reduce(std::span(&x, 1), sum).wait();
     }
     comm.barrier();
-    std::uint64_t calls = 0;
-    for (const LedgerRow& row : comm.ledger().rows())
-      if (row.operation == Collective::all_reduce) calls += row.calls;
+    const std::uint64_t calls = booked(comm);
     expect(calls == 18, "each is booked once: " + std::to_string(calls));
   });
 }

@@ -67,7 +67,7 @@ Model message_passing(Order flag_stored, Order flag_loaded) {
 
 }  // namespace
 
-TEST_CASE("the explorer knows what memories do") {
+TEST_CASE("the explorer knows what memories do", "[proof]") {
   const std::string both_zero = "one of the two saw the other's store", no_data = "who sees the flag sees the data";
   fails("store buffering", store_buffering(false, false), both_zero);
   fails("store buffering, one fence", store_buffering(true, false), both_zero);
@@ -147,7 +147,7 @@ Model slot_ring(int slots, int frames, const RingBreaks& breaks = {}) {
 
 }  // namespace
 
-TEST_CASE("slots hand over every frame") {
+TEST_CASE("slots hand over every frame", "[proof]") {
   for (const int slots : {1, 2})
     for (const int frames : {3, 4}) holds("ring of " + std::to_string(slots) + ", " + std::to_string(frames) + " frames", slot_ring(slots, frames));
 
@@ -327,7 +327,7 @@ Model fences_announced(bool before_any_frame) {
 
 }  // namespace
 
-TEST_CASE("no wake-up is lost") {
+TEST_CASE("no wake-up is lost", "[proof]") {
   for (const Fencing fencing : {Fencing::membarrier, Fencing::fences}) {
     const std::string with = fencing == Fencing::membarrier ? ", membarrier" : ", fences";
     holds("sleeping for a peer, 3 rounds" + with, sleeping(1, 3, fencing));
@@ -359,7 +359,7 @@ TEST_CASE("no wake-up is lost") {
   }
 }
 
-TEST_CASE("what only the limit of a sleep mends") {
+TEST_CASE("what only the limit of a sleep mends", "[proof]") {
   // Known, and not worth a store or a load more: these sleepers wake up when 25 ms are over.
   fails("a peer leaves and is not looked for again", sleeping_until_all_are_woken(Fencing::membarrier, false), "sleeps for ever");
   fails("the first sleeper without membarrier", fences_announced(false), "sleeps for ever");
@@ -450,7 +450,7 @@ Model abort_notices(int onlookers, const AbortBreaks& breaks = {}) {
 
 }  // namespace
 
-TEST_CASE("a status is never read as a mixture") {
+TEST_CASE("a status is never read as a mixture", "[proof]") {
   holds("status", status_record());
   const std::string mixed = "what is read belongs together";
   fails("status not withdrawn", status_record({.not_withdrawn = true}), mixed);
@@ -461,7 +461,7 @@ TEST_CASE("a status is never read as a mixture") {
   fails("status with relaxed loads", status_record({.loads_relaxed = true}), Memory::weak, mixed);
 }
 
-TEST_CASE("an abort notice is whole, and the first one's") {
+TEST_CASE("an abort notice is whole, and the first one's", "[proof]") {
   holds("abort, two at once", abort_notices(0));
   holds("abort, two at once and an onlooker", abort_notices(1));
   const std::string whole = "not so at the end";

@@ -122,7 +122,7 @@ Model thread_rule(const std::vector<int>& rounds, const RuleBreaks& breaks = {})
 
 }  // namespace
 
-TEST_CASE("two threads are never inside at once") {
+TEST_CASE("two threads are never inside at once", "[proof]") {
   holds("thread rule, two threads, 2 and 1 calls", thread_rule({2, 1}));
   holds("thread rule, two threads, 2 calls each", thread_rule({2, 2}));
   holds("thread rule, two threads, 3 and 2 calls", thread_rule({3, 2}));
@@ -138,7 +138,7 @@ TEST_CASE("two threads are never inside at once") {
   fails("exit relaxed", thread_rule({2, 1}, {.exit_relaxed = true}), Memory::weak, in);
 }
 
-TEST_CASE("three threads are never inside at once, a longer look", "[long]") {
+TEST_CASE("three threads are never inside at once, a longer look", "[proof]") {
   holds("thread rule, three threads, 2, 1 and 1 calls", thread_rule({2, 1, 1}));
   fails("given to whom it found", thread_rule({2, 1, 1}, {.given_to_marked = true}), Memory::tso, "finds it untrue that nobody");
 }

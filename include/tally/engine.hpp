@@ -8,7 +8,6 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cstddef>
 #include <exception>
 #include <functional>
@@ -54,7 +53,7 @@ class Engine final : public AnyEngine {
       post(run);
       if (call.algorithm.share) shares_.run(run);
       else drive(run);
-      if (call.finish && call.layout.output_count() > 0) finish(call, call.layout);
+      if (call.finish) finish(call, call.layout);
       if (call.packs()) wrap([&] { call.unpack(); });
     });
   }
@@ -74,8 +73,9 @@ class Engine final : public AnyEngine {
 
   Report run(const Message& send, const Message& receive, Message* received) override {
     const Use use(*this);
-    if (Buffers(send, receive).overlap_themselves()) throw Error(Errc::invalid_argument, "send_receive: what is sent and where it is received overlap");
-    if (runs_.first()) diagnosis_.refuse_overlaps(Buffers(send, receive), "send_receive");
+    const Buffers buffers(send, receive);
+    if (buffers.overlap_themselves()) throw Error(Errc::invalid_argument, "send_receive: what is sent and where it is received overlap");
+    if (runs_.first()) diagnosis_.refuse_overlaps(buffers, "send_receive");
     Run& run = runs_.take();
     return to_end(run, receive.timeout, [&] {
       post(run, receive, &send);
@@ -135,9 +135,7 @@ class Engine final : public AnyEngine {
     wait(run, nullptr);
     run.kept = nullptr;
     run.continuation = nullptr;
-    run.next = returned_.load(std::memory_order_relaxed);
-    while (!returned_.compare_exchange_weak(run.next, &run, std::memory_order_release, std::memory_order_relaxed)) {
-    }
+    returned_.push(run);
     if (Gate::on_progress_thread()) return;
     try {
       const Use use(*this, true, !gate_.shared());  // it takes what was returned
@@ -376,19 +374,21 @@ class Engine final : public AnyEngine {
   struct Held {
     explicit Held(Engine& e) : gate(e.gate_) { gate.lock([&] { e.transport_->interrupt(); }); }
     ~Held() { gate.unlock(); }
+    Held(const Held&) = delete;
     Gate& gate;
   };
   struct Use {
     /// `even_failed`: of operations that were started before. For `ruled` see Gate.
     [[gnu::always_inline]] explicit Use(Engine& e, bool even_failed = false, bool ruled = true) : engine(e), under_rule(ruled) {
       engine.gate_.enter([&e] { e.transport_->interrupt(); }, ruled);  // nothing of this object's, which so stays in registers
-      if (engine.returned_.load(std::memory_order_relaxed)) engine.take_returned();
+      if (engine.returned_.any()) engine.take_returned();
       if (engine.failed_ && !even_failed) {
         engine.gate_.leave(under_rule);
         throw *engine.failed_;
       }
     }
     ~Use() { engine.gate_.leave(under_rule); }
+    Use(const Use&) = delete;
     Engine& engine;
     bool under_rule;
   };
@@ -524,6 +524,7 @@ class Engine final : public AnyEngine {
     if (mailbox_.post(run, arrival)) progress_.post(run.transfer, *this);
   }
   void finish(const Call& call, const Layout& layout) {
+    if (layout.output_count() == 0) return;
     progress_.enter(State::reduce);
     if (!call.is_scattered()) return call.finish(call.output, layout.output_count(), size());
     for (const Part& part : call.scattered) call.finish(part.out, part.count, size());
@@ -577,7 +578,7 @@ class Engine final : public AnyEngine {
   /// An operation in the background is done.
   void complete(Run& run) {
     progress_.serve(run.account);
-    if (run.call && run.call->finish && run.call->layout.output_count() > 0) finish(*run.call, run.prepared->plan->layout());
+    if (run.call && run.call->finish) finish(*run.call, run.prepared->plan->layout());
     run.report = close(run);
     end(run);
   }
@@ -612,12 +613,11 @@ class Engine final : public AnyEngine {
   }
   /// Operations that nobody holds any longer.
   [[gnu::noinline]] void take_returned() {
-    for (Run* run = returned_.exchange(nullptr, std::memory_order_acquire); run;) {
-      Run& one = *std::exchange(run, run->next);
-      book(one);
-      one.error = nullptr;
-      runs_.free(one);
-    }
+    returned_.take_all([this](Run& run) {
+      book(run);
+      run.error = nullptr;
+      runs_.free(run);
+    });
   }
   /// In the background: by the caller's thread, when its report is fetched.
   void book(Run& run) {
@@ -685,7 +685,7 @@ class Engine final : public AnyEngine {
   Mailbox<Engine> mailbox_{*this};
   Diagnosis<T> diagnosis_{*transport_, runs_};
   Run* finished_ = nullptr;                // of the background, not yet completed
-  std::atomic<Run*> returned_{nullptr};    // of the background, to be booked and freed by the caller's thread
+  ReturnedRuns returned_;                  // of the background, to be booked and freed by the caller's thread
   LocalSteps locals_;
   struct {
     std::uint64_t sent = 0, received = 0, overhead = 0;

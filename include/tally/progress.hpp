@@ -28,7 +28,8 @@ struct Account {
   Ticks driven = 0;   // Progress::driven() when it was last served
   Lateness latest;
   bool heard = false;
-  bool stalled = false;   // it was waiting when it was left alone
+  /// It was waiting when it was left alone.
+  bool was_waiting() const { return !open.empty() && open.back().second == watch.mark(); }
   std::vector<std::pair<Ticks, Ticks>> open;  // waits that ended with another operation's frame: whose they are the next own one tells
 };
 
@@ -61,7 +62,7 @@ class Progress {
   void begin(Account& account, nanoseconds timeout) {
     drive(timeout);
     account.arrival = now_;
-    account.heard = account.stalled = false;
+    account.heard = false;
     lost_ = -1;
     account.latest = {now_, transport_.rank()};
     if (timed_) account.watch.start(now_);
@@ -118,9 +119,9 @@ class Progress {
     if (now_ >= next_check_) check(client);
   }
 
-  /// From here on the thread works for this operation; the others queue.
-  void serve(Account& account) {
-    if (current_ != &account) change(account);
+  /// From here on the thread works for this operation; the others queue. `moved`: something did, while it was left alone.
+  void serve(Account& account, bool moved = true) {
+    if (current_ != &account) change(account, moved);
   }
   /// Local work of more than a header's payload is booked as what it is.
   void enter(State state) {
@@ -202,15 +203,15 @@ class Progress {
   static std::uint32_t age(Ticks ticks) { return static_cast<std::uint32_t>(std::min<Ticks>(ticks / age_unit, age_limit)); }
 
   Ticks driven() const { return driven_ + (now_ - began_); }
-  [[gnu::noinline]] void change(Account& account, bool moved = true) {
+  [[gnu::noinline]] void change(Account& account, bool moved) {
     if (timed_) {
       now_ = clock_.now();
       leave();
       const Ticks away = now_ - account.watch.mark();
-      if (!moved && looks_ && account.stalled && !account.open.empty()) {  // it has gone on waiting: nothing came meanwhile
-        account.open.back().second = now_;
+      if (!moved && looks_ && account.was_waiting()) {  // nothing came meanwhile: the same wait goes on
         account.watch.slept(away);
-        account.watch.resume(State::protocol, now_);
+        account.watch.resume(State::wait_local, account.open.back().first);
+        account.open.pop_back();
       } else {
         account.watch.resume(State::protocol, now_, away - std::min(away, driven() - account.driven));
       }
@@ -221,12 +222,9 @@ class Progress {
   /// The current operation is left alone, at now_.
   void leave() {
     if (!timed_ || !current_) return;
-    current_->stalled = waiting_;
     if (waiting_) {
       ladder_.learn(now_ - wait_began_);
-      auto& open = current_->open;
-      if (!open.empty() && open.back().second == current_->watch.mark()) open.back().second = now_;
-      else open.emplace_back(current_->watch.mark(), now_);
+      current_->open.emplace_back(current_->watch.mark(), now_);
       current_->watch.resume(State::wait_local, now_);
     }
     current_->watch.enter(State::wait_local, now_);
@@ -288,10 +286,10 @@ class Progress {
   }
 
   void begin_wait(Account& oldest) {
-    if (current_ != &oldest) change(oldest, false);
+    serve(oldest, false);
     waiting_ = true;
     now_ = clock_.now();
-    if (timed_) oldest.watch.enter(State::wait_local, now_);
+    if (timed_ && oldest.watch.state() != State::wait_local) oldest.watch.enter(State::wait_local, now_);
     wait_began_ = now_;
     ladder_.restart(transport_.crowded());
     if (first_stall_ != 0) return;

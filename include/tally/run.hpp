@@ -14,6 +14,7 @@
 #include <span>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "account/ledger.hpp"
@@ -107,7 +108,6 @@ struct Buffers {
   }
   /// What one writes the other must neither read nor write.
   bool clashes(const Buffers& other) const { return overlap(out, other.out) || overlap(out, other.in) || overlap(in, other.out); }
-
   bool overlap_themselves() const { return overlap(in, out); }
 
   std::span<const std::byte> in, out;
@@ -193,6 +193,24 @@ class Runs {
   std::uint32_t number_ = 0;
   Ticks soonest_ = 0;
   Buffers hull_;
+};
+
+/// Runs that nobody holds any longer, given by any thread and taken by one. (A stack after Treiber; taken whole, so nothing comes back meanwhile.)
+class ReturnedRuns {
+ public:
+  bool any() const { return first_.load(std::memory_order_relaxed) != nullptr; }
+  void push(Run& run) {
+    run.next = first_.load(std::memory_order_relaxed);
+    while (!first_.compare_exchange_weak(run.next, &run, std::memory_order_release, std::memory_order_relaxed)) {
+    }
+  }
+  template <class F>
+  void take_all(F&& f) {
+    for (Run* run = first_.exchange(nullptr, std::memory_order_acquire); run;) f(*std::exchange(run, run->next));
+  }
+
+ private:
+  std::atomic<Run*> first_{nullptr};
 };
 
 /// What communicators see: one virtual call per operation hides which transport and accounting are at work.

@@ -127,23 +127,14 @@ class Ledger final : public detail::ReportSource {
     row.bytes_sent += pending_.bytes_sent;
     row.bytes_received += pending_.bytes_received;
     row.bytes_wire += pending_.bytes_wire;
-    if (watch.plain()) {
-      const nanoseconds all = clock.to_ns(watch.ticks()[static_cast<std::size_t>(State::protocol)]);
-      row.elapsed += all;
-      row.exposed += all - pending_.overlapped;
-      row.protocol += all;
-      Recent& recent = recent_[pending_.sequence % recent_count];
-      recent.sequence = pending_.sequence;
-      recent.stalled = false;
-      return;
-    }
     const Report report = detail::report_of(watch, clock, -1);  // its times once more
     row.elapsed += report.elapsed;
     row.exposed += report.elapsed - pending_.overlapped;
     row.protocol += report.protocol;
     Recent& recent = recent_[pending_.sequence % recent_count];
     recent.sequence = pending_.sequence;
-    recent.stalled = true;
+    recent.stalled = !watch.plain();
+    if (!recent.stalled) return;
     row.copy += report.copy;
     row.reduce += report.reduce;
     row.codec += report.codec;
