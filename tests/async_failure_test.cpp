@@ -417,6 +417,35 @@ TEST_CASE("a rank that is stopped holds the others up until their deadline, and 
       });
 }
 
+TEST_CASE("a rank that goes while others call on is noticed by who needs it", "[processes]") {
+  for (const bool dies : {true, false}) {
+    std::string text;
+    try {
+      launch(3, [dies](Communicator& comm) {
+        comm.barrier();
+        if (comm.rank() == 2 && dies) ::raise(SIGKILL);
+        if (comm.rank() == 2) return;
+        int x = 0, y = 0, z = 0;
+        const std::int64_t begin = now_ns();
+        const Caught c = caught([&] {
+          Operation needed = comm.rank() == 0 ? comm.async_receive(std::span(&x, 1), 2, 5) : Operation();
+          for (; now_ns() - begin < 5'000'000'000;) {
+            if (comm.rank() == 0) (void)needed.test();
+            comm.send_receive(std::span(&y, 1), 1 - comm.rank(), std::span(&z, 1), 1 - comm.rank(), 7);
+          }
+        });
+        // Who needs it says so; the other one is told. A second is when launch would end them.
+        expect(c.error && (c.code == Errc::peer_lost || c.code == Errc::peer_left), c.text);
+        expect(now_ns() - begin < 900'000'000, "in time");
+        if (!dies) throw std::runtime_error("noticed");
+      });
+    } catch (const std::exception& error) {
+      text = error.what();
+    }
+    CHECK_THAT(text, dies ? Catch::Contains("rank 2: killed by signal 9") : Catch::Contains("noticed"));
+  }
+}
+
 TEST_CASE("started on a communicator that has failed") {
   everywhere(2, threads, [](Communicator& comm) {
     if (comm.rank() == 0) comm.abort("over");

@@ -701,6 +701,96 @@ static void blamed_for_not_driving(RankKind kind) {
 }
 TALLY_TEST_BOTH("who starts an operation and leaves it alone is blamed for it", "[timing]", blamed_for_not_driving)
 
+TEST_CASE("who is late to a blocking call is blamed by it, whatever else is in flight", "[timing]") {
+  on_ranks(3, threads, [](Communicator& comm) {
+    int x = 1, y = 1;
+    comm.barrier();
+    Operation older = comm.rank() == 0 ? comm.async_receive(std::span(&x, 1), 2, 9) : Operation();
+    if (comm.rank() == 1) std::this_thread::sleep_for(30ms);
+    const Report r = comm.broadcast(std::span(&y, 1), 1);
+    if (comm.rank() == 0) {
+      expect_exact(r);
+      const auto blame = r.blame();
+      expect(r.wait_arrival >= 15ms && r.wait_local < 10ms && !blame.empty() && blame[0].rank == 1, "rank 1 was late, and nobody else: arrival " + std::to_string(test::ms(r.wait_arrival.count())) + " ms, local " + std::to_string(test::ms(r.wait_local.count())) + " ms");
+    }
+    if (comm.rank() == 2) comm.send(std::span(&x, 1), 0, 9);
+    if (comm.rank() == 0) {
+      const Report late = older.wait();
+      expect_exact(late);
+      expect(late.wait_arrival < 15ms && late.wait_local >= 15ms, "the other one was in the background meanwhile");
+    }
+    comm.barrier();
+  });
+}
+
+TEST_CASE("who asks again and again waits while he asks") {
+  on_ranks(2, threads, [](Communicator& comm) {
+    comm.barrier();
+    for (const bool tests : {true, false}) {
+      int x = 1;
+      if (comm.rank() == 1) std::this_thread::sleep_for(50ms);
+      Operation operation = comm.async_all_reduce(std::span(&x, 1), sum);
+      while (tests ? !operation.test() : !operation.wait_for(1us)) {
+      }
+      const Report r = operation.wait();
+      expect_exact(r);
+      expect(r.exposed + r.undriven <= r.elapsed, "no time is both the caller's and nobody's");
+      expect(r.wait_arrival + r.wait_transfer + r.undriven + r.protocol + r.wait_local == r.elapsed && r.wait_local <= r.elapsed / 4, "nothing else was served");
+      if (comm.rank() == 0) expect(r.wait_arrival > 0ns && r.blame().at(0).rank == 1, "and rank 1 is who it waited for");
+      comm.barrier();
+    }
+  });
+}
+
+TEST_CASE("one thread that waits for many communicators pays once") {
+  on_ranks(2, threads, [](Communicator& comm) {
+    std::vector<Communicator> many;
+    for (int i = 0; i < 8; ++i) many.push_back(comm.duplicate());
+    std::vector<int> x(many.size(), 1);
+    const ProgressThread thread = progress_thread();
+    comm.barrier();
+    if (comm.rank() == 1) std::this_thread::sleep_for(100ms);
+    const std::int64_t begin = test::now_ns();
+    std::vector<Operation> operations;
+    for (std::size_t i = 0; i < many.size(); ++i) operations.push_back(many[i].async_all_reduce(std::span(&x[i], 1), sum));
+    std::this_thread::sleep_for(120ms);
+    double joules = 0;
+    for (Operation& operation : operations) {
+      const Report r = operation.wait();
+      expect_exact(r);
+      joules += r.energy().value;
+    }
+    // Two ranks share the progress thread: awake all the time it takes 5 watts.
+    const double most = 5.0 * static_cast<double>(test::now_ns() - begin) * 1e-9;
+    expect(joules > 0 && joules <= most, std::to_string(joules) + " J, of at most " + std::to_string(most));
+  });
+}
+
+TEST_CASE("a thread that looks after what it started elsewhere does not keep the next user out") {
+  on_ranks(2, threads, [](Communicator& comm) {
+    Communicator other = comm.duplicate();
+    int x = 1, y = 1, z = 0;
+    Operation started = other.async_receive(std::span(&z, 1), 1 - comm.rank(), 99);
+    std::atomic<bool> refused = false;
+    std::thread user([&] {  // has `other` for itself from here on
+      const Caught c = caught([&] {
+        for (int i = 0; i < 2000; ++i) other.send_receive(std::span(&x, 1), 1 - comm.rank(), std::span(&y, 1), 1 - comm.rank(), 3);
+        other.send(std::span(&x, 1), 1 - comm.rank(), 99);
+        started.wait();
+      });
+      refused = c.error || c.foreign;
+    });
+    for (int i = 0; i < 200; ++i) {
+      int w = 1;
+      comm.all_reduce(std::span(&w, 1), sum);
+      if (comm.rank() == 1) std::this_thread::sleep_for(100us);
+    }
+    user.join();
+    expect(!refused, "never two threads called it");
+    comm.barrier();
+  });
+}
+
 TEST_CASE("what nobody drives before its communicator goes is undriven", "[timing]") {
   on_ranks(2, threads, [](Communicator& comm) {
     if (comm.rank() == 1) return;

@@ -148,7 +148,7 @@ void model_decides(RankKind kind) {
     } catch (const Error& error) {
       text = error.what();
     }
-    expect(text.find("all_reduce: no algorithm is called 'rong'; there are ring tree") != text.npos, text);
+    expect(text.find("no algorithm 'rong' offers all_reduce; these do: ring tree") != text.npos, text);
   }, kind, options);
 }
 }  // namespace

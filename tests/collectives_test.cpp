@@ -387,8 +387,28 @@ struct PassAround {
     }
   }
 };
+/// Right out of place; in place the result of others overwrites what it has still to send.
+struct ReceivesFirst {
+  static constexpr std::string_view name = "receives_first";
+  static Steps all_reduce(Shape shape) {
+    const auto [me, n, root, in, out, group] = shape;
+    if (me != 0) {
+      co_yield receive(0, out.all());
+      co_yield send(0, in.all());
+      co_return;
+    }
+    co_yield copy(in.all(), out.all());
+    for (Rank r = 1; r < n; ++r) co_yield receive_combine(r, out.all());
+    for (Rank r = 1; r < n; ++r) co_yield send(r, out.all());
+  }
+};
 }  // namespace
 
+TEST_CASE("the checker tries in place, too, unless it is told how") {
+  const std::string problem = check({{Collective::all_reduce, 0, 4, 0, 10}, Folding::cyclic}, ReceivesFirst::all_reduce);
+  CHECK(problem.rfind("in place: deadlock", 0) == 0);
+  CHECK(check({{Collective::all_reduce, 0, 4, 0, 10, true}, Folding::cyclic}, ReceivesFirst::all_reduce).rfind("deadlock", 0) == 0);
+}
 TEST_CASE("a user's algorithm runs and is checked") {
   // It folds from each rank's own value on, so ranks differ in their bits: the checker says so.
   CHECK(check({{Collective::all_reduce, 0, 4, 0, 10, true}, Folding::cyclic}, PassAround::all_reduce) != "");

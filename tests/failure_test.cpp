@@ -608,6 +608,23 @@ void throwing_operator(RankKind kind) {
 }
 TALLY_TEST_BOTH("an operator that throws ends the operation everywhere", "[failure]", throwing_operator)
 
+/// What it throws may be an error of the library: it is its own only where it was thrown.
+void operator_with_error(RankKind kind) {
+  const Outcome outcome = outcome_of(3, kind, [&](Communicator& comm) {
+    std::vector<float> data(10, 1);
+    const auto op = tally::commutative([&](float a, float b) {
+      if (comm.rank() == 1) comm.barrier();
+      return a + b;
+    });
+    const Caught c = caught([&] { comm.all_reduce(data, op, {.algorithm = "one_shot"}), comm.barrier(); });
+    if (comm.rank() == 1) expect(c.is(Errc::invalid_argument) && test::has(c.text, "this communicator is called from inside one of its own operations") && !test::has(c.text, "exception during"), c.text);
+    else expect(c.is(Errc::aborted) && test::has(c.text, "rank 1: exception during all_reduce(float32 x 10, user operator") && test::has(c.text, "called from inside"), c.text);
+  });
+  CAPTURE(outcome);
+  for (const Caught& rank : outcome.ranks) CHECK((rank.ran && !rank.error && !rank.foreign));
+}
+TALLY_TEST_BOTH("an operator's own error names its source elsewhere", "[failure]", operator_with_error)
+
 void throwing_operator_in_launch(RankKind kind) {
   const Shared<std::atomic<int>> first;
   const Shared<std::atomic<int>> thrower;

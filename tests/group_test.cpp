@@ -152,6 +152,30 @@ void dependent_ones(Communicator& comm) {
   refused([&] { comm.all_reduce(a, c, sum), comm.all_reduce(b, d, sum), comm.all_reduce(a, max); });
   comm.group([&] { comm.all_reduce(a, c, sum), comm.all_reduce(a, d, max), comm.all_reduce(b, min); });  // two read the same
   expect(c == std::vector<float>(40, n) && d == a && b == std::vector<float>(40, 7.0f), "inputs may be read twice");
+  // Operations that are not packed are at work at once: the others must not touch what they use, whichever comes first.
+  const auto mixed = [&](auto&& f) {
+    std::string what;
+    try {
+      comm.group(f);
+    } catch (const Error& error) {
+      if (error.errc() == Errc::invalid_argument) what = error.what();
+    }
+    expect(what.find("overlaps in memory with") != std::string::npos, "refused, not: " + what);
+    expect(a == std::vector<float>(40, 1.0f), "and what is packed is not done");
+    comm.barrier();
+  };
+  const Rank next = (comm.rank() + 1) % comm.size(), before = (comm.rank() + comm.size() - 1) % comm.size();
+  mixed([&] { comm.all_reduce(a, sum), comm.send_receive(a, next, c, before, 4); });
+  mixed([&] { comm.send_receive(b, next, d, before, 4), comm.all_reduce(d, sum); });
+  mixed([&] { comm.all_reduce(a, sum), comm.scan(a, c, sum); });
+  mixed([&] { comm.scan(b, c, sum), comm.all_reduce(c, d, sum); });
+  std::string temporary;
+  try {
+    comm.group([&] { comm.all_reduce(std::vector<float>(40, 1.0f), c, sum); });
+  } catch (const Error& error) {
+    temporary = error.what();
+  }
+  expect(temporary.find("all_reduce: in a group, buffers must outlive the call") != std::string::npos, temporary);
   std::vector<float> whole(4000, 2.0f);
   comm.group([&] {
     for (std::size_t i = 0; i < 100; ++i) comm.all_reduce(std::span(whole).subspan(i * 37 % 100 * 40, 40), sum);

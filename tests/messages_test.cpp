@@ -111,7 +111,8 @@ void to_oneself(tally::RankKind ranks) {
       content[0] = 0;
       expect(b.received<int>().count == 1 && small[0] == 9, "what was sent, as it was");
       expect(!a.test(), "another tag");
-      tally::Operation sending = comm.async_send(numbered(10, 5), me, 8);
+      const Ints ten = numbered(10, 5);
+      tally::Operation sending = comm.async_send(ten, me, 8);
       sending.wait();
       expect(a.received<int>().count == 10 && in == numbered(10, 5), "the other");
     }

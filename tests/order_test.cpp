@@ -96,7 +96,7 @@ void rank_order(tally::RankKind ranks) {
       refused(Errc::invalid_argument, {std::string(name) + " cannot do this all_reduce: it does not keep the order of ranks", "not marked as commutative"}, [&] { comm.all_reduce(data, Append{}, {.algorithm = name}); });
     refused(Errc::invalid_argument, {"tree cannot do this reduce: it does not keep the order"}, [&] { comm.reduce(data, data, Append{}, 0, {.algorithm = "tree"}); });
     refused(Errc::invalid_argument, {"ring cannot do this reduce_scatter"}, [&] { comm.reduce_scatter(all, data, Append{}, {.algorithm = "ring"}); });
-    refused(Errc::invalid_argument, {"all_reduce: no algorithm is called 'bruck'; there are", "two_shot"}, [&] { comm.all_reduce(data, Append{}, {.algorithm = "bruck"}); });
+    refused(Errc::invalid_argument, {"no algorithm 'bruck' offers all_reduce; these do:", "two_shot"}, [&] { comm.all_reduce(data, Append{}, {.algorithm = "bruck"}); });
   };
   tally::Options options;
   options.algorithms = tally::AlgorithmOverrides("all_reduce=ring");

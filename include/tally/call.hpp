@@ -120,7 +120,7 @@ struct Fingerprint {
   /// What all ranks have to agree on; where sizes differ the two ends of a message find out.
   static constexpr std::size_t agreed_count(const Call& call) { return call.layout.extents ? 0 : call.layout.count; }
   /// Of a message: what a receive is told from others by. Its type travels apart, so that a wrong one is seen.
-  static constexpr std::uint64_t of_tag(int tag) { return static_cast<std::uint64_t>(Collective::send) << 58 | static_cast<std::uint32_t>(tag); }
+  static constexpr std::uint64_t of_tag(int tag, Collective what = Collective::send) { return static_cast<std::uint64_t>(what) << 58 | static_cast<std::uint32_t>(tag); }
   constexpr std::uint64_t pack() const {
     return static_cast<std::uint64_t>(operation) << 58 | static_cast<std::uint64_t>(type) << 52 | static_cast<std::uint64_t>(op & 0xfff) << 40 |
            static_cast<std::uint64_t>(root) << 24 | static_cast<std::uint64_t>(algorithm & 0x3f) << 18 | static_cast<std::uint64_t>(group) << 16 | count_hash;
@@ -147,7 +147,10 @@ constexpr std::uint8_t algorithm_code(std::string_view name) {
   const Fingerprint f = Fingerprint::unpack(bits);
   if (f.operation == Collective::none) return "nothing";
   const std::string algorithm = f.algorithm < std::size(algorithm_names) ? std::string(algorithm_names[f.algorithm]) : concat({"user algorithm #", f.algorithm});
-  if (f.operation == Collective::send || f.operation == Collective::receive) return concat({name_of(f.operation), "(", count, " bytes, tag ", static_cast<std::int32_t>(bits), ")"});
+  if (f.operation == Collective::send || f.operation == Collective::receive) {
+    const auto tag = static_cast<std::int32_t>(bits);
+    return concat({name_of(f.operation), "(", count, " bytes, tag ", tag < 0 ? Piece("any") : Piece(tag), ")"});
+  }
   if (f.operation == Collective::barrier) return concat({name_of(f.operation), "(", algorithm, ")"});
   if (f.type == ElementType::membership) return "split, subset, duplicate or allocate";
   const std::string parts = f.group ? concat({"a group of sizes, ", count, " in all"}) : "";

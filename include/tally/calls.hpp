@@ -429,7 +429,7 @@ class CallMaker {
   [[noreturn, gnu::cold, gnu::noinline]] static void refuse_name(Collective operation, std::string_view name) {
     std::string known;
     for (const std::string_view each : algorithms_for(operation)) known.append(" ").append(each);
-    throw Error(Errc::invalid_argument, {name_of(operation), ": no algorithm is called '", name, "'; there are", known});
+    throw Error(Errc::invalid_argument, {"no algorithm '", name, "' offers ", name_of(operation), "; these do:", known});
   }
   [[noreturn, gnu::cold, gnu::noinline]] static void refuse_algorithm(Collective operation, const AlgorithmRef& algorithm, const Need& need) {
     if (reduces(operation) && algorithm.folding < need.folding)

@@ -429,11 +429,17 @@ inline std::string check(const CheckRequest& request, const std::vector<std::vec
 inline std::string check(const CheckRequest& request, Share (*share)(Shape)) {
   return detail::Checker(request, std::vector<std::vector<Step>>(static_cast<std::size_t>(request.layout.n))).run(share);
 }
-/// Proves a generator, e.g. `check({{Collective::all_reduce, 0, 5, 0, 16}, Ring::folding}, Ring::all_reduce)`.
+/// Proves a generator, e.g. `check({{Collective::all_reduce, 0, 5, 0, 16}, Ring::folding}, Ring::all_reduce)`, out of place
+/// and in place; a layout that is in place (or those of all ranks) only as it is.
 template <class Generator>
   requires std::is_invocable_r_v<Steps, Generator, Shape>
 std::string check(const CheckRequest& request, Generator&& generate) {
-  return check(request, read_steps(generate, request.layout, request.layouts));
+  std::string problem = check(request, read_steps(generate, request.layout, request.layouts));
+  if (!problem.empty() || request.layout.in_place || !request.layouts.empty()) return problem;
+  CheckRequest in_place = request;
+  in_place.layout.in_place = true;
+  problem = check(in_place, read_steps(generate, in_place.layout));
+  return problem.empty() ? problem : "in place: " + problem;
 }
 
 }  // namespace tally::inline v0

@@ -250,12 +250,16 @@ class AlgorithmOverrides {
       found = true;
     }
     if (found) return;
-    std::string known;
+    std::string known = "auto";
+    bool operation_known = only.empty();
     for (const Collective operation : all_operations) {
-      known.append(known.empty() ? " " : "; ").append(name_of(operation)).append(":");
-      for (const std::string_view each : algorithms_for(operation)) known.append(" ").append(each);
+      if (!only.empty() && name_of(operation) != only) continue;
+      operation_known = true;
+      for (const std::string_view each : algorithms_for(operation))
+        if (known.find(each) == known.npos) known.append(", ").append(each);
     }
-    throw Error(Errc::invalid_argument, {"TALLY_ALGORITHM has '", item, "', which names no algorithm (known are", known, ", or auto)"});
+    if (!operation_known) throw Error(Errc::invalid_argument, {"TALLY_ALGORITHM has '", item, "', but no operation is called '", only, "'"});
+    throw Error(Errc::invalid_argument, {"TALLY_ALGORITHM has '", item, "', which names no algorithm", only.empty() ? "" : " of that operation", ": it may be ", known});
   }
   AlgorithmRef chosen_[static_cast<std::size_t>(Collective::neighbour_exchange) + 1];
 };

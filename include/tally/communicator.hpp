@@ -66,122 +66,122 @@ class Communicator {
   /// data = fold of all ranks' data, on every rank. Same count everywhere.
   template <class A = Auto, WritableElements Data, Reduction<ValueOf<Data>> Op>
   Report all_reduce(Data&& data, const Op& op, const CallOptions& options = {}) {
-    return perform(make().all_reduce<A>(data, op, options, CallMaker::Way::foreground), &op);
+    return perform<Data>(make().all_reduce<A>(data, op, options, CallMaker::Way::foreground), &op);
   }
   template <class A = Auto, WritableElements Data, Reduction<ValueOf<Data>> Op>
   Operation async_all_reduce(Data&& data, const Op& op, const CallOptions& options = {}) {
     const auto kept = keep(op);
-    return start(make().all_reduce<A>(data, *kept, options, CallMaker::Way::background), kept);
+    return start<Data>(make().all_reduce<A>(data, *kept, options, CallMaker::Way::background), kept);
   }
   template <class A = Auto, WritableElements Data, Reduction<ValueOf<Data>> Op>
   Persistent persistent_all_reduce(Data&& data, const Op& op, const CallOptions& options = {}) {
     const auto kept = keep(op);
-    return {engine_, make().all_reduce<A>(data, *kept, options, CallMaker::Way::foreground), kept};
+    return persist<Data>(make().all_reduce<A>(data, *kept, options, CallMaker::Way::foreground), kept);
   }
 
   /// out = fold of all ranks' in. in and out have the same count and do not overlap (or are the same span).
   template <class A = Auto, class In, class Out, Reduction<ValueOf<In>> Op>
     requires SameElements<In, Out>
   Report all_reduce(In&& in, Out&& out, const Op& op, const CallOptions& options = {}) {
-    return perform(make().all_reduce<A>(in, out, op, options, CallMaker::Way::foreground), &op);
+    return perform<In, Out>(make().all_reduce<A>(in, out, op, options, CallMaker::Way::foreground), &op);
   }
   template <class A = Auto, class In, class Out, Reduction<ValueOf<In>> Op>
     requires SameElements<In, Out>
   Operation async_all_reduce(In&& in, Out&& out, const Op& op, const CallOptions& options = {}) {
     const auto kept = keep(op);
-    return start(make().all_reduce<A>(in, out, *kept, options, CallMaker::Way::background), kept);
+    return start<In, Out>(make().all_reduce<A>(in, out, *kept, options, CallMaker::Way::background), kept);
   }
   template <class A = Auto, class In, class Out, Reduction<ValueOf<In>> Op>
     requires SameElements<In, Out>
   Persistent persistent_all_reduce(In&& in, Out&& out, const Op& op, const CallOptions& options = {}) {
     const auto kept = keep(op);
-    return {engine_, make().all_reduce<A>(in, out, *kept, options, CallMaker::Way::foreground), kept};
+    return persist<In, Out>(make().all_reduce<A>(in, out, *kept, options, CallMaker::Way::foreground), kept);
   }
 
   /// out on `root` = fold of all ranks' in; other ranks' out is not touched and may be empty.
   template <class A = Auto, class In, class Out, Reduction<ValueOf<In>> Op>
     requires SameElements<In, Out>
   Report reduce(In&& in, Out&& out, const Op& op, Rank root, const CallOptions& options = {}) {
-    return perform(make().reduce<A>(in, out, op, root, options, CallMaker::Way::foreground), &op);
+    return perform<In, Out>(make().reduce<A>(in, out, op, root, options, CallMaker::Way::foreground), &op);
   }
   template <class A = Auto, class In, class Out, Reduction<ValueOf<In>> Op>
     requires SameElements<In, Out>
   Operation async_reduce(In&& in, Out&& out, const Op& op, Rank root, const CallOptions& options = {}) {
     const auto kept = keep(op);
-    return start(make().reduce<A>(in, out, *kept, root, options, CallMaker::Way::background), kept);
+    return start<In, Out>(make().reduce<A>(in, out, *kept, root, options, CallMaker::Way::background), kept);
   }
   template <class A = Auto, class In, class Out, Reduction<ValueOf<In>> Op>
     requires SameElements<In, Out>
   Persistent persistent_reduce(In&& in, Out&& out, const Op& op, Rank root, const CallOptions& options = {}) {
     const auto kept = keep(op);
-    return {engine_, make().reduce<A>(in, out, *kept, root, options, CallMaker::Way::foreground), kept};
+    return persist<In, Out>(make().reduce<A>(in, out, *kept, root, options, CallMaker::Way::foreground), kept);
   }
 
   /// data = root's data, on every rank.
   template <class A = Auto, WritableElements Data>
   Report broadcast(Data&& data, Rank root, const CallOptions& options = {}) {
-    return perform(make().broadcast<A>(data, root, options, CallMaker::Way::foreground));
+    return perform<Data>(make().broadcast<A>(data, root, options, CallMaker::Way::foreground));
   }
   template <class A = Auto, WritableElements Data>
   Operation async_broadcast(Data&& data, Rank root, const CallOptions& options = {}) {
-    return start(make().broadcast<A>(data, root, options, CallMaker::Way::background));
+    return start<Data>(make().broadcast<A>(data, root, options, CallMaker::Way::background));
   }
   template <class A = Auto, WritableElements Data>
   Persistent persistent_broadcast(Data&& data, Rank root, const CallOptions& options = {}) {
-    return {engine_, make().broadcast<A>(data, root, options, CallMaker::Way::foreground), nullptr};
+    return persist<Data>(make().broadcast<A>(data, root, options, CallMaker::Way::foreground));
   }
 
   /// out = every rank's in, in rank order: out is size() times as long. In place: in is this rank's block of out.
   template <class A = Auto, class In, class Out>
     requires SameElements<In, Out>
   Report all_gather(In&& in, Out&& out, const CallOptions& options = {}) {
-    return perform(make().all_gather<A>(in, out, options, CallMaker::Way::foreground));
+    return perform<In, Out>(make().all_gather<A>(in, out, options, CallMaker::Way::foreground));
   }
   template <class A = Auto, class In, class Out>
     requires SameElements<In, Out>
   Operation async_all_gather(In&& in, Out&& out, const CallOptions& options = {}) {
-    return start(make().all_gather<A>(in, out, options, CallMaker::Way::background));
+    return start<In, Out>(make().all_gather<A>(in, out, options, CallMaker::Way::background));
   }
   template <class A = Auto, class In, class Out>
     requires SameElements<In, Out>
   Persistent persistent_all_gather(In&& in, Out&& out, const CallOptions& options = {}) {
-    return {engine_, make().all_gather<A>(in, out, options, CallMaker::Way::foreground), nullptr};
+    return persist<In, Out>(make().all_gather<A>(in, out, options, CallMaker::Way::foreground));
   }
 
   /// out = this rank's block of the fold of all ranks' in: in is size() times as long. In place: out is this rank's block of in.
   template <class A = Auto, class In, class Out, Reduction<ValueOf<In>> Op>
     requires SameElements<In, Out>
   Report reduce_scatter(In&& in, Out&& out, const Op& op, const CallOptions& options = {}) {
-    return perform(make().reduce_scatter<A>(in, out, op, options, CallMaker::Way::foreground), &op);
+    return perform<In, Out>(make().reduce_scatter<A>(in, out, op, options, CallMaker::Way::foreground), &op);
   }
   template <class A = Auto, class In, class Out, Reduction<ValueOf<In>> Op>
     requires SameElements<In, Out>
   Operation async_reduce_scatter(In&& in, Out&& out, const Op& op, const CallOptions& options = {}) {
     const auto kept = keep(op);
-    return start(make().reduce_scatter<A>(in, out, *kept, options, CallMaker::Way::background), kept);
+    return start<In, Out>(make().reduce_scatter<A>(in, out, *kept, options, CallMaker::Way::background), kept);
   }
   template <class A = Auto, class In, class Out, Reduction<ValueOf<In>> Op>
     requires SameElements<In, Out>
   Persistent persistent_reduce_scatter(In&& in, Out&& out, const Op& op, const CallOptions& options = {}) {
     const auto kept = keep(op);
-    return {engine_, make().reduce_scatter<A>(in, out, *kept, options, CallMaker::Way::foreground), kept};
+    return persist<In, Out>(make().reduce_scatter<A>(in, out, *kept, options, CallMaker::Way::foreground), kept);
   }
 
   /// out on `root` = every rank's in, in rank order; other ranks' out is not touched and may be empty. In place: in is root's block of out.
   template <class A = Auto, class In, class Out>
     requires SameElements<In, Out>
   Report gather(In&& in, Out&& out, Rank root, const CallOptions& options = {}) {
-    return perform(make().gather<A>(in, out, root, options, CallMaker::Way::foreground));
+    return perform<In, Out>(make().gather<A>(in, out, root, options, CallMaker::Way::foreground));
   }
   template <class A = Auto, class In, class Out>
     requires SameElements<In, Out>
   Operation async_gather(In&& in, Out&& out, Rank root, const CallOptions& options = {}) {
-    return start(make().gather<A>(in, out, root, options, CallMaker::Way::background));
+    return start<In, Out>(make().gather<A>(in, out, root, options, CallMaker::Way::background));
   }
   template <class A = Auto, class In, class Out>
     requires SameElements<In, Out>
   Persistent persistent_gather(In&& in, Out&& out, Rank root, const CallOptions& options = {}) {
-    return {engine_, make().gather<A>(in, out, root, options, CallMaker::Way::foreground), nullptr};
+    return persist<In, Out>(make().gather<A>(in, out, root, options, CallMaker::Way::foreground));
   }
 
   /// out = this rank's block of root's in, which is size() times as long; other ranks' in is not looked at and may be empty.
@@ -189,72 +189,72 @@ class Communicator {
   template <class A = Auto, class In, class Out>
     requires SameElements<In, Out>
   Report scatter(In&& in, Out&& out, Rank root, const CallOptions& options = {}) {
-    return perform(make().scatter<A>(in, out, root, options, CallMaker::Way::foreground));
+    return perform<In, Out>(make().scatter<A>(in, out, root, options, CallMaker::Way::foreground));
   }
   template <class A = Auto, class In, class Out>
     requires SameElements<In, Out>
   Operation async_scatter(In&& in, Out&& out, Rank root, const CallOptions& options = {}) {
-    return start(make().scatter<A>(in, out, root, options, CallMaker::Way::background));
+    return start<In, Out>(make().scatter<A>(in, out, root, options, CallMaker::Way::background));
   }
   template <class A = Auto, class In, class Out>
     requires SameElements<In, Out>
   Persistent persistent_scatter(In&& in, Out&& out, Rank root, const CallOptions& options = {}) {
-    return {engine_, make().scatter<A>(in, out, root, options, CallMaker::Way::foreground), nullptr};
+    return persist<In, Out>(make().scatter<A>(in, out, root, options, CallMaker::Way::foreground));
   }
 
   /// Block r of out = this rank's block of rank r's in. Both have size() equal blocks and may be the same span.
   template <class A = Auto, class In, class Out>
     requires SameElements<In, Out>
   Report all_to_all(In&& in, Out&& out, const CallOptions& options = {}) {
-    return perform(make().all_to_all<A>(in, out, options, CallMaker::Way::foreground));
+    return perform<In, Out>(make().all_to_all<A>(in, out, options, CallMaker::Way::foreground));
   }
   template <class A = Auto, class In, class Out>
     requires SameElements<In, Out>
   Operation async_all_to_all(In&& in, Out&& out, const CallOptions& options = {}) {
-    return start(make().all_to_all<A>(in, out, options, CallMaker::Way::background));
+    return start<In, Out>(make().all_to_all<A>(in, out, options, CallMaker::Way::background));
   }
   template <class A = Auto, class In, class Out>
     requires SameElements<In, Out>
   Persistent persistent_all_to_all(In&& in, Out&& out, const CallOptions& options = {}) {
-    return {engine_, make().all_to_all<A>(in, out, options, CallMaker::Way::foreground), nullptr};
+    return persist<In, Out>(make().all_to_all<A>(in, out, options, CallMaker::Way::foreground));
   }
 
   /// out = fold of the in of ranks 0 to this one. May be the same span.
   template <class A = Auto, class In, class Out, Reduction<ValueOf<In>> Op>
     requires SameElements<In, Out>
   Report scan(In&& in, Out&& out, const Op& op, const CallOptions& options = {}) {
-    return perform(make().scan<A, Collective::scan>(in, out, op, options, CallMaker::Way::foreground), &op);
+    return perform<In, Out>(make().scan<A, Collective::scan>(in, out, op, options, CallMaker::Way::foreground), &op);
   }
   template <class A = Auto, class In, class Out, Reduction<ValueOf<In>> Op>
     requires SameElements<In, Out>
   Operation async_scan(In&& in, Out&& out, const Op& op, const CallOptions& options = {}) {
     const auto kept = keep(op);
-    return start(make().scan<A, Collective::scan>(in, out, *kept, options, CallMaker::Way::background), kept);
+    return start<In, Out>(make().scan<A, Collective::scan>(in, out, *kept, options, CallMaker::Way::background), kept);
   }
   template <class A = Auto, class In, class Out, Reduction<ValueOf<In>> Op>
     requires SameElements<In, Out>
   Persistent persistent_scan(In&& in, Out&& out, const Op& op, const CallOptions& options = {}) {
     const auto kept = keep(op);
-    return {engine_, make().scan<A, Collective::scan>(in, out, *kept, options, CallMaker::Way::foreground), kept};
+    return persist<In, Out>(make().scan<A, Collective::scan>(in, out, *kept, options, CallMaker::Way::foreground), kept);
   }
 
   /// out = fold of the in of the ranks before this one; rank 0's out is not touched. May be the same span.
   template <class A = Auto, class In, class Out, Reduction<ValueOf<In>> Op>
     requires SameElements<In, Out>
   Report exclusive_scan(In&& in, Out&& out, const Op& op, const CallOptions& options = {}) {
-    return perform(make().scan<A, Collective::exclusive_scan>(in, out, op, options, CallMaker::Way::foreground), &op);
+    return perform<In, Out>(make().scan<A, Collective::exclusive_scan>(in, out, op, options, CallMaker::Way::foreground), &op);
   }
   template <class A = Auto, class In, class Out, Reduction<ValueOf<In>> Op>
     requires SameElements<In, Out>
   Operation async_exclusive_scan(In&& in, Out&& out, const Op& op, const CallOptions& options = {}) {
     const auto kept = keep(op);
-    return start(make().scan<A, Collective::exclusive_scan>(in, out, *kept, options, CallMaker::Way::background), kept);
+    return start<In, Out>(make().scan<A, Collective::exclusive_scan>(in, out, *kept, options, CallMaker::Way::background), kept);
   }
   template <class A = Auto, class In, class Out, Reduction<ValueOf<In>> Op>
     requires SameElements<In, Out>
   Persistent persistent_exclusive_scan(In&& in, Out&& out, const Op& op, const CallOptions& options = {}) {
     const auto kept = keep(op);
-    return {engine_, make().scan<A, Collective::exclusive_scan>(in, out, *kept, options, CallMaker::Way::foreground), kept};
+    return persist<In, Out>(make().scan<A, Collective::exclusive_scan>(in, out, *kept, options, CallMaker::Way::foreground), kept);
   }
 
   /// The same with blocks of their own sizes: rank r's in has counts[r] elements and comes to lie at displacements[r] of out, or
@@ -263,13 +263,13 @@ class Communicator {
     requires SameElements<In, Out>
   Report all_gather_v(In&& in, Out&& out, Counts counts, Counts displacements = {}, const CallOptions& options = {}) {
     Extents extents;
-    return perform(make().all_gather_v<A>(in, out, counts, displacements, extents, options, CallMaker::Way::foreground));
+    return perform<In, Out>(make().all_gather_v<A>(in, out, counts, displacements, extents, options, CallMaker::Way::foreground));
   }
   template <class A = Auto, class In, class Out>
     requires SameElements<In, Out>
   Operation async_all_gather_v(In&& in, Out&& out, Counts counts, Counts displacements = {}, const CallOptions& options = {}) {
     Extents extents;
-    return start(make().all_gather_v<A>(in, out, counts, displacements, extents, options, CallMaker::Way::background));
+    return start<In, Out>(make().all_gather_v<A>(in, out, counts, displacements, extents, options, CallMaker::Way::background));
   }
 
   /// Rank r's out, of counts[r] elements, = the fold of what lies at displacements[r] of all ranks' in.
@@ -277,14 +277,14 @@ class Communicator {
     requires SameElements<In, Out>
   Report reduce_scatter_v(In&& in, Out&& out, Counts counts, const Op& op, Counts displacements = {}, const CallOptions& options = {}) {
     Extents extents;
-    return perform(make().reduce_scatter_v<A>(in, out, counts, displacements, extents, op, options, CallMaker::Way::foreground), &op);
+    return perform<In, Out>(make().reduce_scatter_v<A>(in, out, counts, displacements, extents, op, options, CallMaker::Way::foreground), &op);
   }
   template <class A = Auto, class In, class Out, Reduction<ValueOf<In>> Op>
     requires SameElements<In, Out>
   Operation async_reduce_scatter_v(In&& in, Out&& out, Counts counts, const Op& op, Counts displacements = {}, const CallOptions& options = {}) {
     Extents extents;
     const auto kept = keep(op);
-    return start(make().reduce_scatter_v<A>(in, out, counts, displacements, extents, *kept, options, CallMaker::Way::background), kept);
+    return start<In, Out>(make().reduce_scatter_v<A>(in, out, counts, displacements, extents, *kept, options, CallMaker::Way::background), kept);
   }
 
   /// As all_gather_v, on the root; counts and displacements are looked at there alone.
@@ -292,13 +292,13 @@ class Communicator {
     requires SameElements<In, Out>
   Report gather_v(In&& in, Out&& out, Counts counts, Rank root, Counts displacements = {}, const CallOptions& options = {}) {
     Extents extents;
-    return perform(make().gather_v<A>(in, out, counts, displacements, root, extents, options, CallMaker::Way::foreground));
+    return perform<In, Out>(make().gather_v<A>(in, out, counts, displacements, root, extents, options, CallMaker::Way::foreground));
   }
   template <class A = Auto, class In, class Out>
     requires SameElements<In, Out>
   Operation async_gather_v(In&& in, Out&& out, Counts counts, Rank root, Counts displacements = {}, const CallOptions& options = {}) {
     Extents extents;
-    return start(make().gather_v<A>(in, out, counts, displacements, root, extents, options, CallMaker::Way::background));
+    return start<In, Out>(make().gather_v<A>(in, out, counts, displacements, root, extents, options, CallMaker::Way::background));
   }
 
   /// Rank r's out, of counts[r] elements, = what lies at displacements[r] of root's in. Counts and displacements are looked at there alone.
@@ -306,13 +306,13 @@ class Communicator {
     requires SameElements<In, Out>
   Report scatter_v(In&& in, Out&& out, Counts counts, Rank root, Counts displacements = {}, const CallOptions& options = {}) {
     Extents extents;
-    return perform(make().scatter_v<A>(in, out, counts, displacements, root, extents, options, CallMaker::Way::foreground));
+    return perform<In, Out>(make().scatter_v<A>(in, out, counts, displacements, root, extents, options, CallMaker::Way::foreground));
   }
   template <class A = Auto, class In, class Out>
     requires SameElements<In, Out>
   Operation async_scatter_v(In&& in, Out&& out, Counts counts, Rank root, Counts displacements = {}, const CallOptions& options = {}) {
     Extents extents;
-    return start(make().scatter_v<A>(in, out, counts, displacements, root, extents, options, CallMaker::Way::background));
+    return start<In, Out>(make().scatter_v<A>(in, out, counts, displacements, root, extents, options, CallMaker::Way::background));
   }
 
   /// in_counts[r] elements of in go to rank r, out_counts[r] of out come from it, which must be what it sends.
@@ -320,13 +320,13 @@ class Communicator {
     requires SameElements<In, Out>
   Report all_to_all_v(In&& in, Counts in_counts, Out&& out, Counts out_counts, Counts in_displacements = {}, Counts out_displacements = {}, const CallOptions& options = {}) {
     Extents extents;
-    return perform(make().all_to_all_v<A>(in, in_counts, in_displacements, out, out_counts, out_displacements, extents, options, CallMaker::Way::foreground));
+    return perform<In, Out>(make().all_to_all_v<A>(in, in_counts, in_displacements, out, out_counts, out_displacements, extents, options, CallMaker::Way::foreground));
   }
   template <class A = Auto, class In, class Out>
     requires SameElements<In, Out>
   Operation async_all_to_all_v(In&& in, Counts in_counts, Out&& out, Counts out_counts, Counts in_displacements = {}, Counts out_displacements = {}, const CallOptions& options = {}) {
     Extents extents;
-    return start(make().all_to_all_v<A>(in, in_counts, in_displacements, out, out_counts, out_displacements, extents, options, CallMaker::Way::background));
+    return start<In, Out>(make().all_to_all_v<A>(in, in_counts, in_displacements, out, out_counts, out_displacements, extents, options, CallMaker::Way::background));
   }
 
   /// Block i of in goes to rank to[i], block i of out comes from rank from[i]. All blocks between two ranks, and all of one rank,
@@ -335,13 +335,13 @@ class Communicator {
     requires SameElements<In, Out>
   Report neighbour_exchange(In&& in, Out&& out, Ranks to, Ranks from, const CallOptions& options = {}) {
     Extents extents;
-    return perform(make().neighbour_exchange<A>(in, out, to, from, extents, options, CallMaker::Way::foreground));
+    return perform<In, Out>(make().neighbour_exchange<A>(in, out, to, from, extents, options, CallMaker::Way::foreground));
   }
   template <class A = Auto, class In, class Out>
     requires SameElements<In, Out>
   Operation async_neighbour_exchange(In&& in, Out&& out, Ranks to, Ranks from, const CallOptions& options = {}) {
     Extents extents;
-    return start(make().neighbour_exchange<A>(in, out, to, from, extents, options, CallMaker::Way::background));
+    return start<In, Out>(make().neighbour_exchange<A>(in, out, to, from, extents, options, CallMaker::Way::background));
   }
 
   /// Returns when every rank has called it.
@@ -355,43 +355,42 @@ class Communicator {
   }
   template <class A = Auto>
   Persistent persistent_barrier(const CallOptions& options = {}) {
-    return {engine_, make().barrier<A>(options, CallMaker::Way::foreground), nullptr};
+    return persist(make().barrier<A>(options, CallMaker::Way::foreground));
   }
 
   /// Sends data to rank `to`; a receive there with the same tag gets it. Messages of one tag arrive in the order of their sends.
   /// Short ones (see the README) are on their way when this returns, long ones have been received.
   template <Elements Data>
   Report send(Data&& data, Rank to, int tag = 0, const CallOptions& options = {}) {
-    if (fusion_ && fusion_->recording()) return fusion_->add(async_send(data, to, tag, options)), Report{};
+    if (fusion_ && fusion_->recording()) return refuse_temporaries<Data>(Collective::send), fusion_->add(engine_, make().send(data, to, tag, options)), Report{};
     return engine().run(make().send(data, to, tag, options), nullptr);
   }
   template <Elements Data>
   Operation async_send(Data&& data, Rank to, int tag = 0, const CallOptions& options = {}) {
-    return {engine_, engine().start(make().send(data, to, tag, options))};
+    return start<Data>(make().send(data, to, tag, options));
   }
   /// Receives the next message with this tag (any_tag: with any) from rank `from`. It may be shorter than data, not longer.
   template <WritableElements Data>
   Received receive(Data&& data, Rank from, int tag = 0, const CallOptions& options = {}) {
-    if (fusion_ && fusion_->recording()) return fusion_->add(async_receive(data, from, tag, options)), Received{};
+    if (fusion_ && fusion_->recording()) return refuse_temporaries<Data>(Collective::receive), fusion_->add(engine_, make().receive(data, from, tag, options)), Received{};
     Message got;
     const Report report = engine().run(make().receive(data, from, tag, options), &got);
     return {report, got.bytes / sizeof(ValueOf<Data>), got.peer, got.tag};
   }
   template <WritableElements Data>
   Operation async_receive(Data&& data, Rank from, int tag = 0, const CallOptions& options = {}) {
-    return {engine_, engine().start(make().receive(data, from, tag, options))};
+    return start<Data>(make().receive(data, from, tag, options));
   }
   /// Both at once, so that ranks can send to each other in a ring.
   template <class Out, class In>
     requires Elements<Out> && WritableElements<In>
   Received send_receive(Out&& out, Rank to, In&& in, Rank from, int tag = 0, const CallOptions& options = {}) {
     const Message message = make().send(out, to, tag, options), place = make().receive(in, from, tag, options);
-    if (to == rank() || from == rank() || (fusion_ && fusion_->recording())) {  // two of their own: to oneself goes another way
+    if (fusion_ && fusion_->recording()) return refuse_temporaries<Out, In>(Collective::send_receive), fusion_->add(engine_, place), fusion_->add(engine_, message), Received{};
+    if (to == rank() || from == rank()) {  // two of their own: to oneself goes another way
       Operation receiving = async_receive(in, from, tag, options);
       send(out, to, tag, options);
-      if (!fusion_ || !fusion_->recording()) return receiving.template received<ValueOf<In>>();
-      fusion_->add(std::move(receiving));
-      return {};
+      return receiving.template received<ValueOf<In>>();
     }
     Message got;
     const Report report = engine().run(message, place, &got);
@@ -597,9 +596,11 @@ class Communicator {
     if constexpr (detail::is_stateless<Op>) return {std::shared_ptr<void>(), &detail::lasting(op)};  // nothing to own
     else return std::make_shared<const Op>(op);
   }
-  template <class Op = Sum>
+  /// Ranges: what the caller passed.
+  template <class... Ranges, class Op = Sum>
   Report perform(const Call& call, const Op* op = nullptr) {
     if (!fusion_ || !fusion_->recording()) [[likely]] return engine().run(call);
+    refuse_temporaries<Ranges...>(call.layout.operation);
     if constexpr (!detail::is_stateless<Op>) {
       const auto kept = keep(*op);
       Call later = call;
@@ -610,7 +611,29 @@ class Communicator {
     }
     return {};
   }
-  Operation start(const Call& call, std::shared_ptr<const void> kept = nullptr) { return {engine_, engine().start(call, std::move(kept))}; }
+  template <class... Ranges>
+  static void refuse_temporaries(Collective operation) {
+    if constexpr (!(std::ranges::borrowed_range<Ranges> && ...)) throw Error(Errc::invalid_argument, {name_of(operation), ": in a group, buffers must outlive the call: pass a variable or a span, not a temporary container"});
+  }
+  template <class... Ranges>
+  static void must_outlive() {
+    static_assert((std::ranges::borrowed_range<Ranges> && ...), "the buffers of an operation in the background, or of a persistent one, must outlive the call: pass a variable or a span, not a temporary container");
+  }
+  template <class... Ranges>
+  Operation start(const Call& call, std::shared_ptr<const void> kept = nullptr) {
+    must_outlive<Ranges...>();
+    return {engine_, engine().start(call, std::move(kept))};
+  }
+  template <class... Ranges>
+  Operation start(const Message& message) {
+    must_outlive<Ranges...>();
+    return {engine_, engine().start(message)};
+  }
+  template <class... Ranges>
+  Persistent persist(const Call& call, std::shared_ptr<const void> kept = nullptr) {
+    must_outlive<Ranges...>();
+    return {engine_, call, std::move(kept)};
+  }
   AnyEngine& engine() const {
     if (!engine_) refuse_moved();
     return *engine_;

@@ -22,7 +22,7 @@ class Diagnosis {
  public:
   Diagnosis(T& transport, const Runs& runs) : transport_(transport), runs_(runs), seen_(2 * static_cast<std::size_t>(transport.size())) {}
 
-  const Run* waited = nullptr;  // what the caller waits for, of the background
+  Run* waited = nullptr;  // what the caller waits for
   Run* serving = nullptr;       // what the thread works for, or did last
 
   /// Whose troubles an error is about: the one that is waited for, or the oldest.
@@ -107,13 +107,14 @@ class Diagnosis {
       if (buffers.clashes(Buffers(*run))) throw Error(Errc::invalid_argument, {what, " of ", std::max(buffers.in.size(), buffers.out.size()), " bytes overlaps in memory with ", describe(*run), ", which is still in flight: wait for that first"});
   }
 
-  /// In a handler: what was thrown, as an error of this rank in that operation.
-  [[gnu::cold]] Error error_of(const Run& run) const {
+  /// In a handler: what was thrown, as an error of this rank in that operation. `found`: by the engine, not by an operator.
+  [[gnu::cold]] Error error_of(const Run& run, bool found) const {
     std::string what;
     try {
       throw;
     } catch (const Error& error) {
-      return error;
+      if (found || error.errc() == Errc::protocol) return error;  // the transport says that, who knows the rank
+      what = detail::concat({": ", error.text()});
     } catch (const std::exception& error) {
       what = detail::concat({": ", error.what()});
     } catch (...) {

@@ -107,7 +107,7 @@ class Engine final : public AnyEngine {
       if (accounting_) run.exposed += clock_.now() - begin;
       return true;
     }
-    progress_.drive(at_most ? *at_most : run.timeout);
+    progress_.drive(at_most ? *at_most : run.timeout, begin);
     limit_is_error_ = !at_most;
     out_of_time_ = false;
     diagnosis_.waited = &run;
@@ -117,8 +117,8 @@ class Engine final : public AnyEngine {
         while (!run.done.load(std::memory_order_relaxed) && !out_of_time_) turn();
     });
     diagnosis_.waited = nullptr;
-    progress_.rest();
-    if (accounting_) run.exposed += clock_.now() - begin;
+    const Ticks end = progress_.rest();
+    if (accounting_) run.exposed += end - begin;
     return run.done.load(std::memory_order_relaxed);
   }
   Report fetch(Run& run) override {
@@ -128,7 +128,7 @@ class Engine final : public AnyEngine {
     }
     if (run.error) std::rethrow_exception(run.error);
     Report report = run.report;
-    report.exposed = std::min(report.elapsed, clock_.to_ns(run.exposed));
+    report.exposed = exposed(run);
     return report;
   }
   void give_back(Run& run) override {
@@ -153,7 +153,7 @@ class Engine final : public AnyEngine {
     }
     f();
   }
-  Driven drive(nanoseconds patience, bool& moved) override {
+  Driven drive(nanoseconds patience, std::size_t looks, bool& moved) override {
     std::vector<std::function<void()>> due;
     bool more = false;
     {
@@ -165,7 +165,7 @@ class Engine final : public AnyEngine {
       Ticks since = clock_.now();
       const std::uint64_t before = moves_;
       const Run* const oldest = runs_.first();
-      progress_.drive_until(runs_.soonest(), true);
+      progress_.drive_until(runs_.soonest(), looks);
       limit_is_error_ = true;
       out_of_time_ = false;
       attempt([&] {
@@ -186,7 +186,7 @@ class Engine final : public AnyEngine {
     return more ? Driven::more : Driven::nothing_left;
   }
   bool look_in(bool& moved) override {
-    if (!gate_.try_enter()) return true;  // another thread drives it
+    if (!gate_.try_look()) return gate_.is_user();  // another thread drives it, now or for good
     const std::uint64_t before = moves_;
     if (runs_.first() && !failed_) {
       progress_.drive(runs_.first()->timeout);
@@ -195,7 +195,7 @@ class Engine final : public AnyEngine {
     }
     moved = moved || moves_ != before;
     const bool left = runs_.first() != nullptr;
-    gate_.leave();
+    gate_.end_look();
     return left;
   }
   void step_back() override {
@@ -215,9 +215,7 @@ class Engine final : public AnyEngine {
     give_up();
     progress_.stop();
     transport_->leave();
-    const auto due = gate_.take_due();
-    gate_.unlock();
-    for (const auto& f : due) f();
+    gate_.leave(false);
   }
   [[gnu::cold]] void abort(const std::string& why) override {
     transport_->abort({Errc::aborted, rank(), -1, detail::concat({"rank ", rank(), " aborted the communicator", why.empty() ? "" : ": ", why})});
@@ -250,7 +248,7 @@ class Engine final : public AnyEngine {
     Run* const run = diagnosis_.serving = static_cast<Run*>(t.owner);
     return run->account;
   }
-  Account& oldest() { return runs_.first() ? runs_.first()->account : diagnosis_.serving->account; }
+  Account& waiting() { return (diagnosis_.waited && diagnosis_.waited->in_flight ? diagnosis_.waited : runs_.first() ? runs_.first() : diagnosis_.serving)->account; }
   bool interrupted() const { return gate_.wanted(); }
   bool has_neighbours() const { return Neighbours::of_this_thread().any_but(this); }
   bool look_elsewhere() { return Neighbours::of_this_thread().look(this); }
@@ -301,7 +299,7 @@ class Engine final : public AnyEngine {
     }
     nanoseconds waited = progress_.waited();
     if (gate_.is_driver()) {  // the first of their deadlines, unless its operation has ended meanwhile
-      const Run& next = runs_.find_soonest();
+      Run& next = runs_.find_soonest();
       const Ticks now = clock_.now();
       if (now < next.deadline) return void(out_of_time_ = true);
       diagnosis_.waited = &next;
@@ -399,6 +397,7 @@ class Engine final : public AnyEngine {
     run.timeout = timeout;
     limit_is_error_ = true;
     progress_.begin(run.account, timeout);
+    diagnosis_.waited = &run;
     try {
       f();
     } catch (...) {
@@ -409,6 +408,7 @@ class Engine final : public AnyEngine {
       throw;  // a user's exception, as it was
     }
     Report report = close(run);
+    diagnosis_.waited = nullptr;
     progress_.stop();
     if (run.row) ledger_.book(*run.row, report, run.bytes, run.account.watch, clock_);
     runs_.free(run);
@@ -514,7 +514,7 @@ class Engine final : public AnyEngine {
     runs_.enlist(run);
     diagnosis_.serving = &run;
     if (transport_->aborted()) raise_abort();
-    transport_->enter({sequence_, run.fingerprint, message.bytes, RankStatus::inside_message, false});
+    transport_->enter({sequence_, message.is_send || other ? run.fingerprint : detail::Fingerprint::of_tag(message.tag, Collective::receive), message.bytes, RankStatus::inside_message, false});
     const Lateness arrival = progress_.arrival(run.account);
     if (other) {
       run.other = *other;
@@ -619,26 +619,25 @@ class Engine final : public AnyEngine {
       runs_.free(run);
     });
   }
+  nanoseconds exposed(const Run& run) const { return std::min(run.report.elapsed - run.report.undriven, clock_.to_ns(run.exposed)); }
   /// In the background: by the caller's thread, when its report is fetched.
   void book(Run& run) {
     if (run.booked) return;
     run.booked = true;
-    run.report.exposed = std::min(run.report.elapsed, clock_.to_ns(run.exposed));
+    run.report.exposed = exposed(run);
     if (!run.row) return;
     ledger_.book(*run.row, run.report, run.bytes, run.account.watch, clock_);
     ledger_.settle();
     if (run.error) ++run.row->failed;
   }
-  // Failure: everything pending is withdrawn, the other ranks are told, and this communicator refuses further use.
-
-  /// In a handler of what was thrown. What is in flight ends with it.
+  /// In a handler of what was thrown: what is in flight ends with it, the other ranks are told, and this communicator refuses further use.
   [[gnu::cold]] void fail() {
     Rank peer = diagnosis_.late_rank();
     const State cause = peer >= 0 ? State::wait_arrival : State::wait_transfer;
     if (peer < 0) peer = diagnosis_.first_missing();
     const Run& run = *diagnosis_.serving;
     std::exception_ptr thrown = std::current_exception();
-    failed_.emplace(diagnosis_.error_of(run));
+    failed_.emplace(diagnosis_.error_of(run, detected_));
     for (Run* r = runs_.first(); r; r = r->after) withdraw(*r);
     transport_->abort({failed_->errc(), rank(), failed_->peer(), std::string(failed_->text())});
     if (detected_) {  // several ranks may find the same failure at once: the first notice wins, so all raise the same
@@ -647,6 +646,7 @@ class Engine final : public AnyEngine {
     }
     shares_.wait_for_others();
     give_up(detected_ ? nullptr : thrown, peer, cause);
+    diagnosis_.waited = nullptr;
   }
   /// All in flight have failed: the one that was served with what it threw, the others with what the communicator says from now on.
   [[gnu::cold]] void give_up(std::exception_ptr thrown = nullptr, Rank missing = -1, State cause = State::wait_transfer) {
@@ -672,7 +672,7 @@ class Engine final : public AnyEngine {
     transport_->exit();
   }
 
-  static Rank blamed(const AbortNotice& notice) { return notice.peer >= 0 ? notice.peer : notice.rank; }
+  Rank blamed(const AbortNotice& notice) const { return notice.peer < 0 || (notice.code == Errc::mismatch && notice.peer == rank()) ? notice.rank : notice.peer; }  // the other one, of two that disagree
   std::unique_ptr<T> transport_;
   Clock clock_;
   WaitPolicy wait_;

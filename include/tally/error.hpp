@@ -56,7 +56,7 @@ inline std::error_code make_error_code(Errc code) { return {static_cast<int>(cod
 /// Where an error belongs: -1 and empty where it belongs nowhere in particular.
 struct ErrorContext {
   int rank = -1;  // the rank that raised it
-  int peer = -1;  // the rank at fault, where one is known
+  int peer = -1;  // the rank at fault, where one is known; of calls that do not match, one that called otherwise
   std::uint64_t sequence = 0;
   std::chrono::nanoseconds elapsed{};
 };

@@ -33,16 +33,21 @@ class Fusion {
     const Collective what = call.layout.operation;
     const bool packs = (what == Collective::all_reduce || what == Collective::reduce || what == Collective::broadcast) && call.size <= most_bytes;
     // An algorithm in symmetric memory, insisted on, cannot work on a buffer that they are packed into.
-    if (!packs || (call.named && call.algorithm.is(Reach::direct) && !make.one_address_space())) return started_.push_back({engine, engine->start(make.in_background(call), kept)});
+    if (!packs || (call.named && call.algorithm.is(Reach::direct) && !make.one_address_space())) {
+      note(Buffers(call), what, call.layout.count);
+      return started_.push_back({engine, engine->start(make.in_background(call), kept)});
+    }
     Pack* pack = latest_ < packs_.size() && fits(packs_[latest_], call) ? &packs_[latest_] : find(call, kept);
     pack->parts.push_back({call.input, call.output, pack->elements, call.layout.count});
     pack->elements += call.layout.count;
     pack->call.timeout = std::min(pack->call.timeout, call.timeout);
-    const Buffers buffers(call);
-    doubtful_ = doubtful_ || buffers.clashes(all_);
-    all_.widen(buffers);
+    look_at(Buffers(call));
   }
-  void add(Operation operation) { started_.push_back(std::move(operation)); }
+  /// A message of it.
+  void add(const std::shared_ptr<AnyEngine>& engine, const Message& message) {
+    note(Buffers(message), message.is_send ? Collective::send : Collective::receive, message.bytes / std::max<std::size_t>(message.grain, 1));
+    started_.push_back({engine, engine->start(message)});
+  }
 
   /// Runs them all, in the order in which the first of each kind was called. The report is the sum of theirs; where there were
   /// several, it knows no joules, no blame and no last rank.
@@ -77,6 +82,7 @@ class Fusion {
       }
       fusion.packs_.clear();
       fusion.started_.clear();  // waits, if something went wrong
+      fusion.others_.clear();
       fusion.doubtful_ = false;
       fusion.all_ = {};
       fusion.latest_ = 0;
@@ -99,29 +105,45 @@ class Fusion {
     return &packs_.back();
   }
 
-  /// Packed operations are done at once: none may write what another one reads or writes.
+  /// The buffers of an operation that is not packed.
+  void note(const Buffers& buffers, Collective what, std::size_t count) {
+    look_at(buffers);
+    others_.push_back({buffers, what, count});
+  }
+  void look_at(const Buffers& buffers) {
+    doubtful_ = doubtful_ || buffers.clashes(all_);
+    all_.widen(buffers);
+  }
+  /// The operations are done at once: none may write what another one reads or writes.
   [[gnu::noinline]] void refuse_overlaps() const {
     struct Use {
       std::span<const std::byte> bytes;
       bool writes;
-      const Pack* pack;
-      std::size_t part;
+      Collective what;
+      std::size_t count;
     };
     std::vector<Use> uses;
+    const auto add = [&](const Buffers& buffers, Collective what, std::size_t count) {
+      const auto &in = buffers.in, &out = buffers.out;
+      const auto use = [&](const std::byte* begin, const std::byte* end, bool writes) {
+        if (std::less<>()(begin, end)) uses.push_back({{begin, end}, writes, what, count});
+      };
+      use(out.data(), out.data() + out.size(), true);
+      if (!buffers.overlap_themselves()) return use(in.data(), in.data() + in.size(), false);
+      use(in.data(), out.data(), false);  // in place: what of it is read alone
+      use(out.data() + out.size(), in.data() + in.size(), false);
+    };
     for (const Pack& pack : packs_)
-      for (std::size_t p = 0; p < pack.parts.size(); ++p) {
-        const Buffers buffers(pack.parts[p], pack.call.grain);
-        if (!buffers.out.empty()) uses.push_back({buffers.out, true, &pack, p});
-        if (!buffers.in.empty() && buffers.in.data() != buffers.out.data()) uses.push_back({buffers.in, false, &pack, p});
-      }
+      for (const Part& part : pack.parts) add(Buffers(part, pack.call.grain), pack.call.layout.operation, part.count);
+    for (const Other& other : others_) add(other.buffers, other.what, other.count);
     std::ranges::sort(uses, [](const Use& a, const Use& b) { return std::less<>()(a.bytes.data(), b.bytes.data()); });
     const Use *written = nullptr, *used = nullptr;  // which of those before reach furthest
     const auto reaches = [](const Use* before, const Use& use) { return before && std::less<>()(use.bytes.data(), before->bytes.data() + before->bytes.size()); };
     const auto further = [](const Use* a, const Use& b) { return !a || std::less<>()(a->bytes.data() + a->bytes.size(), b.bytes.data() + b.bytes.size()) ? &b : a; };
     for (const Use& use : uses) {
       if (const Use* other = use.writes ? used : written; reaches(other, use))
-        throw Error(Errc::invalid_argument, {name_of(use.pack->call.layout.operation), " of ", use.pack->parts[use.part].count, " elements overlaps in memory with ", name_of(other->pack->call.layout.operation), " of ",
-                                             other->pack->parts[other->part].count, " elements of the same group: they are done at once and must not depend on each other"});
+        throw Error(Errc::invalid_argument, {name_of(use.what), " of ", use.count, " elements overlaps in memory with ", name_of(other->what), " of ", other->count,
+                                             " elements of the same group: they are done at once and must not depend on each other"});
       used = further(used, use);
       if (use.writes) written = further(written, use);
     }
@@ -168,6 +190,12 @@ class Fusion {
   bool recording_ = false, doubtful_ = false;  // doubtful: some of their buffers may overlap
   Buffers all_;                                 // their hull
   std::vector<Pack> packs_;
+  struct Other {
+    Buffers buffers;
+    Collective what;
+    std::size_t count;
+  };
+  std::vector<Other> others_;  // that are not packed
   std::vector<std::vector<Part>> spare_;  // whose memory is there
   std::size_t latest_ = 0;
   std::vector<Operation> started_;

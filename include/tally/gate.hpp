@@ -24,17 +24,20 @@ class Gate {
     if (ruled) rule_.enter();
     if (shared_) enter_shared(interrupt, ruled);
   }
-  /// The same, unless somebody is in here. Its leave() is ruled.
-  bool try_enter() {
+  /// The same for who looks in from elsewhere, unless somebody is in here or another thread was since.
+  bool try_look() {
     if (shared_ && !mutex_.try_lock()) return false;
-    try {
-      rule_.enter();
-      return true;
-    } catch (const Error&) {
-      unlock();
-      return false;
-    }
+    if (rule_.try_look()) return true;
+    unlock();
+    return false;
   }
+  void end_look() {
+    const auto due = take_due();
+    unlock();
+    rule_.end_look();
+    for (const auto& f : due) f();
+  }
+  bool is_user() const { return rule_.is_user(); }
   /// And goes, and calls what has become due meanwhile.
   void leave(bool ruled = true) {
     if (!due_.empty()) return leave_and_call(ruled);

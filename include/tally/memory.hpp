@@ -103,3 +103,6 @@ template <class R>
 concept SymmetricElements = requires(const std::remove_cvref_t<R>& range) { { range.symmetric_memory() } -> std::same_as<const SymmetricMemory*>; };
 
 }  // namespace tally::inline v0
+
+template <class T>
+inline constexpr bool std::ranges::enable_borrowed_range<tally::SymmetricSpan<T>> = true;

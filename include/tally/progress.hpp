@@ -22,7 +22,7 @@ namespace tally::inline v0 {
 
 /// One operation's side of the account.
 struct Account {
-  explicit Account(int n) : watch(n) { open.reserve(16); }  // as a rule that is enough for good
+  explicit Account(int n) : watch(n) { open.reserve(most_open); }
   Stopwatch watch;
   Ticks arrival = 0;  // when it was called
   Ticks driven = 0;   // Progress::driven() when it was last served
@@ -30,14 +30,25 @@ struct Account {
   bool heard = false;
   /// It was waiting when it was left alone.
   bool was_waiting() const { return !open.empty() && open.back().second == watch.mark(); }
-  std::vector<std::pair<Ticks, Ticks>> open;  // waits that ended with another operation's frame: whose they are the next own one tells
+  std::vector<std::pair<Ticks, Ticks>> open;  // waits that ended otherwise than by a frame of its own: whose they are the next own one tells
+  void leave_open(Ticks begin, Ticks end) {
+    if (open.size() == most_open) {  // each two become one that ends where the later one did: together as long as before
+      for (std::size_t i = 0; i < most_open / 2; ++i) {
+        const auto before = open[2 * i], after = open[2 * i + 1];
+        open[i] = {after.first - (before.second - before.first), after.second};
+      }
+      open.resize(most_open / 2);
+    }
+    open.emplace_back(begin, end);
+  }
+  static constexpr std::size_t most_open = 16;
 };
 
 /// What drives operations through Progress: it knows what is pending and how to describe it.
 template <class C>
 concept ProgressClient = requires(C& client, Transfer& transfer, const FrameInfo& frame, Rank rank) {
   { client.account_of(transfer) } -> std::same_as<Account&>;
-  { client.oldest() } -> std::same_as<Account&>;  // of the operations that are not done: it is the one that waits
+  { client.waiting() } -> std::same_as<Account&>;  // what the caller waits for, or else the oldest operation that is not done
   client.check(transfer, frame);         // throws if the frame is not what the transfer expects
   client.moved(transfer);                // see Probe
   { client.unexpected(rank, frame) } -> std::same_as<Transfer*>;  // likewise
@@ -61,26 +72,27 @@ class Progress {
   /// An operation begins, and driving with it: the clock's first reading.
   void begin(Account& account, nanoseconds timeout) {
     drive(timeout);
+    unserved_ = false;
     account.arrival = now_;
     account.heard = false;
-    lost_ = -1;
     account.latest = {now_, transport_.rank()};
     if (timed_) account.watch.start(now_);
     current_ = &account;
   }
-  /// Operations that were left alone are driven again, for at most `timeout` without success.
-  void drive(nanoseconds timeout) {
+  /// Operations that were left alone are driven again, for at most `timeout` without success. `since`: when that was asked for.
+  void drive(nanoseconds timeout, Ticks since = 0) {
     timeout_ = timeout;
-    drive_until(0);
+    drive_until(0, 0, since);
   }
-  /// Or until then. `looks`: it comes again and again to see whether anything moved, and waits in between.
-  void drive_until(Ticks deadline, bool looks = false) {
+  /// Or until then. `looks`: it comes again and again to see whether anything moved, and waits in between, for so many communicators.
+  void drive_until(Ticks deadline, std::size_t looks = 0, Ticks since = 0) {
     looks_ = looks;
     waiting_ = false;
     first_stall_ = 0;
     deadline_ = deadline;
     current_ = nullptr;
-    began_ = now_ = timed_ ? clock_.now() : 0;
+    unserved_ = true;
+    began_ = now_ = !timed_ ? 0 : since == 0 ? clock_.now() : std::max(since, now_);  // until now_ somebody else may have driven
   }
   /// Nobody drives them from here on. Returns the time.
   Ticks rest() {
@@ -94,7 +106,7 @@ class Progress {
   template <ProgressClient C>
   void turn(C& client) {
     if (poll(client)) return;
-    if (!waiting_) begin_wait(client.oldest());
+    if (!waiting_) begin_wait(client.waiting());
     else wait(client);
   }
   /// Hands a transfer to the transport, which may do it at once.
@@ -111,11 +123,11 @@ class Progress {
     return true;
   }
 
-  /// Nothing moves, and who asked does not wait: from time to time he is told what is wrong, too.
+  /// Nothing moves, and who asked has something else to do: this look was a wait, and from time to time he is told what is wrong, too.
   template <ProgressClient C>
   void look_around(C& client) {
     if (transport_.aborted()) client.raise_abort();
-    now_ = clock_.now();
+    if (!waiting_) begin_wait(client.waiting());
     if (now_ >= next_check_) check(client);
   }
 
@@ -205,11 +217,13 @@ class Progress {
   Ticks driven() const { return driven_ + (now_ - began_); }
   [[gnu::noinline]] void change(Account& account, bool moved) {
     if (timed_) {
-      now_ = clock_.now();
+      if (!unserved_) now_ = clock_.now();  // else all the time since driving began is this one's
+      unserved_ = false;
       leave();
       const Ticks away = now_ - account.watch.mark();
-      if (!moved && looks_ && account.was_waiting()) {  // nothing came meanwhile: the same wait goes on
-        account.watch.slept(away);
+      if (!moved && looks_ > 0 && account.was_waiting()) {  // nothing came meanwhile: the same wait goes on, and the thread slept for all of them
+        account.watch.slept(away / looks_);
+        account.watch.unpaid(away - away / looks_);
         account.watch.resume(State::wait_local, account.open.back().first);
         account.open.pop_back();
       } else {
@@ -223,8 +237,7 @@ class Progress {
   void leave() {
     if (!timed_ || !current_) return;
     if (waiting_) {
-      ladder_.learn(now_ - wait_began_);
-      current_->open.emplace_back(current_->watch.mark(), now_);
+      current_->leave_open(current_->watch.mark(), now_);
       current_->watch.resume(State::wait_local, now_);
     }
     current_->watch.enter(State::wait_local, now_);
@@ -241,8 +254,8 @@ class Progress {
   /// A frame or a credit of t's peer is here. If it ended a wait, the wait is split: until the peer arrived; until
   /// whoever the peer depended on arrived; and the rest, in which bytes or room were on their way.
   void heard(Account& account, Transfer& t, const FrameTimes& times, State rest) {
+    if (waiting_) ladder_.learn(now_ - wait_began_);
     if (!timed_) {
-      if (waiting_) ladder_.learn(now_ - wait_began_);
       waiting_ = false;
       current_ = &account;
       return;
@@ -264,7 +277,6 @@ class Progress {
     for (const auto& [begin, end] : account.open) split(begin, end);
     account.open.clear();
     if (waiting_) {
-      ladder_.learn(now_ - wait_began_);
       split(account.watch.mark(), now_);
       account.watch.resume(State::protocol, now_);
       waiting_ = false;
@@ -285,11 +297,12 @@ class Progress {
     else return theirs;
   }
 
-  void begin_wait(Account& oldest) {
-    serve(oldest, false);
+  void begin_wait(Account& account) {
+    const bool known = timed_ && current_ != &account;  // the time
+    if (current_ != &account) change(account, false);
+    if (!known) now_ = clock_.now();
     waiting_ = true;
-    now_ = clock_.now();
-    if (timed_ && oldest.watch.state() != State::wait_local) oldest.watch.enter(State::wait_local, now_);
+    if (timed_ && account.watch.state() != State::wait_local) account.watch.enter(State::wait_local, now_);
     wait_began_ = now_;
     ladder_.restart(transport_.crowded());
     if (first_stall_ != 0) return;
@@ -391,7 +404,9 @@ class Progress {
   Ticks began_ = 0, driven_ = 0;  // driving, this time; and the times before
   Ticks now_ = 0, deadline_ = 0, next_check_ = 0, wait_began_ = 0;
   Ticks first_stall_ = 0;  // since driving began: up to there, what moves may have been able to for long
-  bool waiting_ = false, looks_ = false;
+  bool waiting_ = false;
+  bool unserved_ = false;  // driving has begun, and nothing was served yet
+  std::size_t looks_ = 0;
   Rank lost_ = -1;  // who was found to be gone, but may have sent all
 };
 

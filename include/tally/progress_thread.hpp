@@ -89,7 +89,7 @@ class ProgressWorker {
         // With one communicator it waits in there, asleep if that takes long; with several each gets a short look.
         bool driven = false, moved = false;
         for (const auto& engine : engines) {
-          const AnyEngine::Driven how = engine->drive(engines.size() == 1 ? std::chrono::milliseconds(5) : microseconds(5), moved);
+          const AnyEngine::Driven how = engine->drive(engines.size() == 1 ? std::chrono::milliseconds(5) : microseconds(5), engines.size(), moved);
           driven = driven || how != AnyEngine::Driven::by_caller;
           if (how != AnyEngine::Driven::nothing_left) continue;
           const std::lock_guard lock(mutex);

@@ -176,9 +176,9 @@ class Runs {
     soonest_ = std::min(soonest_, last_->deadline);
   }
   /// When that has come: whose deadline is next. There is one in flight.
-  const Run& find_soonest() {
-    const Run* found = first_;
-    for (const Run* run = first_; run; run = run->after)
+  Run& find_soonest() {
+    Run* found = first_;
+    for (Run* run = first_; run; run = run->after)
       if (run->deadline < found->deadline) found = run;
     soonest_ = found->deadline;
     return *found;
@@ -235,9 +235,9 @@ class AnyEngine {
   virtual bool is_inside() const = 0;    // this thread is at work in here: it is in an operator that this engine calls
   virtual void then(Run& run, std::function<void()> f) = 0;
   /// For a progress thread: drives what is in flight until the oldest is done, or nothing has moved for so long, or somebody
-  /// wants it back; `moved` becomes true if anything moved.
+  /// wants it back; `looks`: by turns with so many communicators; `moved` becomes true if anything moved.
   enum class Driven : std::uint8_t { nothing_left, more, by_caller };  // by_caller: its thread is in here
-  virtual Driven drive(nanoseconds patience, bool& moved) = 0;
+  virtual Driven drive(nanoseconds patience, std::size_t looks, bool& moved) = 0;
   /// For a thread that waits elsewhere: does what can be done without waiting. False if nothing is in flight; `moved` becomes true if anything moved.
   virtual bool look_in(bool& moved) = 0;
   virtual void step_back() = 0;  // ends a drive(), from any thread

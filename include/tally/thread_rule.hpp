@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <thread>
 
 #include "error.hpp"
 #include "wait.hpp"
@@ -23,18 +24,26 @@ class ThreadRule {
   /// Errc::invalid_argument if another thread is inside, or this one already is.
   void enter() {
     Mark* const mine = user_.load(std::memory_order_acquire);
-    if (mine->thread.load(std::memory_order_relaxed) != self() || mine->inside.load(std::memory_order_relaxed)) return take_over();
-    mine->inside.store(true, std::memory_order_relaxed);
-    if (fences_) full_fence();
-    std::atomic_signal_fence(std::memory_order_seq_cst);
-    if (user_.load(std::memory_order_relaxed) == mine) {
-      inside_ = mine;
-      return;
-    }
-    mine->inside.store(false, std::memory_order_release);
-    take_over();
+    if (!is_outside(*mine) || !come_in(*mine)) take_over();
   }
   void exit() { inside_->inside.store(false, std::memory_order_release); }
+  /// For a thread that only looks whether there is something to do: comes in if it was the last one in here. Who comes
+  /// meanwhile waits until end_look().
+  bool try_look() {
+    Mark* const mine = user_.load(std::memory_order_acquire);
+    if (!is_outside(*mine)) return false;
+    mine->looks.store(true, std::memory_order_relaxed);
+    if (come_in(*mine)) return true;
+    mine->looks.store(false, std::memory_order_relaxed);
+    return false;
+  }
+  void end_look() {
+    Mark* const mine = inside_;
+    mine->inside.store(false, std::memory_order_release);
+    mine->looks.store(false, std::memory_order_relaxed);
+  }
+  /// Whether no other thread has been inside since this one was.
+  bool is_user() const { return user_.load(std::memory_order_acquire)->thread.load(std::memory_order_relaxed) == self(); }
   /// Whether this very thread is.
   [[gnu::cold, gnu::noinline]] bool is_inside() const {
     const Mark* mark = user_.load(std::memory_order_acquire);
@@ -50,12 +59,30 @@ class ThreadRule {
   struct Mark {
     std::atomic<std::uintptr_t> thread{0};  // set once, perhaps while others ask whether it is theirs
     std::atomic<bool> inside{false};
+    std::atomic<bool> looks{false};  // and will be gone in a moment
     std::unique_ptr<Mark> next;
   };
   static std::uintptr_t self() { return static_cast<std::uintptr_t>(pthread_self()); }
 
-  /// Either the thread before sees in enter() that it is no longer the user, or this one sees it inside.
+  /// Of the last user, which is this thread.
+  static bool is_outside(const Mark& mark) { return mark.thread.load(std::memory_order_relaxed) == self() && !mark.inside.load(std::memory_order_relaxed); }
+  /// False if another thread takes over.
+  bool come_in(Mark& mine) {
+    mine.inside.store(true, std::memory_order_release);
+    if (fences_) full_fence();
+    std::atomic_signal_fence(std::memory_order_seq_cst);
+    if (user_.load(std::memory_order_relaxed) == &mine) {
+      inside_ = &mine;
+      return true;
+    }
+    mine.inside.store(false, std::memory_order_release);
+    return false;
+  }
   [[gnu::cold, gnu::noinline]] void take_over() {
+    while (!try_take_over()) std::this_thread::yield();  // not with the lock: whom it waits for may need that
+  }
+  /// Either the thread before sees in come_in() that it is no longer the user, or this one sees it inside.
+  bool try_take_over() {
     const std::lock_guard lock(taking_over_);
     Mark& mine = mark_of(self());
     if (mine.inside.load(std::memory_order_relaxed)) throw Error(Errc::invalid_argument, "this communicator is called from inside one of its own operations");
@@ -64,11 +91,14 @@ class ThreadRule {
     AsymmetricBarrier::heavy();
     for (const Mark* other = &first_; other; other = other->next.get()) {
       if (other == &mine || !other->inside.load(std::memory_order_acquire)) continue;
+      const bool looks = other->looks.load(std::memory_order_acquire) || !other->inside.load(std::memory_order_acquire);  // or did up to now
       user_.store(before, std::memory_order_release);  // as if nothing had been: else it could come in the fast way next time
+      if (looks) return false;
       throw Error(Errc::invalid_argument, "this communicator is in use by another thread: one at a time, or a duplicate() for each");
     }
     mine.inside.store(true, std::memory_order_seq_cst);
     inside_ = &mine;
+    return true;
   }
   /// Under the lock.
   Mark& mark_of(std::uintptr_t thread) {

@@ -30,7 +30,7 @@ struct LedgerRow {
   nanoseconds wait_arrival{}, wait_transfer{}, wait_credit{}, wait_local{}, undriven{};
   nanoseconds exposed{};          // the caller was blocked; the rest of elapsed was overlapped
   nanoseconds slept{};            // part of the waits
-  nanoseconds queued{};           // part of wait_local: other operations were served, and pay for it
+  nanoseconds queued{};           // part of the waits: other operations were served, and pay for it
   std::vector<nanoseconds> waited_for;  // per rank: arrival + transfer + credit
 
   nanoseconds busy() const { return copy + reduce + codec + protocol; }
@@ -204,7 +204,7 @@ class Ledger final : public detail::ReportSource {
 inline std::ostream& operator<<(std::ostream& out, const Ledger& ledger) {
   using detail::concat, detail::time_text;
   const auto line = [&](const std::array<std::string, 11>& cells) {
-    static constexpr int widths[] = {14, 10, 18, 9, 10, 10, 10, 10, 11, 10, 0};
+    static constexpr int widths[] = {18, 10, 18, 9, 10, 10, 10, 10, 11, 10, 0};
     for (std::size_t i = 0; i < cells.size(); ++i) {
       if (i < 3) out << std::left << std::setw(widths[i]) << cells[i] << ' ';
       else out << std::right << std::setw(widths[i]) << cells[i] << (i + 2 < cells.size() ? " " : i + 1 < cells.size() ? "  " : "");
@@ -217,7 +217,7 @@ inline std::ostream& operator<<(std::ostream& out, const Ledger& ledger) {
     return std::tie(a->operation, a->size_class, a->algorithm) < std::tie(b->operation, b->size_class, b->algorithm);
   });
   out << "ledger of rank " << ledger.rank() << " of " << ledger.size() << " over " << ledger.transport_name() << '\n';
-  line({"operation", "size up to", "algorithm", "calls", "bytes", "time", "busy", "arrival", "other waits", "waited for", "joules (of which idle), source"});
+  line({"operation", "size up to", "algorithm", "calls", "bytes", "time", "busy", "arrival", "rest", "waited for", "joules (of which idle), source"});
   for (const LedgerRow* row : rows) {
     const Quantity energy = ledger.energy(*row);
     std::string joules = detail::joules_text(energy);
@@ -227,7 +227,7 @@ inline std::ostream& operator<<(std::ostream& out, const Ledger& ledger) {
     const Rank worst = row->worst();
     line({std::string(name_of(row->operation)), detail::bytes_text(std::uint64_t{1} << row->size_class), std::string(ledger.algorithm_name(row->algorithm)),
           row->failed ? concat({row->calls, " (", row->failed, " failed)"}) : concat({row->calls}), detail::bytes_text(row->bytes), time(row->elapsed), time(row->busy()),
-          time(row->wait_arrival), time(row->wait_transfer + row->wait_credit + row->wait_local), worst < 0 ? "-" : concat({"rank ", worst}), joules});
+          time(row->wait_arrival), time(row->elapsed - row->busy() - row->wait_arrival), worst < 0 ? "-" : concat({"rank ", worst}), joules});
   }
   return out;
 }

@@ -201,9 +201,9 @@ inline std::ostream& operator<<(std::ostream& out, const Report& r) {
     if (r.wait_credit > nanoseconds{0}) out << ", credit " << time_text(r.wait_credit);
     if (r.wait_local > nanoseconds{0}) out << ", local " << time_text(r.wait_local);
   }
-  if (r.undriven > nanoseconds{0}) out << ", undriven " << time_text(r.undriven);
-  if (r.exposed < r.elapsed) out << ", exposed " << time_text(r.exposed);
+  if (r.undriven > nanoseconds{0}) out << "; undriven " << time_text(r.undriven);
   out << "), ";
+  if (r.exposed < r.elapsed) out << "of it exposed " << time_text(r.exposed) << ", ";
   if (r.last_arrival >= 0) out << "last to call was rank " << r.last_arrival << ", ";
   out << "sent " << detail::bytes_text(r.bytes_sent);
   const Quantity energy = r.energy();

@@ -97,13 +97,18 @@ class Stopwatch {
     ticks_[static_cast<std::size_t>(state)] += ticks;
     plain_ = false;
   }
+  /// Of a wait: the thread was at work, or asleep, for others.
+  void unpaid(Ticks ticks) {
+    queued_ += ticks;
+    plain_ = false;
+  }
   void slept(Ticks ticks) {
     slept_ += ticks;
     plain_ = false;
   }
 
   Ticks slept() const { return slept_; }
-  /// The part of wait_local in which the thread served other operations: it is they who pay for its core.
+  /// The part of the waits in which the thread served other operations: it is they who pay for its core.
   Ticks queued() const { return queued_; }
   /// Ticks of the states that have no one to blame.
   const std::array<Ticks, state_count>& ticks() const { return ticks_; }
