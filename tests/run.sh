@@ -60,19 +60,18 @@ configuration() {
     return
   fi
   echo "run.sh: $name: built in $((SECONDS - start)) s"
-  (cd "$build" && "${run[@]}" ctest --output-on-failure --no-tests=error "$@" "${ctest_arguments[@]}") || fail "$name" "tests failed"
+  (cd "$build" && "${run[@]}" ctest --output-on-failure --no-tests=error -j "$(nproc)" "$@" "${ctest_arguments[@]}") || fail "$name" "tests failed"
   grep '^skipped: ' "$build/Testing/Temporary/LastTest.log" || true
 }
 
 run=()
 configuration tests "everything" -DCMAKE_BUILD_TYPE=Release
 if [[ -z $fast ]]; then
-  # Several at a time: those that measure time are left out. (ASan and UBSan with Clang: with GCC they take five times
-  # as long to compile.)
+  # ASan and UBSan with Clang: with GCC they take five times as long to compile.
   run=("${fixed_addresses[@]}")
   sanitized=(-DCMAKE_BUILD_TYPE=Debug "-DCMAKE_CXX_FLAGS_DEBUG=-O1 -g1")
-  configuration tests-clang "everything with Clang 14, ASan and UBSan" "${sanitized[@]}" -DTALLY_SANITIZE=address -DCMAKE_CXX_COMPILER=clang++-14 -- -E "^(layers|two_units|consumer)" -j "$(nproc)"
-  configuration tests-thread "the tests with TSan" "${sanitized[@]}" -DTALLY_SANITIZE=thread -DTALLY_BUILD_EXAMPLES=OFF -DTALLY_BUILD_BENCH=OFF -- -LE build -j "$(nproc)"
+  configuration tests-clang "everything with Clang 14, ASan and UBSan" "${sanitized[@]}" -DTALLY_SANITIZE=address -DCMAKE_CXX_COMPILER=clang++-14 -- -E "^(layers|two_units|consumer)"
+  configuration tests-thread "the tests with TSan" "${sanitized[@]}" -DTALLY_SANITIZE=thread -DTALLY_BUILD_EXAMPLES=OFF -DTALLY_BUILD_BENCH=OFF -- -LE build
 fi
 
 minutes="$((SECONDS / 60)) min $((SECONDS % 60)) s"
