@@ -451,13 +451,13 @@ void parse(int argc, char** argv, CLI::App& app, Settings& s) {
   CLI::Option* reduce = app.add_option("--reduce", s.reduce_name, "sum, prod, min, max, or mean (floating point only)")->capture_default_str();
   app.add_option("--root", s.root, "of reduce, broadcast, gather and scatter")->capture_default_str();
   CLI::Option* place = app.add_flag("--in-place,!--out-of-place", s.in_place, "use one buffer (the default) or two; broadcast has only one");
-  app.add_option("--iterations", s.iterations, "timed calls per size; default: what fits into --seconds");
+  CLI::Option* iterations = app.add_option("--iterations", s.iterations, "timed calls per size; default: what fits into --seconds");
   CLI::Option* seconds = app.add_option("--seconds", s.seconds, "time for the timed calls of one size")->capture_default_str();
   app.add_option("--warmup", s.warmup, "calls before timing begins, besides those that estimate the time")->capture_default_str();
   CLI::Option* pin = app.add_flag("--pin,!--no-pin", s.pin, "keep rank r on the r-th usable core, or not; default: if there are as many cores as ranks and no launcher");
   app.add_option("--json", s.json, "also JSON lines to this file; '-': to stdout, and the table to stderr");
   app.add_option("--tune", s.tune, "instead: measure all algorithms of all operations from -b to -e and write a model for TALLY_MODEL to this file");
-  app.add_flag("--list", s.list, "only list the algorithms of each operation");
+  app.add_flag("--list", s.list, "only list the algorithms of each operation, also of those that are not measured here");
   app.parse(argc, argv);
   if (s.list) return;
 
@@ -472,8 +472,9 @@ void parse(int argc, char** argv, CLI::App& app, Settings& s) {
     if (job.size == 1 && s.transport == "shm") s.transport = "thread";  // what one rank alone gets
   }
   require(s.ranks >= 1 && s.ranks <= 1 << 15, "-n", "there must be 1 to 32768 ranks");
-  const auto operation = std::find_if(std::begin(tally::all_operations), std::end(tally::all_operations), [&](Collective o) { return name_of(o) == op && !tally::sizes_differ(o); });
+  const auto operation = std::find_if(std::begin(tally::all_operations), std::end(tally::all_operations), [&](Collective o) { return name_of(o) == op; });
   require(operation != std::end(tally::all_operations), "--op", "unknown operation '" + op + "'; there are all_reduce, reduce, broadcast, all_gather, reduce_scatter, barrier, gather, scatter, all_to_all, scan, exclusive_scan");
+  require(!tally::sizes_differ(*operation), "--op", "blocks of " + op + " have sizes of their own, of which there are too many to measure");
   s.op = *operation;
   require(s.transport == "shm" || s.transport == "thread", "--transport", "unknown transport '" + s.transport + "'; there are shm and thread");
   require(s.launcher.empty() || job.size == 1 || s.transport == "shm", "--transport", "ranks started by " + s.launcher + " are processes; only shm connects them");
@@ -505,7 +506,7 @@ void parse(int argc, char** argv, CLI::App& app, Settings& s) {
   require(s.factor >= 2, "-f", "the factor must be 2 or more");
   require(s.root >= 0 && s.root < s.ranks, "--root", std::to_string(s.root) + " is not a rank: there are " + std::to_string(s.ranks));
   require(s.op != Collective::broadcast || place->count() == 0 || s.in_place, "--out-of-place", "broadcast has only one buffer");
-  require(s.iterations >= 0, "--iterations", "must not be negative");
+  require(s.iterations >= (iterations->count() > 0 ? 1 : 0), "--iterations", "must be 1 or more");
   require(s.warmup >= 0, "--warmup", "must not be negative");
   if (seconds->count() > 0) s.tune_seconds = s.seconds;
   require(s.seconds > 0 && s.seconds <= 3600, "--seconds", "must be more than 0 and at most 3600");
@@ -534,7 +535,7 @@ std::uint64_t tune(const Settings& s, const tally::Options& options) {
     std::ofstream file;
     if (comm.rank() == 0) {
       file.open(unfinished);
-      if (!file) throw tally::Error(tally::Errc::invalid_argument, "--tune: cannot write '" + unfinished + "'");
+      if (!file) throw tally::Error(tally::Errc::invalid_argument, "--tune: cannot write '" + s.tune + "'");
     }
     const std::vector<int> cores = bench::allowed_cores();
     if (s.pin && !cores.empty()) bench::pin_to(cores[static_cast<std::size_t>(comm.rank()) % cores.size()]);
