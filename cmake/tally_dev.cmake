@@ -19,7 +19,7 @@ elseif(NOT TALLY_SANITIZE STREQUAL "")
   message(FATAL_ERROR "TALLY_SANITIZE is '${TALLY_SANITIZE}'; it can be address, thread or empty")
 endif()
 if(sanitizers)
-  target_compile_options(tally_dev INTERFACE $<$<CXX_COMPILER_ID:GNU>:-Wno-array-bounds;-Wno-stringop-overflow>)  # GCC 12 sees some in instrumented code that are none
+  target_compile_options(tally_dev INTERFACE $<$<CXX_COMPILER_ID:GNU>:-Wno-array-bounds;-Wno-stringop-overflow;-Wno-maybe-uninitialized>)  # GCC 12 sees some in instrumented code that are none
 endif()
 target_compile_options(tally_dev INTERFACE ${sanitizers})
 target_link_options(tally_dev INTERFACE ${sanitizers})

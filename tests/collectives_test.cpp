@@ -389,7 +389,6 @@ struct PassAround {
 };
 /// Right out of place; in place the result of others overwrites what it has still to send.
 struct ReceivesFirst {
-  static constexpr std::string_view name = "receives_first";
   static Steps all_reduce(Shape shape) {
     const auto [me, n, root, in, out, group] = shape;
     if (me != 0) {
