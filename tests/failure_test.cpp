@@ -494,13 +494,15 @@ TALLY_TEST_BOTH("deadlines without accounting", "[failure]", unaccounted_deadlin
 
 void abort_while_waiting(RankKind kind) {
   for (const auto delay : {0us, 30us, 3000us, 300000us}) {  // before, while spinning, just parked, long parked
+    const Shared<std::atomic<bool>> aborted;
     const Outcome outcome = outcome_of(3, kind, [&](Communicator& comm) {
-      if (comm.rank() == 2) std::this_thread::sleep_for(delay + 30ms);  // comes when all is over
+      while (comm.rank() == 2 && !*aborted) std::this_thread::sleep_for(1ms);  // comes when all is over
       std::jthread other;
       if (comm.rank() == 0)
         other = std::jthread([&] {
           std::this_thread::sleep_for(delay);
           comm.abort("the user pressed a key");
+          *aborted = true;
         });
       comm.barrier();
     });
