@@ -244,11 +244,11 @@ class Engine final : public AnyEngine {
 
   // For Progress (see ProgressClient).
 
-  Account& account_of(const Transfer& t) {
+  OperationAccount& account_of(const Transfer& t) {
     Run* const run = diagnosis_.serving = static_cast<Run*>(t.owner);
     return run->account;
   }
-  Account& waiting() { return (diagnosis_.waited && diagnosis_.waited->in_flight ? diagnosis_.waited : runs_.first() ? runs_.first() : diagnosis_.serving)->account; }
+  OperationAccount& waiting() { return (diagnosis_.waited && diagnosis_.waited->in_flight ? diagnosis_.waited : runs_.first() ? runs_.first() : diagnosis_.serving)->account; }
   bool interrupted() const { return gate_.wanted(); }
   bool has_neighbours() const { return Neighbours::of_this_thread().any_but(this); }
   bool look_elsewhere() { return Neighbours::of_this_thread().look(this); }

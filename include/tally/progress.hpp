@@ -21,8 +21,8 @@
 namespace tally::inline v0 {
 
 /// One operation's side of the account.
-struct Account {
-  explicit Account(int n) : watch(n) { open.reserve(most_open); }
+struct OperationAccount {
+  explicit OperationAccount(int n) : watch(n) { open.reserve(most_open); }
   Stopwatch watch;
   Ticks arrival = 0;  // when it was called
   Ticks driven = 0;   // Progress::driven() when it was last served
@@ -47,8 +47,8 @@ struct Account {
 /// What drives operations through Progress: it knows what is pending and how to describe it.
 template <class C>
 concept ProgressClient = requires(C& client, Transfer& transfer, const FrameInfo& frame, Rank rank) {
-  { client.account_of(transfer) } -> std::same_as<Account&>;
-  { client.waiting() } -> std::same_as<Account&>;  // what the caller waits for, or else the oldest operation that is not done
+  { client.account_of(transfer) } -> std::same_as<OperationAccount&>;
+  { client.waiting() } -> std::same_as<OperationAccount&>;  // what the caller waits for, or else the oldest operation that is not done
   client.check(transfer, frame);         // throws if the frame is not what the transfer expects
   client.moved(transfer);                // see Probe
   { client.unexpected(rank, frame) } -> std::same_as<Transfer*>;  // likewise
@@ -70,7 +70,7 @@ class Progress {
       : transport_(transport), clock_(clock), timed_(timed), ladder_(clock, wait), check_interval_(clock.to_ticks(std::chrono::milliseconds(20))), off_core_(clock.to_ticks(std::chrono::microseconds(10))), doze_(static_cast<std::uint32_t>(clock.to_ticks(std::chrono::microseconds(2)))) {}
 
   /// An operation begins, and driving with it: the clock's first reading.
-  void begin(Account& account, nanoseconds timeout) {
+  void begin(OperationAccount& account, nanoseconds timeout) {
     drive(timeout);
     unserved_ = false;
     account.arrival = now_;
@@ -132,7 +132,7 @@ class Progress {
   }
 
   /// From here on the thread works for this operation; the others queue. `moved`: something did, while it was left alone.
-  void serve(Account& account, bool moved = true) {
+  void serve(OperationAccount& account, bool moved = true) {
     if (current_ != &account) change(account, moved);
   }
   /// Local work of more than a header's payload is booked as what it is.
@@ -142,18 +142,18 @@ class Progress {
   }
   /// What this rank does itself it could have done before, had anybody driven it: until the first wait, which shows that nothing was left to do.
   Lateness resumed() const { return {first_stall_ == 0 ? began_ : 0, transport_.rank()}; }
-  Lateness arrival(const Account& account) const { return {account.arrival, transport_.rank()}; }
+  Lateness arrival(const OperationAccount& account) const { return {account.arrival, transport_.rank()}; }
 
   /// An operation ends, by success or, with the rank to blame for an unfinished wait, by failure. The report has
   /// everything that is known here: times and the rank that came last.
-  Report finish(Account& account) {
+  Report finish(OperationAccount& account) {
     if (!timed_) return {};
     serve(account);
     if (waiting_) end_wait();
     account.watch.enter(State::protocol, now_ = clock_.now());
     return close(account);
   }
-  Report finish_failed(Account& account, Rank missing, State cause) {
+  Report finish_failed(OperationAccount& account, Rank missing, State cause) {
     if (!timed_) return {};
     const bool waited = waiting_ && current_ == &account && missing >= 0 && missing != transport_.rank();
     if (!waited) serve(account);
@@ -207,7 +207,7 @@ class Progress {
   static constexpr Ticks age_unit = 32;
   static constexpr std::uint32_t age_limit = std::numeric_limits<std::uint32_t>::max();
 
-  FrameTimes stamp(const Account& account, const Lateness& late) const {
+  FrameTimes stamp(const OperationAccount& account, const Lateness& late) const {
     if (!timed_) return {};
     const Ticks sent_at = std::max(now_, late.until);
     return {sent_at, age(sent_at - account.arrival), age(sent_at - late.until), static_cast<std::uint16_t>(late.culprit)};
@@ -215,7 +215,7 @@ class Progress {
   static std::uint32_t age(Ticks ticks) { return static_cast<std::uint32_t>(std::min<Ticks>(ticks / age_unit, age_limit)); }
 
   Ticks driven() const { return driven_ + (now_ - began_); }
-  [[gnu::noinline]] void change(Account& account, bool moved) {
+  [[gnu::noinline]] void change(OperationAccount& account, bool moved) {
     if (timed_) {
       if (!unserved_) now_ = clock_.now();  // else all the time since driving began is this one's
       unserved_ = false;
@@ -244,7 +244,7 @@ class Progress {
     current_->driven = driven();
     waiting_ = false;
   }
-  Report close(Account& account) {
+  Report close(OperationAccount& account) {
     for (const auto& [begin, end] : account.open) account.watch.book(State::wait_local, end - begin);  // what it waited for was its own doing
     account.open.clear();
     current_ = nullptr;  // what is driven next is not its time
@@ -253,7 +253,7 @@ class Progress {
 
   /// A frame or a credit of t's peer is here. If it ended a wait, the wait is split: until the peer arrived; until
   /// whoever the peer depended on arrived; and the rest, in which bytes or room were on their way.
-  void heard(Account& account, Transfer& t, const FrameTimes& times, State rest) {
+  void heard(OperationAccount& account, Transfer& t, const FrameTimes& times, State rest) {
     if (waiting_) ladder_.learn(now_ - wait_began_);
     if (!timed_) {
       waiting_ = false;
@@ -297,7 +297,7 @@ class Progress {
     else return theirs;
   }
 
-  void begin_wait(Account& account) {
+  void begin_wait(OperationAccount& account) {
     const bool known = timed_ && current_ != &account;  // the time
     if (current_ != &account) change(account, false);
     if (!known) now_ = clock_.now();
@@ -396,7 +396,7 @@ class Progress {
   T& transport_;
   Clock clock_;
   bool timed_;
-  Account* current_ = nullptr;  // who is served
+  OperationAccount* current_ = nullptr;  // who is served
   Ladder ladder_;
   Ticks check_interval_, off_core_;
   std::uint32_t doze_;

@@ -78,7 +78,7 @@ struct Run {
   std::uint64_t bytes = 0;     // of the caller's data
   std::uint64_t sent = 0, received = 0, overhead = 0;  // bytes
 
-  Account account;
+  OperationAccount account;
   nanoseconds timeout{};
   Ticks posted = 0, deadline = 0, exposed = 0;  // of those in the background
   Report report;

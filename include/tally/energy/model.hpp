@@ -5,7 +5,8 @@
 #include <chrono>
 #include <cmath>
 
-#include "meter.hpp"
+#include "../types.hpp"
+#include "quantity.hpp"
 
 namespace tally::inline v0 {
 

@@ -1,0 +1,134 @@
+// SPDX-License-Identifier: Apache-2.0
+// The account as plain data: what one rank kept of one communicator, and what all ranks' accounts are together. It is what
+// exporters write, what ranks send each other and what a file holds; it knows no clock, meter or transport.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "../energy/meter.hpp"
+#include "../energy/quantity.hpp"
+#include "../types.hpp"
+#include "states.hpp"
+
+namespace tally::inline v0 {
+
+/// The time of one call, or of many. elapsed is exactly the sum of the nine parts.
+struct AccountTimes {
+  nanoseconds elapsed{}, exposed{};  // exposed: the caller was blocked
+  nanoseconds copy{}, reduce{}, codec{}, protocol{};
+  nanoseconds wait_arrival{}, wait_transfer{}, wait_credit{}, wait_local{}, undriven{};
+  nanoseconds slept{};   // part of the waits: the thread was asleep
+  nanoseconds queued{};  // part of the waits: the thread served other operations, and those pay for it
+
+  nanoseconds busy() const { return copy + reduce + codec + protocol; }
+  nanoseconds idle() const { return wait_arrival + wait_transfer + wait_credit + wait_local; }
+};
+
+/// What was spent, in joules and in grams of CO2-equivalent. Each is unknown (NaN) where there is nothing to tell it from.
+struct AccountEnergy {
+  Quantity gross;           // all: net + the share of the floor that the machine draws anyway
+  Quantity net;             // above the floor
+  Quantity idle;            // of gross, while waiting
+  Quantity idle_avoidable;  // of idle, what sleeping would have saved
+  Quantity cpu, dram, gpu;  // gross by where it was drawn
+  Quantity carbon;          // grams of CO2-equivalent for gross
+};
+
+/// Calls by how long they took: bucket i counts those with 2^(i-1) <= elapsed < 2^i nanoseconds (bucket 0: 0 ns).
+inline constexpr std::size_t elapsed_buckets = 48;
+using ElapsedHistogram = std::array<std::uint64_t, elapsed_buckets>;
+
+/// Sums over all calls of one operation, size class and algorithm on one rank.
+struct AccountRow {
+  Collective operation = Collective::none;
+  std::uint8_t size_class = 0;  // sizes up to 2^size_class bytes, and above 2^(size_class - 1)
+  std::string algorithm;
+  std::uint64_t calls = 0, failed = 0;
+  std::uint64_t bytes = 0;  // of the caller's data
+  std::uint64_t bytes_sent = 0, bytes_received = 0, bytes_wire = 0;
+  AccountTimes time;
+  ElapsedHistogram histogram{};
+  std::vector<Blame> waited_for;  // those that were waited for, by rank
+  AccountEnergy energy;
+};
+
+/// One recent call.
+struct AccountEvent {
+  std::uint64_t operation_number = 0;  // the same on all ranks that took part; 0 for messages
+  std::uint32_t sequence = 0;          // of this rank's calls on its communicator
+  Collective operation = Collective::none;
+  std::string algorithm;
+  std::uint64_t bytes = 0;  // of the caller's data
+  nanoseconds begin{};      // since the epoch of the host's CLOCK_MONOTONIC; see Account::clock_offset
+  AccountTimes time;
+  Rank last_arrival = -1;
+  std::vector<Blame> waited_for;  // worst first; rank -1: several others together
+  AccountEnergy energy;
+  bool energy_final = false;  // the window it lies in is closed
+};
+
+/// One physical domain of this rank's host as its meter saw it while the account was kept. Ranks of one host tell the same, so
+/// domains are told apart by (host, key) and counted once. total == operations + application + unattributed, exactly.
+struct DomainAccount {
+  Domain kind = Domain::node;
+  std::string key, source;
+  int parent = -1;  // index into the same list: part of that domain, so not to be added to it
+  Nanojoules total = 0;
+  Nanojoules operations = 0;    // of all ranks, communicators and jobs on this host that use the hub
+  Nanojoules application = 0;   // of the same processes, outside of operations
+  Nanojoules unattributed = 0;  // the rest: other processes, and the machine's floor that is nobody's
+  double watts_floor = 0;       // 0: not calibrated
+  Provenance provenance = Provenance::none;
+  Caveats caveats = 0;
+};
+
+/// The average power of a domain over one of the hub's windows.
+struct PowerSample {
+  std::uint16_t domain = 0;  // index into Account::domains
+  nanoseconds begin{}, end{};
+  double watts = 0;
+};
+
+/// How long a peer is expected to make this rank wait, learned from the calls so far.
+struct SlackRow {
+  Collective operation = Collective::none;
+  Rank peer = -1;
+  std::uint64_t calls = 0;
+  nanoseconds expected{}, tenth_percentile{};
+};
+
+/// What one rank kept of one communicator.
+struct Account {
+  std::string job;           // the same for all communicators and ranks of a job; may be empty
+  std::string communicator;  // a name, unique in the job
+  std::string host, boot_id;
+  std::string transport;
+  Rank rank = 0;
+  int size = 1;
+  std::vector<Rank> members;  // rank in the job of each rank of the communicator; empty: the same
+  nanoseconds begin{}, end{};  // of the time it tells of, of the host's CLOCK_MONOTONIC
+  nanoseconds clock_offset{};  // of this rank's clock to rank 0's, for aligning traces; 0 on one host
+  std::vector<AccountRow> rows;
+  std::vector<AccountEvent> recent;  // oldest first
+  std::vector<Blame> by_peer;        // whom this rank waited for, by rank
+  std::vector<DomainAccount> domains;
+  std::vector<PowerSample> power;
+  std::vector<SlackRow> slack;
+  double host_coverage = std::numeric_limits<double>::quiet_NaN();  // our CPU time / the host's CPU time
+  double residual = std::numeric_limits<double>::quiet_NaN();       // 1 - predicted/measured joules of the last window
+  Quantity carbon_intensity;                                         // g/kWh, the latest
+  std::string carbon_source;                                         // zone, signal and factor; empty: none
+  double pue = 1.0;
+  Caveats caveats = 0;
+  std::vector<std::string> warnings;  // whole sentences
+
+  /// The rank in the job of a rank of this communicator.
+  Rank in_job(Rank r) const { return members.empty() ? r : members[static_cast<std::size_t>(r)]; }
+};
+
+}  // namespace tally::inline v0
