@@ -9,12 +9,13 @@
 #include <map>
 #include <span>
 #include <string>
+#include <string_view>
 #include <tuple>
 #include <utility>
 #include <vector>
 
 #include "../energy/quantity.hpp"
-#include "../text.hpp"
+#include "merge.hpp"
 #include "snapshot.hpp"
 
 namespace tally::inline v0 {
@@ -62,8 +63,180 @@ struct JobAccount {
   std::size_t cell(Rank waiting, Rank culprit) const { return static_cast<std::size_t>(waiting) * static_cast<std::size_t>(size) + static_cast<std::size_t>(culprit); }
 };
 
+namespace detail {
+
+/// Arrival waits with their place in time, to follow chains through: rank p came late to an operation, so others waited for it
+/// up to its arrival there; if p itself was waiting for q just then, in another operation, q is to blame for that part.
+class WaitChains {
+ public:
+  explicit WaitChains(int size) : waits_(static_cast<std::size_t>(size)) {}
+
+  struct Wait {
+    nanoseconds begin{}, end{};
+    Rank culprit = -1;
+  };
+  void add(Rank waiting, Wait wait) {
+    waits_[static_cast<std::size_t>(waiting)].push_back(wait);
+    longest_ = std::max(longest_, wait.end - wait.begin);
+  }
+  void sort() {
+    for (auto& each : waits_) std::sort(each.begin(), each.end(), [](const Wait& a, const Wait& b) { return std::tie(a.end, a.begin, a.culprit) < std::tie(b.end, b.begin, b.culprit); });
+  }
+  const std::vector<Wait>& of(Rank waiting) const { return waits_[static_cast<std::size_t>(waiting)]; }
+
+  /// charge(rank, time) for each part of [begin, end), during which others waited for `late`.
+  template <class F>
+  void follow(Rank late, nanoseconds begin, nanoseconds end, F&& charge, int depth = 0) const {
+    const std::vector<Wait>& own = of(late);
+    // From the last on, so that what is left of the interval is always [begin, end) with end falling.
+    auto next = std::lower_bound(own.begin(), own.end(), begin, [](const Wait& wait, nanoseconds t) { return wait.end <= t; });
+    std::vector<Wait> inside;
+    for (; next != own.end() && next->end - longest_ < end; ++next)
+      if (next->begin < end) inside.push_back(*next);
+    nanoseconds busy{};
+    for (auto wait = inside.rbegin(); wait != inside.rend(); ++wait) {
+      const nanoseconds from = std::max(wait->begin, begin), to = std::min(wait->end, end);
+      if (from >= to) continue;
+      busy += end - to;
+      if (depth < deepest && wait->culprit != late) follow(wait->culprit, from, to, charge, depth + 1);
+      else charge(wait->culprit, to - from);
+      end = from;
+    }
+    busy += end - begin;
+    if (busy > nanoseconds{0}) charge(late, busy);
+  }
+
+ private:
+  static constexpr int deepest = 64;  // accounts of ranks that wait for each other in a circle are not to be followed for ever
+  std::vector<std::vector<Wait>> waits_;
+  nanoseconds longest_{};
+};
+
+}  // namespace detail
+
 /// The accounts may be of several communicators of a job and come in any order; the order changes nothing. Throws
-/// Errc::invalid_argument where an account names ranks that it does not have.
-JobAccount job_of(std::span<const Account> accounts);
+/// Errc::invalid_argument where an account names ranks that it does not have, or two are of the same rank and communicator.
+inline JobAccount job_of(std::span<const Account> accounts) {
+  using detail::add;
+  std::vector<Account> all;
+  for (const Account& account : accounts) {
+    detail::check(account);
+    all.push_back(detail::in_job(account));
+  }
+  std::sort(all.begin(), all.end(), [](const Account& a, const Account& b) { return std::tie(a.communicator, a.rank, a.begin) < std::tie(b.communicator, b.rank, b.begin); });
+  JobAccount job;
+  for (std::size_t i = 0; i < all.size(); ++i) {
+    if (i > 0 && all[i].communicator == all[i - 1].communicator && all[i].rank == all[i - 1].rank)
+      throw Error(Errc::invalid_argument, {"there are two accounts of rank ", all[i].rank, " of '", all[i].communicator, "'"});
+    job.size = std::max({job.size, all[i].size, all[i].rank + 1});
+    if (job.job.empty()) job.job = all[i].job;
+    job.elapsed = std::max(job.elapsed, all[i].end - all[i].begin);
+    job.caveats |= all[i].caveats;
+    add(job.warnings, all[i].warnings);
+  }
+  const auto n = static_cast<std::size_t>(job.size);
+  job.waits.resize(n * n);
+  for (WaitCell& cell : job.waits) cell.energy = {0, 0, 0, 0, Provenance::measured, Split::direct};
+
+  std::vector<Quantity> carbon_per_joule(n);  // of each rank
+  bool first = true;
+  for (const Account& account : all)
+    for (const AccountRow& row : account.rows) {
+      AccountRow sum = row;
+      sum.waited_for.clear();
+      add(job.rows, sum);
+      add(job.time, row.time);
+      if (std::exchange(first, false)) job.energy = row.energy;
+      else add(job.energy, row.energy);
+      const double idle = static_cast<double>(row.time.idle().count());
+      for (const Blame& blame : row.waited_for) {
+        WaitCell& cell = job.waits[job.cell(account.rank, blame.rank)];
+        cell.arrival += blame.arrival;
+        cell.transfer += blame.transfer;
+        cell.credit += blame.credit;
+        if (blame.total() > nanoseconds{0}) cell.energy = cell.energy + row.energy.idle * (static_cast<double>(blame.total().count()) / idle);
+      }
+      Quantity& carbon = carbon_per_joule[static_cast<std::size_t>(account.rank)];
+      if (!carbon.known() && row.energy.carbon.known() && row.energy.gross.value > 0) carbon = row.energy.carbon * (1 / row.energy.gross.value);
+    }
+
+  // Who waits for a rank's arrival waits until then, so the sums per call tell where in time they lie.
+  std::map<std::tuple<std::string_view, std::uint64_t, Rank>, const AccountEvent*> calls;
+  for (const Account& account : all)
+    for (const AccountEvent& event : account.recent)
+      if (event.operation_number != 0) calls[{account.communicator, event.operation_number, account.rank}] = &event;
+  std::map<std::pair<std::string_view, Rank>, nanoseconds> offsets;
+  for (const Account& account : all) offsets[{account.communicator, account.rank}] = account.clock_offset;
+  detail::WaitChains chains(job.size);
+  for (const Account& account : all)
+    for (const AccountEvent& event : account.recent)
+      for (const Blame& blame : event.waited_for) {
+        const auto theirs = calls.find({account.communicator, event.operation_number, blame.rank});
+        if (blame.rank < 0 || blame.arrival <= nanoseconds{0} || theirs == calls.end()) continue;
+        const nanoseconds mine = account.clock_offset, came = theirs->second->begin + offsets[{account.communicator, blame.rank}];
+        const nanoseconds slack = std::chrono::microseconds(10);  // how far a call's begin, read before its first clock reading, may be off
+        if (came - blame.arrival < event.begin + mine - slack || came > event.begin + mine + event.time.elapsed + slack) continue;  // it had called already, and came back to it late
+        chains.add(account.rank, {came - blame.arrival, came, blame.rank});
+      }
+  chains.sort();
+
+  job.resolved = job.waits;
+  std::vector<nanoseconds> passed_on(n);
+  nanoseconds arrival{}, followed{};
+  for (const WaitCell& cell : job.waits) arrival += cell.arrival;
+  for (Rank waiting = 0; waiting < job.size; ++waiting)
+    for (const auto& wait : chains.of(waiting)) {
+      followed += wait.end - wait.begin;
+      const std::size_t charged = job.cell(waiting, wait.culprit);
+      const Quantity per_ns = job.waits[charged].total() > nanoseconds{0} ? job.waits[charged].energy * (1.0 / static_cast<double>(job.waits[charged].total().count())) : Quantity{};
+      chains.follow(wait.culprit, wait.begin, wait.end, [&](Rank rank, nanoseconds time) {
+        if (rank == wait.culprit || rank == waiting) return;  // nobody waits for himself
+        const Quantity moved = per_ns * static_cast<double>(time.count());
+        WaitCell &from = job.resolved[charged], &to = job.resolved[job.cell(waiting, rank)];
+        from.arrival -= time;
+        to.arrival += time;
+        from.energy = detail::difference(from.energy, moved);
+        to.energy = to.energy + moved;
+        passed_on[static_cast<std::size_t>(wait.culprit)] += time;
+      });
+    }
+  job.followed = arrival > nanoseconds{0} ? std::min(1.0, static_cast<double>(followed.count()) / static_cast<double>(arrival.count())) : 1.0;
+
+  for (Rank r = 0; r < job.size; ++r) {
+    Straggler straggler{r, {}, passed_on[static_cast<std::size_t>(r)], 0, {0, 0, 0, 0, Provenance::measured, Split::direct}, {0, 0, 0, 0, Provenance::measured, Split::direct}};
+    for (Rank waiting = 0; waiting < job.size; ++waiting) {
+      const WaitCell& cell = job.resolved_wait(waiting, r);
+      if (cell.arrival <= nanoseconds{0}) continue;
+      straggler.caused += cell.arrival;
+      const Quantity joules = cell.energy * (static_cast<double>(cell.arrival.count()) / static_cast<double>(cell.total().count()));
+      straggler.energy = straggler.energy + joules;
+      const Quantity& carbon = carbon_per_joule[static_cast<std::size_t>(waiting)];
+      straggler.carbon = straggler.carbon + (carbon.known() && joules.known() ? carbon * joules.value : Quantity{});
+    }
+    straggler.share = arrival > nanoseconds{0} ? static_cast<double>(straggler.caused.count()) / static_cast<double>(arrival.count()) : 0;
+    job.stragglers.push_back(std::move(straggler));
+  }
+  std::sort(job.stragglers.begin(), job.stragglers.end(), [](const Straggler& a, const Straggler& b) { return std::pair(-a.caused.count(), a.rank) < std::pair(-b.caused.count(), b.rank); });
+
+  // A host's ranks tell of the same domains: the account that saw most of one counts.
+  for (const Account& account : all)
+    for (std::size_t i = 0; i < account.domains.size(); ++i) {
+      const DomainAccount& domain = account.domains[i];
+      const auto place = [&](const std::string& key) {
+        const auto at = std::find_if(job.domains.begin(), job.domains.end(), [&](const HostDomain& each) { return each.host == account.host && each.account.key == key; });
+        return static_cast<std::size_t>(at - job.domains.begin());
+      };
+      const std::size_t at = place(domain.key);
+      if (at == job.domains.size()) job.domains.push_back({account.host, domain});
+      else if (job.domains[at].account.total < domain.total) job.domains[at].account = domain;
+      else continue;
+      job.domains[at].account.parent = -1;
+      if (domain.parent < 0 || domain.parent >= static_cast<int>(account.domains.size())) continue;
+      const std::size_t parent = place(account.domains[static_cast<std::size_t>(domain.parent)].key);
+      if (parent < job.domains.size()) job.domains[at].account.parent = static_cast<int>(parent);
+    }
+  for (const HostDomain& domain : job.domains) job.caveats |= domain.account.caveats;
+  return job;
+}
 
 }  // namespace tally::inline v0

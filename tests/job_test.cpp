@@ -1,0 +1,283 @@
+// SPDX-License-Identifier: Apache-2.0
+// Accounts put together: sums, differences, and blame followed back through operations that follow each other.
+#include <catch2/catch.hpp>
+
+#include <algorithm>
+#include <random>
+
+#include <tally/account/job.hpp>
+
+using namespace tally;
+using namespace std::chrono_literals;
+
+namespace {
+
+AccountRow row_of(Collective operation, nanoseconds elapsed, std::vector<Blame> waited, double watts = 10) {
+  AccountRow row;
+  row.operation = operation;
+  row.algorithm = "ring";
+  row.calls = 1;
+  row.bytes = 8;
+  row.time.elapsed = row.time.exposed = elapsed;
+  for (const Blame& blame : waited) {
+    row.time.wait_arrival += blame.arrival;
+    row.time.wait_transfer += blame.transfer;
+    row.time.wait_credit += blame.credit;
+  }
+  row.time.protocol = elapsed - row.time.idle();
+  row.histogram[3] = 1;
+  row.waited_for = std::move(waited);
+  const auto joules = [&](nanoseconds time) { return Quantity{watts * std::chrono::duration<double>(time).count(), 0, 0, 1, Provenance::modelled, Split::equal_time}; };
+  row.energy.gross = joules(elapsed);
+  row.energy.idle = joules(row.time.idle());
+  return row;
+}
+
+/// A call of rank `rank`, which is both a row and a recent event of its account.
+void call(Account& account, std::uint64_t number, nanoseconds begin, nanoseconds end, std::vector<Blame> waited) {
+  AccountRow row = row_of(Collective::all_reduce, end - begin, waited);
+  AccountEvent event;
+  event.operation_number = number;
+  event.sequence = static_cast<std::uint32_t>(account.recent.size() + 1);
+  event.operation = row.operation;
+  event.begin = begin;
+  event.time = row.time;
+  event.waited_for = std::move(waited);
+  account.recent.push_back(event);
+  detail::add(account.rows, row);
+  detail::add(account.by_peer, row.waited_for);
+  account.end = std::max(account.end, end);
+}
+Account account_of(Rank rank, int size, std::string communicator = "world") {
+  Account account;
+  account.communicator = std::move(communicator);
+  account.host = "one";
+  account.rank = rank;
+  account.size = size;
+  return account;
+}
+
+}  // namespace
+
+TEST_CASE("what one rank makes the others wait is charged to it, in seconds and joules") {
+  std::vector<Account> accounts;
+  for (Rank r = 0; r < 4; ++r) accounts.push_back(account_of(r, 4));
+  for (Rank r = 0; r < 4; ++r) {
+    if (r == 2) call(accounts[2], 1, 5ms, 6ms, {});
+    else call(accounts[static_cast<std::size_t>(r)], 1, 0ms, 6ms, {{2, 5ms, {}, {}}, {3, {}, 500us, {}}});
+  }
+  accounts[3].by_peer.clear();
+  accounts[3].rows.clear();
+  accounts[3].recent.clear();
+  call(accounts[3], 1, 0ms, 6ms, {{2, 5ms, {}, {}}});
+  const JobAccount job = job_of(accounts);
+  REQUIRE(job.size == 4);
+  CHECK(job.wait(0, 2).arrival == 5ms);
+  CHECK(job.wait(0, 3).transfer == 500us);
+  CHECK(job.wait(0, 2).energy.value == Approx(0.05));  // 10 W
+  CHECK(job.wait(2, 0).total() == 0ns);
+  CHECK(job.wait(2, 0).energy.value == 0);
+  CHECK(job.followed == 1);
+  CHECK(job.stragglers[0].rank == 2);
+  CHECK(job.stragglers[0].caused == 15ms);
+  CHECK(job.stragglers[0].share == 1);
+  CHECK(job.stragglers[0].energy.value == Approx(0.15));
+  CHECK(job.stragglers[0].energy.provenance == Provenance::modelled);
+  CHECK(job.stragglers[1].caused == 0ns);
+  CHECK(job.time.elapsed == 19ms);
+  CHECK(job.rows.size() == 1);
+  CHECK(job.rows[0].calls == 4);
+  CHECK(job.energy.gross.value == Approx(0.19));
+}
+
+TEST_CASE("a wait handed on across operations is followed back to the rank that came late") {
+  // Rank 0 comes 10 ms late to operation 1 of a chain of messages' like: 1 waits for 0, comes late to 2 because of that, 2 waits for 1, and so on.
+  std::vector<Account> accounts;
+  const int n = 4;
+  for (Rank r = 0; r < n; ++r) accounts.push_back(account_of(r, n, "pairs"));
+  const nanoseconds late = 10ms, own = 1ms;  // each also works for 1 ms between its two operations
+  // Operation k is between ranks k - 1 and k. Rank r is in operation r at 0 and leaves it when rank r - 1 has come.
+  nanoseconds came = late;
+  call(accounts[0], 1, came, came + 10us, {});
+  for (Rank r = 1; r < n; ++r) {
+    call(accounts[static_cast<std::size_t>(r)], static_cast<std::uint64_t>(r), 0ms, came + 10us, {{r - 1, came, {}, {}}});
+    came += own;
+    if (r + 1 < n) call(accounts[static_cast<std::size_t>(r)], static_cast<std::uint64_t>(r) + 1, came, came + 10us, {});
+  }
+  const JobAccount job = job_of(accounts);
+  CHECK(job.wait(3, 2).arrival == late + 2 * own);
+  CHECK(job.wait(3, 0).arrival == 0ns);
+  // Rank 3 waited 12 ms for rank 2: 10 of them for rank 0, one for rank 1's work, one for rank 2's.
+  CHECK(job.resolved_wait(3, 0).arrival == late);
+  CHECK(job.resolved_wait(3, 1).arrival == own);
+  CHECK(job.resolved_wait(3, 2).arrival == own);
+  CHECK(job.resolved_wait(2, 0).arrival == late);
+  CHECK(job.resolved_wait(2, 1).arrival == own);
+  CHECK(job.resolved_wait(1, 0).arrival == late);
+  CHECK(job.resolved_wait(3, 0).energy.value == Approx(0.1));
+  CHECK(job.resolved_wait(3, 2).energy.value == Approx(0.01));
+  CHECK(job.stragglers[0].rank == 0);
+  CHECK(job.stragglers[0].caused == 3 * late);
+  CHECK(job.stragglers[1].rank == 1);
+  CHECK(job.stragglers[1].caused == 2 * own);
+  CHECK(job.stragglers[1].passed_on == late);
+  CHECK(job.stragglers[2].passed_on == late + own);
+  nanoseconds before{}, after{};
+  for (std::size_t i = 0; i < job.waits.size(); ++i) before += job.waits[i].total(), after += job.resolved[i].total();
+  CHECK(before == after);
+}
+
+TEST_CASE("chains are followed from one communicator to another, with ranks as the job numbers them") {
+  Account a1 = account_of(0, 2, "row"), a0 = account_of(1, 2, "row"), b1 = account_of(1, 2, "column"), b2 = account_of(0, 2, "column");
+  a1.members = a0.members = {1, 0};  // the row's rank 0 is the job's rank 1
+  b1.members = b2.members = {2, 1};
+  // Job rank 0 is 5 ms late in the row; rank 1 waits for it there and so is 5 ms late in the column, where rank 2 waits.
+  call(a0, 1, 5ms, 5ms + 1us, {});
+  call(a1, 1, 0ms, 5ms + 1us, {{1, 5ms, {}, {}}});
+  call(b1, 1, 5ms + 1us, 5ms + 2us, {});
+  call(b2, 1, 1ms, 5ms + 2us, {{1, 4ms + 1us, {}, {}}});
+  const JobAccount job = job_of(std::vector{b2, a0, b1, a1});
+  REQUIRE(job.size == 3);
+  CHECK(job.wait(2, 1).arrival == 4ms + 1us);
+  CHECK(job.resolved_wait(2, 0).arrival == 4ms);
+  CHECK(job.resolved_wait(2, 1).arrival == 1us);
+  CHECK(job.stragglers[0].rank == 0);
+  CHECK(job.stragglers[0].caused == 9ms);
+}
+
+TEST_CASE("ranks that wait for each other in a circle do not make the search endless") {
+  std::vector<Account> accounts{account_of(0, 2, "a"), account_of(1, 2, "a"), account_of(0, 2, "b"), account_of(1, 2, "b")};
+  call(accounts[0], 1, 0ms, 5ms, {{1, 4ms, {}, {}}});
+  call(accounts[1], 1, 4ms, 5ms, {});
+  call(accounts[2], 1, 4ms, 5ms, {});
+  call(accounts[3], 1, 0ms, 5ms, {{0, 4ms, {}, {}}});
+  const JobAccount job = job_of(accounts);
+  CHECK(job.resolved_wait(0, 1).arrival + job.resolved_wait(1, 0).arrival == 8ms);
+}
+
+TEST_CASE("an operation in the background that its rank came back to late is not placed in time, and stays charged as it was") {
+  std::vector<Account> accounts{account_of(0, 2), account_of(1, 2)};
+  call(accounts[1], 1, 1ms, 20ms, {});
+  call(accounts[0], 1, 2ms, 20ms, {{1, 15ms, {}, {}}});  // rank 1 had called at 1 ms
+  const JobAccount job = job_of(accounts);
+  CHECK(job.followed == 0);
+  CHECK(job.resolved_wait(0, 1).arrival == 15ms);
+}
+
+TEST_CASE("I9: children and what is exclusive are together the inclusive account, whatever the order of merging") {
+  std::mt19937 random(7);
+  const auto number = [&](int most) { return static_cast<int>(random() % static_cast<unsigned>(most)); };
+  for (int trial = 0; trial < 50; ++trial) {
+    std::vector<Account> accounts;
+    for (int c = 0; c < 4; ++c) {
+      Account account = account_of(1, 3, std::string(1, static_cast<char>('a' + c)));
+      if (c > 1) account.members = {4, 2, 0}, account.rank = 1;
+      else account.rank = 2;
+      for (int i = 0; i < 5; ++i) {
+        AccountRow row = row_of(i % 2 ? Collective::barrier : Collective::all_reduce, nanoseconds(1000 + number(1000)), {{0, nanoseconds(number(500)), nanoseconds(number(9)), {}}});
+        row.size_class = static_cast<std::uint8_t>(number(3));
+        detail::add(account.rows, row);
+        detail::add(account.by_peer, row.waited_for);
+      }
+      accounts.push_back(account);
+    }
+    const auto all = [&](auto&& order) {
+      Account sum = accounts[static_cast<std::size_t>(order[0])];
+      for (std::size_t i = 1; i < 4; ++i) sum = merge(sum, accounts[static_cast<std::size_t>(order[i])]);
+      return sum;
+    };
+    const Account one = all(std::array{0, 1, 2, 3}), other = all(std::array{3, 1, 0, 2}), nested = merge(merge(accounts[2], accounts[0]), merge(accounts[3], accounts[1]));
+    for (const Account* each : {&other, &nested}) {
+      REQUIRE(each->rows.size() == one.rows.size());
+      for (std::size_t i = 0; i < one.rows.size(); ++i) {
+        CHECK(detail::key_of(each->rows[i]) == detail::key_of(one.rows[i]));
+        for (const auto part : detail::all_times) CHECK(each->rows[i].time.*part == one.rows[i].time.*part);
+        for (const auto count : detail::all_counts) CHECK(each->rows[i].*count == one.rows[i].*count);
+        CHECK(each->rows[i].energy.gross.value == Approx(one.rows[i].energy.gross.value).margin(1e-9));
+      }
+      REQUIRE(each->by_peer.size() == one.by_peer.size());
+      for (std::size_t i = 0; i < one.by_peer.size(); ++i) CHECK(each->by_peer[i].arrival == one.by_peer[i].arrival);
+    }
+    nanoseconds inclusive{}, parts{};
+    for (const AccountRow& row : one.rows) inclusive += row.time.elapsed;
+    for (const Account& account : accounts)
+      for (const AccountRow& row : account.rows) parts += row.time.elapsed;
+    CHECK(inclusive == parts);
+    CHECK(one.rank == 2);
+  }
+}
+
+TEST_CASE("the difference of two accounts is what came between them") {
+  Account before = account_of(0, 2);
+  call(before, 1, 0ms, 2ms, {{1, 1ms, {}, {}}});
+  before.domains.push_back({Domain::cpu_package, "package-0", "fake", -1, 100, 40, 50, 10, 0, Provenance::measured, 0});
+  Account after = before;
+  call(after, 2, 3ms, 7ms, {{1, 3ms, {}, {}}});
+  after.domains[0].total = 250;
+  after.domains[0].operations = 140;
+  after.domains[0].application = 80;
+  after.domains[0].unattributed = 30;
+  const Account between = diff(after, before);
+  REQUIRE(between.rows.size() == 1);
+  CHECK(between.rows[0].calls == 1);
+  CHECK(between.rows[0].time.elapsed == 4ms);
+  CHECK(between.rows[0].waited_for[0].arrival == 3ms);
+  CHECK(between.rows[0].energy.gross.value == Approx(0.04));
+  CHECK(between.by_peer[0].arrival == 3ms);
+  CHECK(between.recent.size() == 1);
+  CHECK(between.domains[0].total == 150);
+  CHECK(between.domains[0].operations + between.domains[0].application + between.domains[0].unattributed == 150);
+  const Account nothing = diff(after, after);
+  CHECK(nothing.rows.empty());
+  CHECK(nothing.by_peer.empty());
+  CHECK_THROWS_WITH(diff(before, after), Catch::Contains("not older"));
+  CHECK_THROWS_WITH(diff(after, account_of(1, 2)), Catch::Contains("have no difference"));
+}
+
+TEST_CASE("a host's domains count once, however many of its ranks tell of them") {
+  std::vector<Account> accounts;
+  for (Rank r = 0; r < 4; ++r) {
+    Account account = account_of(r, 4);
+    account.host = r < 2 ? "one" : "two";
+    const auto seen = static_cast<Nanojoules>(100 + r);
+    account.domains.push_back({Domain::cpu_package, "package-0", "fake", -1, seen, seen, 0, 0, 0, Provenance::measured, static_cast<Caveats>(Caveat::wrap)});
+    account.domains.push_back({Domain::dram, "package-0/dram", "fake", 0, 10, 10, 0, 0, 0, Provenance::measured, 0});
+    accounts.push_back(account);
+  }
+  std::swap(accounts[0], accounts[3]);
+  const JobAccount job = job_of(accounts);
+  REQUIRE(job.domains.size() == 4);
+  Nanojoules packages = 0;
+  for (const HostDomain& domain : job.domains) {
+    if (domain.account.kind == Domain::cpu_package) packages += domain.account.total;
+    else CHECK(job.domains[static_cast<std::size_t>(domain.account.parent)].host == domain.host);
+  }
+  CHECK(packages == 101 + 103);
+  CHECK(has(job.caveats, Caveat::wrap));
+}
+
+TEST_CASE("an energy that is not known makes no sum, and an account that is not possible is refused") {
+  std::vector<Account> accounts{account_of(0, 2), account_of(1, 2)};
+  call(accounts[0], 1, 0ms, 6ms, {{1, 5ms, {}, {}}});
+  call(accounts[1], 1, 5ms, 6ms, {});
+  accounts[0].rows[0].energy = {};
+  const JobAccount job = job_of(accounts);
+  CHECK_FALSE(job.energy.gross.known());
+  CHECK_FALSE(job.wait(0, 1).energy.known());
+  CHECK_FALSE(job.stragglers[0].energy.known());
+  CHECK_FALSE(job.stragglers[0].carbon.known());
+  CHECK(std::isnan(job.stragglers[0].energy.value));
+
+  auto wrong = accounts;
+  wrong[0].rows[0].waited_for[0].rank = 2;
+  CHECK_THROWS_WITH(job_of(wrong), Catch::Contains("waited for rank 2 of 2"));
+  wrong = accounts;
+  wrong[1].rank = 2;
+  CHECK_THROWS_WITH(job_of(wrong), Catch::Contains("no such rank"));
+  wrong = accounts;
+  wrong[1].members = {0};
+  CHECK_THROWS_WITH(job_of(wrong), Catch::Contains("1 members"));
+  wrong[1] = wrong[0];
+  CHECK_THROWS_WITH(job_of(wrong), Catch::Contains("two accounts of rank 0"));
+  CHECK(job_of({}).size == 0);
+}
