@@ -33,7 +33,7 @@ exceptions=(
   "transport/thread: transport/slots"
   "transport/simulated: clock transport/concept transport/fiber"
   "transport/shm: transport/slots"
-  "energy/*: energy/meter energy/quantity"
+  "energy/*: energy/activity energy/meter energy/quantity"
   "account/states: clock"
   "account/snapshot: account/states energy/meter energy/quantity"
   "account/merge: account/snapshot"
