@@ -4,7 +4,6 @@
 #pragma once
 
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -33,18 +32,6 @@ inline Wide weighed(nanoseconds time, double watts) {
 }
 
 }  // namespace detail
-
-/// What an activity of one participant was charged in a window. Its share of the floor goes by the time it took.
-struct Charge {
-  std::array<Nanojoules, activity_count> net{};
-  Nanojoules floor = 0;
-
-  Nanojoules total() const {
-    Nanojoules sum = floor;
-    for (const Nanojoules part : net) sum += part;
-    return sum;
-  }
-};
 
 /// A window and who was there. Times are thread times within it.
 struct EnergyWindow {

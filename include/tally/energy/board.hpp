@@ -25,13 +25,9 @@
 #include "activity.hpp"
 #include "attribution.hpp"
 #include "meter.hpp"
+#include "source.hpp"
 
 namespace tally::inline v0 {
-
-/// What is charged apart: the processors, memory, and devices.
-enum class PowerKind : std::uint8_t { cpu, dram, gpu };
-inline constexpr std::size_t power_kinds = 3;
-using Charges = std::array<Charge, power_kinds>;
 
 namespace detail {
 
@@ -107,23 +103,13 @@ struct BoardPower {
   std::int64_t begin, end;  // nanoseconds
   float watts;
 };
-/// What the figures of one kind are worth.
-struct BoardKind {
-  Provenance provenance;
-  Split split;
-  Caveats caveats;
-  double relative_sigma;     // of the meters and of the division
-  double quantisation;       // standard error of a window's joules
-  double window_joules;      // of the last window
-  Nanojoules total;
-};
 struct BoardState {
   static constexpr std::size_t most_domains = 48, most_power = 256, most_text = 3072;
-  std::uint64_t windows;   // closed so far
-  std::int64_t time;       // of the last one's end
+  std::uint64_t windows;  // closed so far
+  std::int64_t time;      // of the last one's end
   std::uint32_t domains, powers;  // powers: written so far, the last most_power of them are there
   double coverage, residual;
-  BoardKind kinds[power_kinds];
+  EnergyKind kinds[power_kinds];
   BoardDomain domain[most_domains];
   BoardPower power[most_power];
   char warnings[most_text];  // a line each
@@ -145,6 +131,7 @@ struct Board {
   static constexpr std::uint64_t magic = 0x3130647262796c74;  // "tlybrd01": changes with the layout
   static constexpr std::size_t most_slots = 1024;
   std::uint64_t mark = 0, bytes = 0;
+  std::atomic<std::uint64_t> windows{0};  // closed so far
   Published<BoardState> state;
   BoardSlot slots[most_slots];
 };

@@ -24,6 +24,7 @@
 #include "attribution.hpp"
 #include "board.hpp"
 #include "meter.hpp"
+#include "source.hpp"
 
 namespace tally::inline v0 {
 
@@ -317,7 +318,7 @@ class EnergyHub {
   void publish() {
     state_.domains = static_cast<std::uint32_t>(domains_.size());
     for (std::size_t k = 0; k < power_kinds; ++k) {
-      detail::BoardKind& kind = state_.kinds[k];
+      EnergyKind& kind = state_.kinds[k];
       const double window_joules = kind.window_joules;
       kind = {};
       kind.window_joules = window_joules;
@@ -360,6 +361,7 @@ class EnergyHub {
       for (const std::string& warning : meter.warnings()) text.append(warning).append("\n");
     detail::copy_text(state_.warnings, text);
     board_.state.write(state_);
+    board_.windows.store(state_.windows, std::memory_order_release);
   }
   /// A guest's counter is a model of its host.
   static Provenance provenance(const Measured& domain) {
