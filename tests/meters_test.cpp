@@ -32,7 +32,7 @@ constexpr std::uint64_t intel_range = 262143328850, old_range = 262143999938, dr
 const std::string zones = "sys/class/powercap/", pmu = "sys/bus/event_source/devices/power/", pmu_cores = "sys/bus/event_source/devices/power_core/";
 
 /// A clock that stands still until told otherwise.
-struct Clock {
+struct HandClock {
   std::shared_ptr<nanoseconds> now = std::make_shared<nanoseconds>(1000s);
   MeterClock meter_clock() const {
     return [now = now] { return *now; };
@@ -333,7 +333,8 @@ TEST_CASE("powercap: zones may lie in each other, and links may lead in circles"
   CHECK(keys(meter) == Keys{"package-0", "package-0/core"});
   CHECK(parent(meter, "package-0/core") == "package-0");
   CHECK(sample(meter).size() == 2);
-  CHECK_THAT(warnings(meter), Contains("intel-rapl:5/name cannot be read: Too many levels of symbolic links; the zone is left out."));
+  CHECK(meter.warnings().size() == 2);
+  CHECK_THAT(warnings(meter), Contains("intel-rapl:5/name cannot be read: Too many levels of symbolic links; the zone is left out.") && Contains("intel-rapl:0:1 is called 'package-0', as another zone"));
 }
 
 TEST_CASE("powercap: packages are parts of psys where their zones are") {
@@ -352,11 +353,11 @@ TEST_CASE("powercap: AMD has packages and cores, and a register that wraps soone
   HostTree host;
   host.zone("intel-rapl:0", "package-0", 65532610000, amd_range);
   host.zone("intel-rapl:0:0", "core", 10, amd_range);
-  const Clock clock;
+  HandClock clock;
   Powercap meter({host.root(), clock.meter_clock()});
   CHECK(keys(meter) == Keys{"package-0", "package-0/core"});
   CHECK(domain(meter, "package-0").unit_joules == Approx(15.258e-6).epsilon(1e-9));
-  Clock(clock).pass(1s);
+  clock.pass(1s);
   set_energy(host, 10);
   const MeterSample reading = read(meter, "package-0");
   CHECK(reading.caveats == only(Caveat::wrap));
@@ -407,7 +408,7 @@ TEST_CASE("I10: powercap's totals grow through no wrap and one, each zone by its
   const std::uint64_t last = range - 100;
   host.zone("intel-rapl:0", "package-0", last - 50, range);
   host.zone("intel-rapl:0:0", "dram", dram_range - 1000, dram_range);
-  Clock clock;
+  HandClock clock;
   Powercap meter({host.root(), clock.meter_clock()});
   CHECK(read(meter, "package-0").total == 0);
   CHECK(read(meter, "package-0").caveats == none);
@@ -430,7 +431,7 @@ TEST_CASE("I10: powercap's totals grow through no wrap and one, each zone by its
 TEST_CASE("I10: a gap in powercap's readings longer than half the time to wrap is marked") {
   HostTree host;
   one_package(host);
-  Clock clock;
+  HandClock clock;
   Powercap meter({host.root(), clock.meter_clock()});
   const double half_wrap = 0.5 * domain(meter, "package-0").wrap_joules / domain(meter, "package-0").max_watts;  // 131 s
   clock.pass(nanoseconds(static_cast<std::int64_t>(1e9 * (half_wrap - 1))));
@@ -445,7 +446,7 @@ TEST_CASE("I10: a gap in powercap's readings longer than half the time to wrap i
 TEST_CASE("I11: powercap keeps its total when permission is lost, says so, and goes on when it is granted again") {
   HostTree host;
   one_package(host, 1'000'000);
-  Clock clock;
+  HandClock clock;
   Powercap meter({host.root(), clock.meter_clock()});
   clock.pass(1s);
   set_energy(host, 3'000'000);
@@ -497,7 +498,7 @@ TEST_CASE("powercap: a counter that fails keeps its total, and no failure is tak
   HostTree host;
   one_package(host, 5'000'000);
   host.zone("intel-rapl:1", "package-1", 0, intel_range);
-  Clock clock;
+  HandClock clock;
   Powercap meter({host.root(), clock.meter_clock()});
   clock.pass(1s);
   set_energy(host, 6'000'000);
@@ -549,7 +550,7 @@ TEST_CASE("powercap: where a counter's range is unknown, an interval in which it
   if (text == "missing") host.remove(range);
   else host.write(range, text);
   if (text == "1000000") set_energy(host, 1'000'002);
-  Clock clock;
+  HandClock clock;
   Powercap meter({host.root(), clock.meter_clock()});
   CHECK_THAT(warnings(meter), Contains("max_energy_range_uj") && Contains("nobody knows where the counter wraps"));
   clock.pass(1s);
@@ -573,7 +574,7 @@ TEST_CASE("powercap: where a counter's range is unknown, an interval in which it
 TEST_CASE("powercap: a jump that no processor can draw is not counted") {
   HostTree host;
   one_package(host, 0);
-  Clock clock;
+  HandClock clock;
   Powercap meter({host.root(), clock.meter_clock()});
   clock.pass(1s);
   set_energy(host, 200'000'000'000);  // 200 kW
@@ -623,7 +624,7 @@ TEST_CASE("powercap: a guest's counter is marked, and says nothing until it move
   HostTree host;
   host.cpuinfo("fpu hypervisor");
   one_package(host, 0);
-  Clock clock;
+  HandClock clock;
   Powercap meter({host.root(), clock.meter_clock()});
   CHECK(domain(meter, "package-0").caveats == only(Caveat::virtualised));
   clock.pass(1s);
@@ -665,7 +666,7 @@ TEST_CASE("perf: one descriptor for each event and processor of the mask, withou
   perf_event(host, pmu, "energy-gpu", "event=0x04");
   perf_event(host, pmu, "energy-psys", "event=0x05");
   const FakePerf fake;
-  Clock clock;
+  HandClock clock;
   const std::size_t before = test::open_descriptors();
   {
     PerfEnergy meter({host.root(), fake.open_fn(), clock.meter_clock()});
@@ -708,7 +709,7 @@ TEST_CASE("I10: perf's counts have no wrap, however long nobody reads them") {
   HostTree host;
   perf_host(host, "0");
   const FakePerf fake;
-  Clock clock;
+  HandClock clock;
   PerfEnergy meter({host.root(), fake.open_fn(), clock.meter_clock()});
   clock.pass(24h);
   fake.set(2, 0, 10'000'000 * joule);
@@ -752,6 +753,7 @@ TEST_CASE("perf: what the kernel refuses is told with what to do") {
   const std::size_t before = test::open_descriptors();
   SECTION("permission: once, not for each event") {
     fake.refuse = GENERATE(EACCES, EPERM);
+    perf_event(host, pmu, "energy-ram", "event=0x03");
     const PerfEnergy meter({host.root(), fake.open_fn()});
     CHECK(meter.domains().empty());
     CHECK(meter.warnings().size() == 1);
@@ -771,7 +773,7 @@ TEST_CASE("perf: a counter that fails later keeps its total") {
   HostTree host;
   perf_host(host, "0");
   const FakePerf fake;
-  Clock clock;
+  HandClock clock;
   PerfEnergy meter({host.root(), fake.open_fn(), clock.meter_clock()});
   clock.pass(1s);
   fake.set(2, 0, 3 * joule);
@@ -784,6 +786,20 @@ TEST_CASE("perf: a counter that fails later keeps its total") {
   CHECK_THAT(warnings(meter), Contains("energy-pkg of cpu 0 cannot be read"));
   fake.set(2, 0, 4 * joule);
   CHECK(read(meter, "package-0").total == 4'000'000'000);
+}
+
+TEST_CASE("perf: a descriptor may have no place to read at, as the kernel's have not") {
+  HostTree host;
+  perf_host(host, "0");
+  int ends[2] = {-1, -1};
+  REQUIRE(::pipe2(ends, O_CLOEXEC) == 0);
+  const detail::HostFile counts(ends[1]);
+  const std::uint64_t values[] = {joule, 3 * joule};
+  REQUIRE(::write(counts.get(), values, sizeof values) == sizeof values);
+  HandClock clock;
+  PerfEnergy meter({host.root(), [&](const perf_event_attr&, pid_t, int, int, unsigned long) { return ends[0]; }, clock.meter_clock()});
+  clock.pass(1s);
+  CHECK(read(meter, "package-0").total == 2'000'000'000);
 }
 
 TEST_CASE("perf: descriptors that a read of the first count fails on are closed") {
@@ -856,7 +872,7 @@ TEST_CASE("hwmon: the sockets of amd_energy, and on request its cores as parts o
     host.write(directory + "energy" + std::to_string(i + 5) + "_input", 70'000'000'000);  // more than the register holds: the driver adds up
   }
   host.write("sys/class/hwmon/hwmon0/name", "k10temp");
-  Clock clock;
+  HandClock clock;
   Hwmon meter({host.root(), clock.meter_clock()});
   CHECK(keys(meter) == Keys{"package-0", "package-1"});
   clock.pass(1s);
@@ -880,7 +896,7 @@ TEST_CASE("hwmon: an ACPI power meter is the node's, and its watts are integrate
   host.write(directory + "power1_average", 300'000'000);
   host.write(directory + "power1_average_interval", 2000);
   host.cpuinfo("fpu sgx");  // which filters RAPL, not this
-  Clock clock;
+  HandClock clock;
   Hwmon meter({host.root(), clock.meter_clock()});
   CHECK(keys(meter) == Keys{"node"});
   CHECK(domain(meter, "node").kind == Domain::node);
@@ -936,7 +952,7 @@ TEST_CASE("I11: hwmon keeps its total when permission is lost") {
   host.write("sys/class/hwmon/hwmon0/name", "amd_energy");
   host.write("sys/class/hwmon/hwmon0/energy1_label", "Esocket0");
   host.write("sys/class/hwmon/hwmon0/energy1_input", 1);
-  Clock clock;
+  HandClock clock;
   Hwmon meter({host.root(), clock.meter_clock()});
   clock.pass(1s);
   host.write("sys/class/hwmon/hwmon0/energy1_input", 6);
@@ -963,7 +979,7 @@ TEST_CASE("find_meters measures each thing once, by the best meter that may") {
     return sources;
   };
   FakePerf fake;
-  const Clock clock;
+  HandClock clock;
   FoundMeters found = find_meters({host.root(), clock.meter_clock(), fake.open_fn()});
   CHECK(who(found) == std::map<std::string, std::string>{{"package-0", "perf"}, {"package-1", "perf"}, {"package-0/dram", "powercap"}, {"package-1/dram", "powercap"}, {"psys", "powercap"}, {"package-0-die-1", "powercap"}, {"node", "hwmon"}});
   CHECK(found.warnings.empty());

@@ -142,14 +142,14 @@ inline std::vector<std::string> names_in(const std::string& directory, std::size
 /// Whether the first processor of a /proc/cpuinfo has the flag.
 inline bool has_cpu_flag(std::string_view cpuinfo, std::string_view flag) {
   while (!cpuinfo.empty()) {
-    std::string_view line = cpuinfo.substr(0, cpuinfo.find('\n'));
-    cpuinfo.remove_prefix(std::min(line.size() + 1, cpuinfo.size()));
-    if (!line.starts_with("flags")) continue;
-    line.remove_prefix(std::min(line.find(':'), line.size() - 1) + 1);
-    while (!line.empty()) {
-      const std::string_view word = line.substr(0, line.find(' '));
+    std::string_view flags = cpuinfo.substr(0, cpuinfo.find('\n'));
+    cpuinfo.remove_prefix(std::min(flags.size() + 1, cpuinfo.size()));
+    if (!flags.starts_with("flags")) continue;
+    flags.remove_prefix(std::min(flags.find(':'), flags.size() - 1) + 1);
+    while (!flags.empty()) {
+      const std::string_view word = flags.substr(0, flags.find(' '));
       if (word == flag) return true;
-      line.remove_prefix(std::min(word.size() + 1, line.size()));
+      flags.remove_prefix(std::min(word.size() + 1, flags.size()));
     }
     return false;
   }
