@@ -34,6 +34,8 @@ exceptions=(
   "transport/simulated: clock transport/concept transport/fiber"
   "transport/shm: transport/slots"
   "energy/*: energy/meter energy/quantity"
+  "energy/nvml: energy/dynamic_library energy/gpu_board"
+  "energy/amdsmi: energy/dynamic_library energy/gpu_board"
   "account/states: clock"
   "account/snapshot: account/states energy/meter energy/quantity"
   "account/job: account/snapshot energy/quantity"
