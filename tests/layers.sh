@@ -43,6 +43,8 @@ exceptions=(
   "energy/perf: energy/counters energy/host_files topology"
   "energy/hwmon: energy/counters energy/host_files"
   "energy/meters: energy/host_files energy/hwmon energy/perf energy/powercap"
+  "energy/nvml: energy/dynamic_library energy/gpu_board"
+  "energy/amdsmi: energy/dynamic_library energy/gpu_board"
   "account/states: clock"
   "account/snapshot: account/amounts account/states energy/quantity energy/source"
   "account/merge: account/snapshot"
