@@ -8,7 +8,7 @@ root=$(cd "${1:-$(dirname "${BASH_SOURCE[0]}")/..}" && pwd)
 cd "$root/include/tally"
 
 layers=(
-  "text error floats types steps plan check algorithms/*"
+  "text error environment floats types steps plan check algorithms/*"
   "clock wait thread_rule memory topology copy operators reduce share kernel_copy transport/* energy/* account/*"
   "call staging gate prepared progress run neighbours diagnosis local_steps mailbox share_work engine choose cost group options"
   "calls operation progress_thread fusion communicator mesh bootstrap launch"
@@ -17,6 +17,7 @@ layers=(
 # Header: what it may include of its own layer. Siblings in algorithms/, transport/ and energy/ stay apart.
 exceptions=(
   "error: text"
+  "environment: error"
   "types: floats steps"
   "plan: error steps text types"
   "check: error steps text types plan"
