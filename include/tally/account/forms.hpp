@@ -136,7 +136,7 @@ class JsonObject {
 
   JsonObject& add(std::string_view name, std::string_view value) { return raw(name, json_text(value)); }
   JsonObject& add(std::string_view name, double value) { return raw(name, json_number(value)); }
-  JsonObject& add(std::string_view name, bool value) { return raw(name, value ? "true" : "false"); }
+  JsonObject& add(std::string_view name, std::same_as<bool> auto value) { return raw(name, value ? "true" : "false"); }
   JsonObject& add(std::string_view name, nanoseconds value) { return raw(name, std::to_string(value.count())); }
   template <std::integral N>
     requires(!std::same_as<N, bool>)
