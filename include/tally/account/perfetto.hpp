@@ -125,11 +125,11 @@ class Trace {
     }
     for (const auto& [key, tells] : domains_)
       if (hosts_.try_emplace(key.first, last_rank_ + 1 + static_cast<int>(hosts_.size())).second) processes[hosts_[key.first]] = concat({"host ", key.first});
-    for (const auto& [process, name] : processes) {
-      write_name("process_name", process, 0, name);
+    for (const auto& process : processes) {
+      write_name("process_name", process.first, 0, process.second);
       event("M", [&](JsonObject& object) {
-        object.add("name", "process_sort_index").add("pid", process).add("tid", 0);
-        JsonObject(object.key("args")).add("sort_index", process);
+        object.add("name", "process_sort_index").add("pid", process.first).add("tid", 0);
+        JsonObject(object.key("args")).add("sort_index", process.first);
       });
     }
     for (const auto& [thread, name] : threads) write_name("thread_name", thread.first, thread.second, name);
@@ -197,11 +197,14 @@ class Trace {
 
   /// A counter keeps its value until the next one: the last one is said once more at the end of its window.
   void write_power() {
-    for (const auto& [key, tells] : domains_) {
+    for (const auto& entry : domains_) {
+      const TellsOfDomain& tells = entry.second;
+      const int host = hosts_.at(entry.first.first);
+      const std::string name = concat({tells.account->domains[tells.domain].key, " watts"});
       const auto point = [&](nanoseconds time, double watts) {
         if (!std::isfinite(watts)) return;
         event("C", [&](JsonObject& object) {
-          object.add("name", concat({tells.account->domains[tells.domain].key, " watts"})).add("pid", hosts_.at(key.first)).raw("ts", trace_time(time + tells.account->clock_offset - origin_));
+          object.add("name", name).add("pid", host).raw("ts", trace_time(time + tells.account->clock_offset - origin_));
           JsonObject(object.key("args")).add("watts", watts);
         });
       };
