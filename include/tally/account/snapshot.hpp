@@ -63,7 +63,7 @@ struct Account {
   int size = 1;
   std::vector<Rank> members;  // rank in the job of each rank of the communicator; empty: the same
   nanoseconds begin{}, end{};  // of the time it tells of, of the host's CLOCK_MONOTONIC
-  nanoseconds clock_offset{};  // of this rank's clock to rank 0's, for aligning traces; 0 on one host
+  nanoseconds clock_offset{};  // added to this rank's times it gives rank 0's, for aligning traces; 0 on one host
   std::vector<AccountRow> rows;
   std::vector<AccountEvent> recent;  // oldest first
   std::vector<Blame> by_peer;        // whom this rank waited for, by rank
