@@ -45,6 +45,18 @@ struct FakeMeter {
   std::vector<std::string> warnings() const { return world->warnings; }
 };
 
+/// 100 W, since it was made.
+struct TimedMeter {
+  std::vector<tally::DomainInfo> infos{{tally::Domain::cpu_package, -1, "package-0", "timed", std::chrono::milliseconds(1), 1e-9, 0, 1000, 0, 0}};
+  tally::nanoseconds begin = tally::monotonic_time();
+  std::span<const tally::DomainInfo> domains() const { return infos; }
+  tally::SampleResult sample(std::span<tally::MeterSample> out) noexcept {
+    const tally::nanoseconds now = tally::monotonic_time();
+    out[0] = {0, now, static_cast<tally::Nanojoules>((now - begin).count()) * 100, 0};
+    return {1, {}};
+  }
+};
+
 /// What HubSystem asks, in the test's hands.
 struct FakeSystem {
   struct World {

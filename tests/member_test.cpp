@@ -11,22 +11,13 @@
 
 #include <tally/energy/member.hpp>
 
+#include "fake_meter.hpp"
+
 using namespace tally;
 using namespace std::chrono_literals;
 
 namespace {
 
-/// 100 W, since the process looked first.
-struct TimedMeter {
-  std::vector<DomainInfo> infos{DomainInfo{Domain::cpu_package, -1, "package-0", "timed", 1ms, 1e-9, 0, 1000, 0, 0}};
-  nanoseconds begin = monotonic_time();
-  std::span<const DomainInfo> domains() const { return infos; }
-  SampleResult sample(std::span<MeterSample> out) noexcept {
-    const nanoseconds now = monotonic_time();
-    out[0] = {0, now, static_cast<Nanojoules>((now - begin).count()) * 100, 0};
-    return {1, {}};
-  }
-};
 MemberOptions options(const std::string& name, bool with_meter = true) {
   MemberOptions o;
   o.name = detail::concat({"test/", ::getpid(), "/", name});

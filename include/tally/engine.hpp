@@ -275,7 +275,7 @@ class Engine final : public AnyEngine {
   Transfer* unexpected(Rank peer, const FrameInfo& frame) { return mailbox_.take_in(peer, frame); }
 
   [[gnu::cold]] void check_peers() {
-    if (accounting_) ledger_.publish_unfinished(waiting().watch, clock_.now(), clock_);
+    if (accounting_) ledger_.publish_unfinished(waiting().watch, progress_.now(), clock_);
     diagnosis_.for_each_other_call([&](const Run& run, Rank r, std::uint64_t theirs) { raise_mismatch(run, r, theirs); });
   }
   [[gnu::cold]] Rank first_lost() {

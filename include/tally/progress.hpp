@@ -171,6 +171,8 @@ class Progress {
     driven_ += now_ - began_;
     current_ = nullptr;
   }
+  /// Up to when the account of who is served goes.
+  Ticks now() const { return now_; }
   /// Since driving began; for error texts.
   nanoseconds waited() const {
     const Ticks begin = timed_ ? began_ : first_stall_;

@@ -95,7 +95,10 @@ class Ledger final : public detail::ReportSource {
   Quantity energy(const LedgerRow& row) const { return energies(row).gross; }
   Quantity idle_energy(const LedgerRow& row) const { return energies(row).idle; }
   /// By meters where there are any: of the windows closed so far. Else by the model.
-  AccountEnergy energies(const LedgerRow& row) const { return energy_.metered() ? energy_.energy(row.charged) : settings_.model.energies(row.activities()); }
+  AccountEnergy energies(const LedgerRow& row) const {
+    const_cast<Ledger*>(this)->settle_energy();
+    return energy_.metered() ? energy_.energy(row.charged) : settings_.model.energies(row.activities());
+  }
   /// Waits until the joules of all calls so far are known, for so long at most: some 200 ms. False if they are not, or there is no meter.
   bool wait_for_energy(nanoseconds at_most = std::chrono::seconds(5)) const {
     settle();
@@ -148,11 +151,10 @@ class Ledger final : public detail::ReportSource {
   /// A call goes on for long: what it has done so far is charged to it, too. `now`: up to when its stopwatch's state lasts.
   [[gnu::cold]] void publish_unfinished(const Stopwatch& watch, Ticks now, const Clock& clock) {
     settle();
-    ActivityTimes so_far = done_;
-    add(so_far, activities(watch, now, clock));
-    unfinished_ = so_far;
-    energy_.publish(so_far);
-    settle_energy();
+    settle_energy();  // what was charged was for what had been published
+    unfinished_ = done_;
+    add(unfinished_, activities(watch, now, clock));
+    energy_.publish(unfinished_);
   }
   void settle() const {
     if (!pending_.call.row) return;
@@ -221,6 +223,7 @@ class Ledger final : public detail::ReportSource {
     }
   };
   void enter() {
+    settle_energy();  // what was charged was for what had been published
     LedgerRow& row = *pending_.call.row;
     const Stopwatch& watch = *pending_.call.watch;
     const Clock& clock = *pending_.clock;
@@ -248,7 +251,6 @@ class Ledger final : public detail::ReportSource {
     if (recent.stalled) enter_stalled(row, recent, report, watch, clock);
     if (unfinished_charged_) charge_unfinished(row, recent);
     energy_.publish(done_);
-    settle_energy();
   }
   void enter_stalled(LedgerRow& row, Recent& recent, const Report& report, const Stopwatch& watch, const Clock& clock) {
     row.copy += report.copy;

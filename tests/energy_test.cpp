@@ -1,0 +1,274 @@
+// SPDX-License-Identifier: Apache-2.0
+// Joules in ledgers and reports: closed forms with a source that the test scripts, and ranks with a hub and a meter of 100 W.
+#include <catch2/catch.hpp>
+
+#include <atomic>
+#include <chrono>
+#include <cmath>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#include <tally/account/job.hpp>
+#include <tally/energy/member.hpp>
+#include <tally/tally.hpp>
+
+#include "fake_meter.hpp"
+
+using namespace tally;
+using namespace std::chrono_literals;
+
+namespace {
+
+struct Script {
+  ActivityTimes published;
+  EnergyReading reading;
+  bool there = true;
+};
+struct ScriptedSource final : EnergySource {
+  explicit ScriptedSource(std::shared_ptr<Script> s) : script(std::move(s)) {}
+  void publish(const ActivityTimes& so_far) noexcept override { script->published = so_far; }
+  std::uint64_t windows() const noexcept override { return script->reading.windows; }
+  bool read(EnergyReading& reading) const override {
+    if (script->there) reading = script->reading;
+    return script->there;
+  }
+  HostEnergy host() const override { return {}; }
+  std::shared_ptr<Script> script;
+};
+
+/// A ledger of two ranks whose calls the test makes up; ticks are nanoseconds.
+struct Kept {
+  std::shared_ptr<Script> script = std::make_shared<Script>();
+  Clock clock{false};
+  std::unique_ptr<Ledger> ledger;
+  std::uint32_t sequence = 0;
+
+  explicit Kept(Provenance provenance = Provenance::prorated) {
+    script->reading.kinds[0].provenance = provenance;
+    script->reading.kinds[0].split = Split::equal_time;
+    ledger = std::make_unique<Ledger>(2, 0, "none", clock, EnergySettings({}, [this] { return std::make_unique<ScriptedSource>(script); }));
+  }
+  /// 1 us of protocol, then so much copying and waiting for rank 1.
+  std::uint32_t call(LedgerRow& row, Ticks copying, Ticks waiting) {
+    Stopwatch watch(2);
+    watch.start(1000);
+    run(watch, copying, waiting);
+    return end(row, watch);
+  }
+  static void run(Stopwatch& watch, Ticks copying, Ticks waiting) {
+    watch.enter(State::copy, 2000);
+    watch.enter(State::wait_local, 2000 + copying);
+    watch.blame(1, State::wait_arrival, waiting);
+    watch.resume(State::protocol, 2000 + copying + waiting);
+  }
+  std::uint32_t end(LedgerRow& row, const Stopwatch& watch) {
+    Report report = detail::report_of(watch, clock, -1);
+    report.sequence = ++sequence;
+    ledger->book({&row, 8, sequence, 1000, &watch}, report, clock);
+    ledger->settle();
+    return sequence;
+  }
+  void window(Nanojoules copy, Nanojoules spin, Nanojoules protocol = 0, Nanojoules floor = 0) {
+    Charge& charge = script->reading.charges[0];
+    charge.net[static_cast<std::size_t>(Activity::copy)] += copy;
+    charge.net[static_cast<std::size_t>(Activity::spin)] += spin;
+    charge.net[static_cast<std::size_t>(Activity::protocol)] += protocol;
+    charge.floor += floor;
+    script->reading.kinds[0].total += copy + spin + protocol + floor;
+    script->reading.kinds[0].window_joules = 1;
+    ++script->reading.windows;
+    script->reading.time += 100ms;
+  }
+  AccountEvent event(std::uint32_t number) const {
+    for (const AccountEvent& e : ledger->account("w").recent)
+      if (e.sequence == number) return e;
+    FAIL("no such call");
+    return {};
+  }
+};
+Nanojoules nano(const Quantity& joules) { return static_cast<Nanojoules>(std::llround(joules.value * 1e9)); }
+
+}  // namespace
+
+TEST_CASE("rows and calls are charged by the time they spent in each activity, once the window is closed") {
+  Kept kept;
+  LedgerRow& small = kept.ledger->row(Collective::all_reduce, 8, "ring");
+  LedgerRow& large = kept.ledger->row(Collective::all_reduce, 1 << 20, "ring");
+  const std::uint32_t a = kept.call(small, 1000, 3000), b = kept.call(large, 3000, 1000);
+  CHECK(kept.script->published[Activity::copy] == 4000ns);
+  CHECK(kept.script->published[Activity::spin] == 4000ns);
+  CHECK(kept.script->published[Activity::protocol] == 2000ns);
+  CHECK_FALSE(kept.event(a).energy_final);
+  CHECK(std::isnan(kept.event(a).energy.gross.value));
+  CHECK(nano(kept.ledger->energy(small)) == 0);  // nothing was drawn in windows that are closed
+
+  kept.window(4000, 800, 200, 1000);  // floor: 5 us each
+  CHECK(nano(kept.ledger->energies(small).net) == 1000 + 600 + 100);
+  CHECK(nano(kept.ledger->energies(small).gross) == 1000 + 600 + 100 + 500);
+  CHECK(nano(kept.ledger->energies(small).idle) == 600 + 300);
+  CHECK(nano(kept.ledger->energies(small).idle_avoidable) == 600);
+  CHECK(nano(kept.ledger->energies(large).gross) == 3000 + 200 + 100 + 500);
+  const AccountEvent event = kept.event(b);
+  CHECK(event.energy_final);
+  CHECK(nano(event.energy.gross) == 3000 + 200 + 100 + 500);
+  CHECK(event.energy.gross.provenance == Provenance::prorated);
+  CHECK(event.energy.gross.split == Split::equal_time);
+  CHECK(nano(event.energy.idle) == 200 + 100);
+  CHECK(event.waited_for.at(0).arrival == 1000ns);
+  CHECK(event.operation_number == b);
+
+  // The next window is that of the calls that come in it.
+  const std::uint32_t c = kept.call(small, 500, 500);
+  kept.window(500, 500);
+  CHECK(nano(kept.event(c).energy.gross) == 1000);
+  CHECK(nano(kept.event(b).energy.gross) == 3800);
+  CHECK(nano(kept.ledger->energies(small).gross) == 2200 + 1000);
+  CHECK(nano(kept.ledger->energies(large).gross) == 3800);
+}
+
+TEST_CASE("I7: what a ledger was charged is its rows' joules, to the nanojoule") {
+  Kept kept;
+  std::vector<LedgerRow*> rows;
+  for (const std::uint64_t bytes : {8u, 100u, 5000u}) rows.push_back(&kept.ledger->row(Collective::all_reduce, bytes, "ring"));
+  std::uint64_t seed = 12345;
+  const auto number = [&](std::uint64_t most) {
+    seed = seed * 6364136223846793005u + 1442695040888963407u;
+    return (seed >> 33) % most;
+  };
+  for (int window = 0; window < 200; ++window) {
+    for (std::uint64_t i = number(4); i-- > 0;) kept.call(*rows[i % 3], number(100000), number(100000));
+    kept.window(number(1000003), number(1000003), number(1003), number(1000003));
+    kept.ledger->rows();
+  }
+  kept.call(*rows[0], 1, 1);
+  kept.call(*rows[1], 7, 7);
+  kept.window(0, 0);  // what could not be divided evenly, or came when nothing had been done, is divided now but for less than a nanojoule each
+  Nanojoules all = 0;
+  for (const LedgerRow& row : kept.ledger->rows()) all += row.charged.kinds[0].total();
+  const Nanojoules charged = kept.script->reading.charges[0].total();
+  CHECK(all <= charged);
+  CHECK(charged - all < 16);
+}
+
+TEST_CASE("a call that goes on over several windows is charged for each, and keeps it when it ends") {
+  Kept kept;
+  LedgerRow& row = kept.ledger->row(Collective::all_reduce, 8, "ring");
+  Stopwatch watch(2);
+  watch.start(1000);
+  watch.enter(State::copy, 2000);
+  watch.enter(State::wait_local, 3000);
+  kept.ledger->publish_unfinished(watch, 103000, kept.clock);
+  CHECK(kept.script->published[Activity::spin] == 100us);
+  CHECK(kept.script->published[Activity::copy] == 1us);
+  kept.window(50, 1000);
+  kept.ledger->publish_unfinished(watch, 203000, kept.clock);
+  kept.window(0, 2000);
+  kept.ledger->publish_unfinished(watch, 203000, kept.clock);
+  CHECK(nano(kept.ledger->energy(row)) == 0);  // it has not ended
+  watch.blame(1, State::wait_arrival, 250000);
+  watch.resume(State::protocol, 253000);
+  const std::uint32_t a = kept.end(row, watch);
+  CHECK(kept.script->published[Activity::spin] == 250us);
+  const std::uint32_t b = kept.call(row, 1000, 50000);
+  kept.window(10, 4000);  // 50 us of each
+  CHECK(nano(kept.event(a).energy.gross) == 50 + 1000 + 2000 + 2000);
+  CHECK(nano(kept.event(b).energy.gross) == 10 + 2000);
+  CHECK(nano(kept.ledger->energy(row)) == 50 + 10 + 7000);
+  CHECK(nano(kept.ledger->idle_energy(row)) == 7000);
+}
+
+TEST_CASE("I12: without any meter, figures are the model's; without a model, they are unknown, and no zero") {
+  Kept none(Provenance::none);
+  LedgerRow& row = none.ledger->row(Collective::all_reduce, 8, "ring");
+  const std::uint32_t a = none.call(row, 1000, 3000);
+  CHECK(none.event(a).energy.gross.provenance == Provenance::modelled);
+  CHECK(none.event(a).energy_final);
+  CHECK(none.event(a).energy.gross.value == Approx(5 * 5e-6));
+
+  ModelMeter off;
+  off.enabled = false;
+  Ledger ledger(2, 0, "none", none.clock, EnergySettings(off));
+  CHECK_FALSE(ledger.energy(ledger.row(Collective::barrier, 0, "tree")).known());
+  CHECK(std::isnan(ledger.energies(ledger.rows()[0]).idle_avoidable.value));
+  CHECK_FALSE(ledger.wait_for_energy(1s));
+}
+
+TEST_CASE("error bars: a call shorter than a window has its part of the window's error, all windows together have it once") {
+  EnergyReading reading;
+  reading.kinds[0] = {Provenance::prorated, Split::equal_time, 0, 0.1, 0.5, 10, 0};
+  EnergyAmounts amounts;
+  amounts.kinds[0].net_busy = 2'000'000'000;
+  AccountEnergy energy = energy_of(amounts, reading, {10'000'000'000, 0, 0});
+  CHECK(energy.gross.sigma == Approx(std::hypot(0.2, 0.1)));
+  CHECK(energy.gross.upper == Approx(10));
+  CHECK(energy.gross.lower == 0);
+  amounts.kinds[0].net_busy = 1000'000'000'000;
+  energy = energy_of(amounts, reading, {});
+  CHECK(energy.gross.sigma == Approx(std::hypot(100, 0.5)));
+  CHECK(energy.gross.upper == Approx(1000));  // never below the value
+}
+
+TEST_CASE("ranks with a hub: joules in reports, ledgers and the job's account, and the domain's figures add up") {
+  // 100 W; CPU times are the system's, of the whole process, which is the hub's only client.
+  MemberOptions options;
+  options.name = detail::concat({"test/", ::getpid(), "/energy_test"});
+  options.find = [] {
+    FoundMeters found;
+    found.meters.emplace_back(TimedMeter{});
+    return found;
+  };
+  options.hub.period = 10ms;
+  options.hub.system.host_time = [] { return nanoseconds{-1}; };
+  auto member = std::make_shared<EnergyMember>(std::move(options));
+  Options with;
+  with.meters = [member] { return std::make_unique<HubSeat>(member); };
+  constexpr int n = 4;
+  std::vector<Account> accounts(n);
+  std::vector<char> ok(n);
+  launch(
+      n,
+      [&](Communicator& comm) {
+        std::vector<float> data(1000, 1);
+        Report report;
+        for (int i = 0; i < 20; ++i) {
+          if (comm.rank() == 2) std::this_thread::sleep_for(3ms);
+          report = comm.all_reduce(std::span(data), max);
+        }
+        const bool known = comm.ledger().wait_for_energy(30s);
+        const AccountEnergy energy = report.energies();
+        const auto r = static_cast<std::size_t>(comm.rank());
+        accounts[r] = comm.ledger().account("world", "test");
+        ok[r] = known && report.energy_final() && energy.gross.provenance == Provenance::prorated && energy.gross.value >= 0;
+        comm.barrier();
+      },
+      threads, with);
+  member.reset();
+  double rows = 0;
+  for (int r = 0; r < n; ++r) {
+    CHECK(ok[static_cast<std::size_t>(r)]);
+    const Account& account = accounts[static_cast<std::size_t>(r)];
+    REQUIRE(account.domains.size() == 1);
+    const DomainAccount& domain = account.domains[0];
+    CHECK(domain.operations + domain.application + domain.unattributed == domain.total);
+    CHECK_FALSE(account.power.empty());
+    for (const PowerSample& sample : account.power) CHECK(sample.watts == Approx(100).epsilon(0.5));
+    for (const AccountRow& row : account.rows) {
+      rows += row.energy.gross.value;
+      // I13
+      CHECK(row.energy.idle_avoidable.value <= row.energy.idle.value + 1e-12);
+      CHECK(row.energy.idle.value <= row.energy.gross.value + 1e-12);
+      CHECK(row.energy.net.value <= row.energy.gross.value + 1e-12);
+      CHECK(row.energy.gross.value <= row.energy.gross.upper + 1e-12);
+    }
+    double recent = 0;
+    for (const AccountEvent& event : account.recent) recent += event.energy_final ? event.energy.gross.value : 0;
+    for (const AccountRow& row : account.rows) recent -= row.energy.gross.value;
+    CHECK(std::abs(recent) < 1e-6);  // calls are rounded to nanojoules
+  }
+  const JobAccount job = job_of(accounts);
+  REQUIRE(job.domains.size() == 1);
+  CHECK(rows <= static_cast<double>(job.domains[0].account.total) * 1e-9);
+  CHECK(job.energy.gross.value == Approx(rows));
+  CHECK(job.stragglers[0].rank == 2);
+}
