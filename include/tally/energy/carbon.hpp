@@ -336,7 +336,7 @@ class CarbonAccount {
     if (joules.known() && !(joules.value >= 0 && std::isfinite(joules.value))) throw Error(Errc::invalid_argument, "carbon is accounted for joules that are finite and not negative, or unknown");
     const CarbonTime last = std::max(end, begin + nanoseconds{1});
     Carbon carbon = Carbon::zero();
-    double mean = 0, sigma = 0;  // of the intensity, in g/kWh
+    double per_kwh = 0, sigma = 0;  // of the intensity, in g/kWh
     Provenance provenance = Provenance::prorated;
     CarbonTime covered = begin;
     for (const CarbonSpan& span : settings_.source.over(begin, last)) {
@@ -357,7 +357,7 @@ class CarbonAccount {
       if (span.begin != covered) carbon.grams = {};
       covered = span.end;
       const double weight = static_cast<double>((span.end - span.begin).count()) / static_cast<double>((last - begin).count());
-      mean += weight * intensity.grams_per_kwh;
+      per_kwh += weight * intensity.grams_per_kwh;
       sigma += weight * intensity.grams_per_kwh * intensity.relative_sigma;
     }
     if (covered != last || !carbon.grams.known() || !joules.known()) {
@@ -365,7 +365,7 @@ class CarbonAccount {
       return carbon;
     }
     const auto grams = [&](double j, double intensity) { return intensity == 0 ? 0 : j / joules_per_kwh * settings_.pue * intensity; };
-    carbon.grams = {grams(joules.value, mean), std::hypot(grams(joules.sigma, mean), grams(joules.value, sigma)), grams(joules.lower, mean), grams(joules.upper, mean),
+    carbon.grams = {grams(joules.value, per_kwh), std::hypot(grams(joules.sigma, per_kwh), grams(joules.value, sigma)), grams(joules.lower, per_kwh), grams(joules.upper, per_kwh),
                     std::min(joules.provenance, provenance), joules.split};
     return carbon;
   }

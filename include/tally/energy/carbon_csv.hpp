@@ -172,31 +172,31 @@ inline std::string read_intensity_text(const std::string& path) {
 }
 
 /// The fields of a line. One in double quotes may hold commas, and quotes that are doubled.
-inline std::vector<std::string> csv_fields(std::string_view line, std::string_view where) {
+inline std::vector<std::string> csv_fields(std::string_view rest, std::string_view where) {
   static constexpr std::size_t most = 64;
   std::vector<std::string> fields;
   for (bool more = true; more;) {
     if (fields.size() == most) throw Error(Errc::protocol, {where, ": more than ", most, " columns"});
-    line = trimmed(line);
+    rest = trimmed(rest);
     std::string field;
-    if (line.starts_with('"')) {
-      for (line.remove_prefix(1);;) {
-        const std::size_t quote = line.find('"');
-        if (quote == line.npos) throw Error(Errc::protocol, {where, ": a quote is not closed"});
-        field += line.substr(0, quote);
-        line.remove_prefix(quote + 1);
-        if (!line.starts_with('"')) break;
+    if (rest.starts_with('"')) {
+      for (rest.remove_prefix(1);;) {
+        const std::size_t quote = rest.find('"');
+        if (quote == rest.npos) throw Error(Errc::protocol, {where, ": a quote is not closed"});
+        field += rest.substr(0, quote);
+        rest.remove_prefix(quote + 1);
+        if (!rest.starts_with('"')) break;
         field += '"';
-        line.remove_prefix(1);
+        rest.remove_prefix(1);
       }
-      line = trimmed(line);
-      if (!line.empty() && line.front() != ',') throw Error(Errc::protocol, {where, ": there is text after a closing quote"});
+      rest = trimmed(rest);
+      if (!rest.empty() && rest.front() != ',') throw Error(Errc::protocol, {where, ": there is text after a closing quote"});
     } else {
-      field = trimmed(line.substr(0, line.find(',')));
-      line.remove_prefix(std::min(line.size(), line.find(',')));
+      field = trimmed(rest.substr(0, rest.find(',')));
+      rest.remove_prefix(std::min(rest.size(), rest.find(',')));
     }
-    more = !line.empty();
-    if (more) line.remove_prefix(1);
+    more = !rest.empty();
+    if (more) rest.remove_prefix(1);
     fields.push_back(std::move(field));
   }
   return fields;
