@@ -587,7 +587,7 @@ TEST_CASE("where lines or ranks are missing, no sum claims to be more than model
     some.erase(some.begin() + static_cast<std::ptrdiff_t>(line));
     return read(all_of(some));
   };
-  const Quantity& whole = read(all_of(lines)).accounts.at(0).rows[0].energy.gross;
+  const Quantity whole = read(all_of(lines)).accounts.at(0).rows[0].energy.gross;
   CHECK(whole.provenance == Provenance::measured);
 
   const bench::AccountsRead no_domain = without(4);
@@ -727,7 +727,7 @@ TEST_CASE("accounts for Prometheus: a whole job") {
     CHECK(joules == Approx(expected_joules).epsilon(1e-12));
     CHECK(seconds == Approx(expected_seconds).epsilon(1e-12));
     double expected_domains = 0;  // of ranks 0 and 4, the first of each host
-    for (const std::size_t first : {0, 4})
+    for (const std::size_t first : {std::size_t{0}, std::size_t{4}})
       for (const DomainAccount& domain : job[first].domains)
         if (domain.parent < 0) expected_domains += detail::in_joules(domain.total);
     CHECK(domains == Approx(expected_domains).epsilon(1e-12));
