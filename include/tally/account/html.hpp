@@ -177,7 +177,7 @@ class HtmlPage {
     }
     const auto spent = [&](std::string_view id, std::string_view name, const Quantity& q, std::string text, std::string_view below) {
       const bool known = q.known() && std::isfinite(q.value);
-      card(id, name, known ? typeset(text) : unknown(), concat({known && q.value > 0 && q.sigma >= 0 ? typeset(concat({"+- ", percent_text(q.sigma / q.value), ", "})) : "", source_text(q), below}));
+      card(id, name, known ? typeset(text) : unknown(), concat({known && q.value > 0 && q.sigma >= 0 ? typeset(concat({"+- ", percent_text(q.sigma / q.value), ", "})) : "", source_text(q), known ? below : ""}));
     };
     spent("figure-energy", "Energy of the calls", job_.energy.gross, joules_text(job_.energy.gross.value), job_.energy.idle.known() ? concat({"; of it ", typeset(joules_text(job_.energy.idle.value)), " waiting"}) : "");
     spent("figure-avoidable", "Avoidable energy", job_.energy.idle_avoidable, joules_text(job_.energy.idle_avoidable.value), "; by sleeping in waits, not spinning");
@@ -192,7 +192,7 @@ class HtmlPage {
     double largest = 0;
     for (const Straggler& each : job_.stragglers) largest = std::max(largest, ns(each.caused) + ns(each.passed_on));
     if (largest <= 0) {
-      add({"<p>Nobody was waited for.</p>\n"});
+      add({"<p>No rank came late.</p>\n"});
     } else {
       add({"<ul class=\"legend\"><li><i class=\"k-arrival\"></i>caused</li><li><i class=\"k-passed\"></i>passed on: charged to it, but it had been kept waiting itself</li></ul>\n<div class=\"bars wide\">\n"});
       constexpr std::size_t most = 10;
@@ -255,7 +255,7 @@ class HtmlPage {
   }
 
   void add_matrix() {
-    begin_section("matrix", "Who waited for whom", "Rows waited, columns were waited for: all waits for others, after following chains back from call to call. The darker, the longer.");
+    begin_section("matrix", "Who waited for whom", "Rows waited, columns were waited for: all waits for others, after following chains back from call to call. The stronger the colour, the longer.");
     const bool any = std::any_of(job_.resolved.begin(), job_.resolved.end(), [](const WaitCell& cell) { return cell.total() > nanoseconds{0}; });
     if (any) {
       add({"<figure>\n"});

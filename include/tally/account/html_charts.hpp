@@ -84,7 +84,7 @@ inline void draw_waits(Html& html, const JobAccount& job, std::span<const Rank> 
   html.add({"<ul class=\"legend\"><li><i class=\"scale\"></i>none to ", typeset(most_text), " (a quarter of that at half the shade)</li><li><i class=\"none\"></i>did not wait</li></ul>\n"});
   html.add({"<div class=\"scroll\" tabindex=\"0\" role=\"region\" aria-label=\"wait matrix\">"});
   begin_svg(html, "matrix-svg", "", left + size + 8 + label / 2, top + size + 8, "Who waited for whom",
-            concat({"A square of ", blocks, " by ", blocks, ": each row is ", per_block > 1 ? "a block of ranks" : "a rank", " that waited, each column ", per_block > 1 ? "those" : "the one", " it waited for. The darkest cell is ", most_text, "."}), true);
+            concat({"A square of ", blocks, " by ", blocks, ": each row is ", per_block > 1 ? "a block of ranks" : "a rank", " that waited, each column ", per_block > 1 ? "those" : "the one", " it waited for. The strongest cell is ", most_text, "."}), true);
   svg_text(html, "c m", left + size / 2, 14, per_block > 1 ? "for these ranks" : "for this rank");
   html.add({"<text class=\"c m\" transform=\"translate(14 ", decimal(top + size / 2), ") rotate(-90)\">", per_block > 1 ? "these ranks waited" : "this rank waited", "</text>\n"});
   svg_rect(html, "frame", left, top, size, size);

@@ -31,7 +31,7 @@ section{margin:44px 0 0}
 .lead{color:var(--muted);margin-bottom:14px}
 #verdict{margin-top:16px;padding:20px 24px;background:var(--panel);border-left:8px solid var(--arrival);border-radius:6px}
 #verdict.calm{border-color:var(--busy)}
-#verdict.open{border-color:var(--undriven)}
+#verdict.open{border-color:var(--undriven)}#verdict[data-finding=transfer]{border-color:var(--transfer)}#verdict[data-finding=credit]{border-color:var(--credit)}#verdict[data-finding=local]{border-color:var(--local)}
 #verdict .headline{font-size:clamp(26px,4.4vw,40px);line-height:1.15;font-weight:700;letter-spacing:-.01em;margin:0 0 10px;max-width:none}
 #verdict .detail{font-size:clamp(17px,2.1vw,21px);line-height:1.4;margin:0;max-width:66ch}
 #verdict ul{margin:14px 0 0;padding-left:20px;color:var(--muted)}#verdict li{margin:3px 0;max-width:92ch}

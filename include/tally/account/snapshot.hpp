@@ -3,45 +3,18 @@
 // exporters write, what ranks send each other and what a file holds; it knows no clock, meter or transport.
 #pragma once
 
-#include <array>
-#include <cstddef>
 #include <cstdint>
 #include <limits>
 #include <string>
 #include <vector>
 
-#include "../energy/meter.hpp"
 #include "../energy/quantity.hpp"
+#include "../energy/source.hpp"
 #include "../types.hpp"
+#include "amounts.hpp"
 #include "states.hpp"
 
 namespace tally::inline v0 {
-
-/// The time of one call, or of many. elapsed is exactly the sum of the nine parts.
-struct AccountTimes {
-  nanoseconds elapsed{}, exposed{};  // exposed: the caller was blocked
-  nanoseconds copy{}, reduce{}, codec{}, protocol{};
-  nanoseconds wait_arrival{}, wait_transfer{}, wait_credit{}, wait_local{}, undriven{};
-  nanoseconds slept{};   // part of the waits: the thread was asleep
-  nanoseconds queued{};  // part of the waits: the thread served other operations, and those pay for it
-
-  nanoseconds busy() const { return copy + reduce + codec + protocol; }
-  nanoseconds idle() const { return wait_arrival + wait_transfer + wait_credit + wait_local; }
-};
-
-/// What was spent, in joules and in grams of CO2-equivalent. Each is unknown (NaN) where there is nothing to tell it from.
-struct AccountEnergy {
-  Quantity gross;           // all: net + the share of the floor that the machine draws anyway
-  Quantity net;             // above the floor
-  Quantity idle;            // of gross, while waiting
-  Quantity idle_avoidable;  // of idle, what sleeping would have saved
-  Quantity cpu, dram, gpu;  // gross by where it was drawn
-  Quantity carbon;          // grams of CO2-equivalent for gross
-};
-
-/// Calls by how long they took: bucket i counts those with 2^(i-1) <= elapsed < 2^i nanoseconds (bucket 0: 0 ns).
-inline constexpr std::size_t elapsed_buckets = 48;
-using ElapsedHistogram = std::array<std::uint64_t, elapsed_buckets>;
 
 /// Sums over all calls of one operation, size class and algorithm on one rank.
 struct AccountRow {
@@ -70,28 +43,6 @@ struct AccountEvent {
   std::vector<Blame> waited_for;  // worst first; rank -1: several others together
   AccountEnergy energy;
   bool energy_final = false;  // the window it lies in is closed
-};
-
-/// One physical domain of this rank's host as its meter saw it while the account was kept. Ranks of one host tell the same, so
-/// domains are told apart by (host, key) and counted once. total == operations + application + unattributed, exactly.
-struct DomainAccount {
-  Domain kind = Domain::node;
-  std::string key, source;
-  int parent = -1;  // index into the same list: part of that domain, so not to be added to it
-  Nanojoules total = 0;
-  Nanojoules operations = 0;    // of all ranks, communicators and jobs on this host that use the hub
-  Nanojoules application = 0;   // of the same processes, outside of operations
-  Nanojoules unattributed = 0;  // the rest: other processes, and the machine's floor that is nobody's
-  double watts_floor = 0;       // 0: not calibrated
-  Provenance provenance = Provenance::none;
-  Caveats caveats = 0;
-};
-
-/// The average power of a domain over one of the hub's windows.
-struct PowerSample {
-  std::uint16_t domain = 0;  // index into Account::domains
-  nanoseconds begin{}, end{};
-  double watts = 0;
 };
 
 /// How long a peer is expected to make this rank wait, learned from the calls so far.
