@@ -3,13 +3,10 @@
 // sequence number, because they do not fit and, for meters, are not known yet when the call returns.
 #pragma once
 
-#include <cmath>
 #include <cstddef>
 #include <cstdint>
-#include <iomanip>
 #include <mutex>
 #include <ostream>
-#include <sstream>
 #include <string>
 #include <type_traits>
 #include <vector>
@@ -18,6 +15,7 @@
 #include "../text.hpp"
 #include "amounts.hpp"
 #include "states.hpp"
+#include "texts.hpp"
 
 namespace tally::inline v0 {
 
@@ -148,37 +146,6 @@ inline Report report_of(const Stopwatch& watch, const Clock& clock, Rank last_ar
   }
   const nanoseconds elapsed = copy + reduce + protocol + waits.total() + local + undriven;
   return {elapsed, elapsed, copy, reduce, none, protocol, waits.arrival, waits.transfer, waits.credit, local, undriven, 0, 0, 0, 0, 0, static_cast<std::int16_t>(last_arrival), 0, 0};
-}
-
-/// Three significant digits.
-inline std::string digits(double value) {
-  const double size = std::abs(value);
-  std::ostringstream out;
-  out << std::fixed << std::setprecision(value == std::floor(value) || size >= 100 ? 0 : size >= 10 ? 1 : 2) << value;
-  return out.str();
-}
-/// e.g. "1.25 ms": the largest unit in which the value is at least 1.
-template <std::size_t N>
-std::string scaled(double value, const char* const (&units)[N], double base) {
-  std::size_t i = 0;
-  while (i + 1 < N && std::abs(value) >= base) value /= base, ++i;
-  return concat({digits(value), " ", units[i]});
-}
-inline std::string time_text(nanoseconds t) {
-  static constexpr const char* units[] = {"ns", "us", "ms", "s"};
-  return scaled(static_cast<double>(t.count()), units, 1000);
-}
-inline std::string bytes_text(std::uint64_t bytes) {
-  static constexpr const char* units[] = {"B", "KiB", "MiB", "GiB", "TiB"};
-  return scaled(static_cast<double>(bytes), units, 1024);
-}
-inline std::string joules_text(const Quantity& q) {
-  if (!q.known()) return "unknown J";
-  static constexpr const char* units[] = {"nJ", "uJ", "mJ", "J", "kJ"};
-  std::size_t i = 0;
-  double scale = 1e-9;
-  while (i + 1 < std::size(units) && std::abs(q.value) / scale >= 1000) scale *= 1000, ++i;
-  return concat({digits(q.value / scale), " +- ", digits(q.sigma / scale), " ", units[i]});
 }
 
 }  // namespace detail
