@@ -36,6 +36,7 @@ exceptions=(
   "energy/*: energy/activity energy/meter energy/quantity"
   "energy/regression: energy/least_squares"
   "energy/calibration: energy/least_squares"
+  "energy/weights_file: topology"
   "energy/core_loads: energy/calibration copy reduce topology wait"
   "objective: energy/activity"
   "account/states: clock"

@@ -3,15 +3,23 @@
 // calibrated weights against all that can be wrong with one, and a calibration on a machine that exists in virtual time.
 #include <catch2/catch.hpp>
 
+#include <sys/stat.h>
+
+#include <array>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
 #include <limits>
 #include <numbers>
 #include <random>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include <tally/energy/regression.hpp>
+#include <tally/energy/weights_file.hpp>
 #include <tally/objective.hpp>
 
 using namespace tally;
@@ -271,4 +279,223 @@ TEST_CASE("joules of a plan are its core-seconds times watts, and objectives wei
   CHECK(std::isnan(score(Objective::energy, 2, unknown)));
   CHECK(std::isnan(score(Objective::energy_delay, 2, unknown)));
   CHECK(name_of(Objective::energy_delay) == "energy_delay");
+}
+
+namespace {
+
+/// A folder that goes away with the test.
+class Folder {
+ public:
+  Folder() {
+    std::string name = (std::filesystem::temp_directory_path() / "tally_weights.XXXXXX").string();
+    REQUIRE(::mkdtemp(name.data()) != nullptr);
+    path_ = name;
+  }
+  ~Folder() { std::filesystem::remove_all(path_); }
+  Folder(const Folder&) = delete;
+  Folder& operator=(const Folder&) = delete;
+  std::string operator/(const char* name) const { return (path_ / name).string(); }
+  void write(const std::string& name, std::string_view text) const {
+    std::filesystem::create_directories((path_ / name).parent_path());
+    std::ofstream(path_ / name, std::ios::binary) << text;
+  }
+  std::string read(const char* name) const {
+    std::ifstream file(path_ / name, std::ios::binary);
+    return {std::istreambuf_iterator<char>(file), {}};
+  }
+  std::size_t files() const { return static_cast<std::size_t>(std::distance(std::filesystem::directory_iterator(path_), {})); }
+
+ private:
+  std::filesystem::path path_;
+};
+
+Weights some_weights(double floor) {
+  Weights weights;
+  weights.watts = {3.25, 6.1, 5, 4, 2.5, 1e-7, 0};
+  weights.application = 7;
+  weights.floor_watts = floor;
+  weights.floor_sigma = 0.1;
+  weights.relative_sigma = 0.07;
+  weights.split = Split::calibrated_weights;
+  return weights;
+}
+void check_same(const Weights& a, const Weights& b) {
+  CHECK(a.watts == b.watts);
+  CHECK(a.application == b.application);
+  CHECK(a.floor_watts == b.floor_watts);
+  CHECK(a.floor_sigma == b.floor_sigma);
+  CHECK(a.relative_sigma == b.relative_sigma);
+  CHECK(a.split == b.split);
+}
+/// What an Error says, or nothing if there is none.
+template <class F>
+std::string error_of(F&& f) {
+  try {
+    f();
+  } catch (const Error& error) {
+    return error.what();
+  }
+  return {};
+}
+const MachineKey big{"AMD EPYC 9654 96-Core Processor", "performance", "acpi_idle", 96}, small{"Intel(R) Xeon(R) Processor", "none", "none", 2};
+
+class Environment {
+ public:
+  explicit Environment(const char* name) : name_(name) {
+    if (const char* value = std::getenv(name)) before_ = value, was_set_ = true;
+    ::unsetenv(name);
+  }
+  ~Environment() { was_set_ ? ::setenv(name_, before_.c_str(), 1) : ::unsetenv(name_); }
+  void set(const char* value) const { ::setenv(name_, value, 1); }
+
+ private:
+  const char* name_;
+  std::string before_;
+  bool was_set_ = false;
+};
+
+}  // namespace
+
+TEST_CASE("weights come back from their file bit by bit, each machine's own") {
+  const Folder folder;
+  const std::string path = folder / "new/folder/weights.json";
+  CHECK_FALSE(load_weights(path, big).has_value());  // no file is no error
+  save_weights(path, big, some_weights(90.1));
+  save_weights(path, small, some_weights(1.0 / 3));
+  check_same(load_weights(path, big).value(), some_weights(90.1));
+  check_same(load_weights(path, small).value(), some_weights(1.0 / 3));
+  save_weights(path, big, some_weights(88));  // once more: instead of what was there
+  check_same(load_weights(path, big).value(), some_weights(88));
+  CHECK(read_weights(path).size() == 2);
+  CHECK(std::distance(std::filesystem::directory_iterator(folder / "new/folder"), {}) == 1);  // nothing unfinished is left
+
+  for (MachineKey other : {big, big, big, big}) {
+    static int what = 0;
+    switch (what++) {
+      case 0: other.cpu += "X"; break;
+      case 1: other.governor = "powersave"; break;
+      case 2: other.idle_driver = "none"; break;
+      case 3: other.cores = 95; break;
+    }
+    CHECK_FALSE(load_weights(path, other).has_value());
+  }
+}
+
+TEST_CASE("a weights file that was changed anywhere is read to the same or refused with what to do") {
+  const std::vector<MachineWeights> machines = {{big, some_weights(90.1)}, {small, some_weights(2)}};
+  const std::string text = weights_text(machines);
+  REQUIRE(parse_weights(text, "f").size() == 2);
+  REQUIRE(weights_text(parse_weights(text, "f")) == text);
+  const auto check = [&](const std::string& changed) {
+    std::string error = error_of([&] {
+      const auto read = parse_weights(changed, "the/file");
+      CHECK(weights_text(parse_weights(weights_text(read), "again")) == weights_text(read));
+    });
+    if (!error.empty()) {
+      CHECK(error.find("the/file") != error.npos);
+      CHECK(error.find("delete it and run tally_calibrate again") != error.npos);
+    }
+    return !error.empty();
+  };
+  for (std::size_t i = 0; i + 1 < text.size(); ++i) CHECK(check(text.substr(0, i)));  // cut off; the last character is a line's end
+  for (std::size_t i = 0; i < text.size(); ++i) {
+    std::string shorter = text, doubled = text, odd = text;
+    shorter.erase(i, 1);
+    doubled.insert(i, 1, text[i]);
+    odd[i] = '\0';
+    check(shorter), check(doubled);
+    CHECK(check(odd));
+  }
+  CHECK(check(text + "x"));
+  CHECK(check(text + text));
+  CHECK(check(""));
+  CHECK_FALSE(check(" \t\r\n" + text + "  \n"));
+}
+
+TEST_CASE("a weights file's error names the file, the key and the line") {
+  const std::string text = weights_text(std::vector<MachineWeights>{{big, some_weights(90)}, {small, some_weights(2)}});
+  const auto error = [&](std::string_view from, std::string_view to) {
+    std::string changed = text;
+    const std::size_t at = changed.rfind(from);
+    REQUIRE(at != changed.npos);
+    changed.replace(at, from.size(), to);
+    return error_of([&] { parse_weights(changed, "w.json"); });
+  };
+  const std::string what_to_do = " (line 3): delete it and run tally_calibrate again";
+  CHECK(error("\"spin\"", "\"span\"") == "malformed data: the weights file 'w.json' has no \"spin\" where it should have one" + what_to_do);
+  for (const char* odd : {"-2", "nan", "NaN", "inf", "1e7", "1e999", "\"2\"", "", "null", "0x2", "2.5.5", "[2]"}) CHECK(error("\"floor_watts\": 2", std::string("\"floor_watts\": ") + odd).find("weights file 'w.json' has") != std::string::npos);
+  CHECK(error("\"floor_watts\": 2", "\"floor_watts\": nan") == "malformed data: the weights file 'w.json' has a \"floor_watts\" that is no number from 0 to 1000000" + what_to_do);
+  CHECK(error("\"relative_sigma\": 0.07", "\"relative_sigma\": 1.5").find("has a \"relative_sigma\" above 1") != std::string::npos);
+  CHECK(error("\"cores\": 2", "\"cores\": 2.5").find("has a \"cores\" that is no number of cores") != std::string::npos);
+  CHECK(error("\"cores\": 2", "\"cores\": 99999999999999999999").find("\"cores\"") != std::string::npos);
+  CHECK(error("Intel(R)", std::string(200, 'x')).find("has a \"cpu\" that does not end, or is longer than 128 characters") != std::string::npos);
+  CHECK(error("Intel(R)", "a\\n").find("has a \"cpu\" with characters that are not allowed in it") != std::string::npos);
+  CHECK(error("tally.weights/1", "tally.weights/2").find("has another schema than \"tally.weights/1\" (line 1)") != std::string::npos);
+  CHECK(error("Intel(R) Xeon(R) Processor\", \"governor\": \"none\", \"idle_driver\": \"none\", \"cores\": 2", "AMD EPYC 9654 96-Core Processor\", \"governor\": \"performance\", \"idle_driver\": \"acpi_idle\", \"cores\": 96").find("has two entries of cpu \"AMD EPYC 9654 96-Core Processor\"") != std::string::npos);
+  std::string many = "{\"schema\": \"tally.weights/1\", \"machines\": [";
+  for (int i = 0; i < 1025; ++i) {
+    std::string one = weights_text(std::vector<MachineWeights>{{{"c" + std::to_string(i), "g", "i", 1}, some_weights(1)}});
+    many += (i ? "," : "") + one.substr(one.find('[') + 1, one.rfind(']') - one.find('[') - 1);
+  }
+  CHECK(error_of([&] { parse_weights(many + "]}", "w.json"); }).find("has more than 1024 machines") != std::string::npos);
+  CHECK(error_of([&] { parse_weights(std::string((1 << 20) + 1, ' '), "w.json"); }).find("is longer than a megabyte") != std::string::npos);
+}
+
+TEST_CASE("what cannot be read or kept says so and leaves the file alone") {
+  const Folder folder;
+  const std::string path = folder / "weights.json";
+  folder.write("weights.json", "{}");
+  CHECK(error_of([&] { save_weights(path, big, some_weights(1)); }).find("run tally_calibrate again") != std::string::npos);
+  CHECK(folder.read("weights.json") == "{}");
+
+  save_weights(folder / "good.json", big, some_weights(1));
+  const std::string before = folder.read("good.json");
+  for (const double odd : {-1.0, std::numeric_limits<double>::quiet_NaN(), std::numeric_limits<double>::infinity(), 2e6})
+    CHECK(error_of([&] { save_weights(folder / "good.json", big, some_weights(odd)); }).find("weight 'floor_watts' of cpu 'AMD EPYC 9654 96-Core Processor' is no number") != std::string::npos);
+  MachineKey quoted = big;
+  quoted.cpu = "a \"b\"";
+  CHECK_FALSE(error_of([&] { save_weights(folder / "good.json", quoted, some_weights(1)); }).empty());
+  CHECK(folder.read("good.json") == before);
+
+  REQUIRE(::mkfifo((folder / "pipe").c_str(), 0600) == 0);  // nobody will ever write to it
+  CHECK(error_of([&] { load_weights(folder / "pipe", big); }).find("cannot read the weights file") != std::string::npos);
+  std::filesystem::create_directory(folder / "folder");
+  CHECK(error_of([&] { load_weights(folder / "folder", big); }).find("cannot read the weights file") != std::string::npos);
+  CHECK(error_of([&] { save_weights("/proc/no/such/weights.json", big, some_weights(1)); }).find("cannot make the weights file '/proc/no/such/weights.json' (No such file or directory)") != std::string::npos);
+  folder.write("huge", std::string((1 << 20) + 1, ' '));
+  CHECK(error_of([&] { load_weights(folder / "huge", big); }).find("File too large") != std::string::npos);
+  CHECK(folder.files() == 5);
+}
+
+TEST_CASE("a machine is told by its processor, governor, idle driver and cores") {
+  const Folder root;
+  CHECK(machine_key(root / "none") == MachineKey{});
+  root.write("proc/cpuinfo", "processor\t: 0\nmodel name suffix: no\nmodel name\t: Some \"CPU\" \\ 3\xc2\xb5 @ 2 GHz\nmodel name\t: other\n");
+  root.write("sys/devices/system/cpu/cpu0/cpufreq/scaling_governor", "performance\n");
+  root.write("sys/devices/system/cpu/cpuidle/current_driver", "intel_idle\n");
+  root.write("sys/devices/system/cpu/online", "0-3,8\n");
+  CHECK(machine_key(root / "") == MachineKey{"Some ?CPU? ? 3?? @ 2 GHz", "performance", "intel_idle", 5});
+
+  root.write("proc/cpuinfo", "CPU implementer\t: 0x41\nCPU part\t: 0xd40\n");
+  root.write("sys/devices/system/cpu/online", "0-99999\n");
+  root.write("sys/devices/system/cpu/cpuidle/current_driver", "\n");
+  root.write("sys/devices/system/cpu/cpu0/cpufreq/scaling_governor", std::string(300, 'g'));
+  CHECK(machine_key(root / "") == MachineKey{"implementer 0x41 part 0xd40", std::string(128, 'g'), "none", 0});
+  save_weights(root / "weights.json", machine_key(root / ""), some_weights(1));
+  CHECK(load_weights(root / "weights.json", machine_key(root / "")).has_value());
+}
+
+TEST_CASE("the environment says where weights are") {
+  const Environment file("TALLY_WEIGHTS"), config("XDG_CONFIG_HOME"), home("HOME");
+  CHECK(weights_path_of_environment().empty());
+  home.set("/home/me");
+  CHECK(weights_path_of_environment() == "/home/me/.config/tally/weights.json");
+  config.set("relative");
+  CHECK(weights_path_of_environment() == "/home/me/.config/tally/weights.json");
+  config.set("/config");
+  CHECK(weights_path_of_environment() == "/config/tally/weights.json");
+  file.set("w.json");
+  CHECK(weights_path_of_environment() == "w.json");
+  file.set("");
+  CHECK(weights_path_of_environment() == "/config/tally/weights.json");
 }
