@@ -4,7 +4,6 @@
 #pragma once
 
 #include <sys/socket.h>
-#include <sys/un.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -20,6 +19,7 @@
 #include <vector>
 
 #include "communicator.hpp"
+#include "descriptor.hpp"
 #include "options.hpp"
 #include "topology.hpp"
 #include "transport/shm.hpp"
@@ -100,69 +100,6 @@ inline JobInfo job_from_environment() {
   return {};
 }
 
-/// A connected Unix socket, or none, that moves whole records and one descriptor, up to a deadline.
-class Connection {
- public:
-  using Instant = std::chrono::steady_clock::time_point;
-  explicit Connection(FileDescriptor socket = FileDescriptor()) : socket_(std::move(socket)) {}
-  explicit operator bool() const { return static_cast<bool>(socket_); }
-
-  static bool wait_any(std::vector<pollfd>& events, Instant deadline) {
-    for (;;) {
-      const auto left = std::chrono::duration_cast<std::chrono::milliseconds>(deadline - std::chrono::steady_clock::now()).count() + 1;  // never early
-      const int ready = ::poll(events.data(), events.size(), static_cast<int>(std::clamp<std::int64_t>(left, 0, 1 << 30)));
-      if (ready >= 0 || errno != EINTR) return ready > 0;
-    }
-  }
-  int get() const { return socket_.get(); }
-  ucred peer() const {
-    ucred credentials{};
-    socklen_t length = sizeof credentials;
-    if (::getsockopt(socket_.get(), SOL_SOCKET, SO_PEERCRED, &credentials, &length) != 0) throw Error(Errc::protocol, {"cannot tell who connected: ", errno_text(errno)});
-    return credentials;
-  }
-  bool send(const void* data, std::size_t bytes, int descriptor = -1) const {
-    iovec part{const_cast<void*>(data), bytes};
-    msghdr message{};
-    message.msg_iov = &part;
-    message.msg_iovlen = 1;
-    alignas(cmsghdr) char control[CMSG_SPACE(sizeof(int))] = {};
-    if (descriptor >= 0) {
-      message.msg_control = control;
-      message.msg_controllen = sizeof control;
-      cmsghdr* header = CMSG_FIRSTHDR(&message);
-      header->cmsg_level = SOL_SOCKET;
-      header->cmsg_type = SCM_RIGHTS;
-      header->cmsg_len = CMSG_LEN(sizeof(int));
-      std::memcpy(CMSG_DATA(header), &descriptor, sizeof descriptor);
-    }
-    return ::sendmsg(socket_.get(), &message, MSG_NOSIGNAL) == static_cast<ssize_t>(bytes);
-  }
-  /// Exactly one record of `bytes`; false on anything else.
-  bool receive(void* data, std::size_t bytes, FileDescriptor* descriptor, Instant deadline) const {
-    std::vector<pollfd> readable{{socket_.get(), POLLIN, 0}};
-    if (!wait_any(readable, deadline)) return false;
-    iovec part{data, bytes};
-    msghdr message{};
-    alignas(cmsghdr) char control[CMSG_SPACE(sizeof(int))] = {};
-    message.msg_iov = &part;
-    message.msg_iovlen = 1;
-    message.msg_control = control;
-    message.msg_controllen = sizeof control;
-    const ssize_t got = ::recvmsg(socket_.get(), &message, MSG_CMSG_CLOEXEC);
-    if (const cmsghdr* header = got < 0 ? nullptr : CMSG_FIRSTHDR(&message); header && header->cmsg_type == SCM_RIGHTS) {
-      int fd = -1;
-      std::memcpy(&fd, CMSG_DATA(header), sizeof fd);
-      FileDescriptor received(fd);
-      if (descriptor) *descriptor = std::move(received);
-    }
-    return got == static_cast<ssize_t>(bytes) && !(message.msg_flags & MSG_TRUNC);
-  }
-
- private:
-  FileDescriptor socket_;
-};
-
 /// What each rank says first. Rank 0 compares it with its own before any mapping is used.
 struct Hello {
   std::uint64_t magic = 0x796c6c6174ull;  // "tally", so other byte orders differ
@@ -181,7 +118,7 @@ class Rendezvous {
   Rendezvous(const JobInfo& job, const Options& options) : job_(job), options_(options), layout_(job.size, options.slots), deadline_(std::chrono::steady_clock::now() + options.timeout) {
     static std::atomic<unsigned> count{0};  // several init() in one process meet one after another
     name_ = concat({"tally/", ::getuid(), "/", job.job, "/", count++});
-    if (name_.size() >= sizeof(sockaddr_un::sun_path) - 1) name_ = concat({"tally/", ::getuid(), "/", hash_text(name_)});
+    if (name_.size() > longest_local_name) name_ = concat({"tally/", ::getuid(), "/", hash_text(name_)});
   }
 
   std::shared_ptr<ShmMemory> meet() { return job_.rank == 0 ? host() : join(); }
@@ -195,17 +132,6 @@ class Rendezvous {
     mine.accounting = options_.accounting;
     mine.tsc = Clock::host().is_tsc();
     return mine;
-  }
-  FileDescriptor socket() const {
-    FileDescriptor fd(::socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0));
-    if (!fd) throw Error(Errc::no_resources, {"no descriptor for a socket: ", errno_text(errno)});
-    return fd;
-  }
-  std::pair<sockaddr_un, socklen_t> address() const {
-    sockaddr_un address{};
-    address.sun_family = AF_UNIX;
-    std::memcpy(address.sun_path + 1, name_.data(), name_.size());  // a leading 0: abstract
-    return {address, static_cast<socklen_t>(offsetof(sockaddr_un, sun_path) + 1 + name_.size())};
   }
 
   /// What is wrong with a rank that said hello; empty if nothing.
@@ -223,8 +149,8 @@ class Rendezvous {
   }
 
   std::shared_ptr<ShmMemory> host() {
-    FileDescriptor listener = socket();
-    const auto [where, length] = address();
+    FileDescriptor listener = local_socket();
+    const auto [where, length] = local_address(name_);
     if (::bind(listener.get(), reinterpret_cast<const sockaddr*>(&where), length) != 0)
       throw Error(errno == EADDRINUSE ? Errc::invalid_argument : Errc::no_resources,
                   {"rank 0 cannot listen as job '", job_.job, "': ", errno == EADDRINUSE ? "another rank 0 of that job runs; set TALLY_JOB to a name of your own" : errno_text(errno)});
@@ -297,10 +223,10 @@ class Rendezvous {
   }
 
   std::shared_ptr<ShmMemory> join() {
-    const auto [where, length] = address();
+    const auto [where, length] = local_address(name_);
     Connection host;
     while (!host) {
-      FileDescriptor fd = socket();
+      FileDescriptor fd = local_socket();
       if (::connect(fd.get(), reinterpret_cast<const sockaddr*>(&where), length) == 0) host = Connection(std::move(fd));
       else if (std::chrono::steady_clock::now() > deadline_)
         throw Error(Errc::timeout, {"rank ", job_.rank, ": rank 0 of job '", job_.job, "' did not appear within the deadline"}, {job_.rank, 0, 0, {}});

@@ -10,8 +10,8 @@
 #include <string>
 #include <vector>
 
-#include "../energy/meter.hpp"
 #include "../energy/quantity.hpp"
+#include "../energy/source.hpp"
 #include "../types.hpp"
 #include "states.hpp"
 
@@ -70,28 +70,6 @@ struct AccountEvent {
   std::vector<Blame> waited_for;  // worst first; rank -1: several others together
   AccountEnergy energy;
   bool energy_final = false;  // the window it lies in is closed
-};
-
-/// One physical domain of this rank's host as its meter saw it while the account was kept. Ranks of one host tell the same, so
-/// domains are told apart by (host, key) and counted once. total == operations + application + unattributed, exactly.
-struct DomainAccount {
-  Domain kind = Domain::node;
-  std::string key, source;
-  int parent = -1;  // index into the same list: part of that domain, so not to be added to it
-  Nanojoules total = 0;
-  Nanojoules operations = 0;    // of all ranks, communicators and jobs on this host that use the hub
-  Nanojoules application = 0;   // of the same processes, outside of operations
-  Nanojoules unattributed = 0;  // the rest: other processes, and the machine's floor that is nobody's
-  double watts_floor = 0;       // 0: not calibrated
-  Provenance provenance = Provenance::none;
-  Caveats caveats = 0;
-};
-
-/// The average power of a domain over one of the hub's windows.
-struct PowerSample {
-  std::uint16_t domain = 0;  // index into Account::domains
-  nanoseconds begin{}, end{};
-  double watts = 0;
 };
 
 /// How long a peer is expected to make this rank wait, learned from the calls so far.

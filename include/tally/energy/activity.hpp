@@ -57,4 +57,21 @@ struct Weights {
   }
 };
 
+/// What is charged apart: the processors, memory, and devices.
+enum class PowerKind : std::uint8_t { cpu, dram, gpu };
+inline constexpr std::size_t power_kinds = 3;
+
+/// What an activity of one participant was charged in a window. Its share of the floor goes by the time it took.
+struct Charge {
+  std::array<Nanojoules, activity_count> net{};
+  Nanojoules floor = 0;
+
+  Nanojoules total() const {
+    Nanojoules sum = floor;
+    for (const Nanojoules part : net) sum += part;
+    return sum;
+  }
+};
+using Charges = std::array<Charge, power_kinds>;
+
 }  // namespace tally::inline v0

@@ -34,8 +34,6 @@ constexpr std::string_view name_of(Domain domain) {
   return names[static_cast<std::size_t>(domain)];
 }
 
-using Nanojoules = std::uint64_t;
-
 /// One domain of a meter.
 struct DomainInfo {
   Domain kind = Domain::node;

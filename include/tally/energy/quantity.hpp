@@ -102,4 +102,6 @@ constexpr std::string_view meaning_of(Caveat caveat) {
   return meanings[std::countr_zero(static_cast<Caveats>(caveat))];
 }
 
+using Nanojoules = std::uint64_t;
+
 }  // namespace tally::inline v0

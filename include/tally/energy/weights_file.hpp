@@ -23,6 +23,7 @@
 #include <utility>
 #include <vector>
 
+#include "../descriptor.hpp"
 #include "../error.hpp"
 #include "../text.hpp"
 #include "../topology.hpp"
@@ -49,31 +50,21 @@ namespace detail {
 inline constexpr std::size_t most_weights_bytes = 1 << 20, most_machines = 1024, most_key_bytes = 128;
 inline constexpr double most_watts = 1e6;
 
-struct Descriptor {
-  explicit Descriptor(int number) : fd(number) {}
-  ~Descriptor() {
-    if (fd >= 0) ::close(fd);
-  }
-  Descriptor(const Descriptor&) = delete;
-  Descriptor& operator=(const Descriptor&) = delete;
-  int fd;
-};
-
 /// All of a file of at most so many bytes. `error`: why there is none; EFBIG if it is longer, EINVAL if it is no regular file.
-struct FileText {
+struct BoundedText {
   std::string text;
   int error = 0;
 };
-inline FileText read_file(const std::string& path, std::size_t most) {
-  const Descriptor file(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));  // a pipe must not keep us waiting
-  if (file.fd < 0) return {{}, errno};
+inline BoundedText read_bounded(const std::string& path, std::size_t most) {
+  const FileDescriptor file(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));  // a pipe must not keep us waiting
+  if (!file) return {{}, errno};
   struct stat status {};
-  if (::fstat(file.fd, &status) != 0) return {{}, errno};
+  if (::fstat(file.get(), &status) != 0) return {{}, errno};
   if (!S_ISREG(status.st_mode)) return {{}, EINVAL};
-  FileText result;
+  BoundedText result;
   char part[4096];
   for (;;) {
-    const ssize_t got = ::read(file.fd, part, sizeof part);
+    const ssize_t got = ::read(file.get(), part, sizeof part);
     if (got < 0 && errno == EINTR) continue;
     if (got < 0) return {{}, errno};
     if (got == 0) return result;
@@ -213,23 +204,21 @@ class WeightsReader {
   std::string_view text_, rest_, file_;
 };
 
-inline std::string errno_text(int error) { return std::generic_category().message(error); }
-
 }  // namespace detail
 
 /// The machine below `root`, e.g. "/" or a copy of /proc and /sys.
 inline MachineKey machine_key(const std::string& root = "/") {
   using namespace detail;
-  const auto text = [&](const char* path, std::string otherwise) { return key_text(read_file(concat({root, path}), 4096).text, std::move(otherwise)); };
+  const auto text = [&](const char* path, std::string otherwise) { return key_text(read_bounded(concat({root, path}), 4096).text, std::move(otherwise)); };
   MachineKey key;
-  const std::string info = read_file(root + "/proc/cpuinfo", 16 << 20).text;
+  const std::string info = read_bounded(root + "/proc/cpuinfo", 16 << 20).text;
   key.cpu = key_text(cpuinfo_value(info, "model name"), "");
   if (const auto part = cpuinfo_value(info, "CPU part"); key.cpu.empty() && !part.empty())  // Arm's have no names here
     key.cpu = key_text(concat({"implementer", cpuinfo_value(info, "CPU implementer"), " part", part}), "");
   if (key.cpu.empty()) key.cpu = "unknown";
   key.governor = text("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor", "none");
   key.idle_driver = text("/sys/devices/system/cpu/cpuidle/current_driver", "none");
-  const cpu_set_t online = parse_cores(key_text(read_file(root + "/sys/devices/system/cpu/online", 4096).text, ""));
+  const cpu_set_t online = parse_cores(key_text(read_bounded(root + "/sys/devices/system/cpu/online", 4096).text, ""));
   key.cores = CPU_COUNT(&online);
   return key;
 }
@@ -269,7 +258,7 @@ inline std::vector<MachineWeights> parse_weights(std::string_view text, std::str
 
 /// All of a file; nothing if there is no such file. Throws Error if it cannot be read.
 inline std::vector<MachineWeights> read_weights(const std::string& path) {
-  const detail::FileText file = detail::read_file(path, detail::most_weights_bytes);
+  const detail::BoundedText file = detail::read_bounded(path, detail::most_weights_bytes);
   if (file.error == ENOENT || file.error == ENOTDIR) return {};
   if (file.error != 0) throw Error(Errc::invalid_argument, {"cannot read the weights file '", path, "' (", detail::errno_text(file.error), "): name another in TALLY_WEIGHTS, or delete it and run tally_calibrate again"});
   return parse_weights(file.text, path);
@@ -298,15 +287,15 @@ inline void save_weights(const std::string& path, const MachineKey& machine, con
     throw Error(Errc::no_resources, {"cannot ", what, " '", path, "' (", detail::errno_text(why), "): name another file in TALLY_WEIGHTS or with tally_calibrate --output"});
   };
   {
-    const detail::Descriptor file(::mkostemp(unfinished.data(), O_CLOEXEC));
-    if (file.fd < 0) fail("make the weights file", errno);
-    int why = ::fchmod(file.fd, 0644) == 0 ? 0 : errno;
+    const detail::FileDescriptor file(::mkostemp(unfinished.data(), O_CLOEXEC));
+    if (!file) fail("make the weights file", errno);
+    int why = ::fchmod(file.get(), 0644) == 0 ? 0 : errno;
     for (std::string_view rest = text; why == 0 && !rest.empty();) {
-      const ssize_t wrote = ::write(file.fd, rest.data(), rest.size());
+      const ssize_t wrote = ::write(file.get(), rest.data(), rest.size());
       if (wrote >= 0) rest.remove_prefix(static_cast<std::size_t>(wrote));
       else if (errno != EINTR) why = errno;
     }
-    if (why == 0 && ::fsync(file.fd) != 0) why = errno;
+    if (why == 0 && ::fsync(file.get()) != 0) why = errno;
     if (why == 0 && ::rename(unfinished.c_str(), path.c_str()) != 0) why = errno;
     if (why == 0) return;
     ::unlink(unfinished.c_str());

@@ -1,0 +1,64 @@
+// SPDX-License-Identifier: Apache-2.0
+// A meter whose joules the test decides, and a system in virtual time for the hub to run in.
+#pragma once
+
+#include <functional>
+#include <map>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <tally/energy/hub.hpp>
+
+/// Domains whose totals are functions of time; everything is shared with the test.
+struct FakeMeter {
+  struct World {
+    std::vector<tally::DomainInfo> infos;
+    std::vector<tally::Nanojoules> totals;
+    std::vector<tally::Caveats> caveats;
+    std::vector<std::string> warnings;
+    bool dead = false;
+  };
+  std::shared_ptr<World> world = std::make_shared<World>();
+
+  std::size_t add(tally::Domain kind, std::string key, int parent = -1, tally::Caveats caveats = 0) {
+    tally::DomainInfo info;
+    info.kind = kind;
+    info.key = std::move(key);
+    info.source = "fake";
+    info.parent = parent;
+    info.tick = std::chrono::milliseconds(1);
+    info.accuracy = 0;
+    info.caveats = caveats;
+    world->infos.push_back(info);
+    world->totals.push_back(0);
+    world->caveats.push_back(0);
+    return world->infos.size() - 1;
+  }
+  std::span<const tally::DomainInfo> domains() const { return world->infos; }
+  tally::SampleResult sample(std::span<tally::MeterSample> out) noexcept {
+    if (world->dead) return {0, std::errc::no_such_device};
+    for (std::size_t i = 0; i < world->totals.size(); ++i) out[i] = {static_cast<std::uint16_t>(i), {}, world->totals[i], world->caveats[i]};
+    return {world->totals.size(), {}};
+  }
+  std::vector<std::string> warnings() const { return world->warnings; }
+};
+
+/// What HubSystem asks, in the test's hands.
+struct FakeSystem {
+  struct World {
+    tally::nanoseconds now{}, host{};
+    std::map<pid_t, tally::nanoseconds> processes;
+  };
+  std::shared_ptr<World> world = std::make_shared<World>();
+
+  tally::HubSystem system(int cores) const {
+    tally::HubSystem system;
+    system.now = [w = world] { return w->now; };
+    system.process_time = [w = world](pid_t pid) { return w->processes[pid]; };
+    system.host_time = [w = world] { return w->host; };
+    system.cores = cores;
+    return system;
+  }
+};
