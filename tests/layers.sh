@@ -40,7 +40,7 @@ exceptions=(
   "energy/regression: energy/least_squares"
   "energy/calibration: energy/least_squares"
   "energy/weights_file: descriptor topology"
-  "energy/core_loads: energy/calibration copy reduce topology wait"
+  "energy/core_loads: energy/calibration reduce topology wait"
   "objective: energy/activity"
   "account/states: clock"
   "account/snapshot: account/states energy/quantity energy/source"

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Where weights come from: the regression's estimates and error bars against closed forms and planted watts, the file of
-// calibrated weights against all that can be wrong with one, and a calibration on a machine that exists in virtual time.
+// Where weights come from: the regression's estimates and error bars against closed forms and planted watts, and the file
+// of calibrated weights against all that can be wrong with one.
 #include <catch2/catch.hpp>
 
 #include <sys/stat.h>

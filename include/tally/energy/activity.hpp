@@ -31,9 +31,9 @@ struct ActivityTimes {
   nanoseconds& operator[](Activity a) { return in[static_cast<std::size_t>(a)]; }
   nanoseconds operator[](Activity a) const { return in[static_cast<std::size_t>(a)]; }
   nanoseconds total() const {
-    nanoseconds sum{};
-    for (const nanoseconds t : in) sum += t;
-    return sum;
+    nanoseconds all{};
+    for (const nanoseconds t : in) all += t;
+    return all;
   }
   nanoseconds awake() const { return total() - (*this)[Activity::sleep]; }
 };
@@ -67,9 +67,9 @@ struct Charge {
   Nanojoules floor = 0;
 
   Nanojoules total() const {
-    Nanojoules sum = floor;
-    for (const Nanojoules part : net) sum += part;
-    return sum;
+    Nanojoules all = floor;
+    for (const Nanojoules part : net) all += part;
+    return all;
   }
 };
 using Charges = std::array<Charge, power_kinds>;

@@ -122,20 +122,20 @@ class LeastSquares {
     x = {};
     for (std::size_t i = 0; i < n; ++i) {
       if (!used[i]) continue;
-      double sum = b[i];
+      double right = b[i];
       for (std::size_t j = 0; j <= i; ++j) {
         if (!used[j]) continue;
         double rest = a[i][j];
         for (std::size_t k = 0; k < j; ++k) rest -= root[i][k] * root[j][k];
         if (j < i) {
           root[i][j] = rest / root[j][j];
-          sum -= root[i][j] * x[j];
+          right -= root[i][j] * x[j];
         } else {
           if (!(rest > singular_)) return false;
           root[i][i] = std::sqrt(rest);
         }
       }
-      x[i] = sum / root[i][i];
+      x[i] = right / root[i][i];
     }
     for (std::size_t i = n; i-- > 0;) {
       if (!used[i]) continue;
@@ -176,10 +176,10 @@ class LeastSquares {
   }
   /// Frobenius', an upper bound of the largest eigenvalue of a symmetric matrix.
   static double norm(const Matrix& a) {
-    double sum = 0;
+    double squares = 0;
     for (const Values& row : a)
-      for (const double v : row) sum += v * v;
-    return std::sqrt(sum);
+      for (const double v : row) squares += v * v;
+    return std::sqrt(squares);
   }
 
   static constexpr double least_ = 1e-8;      // of the first column's square: whatever is below changes nothing

@@ -94,10 +94,10 @@ class WeightRegression {
       watts += fit.value[i] * fit.mean[i];
       cores += fit.mean[i];
     }
-    const double mean = cores > 0 ? watts / cores : 0;
+    const double average = cores > 0 ? watts / cores : 0;
     for (std::size_t i = 1; i < WeightFit::columns; ++i) {
-      weight_of(i) = fit.seen[i] ? fit.value[i] : mean;
-      if (!fit.seen[i]) fit.covariance[i][i] = std::pow(mean * Weights::equal_time().relative_sigma, 2);
+      weight_of(i) = fit.seen[i] ? fit.value[i] : average;
+      if (!fit.seen[i]) fit.covariance[i][i] = std::pow(average * Weights::equal_time().relative_sigma, 2);
     }
     result.weights.floor_watts = fit.value[0];
     result.weights.floor_sigma = fit.sigma(std::size_t{0});
@@ -120,15 +120,15 @@ class WeightRegression {
   using LeastSquares = WeightFit::LeastSquares;
 
   static double typical_sigma(const WeightFit& fit) {
-    double sum = 0, joules = 0;
+    double squares = 0, joules = 0;
     for (std::size_t i = 1; i < WeightFit::columns; ++i) {
       LeastSquares::Values alone{};
       alone[i] = fit.fit.mean[i];
       const double part = fit.dynamic(alone), sigma = fit.sigma_of_share(alone);
       joules += part;
-      sum += part * sigma * sigma;
+      squares += part * sigma * sigma;
     }
-    return joules > 0 ? std::sqrt(sum / joules) : 1;
+    return joules > 0 ? std::sqrt(squares / joules) : 1;
   }
 
   LeastSquares squares_;
