@@ -166,6 +166,25 @@ TEST_CASE("windows that are all alike do not tell weights") {
   }
 }
 
+TEST_CASE("windows that are almost alike do not tell weights, however small the noise") {
+  WeightRegression regression;
+  Job job(9);
+  for (int k = 0; k < 1000; ++k) {
+    ActivityTimes mix;
+    double watts = planted[0];
+    for (std::size_t i = 1; i + 1 < columns; ++i) {
+      mix.in[i - 1] = nanoseconds(static_cast<std::int64_t>(1e7 * (1 + 0.02 * job.uniform())));
+      watts += planted[i] * static_cast<double>(mix.in[i - 1].count()) / 1e8;
+    }
+    REQUIRE(regression.add(100ms, static_cast<Nanojoules>(watts * 1e8), mix, 0ns));
+  }
+  const WeightFit fit = regression.fit();
+  CHECK(fit.fit.solved);
+  CHECK(fit.fit.condition > WeightRegression::worst_condition);
+  CHECK(fit.weights.relative_sigma < 0.01);
+  CHECK_FALSE(regression.weights().has_value());
+}
+
 TEST_CASE("weights are given from the fifth window per column on, and only if better than time alone") {
   Job job(4);
   WeightRegression regression(0s);
