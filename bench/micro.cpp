@@ -118,7 +118,7 @@ BENCHMARK(print_report);
 void book(benchmark::State& state) {
   constexpr int ranks = 8;
   const tally::Clock& clock = tally::Clock::host();
-  tally::Ledger ledger(ranks, 0, "none", tally::ModelMeter{});
+  tally::Ledger ledger(ranks, 0, "none", tally::Clock::host(), {});
   tally::LedgerRow& row = ledger.row(tally::Collective::all_reduce, 4096, "ring");
   tally::Stopwatch watch(ranks);
   watch.start(1000);
@@ -129,7 +129,7 @@ void book(benchmark::State& state) {
   report.protocol = state.range(0) == 0 ? report.elapsed : tally::nanoseconds(1000);
   for (auto _ : state) {
     ++report.sequence;
-    ledger.book(row, report, 4096, watch, clock);
+    ledger.book({&row, 4096, report.sequence, 1000, &watch}, report, clock);
     benchmark::ClobberMemory();
   }
 }

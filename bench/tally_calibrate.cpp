@@ -11,6 +11,7 @@
 #include <nlohmann/json.hpp>
 #include <tally/energy/calibration.hpp>
 #include <tally/energy/core_loads.hpp>
+#include <tally/energy/meters.hpp>
 #include <tally/energy/model.hpp>
 #include <tally/energy/weights_file.hpp>
 
@@ -20,11 +21,6 @@
 namespace {
 
 using Json = nlohmann::ordered_json;
-
-struct Meters {
-  std::vector<tally::AnyMeter> meters;
-  std::vector<std::string> warnings;
-};
 
 /// Joules of this process's CPU time by the model's watts: for trying the program where there is no meter.
 class ModelPackage {
@@ -54,13 +50,6 @@ class ModelPackage {
   tally::DomainInfo domain_;
 };
 
-Meters find(const std::string& which, int cores) {
-  Meters found;
-  if (which == "model") found.meters.emplace_back(ModelPackage(cores));
-  else found.warnings.emplace_back("this version of tally looks for none");
-  return found;
-}
-
 Json json_of(const tally::Calibration& c, const tally::MachineKey& machine, const std::string& meter, const std::string& file) {
   Json loads = Json::array(), steps = Json::array();
   for (std::size_t i = 1; i < tally::load_count; ++i)
@@ -78,13 +67,16 @@ std::string step_text(const tally::CalibrationStep& step) {
 
 int run(const std::string& which, const tally::CalibrationOptions& wanted, std::string output, const std::string& json_file, bool dry) {
   tally::CoreLoads loads;
-  Meters found = find(which, loads.cores());
-  if (found.meters.empty()) {
-    std::cerr << "tally_calibrate: no energy meter can be read on this machine, so nothing was measured or written:\n";
-    for (const std::string& why : found.warnings) std::cerr << "  " << why << '\n';
+  const bool modelled = which == "model";
+  tally::FoundMeters found;
+  if (modelled) found.meters.emplace_back(ModelPackage(loads.cores()));
+  else found = tally::find_meters();
+  tally::ProcessorMeters meters(found.meters, loads);
+  for (const std::string& warning : found.warnings) std::cerr << "tally_calibrate: " << warning << '\n';
+  if (!meters.missing().empty()) {
+    std::cerr << "tally_calibrate: " << meters.missing() << ". Nothing was measured or written.\n";
     return 3;
   }
-  for (const std::string& warning : found.warnings) std::cerr << "tally_calibrate: " << warning << '\n';
   std::ofstream file;
   if (!json_file.empty() && json_file != "-") {
     file.open(json_file);
@@ -92,13 +84,12 @@ int run(const std::string& which, const tally::CalibrationOptions& wanted, std::
   }
   std::ostream& table = json_file == "-" ? std::cerr : std::cout;
   const tally::MachineKey machine = tally::machine_key();
-  const bool modelled = which == "model";  // and so would the file be
   if (output.empty() && !modelled) output = tally::weights_path_of_environment();
   if (output.empty() && !modelled && !dry) throw tally::Error(tally::Errc::invalid_argument, "nobody says where to keep weights: give --output, or set TALLY_WEIGHTS or HOME");
   if (!output.empty()) tally::read_weights(output);  // a file that could not be added to is better known now
 
   const auto steps = tally::calibration_steps(loads, wanted.cores);
-  const tally::nanoseconds tick = tally::detail::ProcessorMeters(found.meters).tick(), window = tally::calibration_window(tick, wanted.at_least);
+  const tally::nanoseconds window = tally::calibration_window(meters.tick(), wanted.at_least);
   table << "# machine  " << machine.cpu << ", " << machine.cores << " cores, governor " << machine.governor << ", idle driver " << machine.idle_driver << "\n# meters  ";
   for (const tally::AnyMeter& meter : found.meters)
     for (const tally::DomainInfo& domain : meter.domains()) table << ' ' << domain.key << " (" << domain.source << ')';
@@ -112,7 +103,7 @@ int run(const std::string& which, const tally::CalibrationOptions& wanted, std::
   tally::CalibrationOptions options = wanted;
   const bench::Progress progress(true);
   options.progress = [&](const tally::CalibrationStep& step, std::size_t done, std::size_t all) { progress.show(std::to_string(done + 1) + "/" + std::to_string(all) + " " + step_text(step) + " ..."); };
-  const tally::Calibration c = tally::calibrate(found.meters, loads, options);
+  const tally::Calibration c = tally::calibrate(meters, loads, options);
   progress.clear();
   table << "# load     watts per core  +-\n";
   for (std::size_t i = 1; i < tally::load_count; ++i) {

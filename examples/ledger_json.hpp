@@ -39,7 +39,7 @@ inline nlohmann::json to_json(const tally::Ledger& ledger) {
   nlohmann::json rows = nlohmann::json::array();
   for (const tally::LedgerRow& row : ledger.rows()) {
     nlohmann::json waited_for = nlohmann::json::array();  // indexed by rank
-    for (const tally::nanoseconds time : row.waited_for) waited_for.push_back(in_seconds(time));
+    for (const tally::Blame& blame : row.waited_for) waited_for.push_back(in_seconds(blame.total()));
     rows.push_back({{"operation", std::string(name_of(row.operation))},
                     {"size_up_to", std::uint64_t{1} << row.size_class},
                     {"algorithm", std::string(ledger.algorithm_name(row.algorithm))},

@@ -341,7 +341,7 @@ TEST_CASE("the ledger sums what the reports say, in constant memory") {
     expect(row.calls == 500 && row.elapsed == elapsed && row.busy() == busy && row.wait_arrival == arrival && row.bytes_sent == sent, "sums");
     expect(row.bytes == 500 * 20'000 && row.size_class == 15, "size class up to 32 KiB");
     for (std::size_t p = 0; p < 3; ++p) {
-      expect(ledger.by_peer()[p].total() == peers[p].total() && row.waited_for[p] == peers[p].total(), "blame per peer");
+      expect(ledger.by_peer()[p].total() == peers[p].total() && row.waited_for[p].total() == peers[p].total(), "blame per peer");
     }
     std::ostringstream text;
     text << ledger << comm.all_reduce(data, max);

@@ -27,6 +27,7 @@ struct Machine final : LoadGenerator {
     nanoseconds tick = 1ms;  // between what shows
     nanoseconds phase{};
     DomainInfo info{Domain::cpu_package, -1, "package-0", "fake", 1ms, 61e-6, 0, 500, 0.05, 0};
+    double unit = 1e-9;      // joules of what shows
     double joules = 0;
     Nanojoules shown = 0;
     Caveats caveats = 0;
@@ -54,7 +55,7 @@ struct Machine final : LoadGenerator {
     for (Package& p : packages) {
       // Steps of the counter at phase + k * tick, the last of which shows.
       const nanoseconds since = (now + time - p.phase) % p.tick;
-      if (since < time && !p.stuck) p.shown = static_cast<Nanojoules>(std::llround((p.joules + p.part * drawn * static_cast<double>((time - since).count()) * 1e-9) * 1e9));
+      if (since < time && !p.stuck) p.shown = static_cast<Nanojoules>(std::floor((p.joules + p.part * drawn * static_cast<double>((time - since).count()) * 1e-9) / p.unit) * p.unit * 1e9);
       p.joules += p.part * drawn * static_cast<double>(time.count()) * 1e-9;
     }
     now += time;
@@ -91,7 +92,8 @@ std::string error_of(F&& f) {
 Calibration calibrate(Machine& machine, const CalibrationOptions& options = {}) {
   std::vector<AnyMeter> meters;
   meters.emplace_back(MachineMeter(machine));
-  return tally::calibrate(meters, machine, options);
+  ProcessorMeters processors(meters, machine);
+  return tally::calibrate(processors, machine, options);
 }
 std::string failure_of(Machine machine) {
   const std::string error = error_of([&] { calibrate(machine); });
@@ -183,7 +185,22 @@ TEST_CASE("calibration measures each processor once") {
   std::vector<AnyMeter> meters;
   meters.emplace_back(MachineMeter(twice));
   meters.emplace_back(MachineMeter(twice));
-  check_planted(tally::calibrate(meters, twice), twice);
+  ProcessorMeters processors(meters, twice);
+  check_planted(tally::calibrate(processors, twice), twice);
+
+  Machine guest;  // packages that a hypervisor only pretends to have
+  guest.packages = {with(Domain::cpu_package, -1, "package-0"), with(Domain::psys, -1, "psys")};
+  guest.packages[0].stuck = true;
+  check_planted(calibrate(guest), guest);
+}
+
+TEST_CASE("calibration waits for a counter whose least step is a joule") {
+  Machine machine;  // which makes steps of 33 ms at 30 W, with ticks of 1 ms
+  machine.packages[0].info.unit_joules = 1;
+  machine.packages[0].unit = 1;
+  const Calibration c = calibrate(machine, {4s, 0, {}});
+  CHECK(c.weights.floor_watts == Approx(30).epsilon(1e-3));
+  CHECK(c.weights.of(Activity::reduce) == Approx(6).epsilon(1e-2));
 }
 
 TEST_CASE("drift shows as error") {
@@ -196,25 +213,39 @@ TEST_CASE("drift shows as error") {
 }
 
 TEST_CASE("calibration fails with a reason, and leaves the cores alone") {
+  const std::string none = "unsupported: no meter measures this host's processors, so there is nothing to calibrate by";
   Machine machine;
-  CHECK(error_of([&] { tally::calibrate({}, machine); }) == "unsupported: no meter measures this host's processors, so there is nothing to calibrate by");
-
+  ProcessorMeters nothing({}, machine);
+  CHECK(error_of([&] { tally::calibrate(nothing, machine); }) == none);
   Machine gpu;
   gpu.packages[0].info.kind = Domain::gpu_board;
-  CHECK(failure_of(gpu).find("no meter measures this host's processors") != std::string::npos);
+  CHECK(failure_of(gpu) == none);
   Machine slow;
   slow.packages[0].info.tick = 1h;
-  CHECK(failure_of(slow).find("the meter 'package-0' of fake moves only once in 3600000000000 ns") != std::string::npos);
+  CHECK(failure_of(slow) == none);
   Machine stuck;
   stuck.packages[0].stuck = true;
-  CHECK(failure_of(stuck) == "malformed data: the meter 'package-0' of fake did not move in sixteen times the time it should have; nothing was calibrated");
+  CHECK(failure_of(stuck) == none + ": 'package-0' of fake stands still");
   Machine silent;
   silent.packages[0].silent = true;
-  CHECK(failure_of(silent).find("could not be read") != std::string::npos);
+  CHECK(failure_of(silent) == none + ": 'package-0' of fake has no readings");
   Machine denied;
   denied.packages[0].caveats = Caveat::wrap | Caveat::permission_denied;
-  CHECK(failure_of(denied).find("cannot be used: the counter must not be read by this user") != std::string::npos);
+  CHECK(failure_of(denied) == none + ": 'package-0' of fake cannot be used (the counter must not be read by this user)");
+  Machine half;  // what one of two packages draws is not what the host draws
+  half.packages.resize(2);
+  half.packages[1].info.key = "package-1";
+  half.packages[1].stuck = true;
+  CHECK(failure_of(half) == "malformed data: the meter 'package-1' of fake stands still; nothing was calibrated");
 
+  for (const bool vanish : {true, false}) {
+    Machine later;
+    later.meanwhile = [&later, vanish] {
+      if (later.load == Load::reduce) vanish ? void(later.packages[0].caveats = static_cast<Caveats>(Caveat::vanished)) : void(later.packages[0].silent = true);
+    };
+    CHECK(error_of([&] { calibrate(later); }) == std::string("malformed data: the meter 'package-0' of fake ") + (vanish ? "cannot be used (the counter disappeared while it was in use)" : "has no readings") + "; nothing was calibrated");
+    CHECK(later.stops == later.starts);
+  }
   Machine falling;
   falling.meanwhile = [&falling, n = 0]() mutable {
     if (++n % 64 == 0) falling.packages[0].joules = 0;

@@ -36,8 +36,8 @@ namespace tally::inline v0 {
 template <Transport T>
 class Engine final : public AnyEngine {
  public:
-  Engine(std::unique_ptr<T> transport, const Clock& clock, ModelMeter model, WaitPolicy wait = WaitPolicy::balanced, bool accounting = true)
-      : transport_(std::move(transport)), clock_(clock), wait_(wait), accounting_(accounting), ledger_(transport_->size(), transport_->rank(), transport_->name(), model), progress_(*transport_, clock, wait, accounting), runs_(transport_->size()) {}
+  Engine(std::unique_ptr<T> transport, const Clock& clock, EnergySettings energy = {}, WaitPolicy wait = WaitPolicy::balanced, bool accounting = true)
+      : transport_(std::move(transport)), clock_(clock), wait_(wait), accounting_(accounting), ledger_(transport_->size(), transport_->rank(), transport_->name(), clock, std::move(energy)), progress_(*transport_, clock, wait, accounting), runs_(transport_->size()) {}
   ~Engine() override {
     leave();
     ledger_.settle();  // while the stopwatches it reads are there
@@ -231,7 +231,7 @@ class Engine final : public AnyEngine {
   }
   std::string_view transport_name() const override { return transport_->name(); }
   std::uint64_t reserve(std::span<const Rank> members) override { return transport_->reserve(members); }
-  std::unique_ptr<AnyEngine> open(std::uint64_t token, std::span<const Rank> members) override { return std::make_unique<Engine>(transport_->open(token, members), clock_, ledger_.meter(), wait_, accounting_); }
+  std::unique_ptr<AnyEngine> open(std::uint64_t token, std::span<const Rank> members) override { return std::make_unique<Engine>(transport_->open(token, members), clock_, ledger_.settings(), wait_, accounting_); }
   void release(std::uint64_t token) override { transport_->release(token); }
   void discard(std::uint64_t token, std::span<const Rank> members) override { transport_->discard(token, members); }
   std::uint64_t reserve_memory(std::size_t stride) override { return shares_.reserve(stride); }
@@ -243,7 +243,6 @@ class Engine final : public AnyEngine {
   std::string kernel_problem() const override { return shares_.kernel_problem(); }
 
   // For Progress (see ProgressClient).
-
   OperationAccount& account_of(const Transfer& t) {
     Run* const run = diagnosis_.serving = static_cast<Run*>(t.owner);
     return run->account;
@@ -276,6 +275,7 @@ class Engine final : public AnyEngine {
   Transfer* unexpected(Rank peer, const FrameInfo& frame) { return mailbox_.take_in(peer, frame); }
 
   [[gnu::cold]] void check_peers() {
+    if (accounting_) ledger_.publish_unfinished(waiting().watch, clock_.now(), clock_);
     diagnosis_.for_each_other_call([&](const Run& run, Rank r, std::uint64_t theirs) { raise_mismatch(run, r, theirs); });
   }
   [[gnu::cold]] Rank first_lost() {
@@ -410,7 +410,7 @@ class Engine final : public AnyEngine {
     Report report = close(run);
     diagnosis_.waited = nullptr;
     progress_.stop();
-    if (run.row) ledger_.book(*run.row, report, run.bytes, run.account.watch, clock_);
+    if (run.row) ledger_.book(run.booking(), report, clock_);
     runs_.free(run);
     return report;
   }
@@ -626,7 +626,7 @@ class Engine final : public AnyEngine {
     run.booked = true;
     run.report.exposed = exposed(run);
     if (!run.row) return;
-    ledger_.book(*run.row, run.report, run.bytes, run.account.watch, clock_);
+    ledger_.book(run.booking(), run.report, clock_);
     ledger_.settle();
     if (run.error) ++run.row->failed;
   }
@@ -664,7 +664,7 @@ class Engine final : public AnyEngine {
         run.error = thrown && &run == diagnosis_.serving ? thrown : std::make_exception_ptr(*failed_);
         end(run);
       } else if (run.row) {
-        ledger_.book(*run.row, run.report, run.bytes, run.account.watch, clock_);
+        ledger_.book(run.booking(), run.report, clock_);
         ledger_.settle();
         ++run.row->failed;
       }

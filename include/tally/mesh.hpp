@@ -72,7 +72,7 @@ class Mesh {
   AxisTotals totals(std::string_view name) const {
     const Ledger& ledger = axis(name).ledger();
     AxisTotals totals;
-    totals.joules = totals.idle_joules = ledger.meter().joules({}, {});  // nothing, or unknown
+    totals.joules = totals.idle_joules = ledger.energy({});  // nothing, or unknown
     for (const LedgerRow& row : ledger.rows()) {
       totals.calls += row.calls;
       totals.bytes += row.bytes;

@@ -86,6 +86,8 @@ struct Run {
   std::function<void()> continuation;
   Run *before = nullptr, *after = nullptr;  // in flight, in the order in which they were posted
   Run* next = nullptr;                      // of the finished, or of the free
+
+  Ledger::Booking booking() const { return {row, bytes, call ? sequence : 0, account.arrival, &account.watch}; }
 };
 
 /// What an operation reads and writes of the caller's memory.

@@ -19,3 +19,4 @@ else
 fi
 build "$work/consumer"
 [[ $("$work/consumer/consumer") == "1 + 2 = 3" ]] || { echo "the program prints something else"; exit 1; }
+[[ ! -e $work/consumer/carbon || $("$work/consumer/carbon") == "400 g" ]] || { echo "the program that accounts carbon prints something else"; exit 1; }

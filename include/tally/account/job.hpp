@@ -142,9 +142,9 @@ inline JobAccount job_of(std::span<const Account> accounts) {
   bool first = true;
   for (const Account& account : all)
     for (const AccountRow& row : account.rows) {
-      AccountRow sum = row;
-      sum.waited_for.clear();
-      add(job.rows, sum);
+      AccountRow nameless = row;
+      nameless.waited_for.clear();
+      add(job.rows, nameless);
       add(job.time, row.time);
       if (std::exchange(first, false)) job.energy = row.energy;
       else add(job.energy, row.energy);

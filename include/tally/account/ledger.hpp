@@ -1,20 +1,30 @@
 // SPDX-License-Identifier: Apache-2.0
 // The kept account of one communicator on one rank: sums per operation, size class and algorithm, who was waited
-// for, and the details of the last 256 operations. Its memory does not grow with the number of operations.
+// for, and the details of the last 256 calls; and the joules that meters charge for them, window by window. Its memory
+// does not grow with the number of operations.
 #pragma once
 
 #include <algorithm>
 #include <array>
 #include <bit>
+#include <chrono>
+#include <cmath>
 #include <cstdint>
 #include <deque>
 #include <ostream>
 #include <sstream>
 #include <string>
 #include <string_view>
+#include <thread>
+#include <tuple>
+#include <utility>
 #include <vector>
 
+#include "../energy/settings.hpp"
+#include "amounts.hpp"
 #include "report.hpp"
+#include "row_energy.hpp"
+#include "snapshot.hpp"
 
 namespace tally::inline v0 {
 
@@ -31,24 +41,40 @@ struct LedgerRow {
   nanoseconds exposed{};          // the caller was blocked; the rest of elapsed was overlapped
   nanoseconds slept{};            // part of the waits
   nanoseconds queued{};           // part of the waits: other operations were served, and pay for it
-  std::vector<nanoseconds> waited_for;  // per rank: arrival + transfer + credit
+  std::vector<Blame> waited_for;  // indexed by rank
+  ElapsedHistogram histogram{};
+  EnergyAmounts charged;      // by meters, for windows that are closed
+  ActivityTimes charged_for;  // what had been done by then
 
   nanoseconds busy() const { return copy + reduce + codec + protocol; }
   nanoseconds idle() const { return wait_arrival + wait_transfer + wait_credit + wait_local; }
   /// The rank waited for most, -1 if none.
   Rank worst() const {
-    const auto it = std::max_element(waited_for.begin(), waited_for.end());
-    return it == waited_for.end() || it->count() == 0 ? -1 : static_cast<Rank>(it - waited_for.begin());
+    const auto it = std::max_element(waited_for.begin(), waited_for.end(), [](const Blame& a, const Blame& b) { return a.total() < b.total(); });
+    return it == waited_for.end() || it->total() == nanoseconds{0} ? -1 : it->rank;
   }
+  /// For its power: of the time in the queue others pay.
+  ActivityTimes activities() const {
+    ActivityTimes times;
+    times[Activity::copy] = copy;
+    times[Activity::reduce] = reduce;
+    times[Activity::codec] = codec;
+    times[Activity::protocol] = protocol;
+    times[Activity::spin] = idle() - slept - queued;
+    times[Activity::sleep] = slept;
+    return times;
+  }
+  AccountTimes times() const { return {elapsed, exposed, copy, reduce, codec, protocol, wait_arrival, wait_transfer, wait_credit, wait_local, undriven, slept, queued}; }
 };
 
 class Ledger final : public detail::ReportSource {
  public:
-  Ledger(int n, Rank me, std::string_view transport, ModelMeter model) : n_(n), me_(me), transport_(transport), model_(model), recent_(recent_count), by_peer_(static_cast<std::size_t>(n)) {
-    for (Rank r = 0; r < n; ++r) by_peer_[static_cast<std::size_t>(r)].rank = r;
+  [[gnu::cold, gnu::noinline]] Ledger(int n, Rank me, std::string_view transport, const Clock& clock, EnergySettings settings)
+      : n_(n), me_(me), transport_(transport), settings_(std::move(settings)), energy_(settings_.sources ? settings_.sources() : nullptr), host_at_begin_(energy_.host()), clock_(clock), began_(Moment::now(clock)), recent_(recent_count), by_peer_(nobody()) {
+    energy_.publish({});
     handle_ = detail::ReportSources::all().add(this);
   }
-  ~Ledger() override { detail::ReportSources::all().remove(handle_); }
+  [[gnu::cold, gnu::noinline]] ~Ledger() override { detail::ReportSources::all().remove(handle_); }
   Ledger(const Ledger&) = delete;
   Ledger& operator=(const Ledger&) = delete;
 
@@ -57,6 +83,7 @@ class Ledger final : public detail::ReportSource {
   /// As of now: calls made later are in what the next call of this returns.
   const std::deque<LedgerRow>& rows() const {
     settle();
+    const_cast<Ledger*>(this)->settle_energy();
     return rows_;
   }
   /// What each rank made this one wait, all operations together; indexed by rank.
@@ -65,9 +92,28 @@ class Ledger final : public detail::ReportSource {
     return by_peer_;
   }
 
-  Quantity energy(const LedgerRow& row) const { return model_.joules(row.busy() + row.idle() - row.slept - row.queued, row.slept); }
-  Quantity idle_energy(const LedgerRow& row) const { return model_.joules(row.idle() - row.slept - row.queued, row.slept); }
-  const ModelMeter& meter() const override { return model_; }
+  Quantity energy(const LedgerRow& row) const { return energies(row).gross; }
+  Quantity idle_energy(const LedgerRow& row) const { return energies(row).idle; }
+  /// By meters where there are any: of the windows closed so far. Else by the model.
+  AccountEnergy energies(const LedgerRow& row) const { return energy_.metered() ? energy_.energy(row.charged) : settings_.model.energies(row.activities()); }
+  /// Waits until the joules of all calls so far are known, for so long at most: some 200 ms. False if they are not, or there is no meter.
+  bool wait_for_energy(nanoseconds at_most = std::chrono::seconds(5)) const {
+    settle();
+    if (!energy_.metered()) return false;
+    const std::uint64_t enough = energy_.windows() + 2;  // the one that may be closing now does not know all
+    const auto end = std::chrono::steady_clock::now() + at_most;
+    while (energy_.windows() < enough) {
+      if (std::chrono::steady_clock::now() >= end) return false;
+      std::this_thread::sleep_for(std::chrono::milliseconds(2));
+    }
+    const_cast<Ledger*>(this)->settle_energy();
+    return true;
+  }
+  /// All of it as plain data. `communicator` names it in the job; `job` may be empty. Power and domains are the host's, since this ledger began.
+  Account account(std::string_view communicator, std::string_view job = {}) const;
+
+  const ModelMeter& model() const { return settings_.model; }
+  const EnergySettings& settings() const { return settings_; }
   std::string_view transport_name() const override { return transport_; }
   std::string_view algorithm_name(std::uint8_t index) const override { return index < algorithms_.size() ? std::string_view(algorithms_[index]) : "unknown"; }
 
@@ -82,48 +128,104 @@ class Ledger final : public detail::ReportSource {
     row.operation = operation;
     row.size_class = size;
     row.algorithm = index;
-    row.waited_for.resize(static_cast<std::size_t>(n_));
+    row.waited_for = nobody();
     return rows_.emplace_back(std::move(row));
   }
+  /// What the engine knows of a call beside its report and its stopwatch.
+  struct Booking {
+    LedgerRow* row = nullptr;
+    std::uint64_t bytes = 0;
+    std::uint64_t number = 0;  // of the operation, the same on all ranks; 0 for messages
+    Ticks begin = 0;
+    const Stopwatch* watch = nullptr;
+  };
   /// Books a finished operation, at the next moment at which there is nothing better to do: when settle() or this
-  /// is called again, or the ledger is read. `watch` knows whom it waited for, and is left alone until then.
-  void book(LedgerRow& row, const Report& report, std::uint64_t bytes, const Stopwatch& watch, const Clock& clock) {
+  /// is called again, or the ledger is read. Its stopwatch, which knows whom it waited for, is left alone until then.
+  void book(const Booking& booking, const Report& report, const Clock& clock) {
     settle();
-    pending_ = {&row, bytes, report.bytes_sent, report.bytes_received, report.bytes_wire, report.sequence, report.elapsed - report.exposed, &watch, &clock};
+    pending_ = {booking, report.bytes_sent, report.bytes_received, report.bytes_wire, report.sequence, report.last_arrival, report.elapsed - report.exposed, &clock};
+  }
+  /// A call goes on for long: what it has done so far is charged to it, too. `now`: up to when its stopwatch's state lasts.
+  [[gnu::cold]] void publish_unfinished(const Stopwatch& watch, Ticks now, const Clock& clock) {
+    settle();
+    ActivityTimes so_far = done_;
+    add(so_far, activities(watch, now, clock));
+    unfinished_ = so_far;
+    energy_.publish(so_far);
+    settle_energy();
   }
   void settle() const {
-    if (!pending_.row) return;
+    if (!pending_.call.row) return;
     const_cast<Ledger*>(this)->enter();
-    pending_.row = nullptr;
+    pending_.call.row = nullptr;
   }
 
   bool find(std::uint32_t sequence, Extra& extra) const override {
     settle();
+    const_cast<Ledger*>(this)->settle_energy();
     const Recent& recent = recent_[sequence % recent_count];
     if (sequence == 0 || recent.sequence != sequence) return false;
-    if (!recent.stalled) return true;
-    extra.slept = recent.slept;
-    extra.queued = recent.queued;
-    for (std::size_t i = 0; i < recent.blamed; ++i)
-      extra.blame.insert(std::upper_bound(extra.blame.begin(), extra.blame.end(), recent.blame[i], [](const Blame& a, const Blame& b) { return a.total() > b.total(); }), recent.blame[i]);
+    extra.energy = energies(recent);
+    extra.energy_final = is_final(recent);
+    extra.blame = recent.worst_first();
     return true;
   }
 
  private:
   struct Pending {
-    LedgerRow* row = nullptr;
-    std::uint64_t bytes = 0, bytes_sent = 0, bytes_received = 0, bytes_wire = 0;
+    Booking call;
+    std::uint64_t bytes_sent = 0, bytes_received = 0, bytes_wire = 0;
     std::uint32_t sequence = 0;
+    std::int16_t last_arrival = -1;
     nanoseconds overlapped{};
-    const Stopwatch* watch = nullptr;
     const Clock* clock = nullptr;
   };
+  static constexpr std::size_t recent_count = 256;
+  struct Recent {
+    std::uint32_t sequence = 0;
+    std::int16_t last_arrival = -1;
+    bool stalled = false;
+    std::uint8_t blamed = 0;
+    std::uint64_t number = 0, bytes = 0;
+    Ticks begin = 0;
+    const LedgerRow* row = nullptr;
+    nanoseconds elapsed{}, exposed{};
+    // Where it was not all protocol:
+    AccountTimes times;
+    std::array<Blame, 8> blame{};
+    EnergyAmounts charged;
+
+    AccountTimes all_times() const {
+      if (stalled) return times;
+      AccountTimes plain;
+      plain.elapsed = plain.protocol = elapsed;
+      plain.exposed = exposed;
+      return plain;
+    }
+    ActivityTimes activities() const {
+      ActivityTimes in;
+      if (!stalled) return in[Activity::protocol] = elapsed, in;
+      in[Activity::copy] = times.copy;
+      in[Activity::reduce] = times.reduce;
+      in[Activity::codec] = times.codec;
+      in[Activity::protocol] = times.protocol;
+      in[Activity::spin] = times.idle() - times.slept - times.queued;
+      in[Activity::sleep] = times.slept;
+      return in;
+    }
+    std::vector<Blame> worst_first() const {
+      if (!stalled) return {};
+      std::vector<Blame> all;
+      for (std::size_t i = 0; i < blamed; ++i) all.insert(std::upper_bound(all.begin(), all.end(), blame[i], [](const Blame& a, const Blame& b) { return a.total() > b.total(); }), blame[i]);
+      return all;
+    }
+  };
   void enter() {
-    LedgerRow& row = *pending_.row;
-    const Stopwatch& watch = *pending_.watch;
+    LedgerRow& row = *pending_.call.row;
+    const Stopwatch& watch = *pending_.call.watch;
     const Clock& clock = *pending_.clock;
     ++row.calls;
-    row.bytes += pending_.bytes;
+    row.bytes += pending_.call.bytes;
     row.bytes_sent += pending_.bytes_sent;
     row.bytes_received += pending_.bytes_received;
     row.bytes_wire += pending_.bytes_wire;
@@ -131,10 +233,24 @@ class Ledger final : public detail::ReportSource {
     row.elapsed += report.elapsed;
     row.exposed += report.elapsed - pending_.overlapped;
     row.protocol += report.protocol;
+    ++row.histogram[elapsed_bucket(report.elapsed)];
+    done_[Activity::protocol] += report.protocol;
     Recent& recent = recent_[pending_.sequence % recent_count];
-    recent.sequence = pending_.sequence;
+    recent.sequence = last_ = pending_.sequence;
+    recent.last_arrival = pending_.last_arrival;
+    recent.number = pending_.call.number;
+    recent.begin = pending_.call.begin;
+    recent.row = &row;
+    recent.bytes = pending_.call.bytes;
+    recent.elapsed = report.elapsed;
+    recent.exposed = report.elapsed - pending_.overlapped;
     recent.stalled = !watch.plain();
-    if (!recent.stalled) return;
+    if (recent.stalled) enter_stalled(row, recent, report, watch, clock);
+    if (unfinished_charged_) charge_unfinished(row, recent);
+    energy_.publish(done_);
+    settle_energy();
+  }
+  void enter_stalled(LedgerRow& row, Recent& recent, const Report& report, const Stopwatch& watch, const Clock& clock) {
     row.copy += report.copy;
     row.reduce += report.reduce;
     row.codec += report.codec;
@@ -143,27 +259,65 @@ class Ledger final : public detail::ReportSource {
     row.wait_credit += report.wait_credit;
     row.wait_local += report.wait_local;
     row.undriven += report.undriven;
-    recent.slept = clock.to_ns(watch.slept());
-    row.slept += recent.slept;
-    recent.queued = clock.to_ns(watch.queued());
-    row.queued += recent.queued;
+    const nanoseconds slept = clock.to_ns(watch.slept()), queued = clock.to_ns(watch.queued());
+    row.slept += slept;
+    row.queued += queued;
+    recent.times = {report.elapsed, recent.exposed, report.copy, report.reduce, report.codec, report.protocol, report.wait_arrival, report.wait_transfer, report.wait_credit, report.wait_local, report.undriven, slept, queued};
+    ActivityTimes rest = recent.activities();
+    rest[Activity::protocol] = {};  // is booked already
+    add(done_, rest);
     recent.blamed = 0;
     for (const Rank r : watch.blamed()) {
       const Blame blame = watch.blame_of(r, clock);
-      row.waited_for[static_cast<std::size_t>(r)] += blame.total();
+      add(row.waited_for[static_cast<std::size_t>(r)], blame);
       add(by_peer_[static_cast<std::size_t>(r)], blame);
       remember(recent, blame);
     }
   }
 
-  static constexpr std::size_t recent_count = 256;
-  struct Recent {
-    std::uint32_t sequence = 0;
-    bool stalled = false;
-    std::uint8_t blamed = 0;
-    nanoseconds slept{}, queued{};
-    std::array<Blame, 8> blame{};
-  };
+  // Joules. Windows close some ten times a second; then what they charged is divided among what was done since.
+
+  void settle_energy() {
+    if (energy_.due()) charge();
+  }
+  [[gnu::cold, gnu::noinline]] void charge() {
+    sinks_.clear();
+    for (LedgerRow& row : rows_) {
+      const ActivityTimes all = row.activities(), since = difference(all, row.charged_for);
+      if (since.total() > nanoseconds{0}) sinks_.push_back({since, &row.charged});
+      row.charged_for = all;
+    }
+    const ActivityTimes open = difference(difference(unfinished_, done_), unfinished_for_);
+    if (open.total() > nanoseconds{0}) {
+      sinks_.push_back({open, &unfinished_amounts_});
+      add(unfinished_for_, open);
+      unfinished_charged_ = true;
+    }
+    const LedgerEnergy::Rates rates = energy_.settle(sinks_);
+    for (std::uint32_t sequence = last_ - charged_to_ < recent_count ? charged_to_ + 1 : last_ - static_cast<std::uint32_t>(recent_count) + 1; sequence != last_ + 1; ++sequence) {
+      Recent& recent = recent_[sequence % recent_count];
+      if (recent.sequence != sequence) continue;
+      if (sequence != with_unfinished_.sequence) recent.charged = {};
+      rates.apply(sequence == with_unfinished_.sequence ? difference(recent.activities(), with_unfinished_.times) : recent.activities(), recent.charged);
+    }
+    charged_to_ = last_;
+  }
+  /// A call has ended that was charged for while it went on.
+  [[gnu::cold, gnu::noinline]] void charge_unfinished(LedgerRow& row, Recent& recent) {
+    row.charged.add(unfinished_amounts_);
+    add(row.charged_for, unfinished_for_);
+    recent.charged = unfinished_amounts_;
+    with_unfinished_ = {recent.sequence, unfinished_for_};
+    unfinished_amounts_ = {};
+    unfinished_for_ = {};
+    unfinished_charged_ = false;
+  }
+
+  AccountEnergy energies(const Recent& recent) const {
+    if (!energy_.metered()) return settings_.model.energies(recent.activities());
+    return is_final(recent) ? energy_.energy(recent.charged) : AccountEnergy{};
+  }
+  bool is_final(const Recent& recent) const { return !energy_.metered() || static_cast<std::int32_t>(charged_to_ - recent.sequence) >= 0; }
   /// Keeps the seven worst; the others are lumped together as rank -1.
   static void remember(Recent& recent, Blame blame) {
     if (recent.blamed + 1u < recent.blame.size()) {
@@ -182,6 +336,55 @@ class Ledger final : public detail::ReportSource {
     to.transfer += more.transfer;
     to.credit += more.credit;
   }
+  static void add(ActivityTimes& to, const ActivityTimes& more) {
+    for (std::size_t a = 0; a < activity_count; ++a) to.in[a] += more.in[a];
+  }
+  /// None is negative.
+  static ActivityTimes difference(const ActivityTimes& later, const ActivityTimes& earlier) {
+    ActivityTimes result;
+    for (std::size_t a = 0; a < activity_count; ++a) result.in[a] = std::max(later.in[a] - earlier.in[a], nanoseconds{0});
+    return result;
+  }
+  /// Of a call that goes on.
+  static ActivityTimes activities(const Stopwatch& watch, Ticks now, const Clock& clock) {
+    const auto part = [&](State state) { return clock.to_ns(watch.ticks()[static_cast<std::size_t>(state)] + (watch.state() == state && now > watch.mark() ? now - watch.mark() : 0)); };
+    nanoseconds idle = part(State::wait_local);
+    for (const Rank r : watch.blamed()) idle += watch.blame_of(r, clock).total();
+    ActivityTimes times;
+    times[Activity::copy] = part(State::copy);
+    times[Activity::reduce] = part(State::reduce);
+    times[Activity::codec] = part(State::codec);
+    times[Activity::protocol] = part(State::protocol);
+    times[Activity::sleep] = std::min(clock.to_ns(watch.slept()), idle);
+    times[Activity::spin] = std::max(idle - times[Activity::sleep] - clock.to_ns(watch.queued()), nanoseconds{0});
+    return times;
+  }
+  std::vector<Blame> nobody() const {
+    std::vector<Blame> peers(static_cast<std::size_t>(n_));
+    for (Rank r = 0; r < n_; ++r) peers[static_cast<std::size_t>(r)].rank = r;
+    return peers;
+  }
+  /// The same moment in ticks and of CLOCK_MONOTONIC, so that calls of a whole ledger can be placed between two of them.
+  struct Moment {
+    Ticks ticks = 0;
+    nanoseconds time{};
+    static Moment now(const Clock& clock) {
+      if (!clock.is_tsc()) return {clock.now(), nanoseconds(static_cast<std::int64_t>(clock.now()))};
+      Moment best;
+      Ticks narrowest = ~Ticks{0};
+      for (int i = 0; i < 4; ++i) {  // whoever was interrupted in between loses
+        const Ticks before = clock.now();
+        const nanoseconds time = monotonic_time();
+        if (const Ticks wide = clock.now() - before; wide < narrowest) narrowest = wide, best = {before + wide / 2, time};
+      }
+      return best;
+    }
+    static nanoseconds between(const Moment& a, const Moment& b, Ticks ticks) {
+      if (b.ticks == a.ticks) return a.time;
+      const auto since = static_cast<double>(static_cast<std::int64_t>(ticks - a.ticks));
+      return a.time + nanoseconds(std::llround(since * (static_cast<double>((b.time - a.time).count()) / static_cast<double>(b.ticks - a.ticks))));
+    }
+  };
   std::uint8_t algorithm_index(std::string_view name) {
     const auto it = std::find(algorithms_.begin(), algorithms_.end(), name);
     if (it == algorithms_.end()) algorithms_.emplace_back(name);
@@ -191,14 +394,70 @@ class Ledger final : public detail::ReportSource {
   int n_;
   Rank me_;
   std::string transport_;
-  ModelMeter model_;
+  EnergySettings settings_;
+  LedgerEnergy energy_;
+  HostEnergy host_at_begin_;
+  Clock clock_;
+  Moment began_;
   std::deque<LedgerRow> rows_;  // addresses stay: plans point at their row
   std::vector<std::string> algorithms_;
   std::vector<Recent> recent_;
   std::vector<Blame> by_peer_;
   std::uint64_t handle_ = 0;
   mutable Pending pending_;
+  ActivityTimes done_, unfinished_, unfinished_for_;  // by calls that are booked; with those that go on; and of these, what was charged for
+  EnergyAmounts unfinished_amounts_;
+  bool unfinished_charged_ = false;
+  struct Charged {
+    std::uint32_t sequence = 0;
+    ActivityTimes times;
+  } with_unfinished_;  // the last call that was charged for before it ended
+  std::uint32_t last_ = 0, charged_to_ = 0;  // sequences
+  std::vector<LedgerEnergy::Sink> sinks_;
 };
+
+inline Account Ledger::account(std::string_view communicator, std::string_view job) const {
+  const std::deque<LedgerRow>& all = rows();
+  const Moment now = Moment::now(clock_);
+  Account account;
+  account.job = job;
+  account.communicator = communicator;
+  account.transport = transport_;
+  account.rank = me_;
+  account.size = n_;
+  account.begin = began_.time;
+  account.end = now.time;
+  const auto who = [](std::vector<Blame> blame) {
+    std::erase_if(blame, [](const Blame& each) { return each.total() == nanoseconds{0}; });
+    return blame;
+  };
+  for (const LedgerRow& row : all)
+    account.rows.push_back({row.operation, row.size_class, std::string(algorithm_name(row.algorithm)), row.calls, row.failed, row.bytes, row.bytes_sent, row.bytes_received, row.bytes_wire, row.times(), row.histogram, who(row.waited_for), energies(row)});
+  std::sort(account.rows.begin(), account.rows.end(), [](const AccountRow& a, const AccountRow& b) { return std::tie(a.operation, a.size_class, a.algorithm) < std::tie(b.operation, b.size_class, b.algorithm); });
+  account.by_peer = who(by_peer_);
+  for (std::uint32_t sequence = last_ - std::min(last_, static_cast<std::uint32_t>(recent_count)) + 1; sequence != last_ + 1; ++sequence) {
+    const Recent& recent = recent_[sequence % recent_count];
+    if (recent.sequence != sequence) continue;
+    account.recent.push_back({recent.number, sequence, recent.row->operation, std::string(algorithm_name(recent.row->algorithm)), recent.bytes, Moment::between(began_, now, recent.begin), recent.all_times(), recent.last_arrival, recent.worst_first(), energies(recent), is_final(recent)});
+  }
+  HostEnergy host = energy_.host();
+  for (DomainAccount& domain : host.domains)
+    for (const DomainAccount& before : host_at_begin_.domains)
+      if (before.key == domain.key) {
+        domain.total -= before.total;
+        domain.operations -= before.operations;
+        domain.application -= before.application;
+        domain.unattributed -= before.unattributed;
+      }
+  std::erase_if(host.power, [&](const PowerSample& sample) { return sample.end <= began_.time; });
+  account.domains = std::move(host.domains);
+  account.power = std::move(host.power);
+  account.host_coverage = host.coverage;
+  account.residual = host.residual;
+  account.warnings = std::move(host.warnings);
+  for (const EnergyKind& kind : energy_.reading().kinds) account.caveats |= kind.caveats;
+  return account;
+}
 
 /// A table, one line per operation, size class and algorithm, as seen by this rank.
 inline std::ostream& operator<<(std::ostream& out, const Ledger& ledger) {
@@ -219,11 +478,12 @@ inline std::ostream& operator<<(std::ostream& out, const Ledger& ledger) {
   out << "ledger of rank " << ledger.rank() << " of " << ledger.size() << " over " << ledger.transport_name() << '\n';
   line({"operation", "size up to", "algorithm", "calls", "bytes", "time", "busy", "arrival", "rest", "waited for", "joules (of which idle), source"});
   for (const LedgerRow* row : rows) {
-    const Quantity energy = ledger.energy(*row);
+    const AccountEnergy energies = ledger.energies(*row);
+    const Quantity& energy = energies.gross;
     std::string joules = detail::joules_text(energy);
     const bool timed = row->elapsed > nanoseconds{0};
     const auto time = [&](nanoseconds t) { return timed ? time_text(t) : std::string("-"); };
-    if (energy.known()) joules += concat({" (", detail::joules_text(ledger.idle_energy(*row)), "), ", name_of(energy.provenance)});
+    if (energy.known()) joules += concat({" (", detail::joules_text(energies.idle), "), ", name_of(energy.provenance)});
     const Rank worst = row->worst();
     line({std::string(name_of(row->operation)), detail::bytes_text(std::uint64_t{1} << row->size_class), std::string(ledger.algorithm_name(row->algorithm)),
           row->failed ? concat({row->calls, " (", row->failed, " failed)"}) : concat({row->calls}), detail::bytes_text(row->bytes), time(row->elapsed), time(row->busy()),

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // What every call hands back: 128 bytes of time and traffic. Energy and blame are looked up in the ledger by
-// sequence number, because they do not fit and, for real meters, are not known yet when the call returns.
+// sequence number, because they do not fit and, for meters, are not known yet when the call returns.
 #pragma once
 
 #include <cmath>
@@ -14,8 +14,9 @@
 #include <type_traits>
 #include <vector>
 
-#include "../energy/model.hpp"
+#include "../energy/quantity.hpp"
 #include "../text.hpp"
+#include "amounts.hpp"
 #include "states.hpp"
 
 namespace tally::inline v0 {
@@ -28,12 +29,12 @@ namespace detail {
 struct ReportSource {
   virtual ~ReportSource() = default;
   struct Extra {
-    nanoseconds slept{}, queued{};
+    AccountEnergy energy;
+    bool energy_final = false;
     std::vector<Blame> blame;
   };
   /// False if the operation is no longer among the recent ones.
   virtual bool find(std::uint32_t sequence, Extra& extra) const = 0;
-  virtual const ModelMeter& meter() const = 0;
   virtual std::string_view algorithm_name(std::uint8_t index) const = 0;
   virtual std::string_view transport_name() const = 0;
 };
@@ -97,21 +98,17 @@ struct Report {
 
   nanoseconds overlapped() const { return elapsed - exposed; }
 
-  /// Joules of this rank's core for this operation; NaN where nothing can be said. Time in which the thread served other
-  /// operations, or nobody drove this one, is not its own.
-  Quantity energy() const {
-    return look_up([&](const ModelMeter& meter, const detail::ReportSource::Extra& extra) { return meter.joules(busy() + idle() - extra.slept - extra.queued, extra.slept); });
-  }
+  /// Joules of this operation on this rank, by meters where there are any, else by the model; NaN where nothing can be said, or not yet.
+  /// Time in which the thread served other operations, or nobody drove this one, is not its own.
+  Quantity energy() const { return energies().gross; }
   /// Of them, joules while waiting.
-  Quantity idle_energy() const {
-    return look_up([&](const ModelMeter& meter, const detail::ReportSource::Extra& extra) { return meter.joules(idle() - extra.slept - extra.queued, extra.slept); });
-  }
+  Quantity idle_energy() const { return energies().idle; }
+  /// All that is known of what was spent.
+  AccountEnergy energies() const { return extra().energy; }
+  /// Meters are read in windows: energy() is not known before the one is closed in which the operation ended.
+  bool energy_final() const { return extra().energy_final; }
   /// The ranks waited for, worst first. Sums per cause equal wait_arrival, wait_transfer and wait_credit.
-  std::vector<Blame> blame() const {
-    detail::ReportSource::Extra extra;
-    detail::ReportSources::all().with(ledger, [&](const detail::ReportSource& source) { source.find(sequence, extra); });
-    return extra.blame;
-  }
+  std::vector<Blame> blame() const { return extra().blame; }
   std::string algorithm_name() const {
     std::string name;
     detail::ReportSources::all().with(ledger, [&](const detail::ReportSource& source) { name = source.algorithm_name(algorithm); });
@@ -124,14 +121,10 @@ struct Report {
   }
 
  private:
-  template <class F>
-  Quantity look_up(F&& f) const {
-    Quantity result;
-    detail::ReportSources::all().with(ledger, [&](const detail::ReportSource& source) {
-      detail::ReportSource::Extra extra;
-      if (source.find(sequence, extra)) result = f(source.meter(), extra);
-    });
-    return result;
+  detail::ReportSource::Extra extra() const {
+    detail::ReportSource::Extra extra;
+    detail::ReportSources::all().with(ledger, [&](const detail::ReportSource& source) { source.find(sequence, extra); });
+    return extra;
   }
 };
 static_assert(sizeof(Report) == 128 && std::is_trivially_copyable_v<Report>);

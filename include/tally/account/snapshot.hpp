@@ -3,8 +3,6 @@
 // exporters write, what ranks send each other and what a file holds; it knows no clock, meter or transport.
 #pragma once
 
-#include <array>
-#include <cstddef>
 #include <cstdint>
 #include <limits>
 #include <string>
@@ -13,35 +11,10 @@
 #include "../energy/quantity.hpp"
 #include "../energy/source.hpp"
 #include "../types.hpp"
+#include "amounts.hpp"
 #include "states.hpp"
 
 namespace tally::inline v0 {
-
-/// The time of one call, or of many. elapsed is exactly the sum of the nine parts.
-struct AccountTimes {
-  nanoseconds elapsed{}, exposed{};  // exposed: the caller was blocked
-  nanoseconds copy{}, reduce{}, codec{}, protocol{};
-  nanoseconds wait_arrival{}, wait_transfer{}, wait_credit{}, wait_local{}, undriven{};
-  nanoseconds slept{};   // part of the waits: the thread was asleep
-  nanoseconds queued{};  // part of the waits: the thread served other operations, and those pay for it
-
-  nanoseconds busy() const { return copy + reduce + codec + protocol; }
-  nanoseconds idle() const { return wait_arrival + wait_transfer + wait_credit + wait_local; }
-};
-
-/// What was spent, in joules and in grams of CO2-equivalent. Each is unknown (NaN) where there is nothing to tell it from.
-struct AccountEnergy {
-  Quantity gross;           // all: net + the share of the floor that the machine draws anyway
-  Quantity net;             // above the floor
-  Quantity idle;            // of gross, while waiting
-  Quantity idle_avoidable;  // of idle, what sleeping would have saved
-  Quantity cpu, dram, gpu;  // gross by where it was drawn
-  Quantity carbon;          // grams of CO2-equivalent for gross
-};
-
-/// Calls by how long they took: bucket i counts those with 2^(i-1) <= elapsed < 2^i nanoseconds (bucket 0: 0 ns).
-inline constexpr std::size_t elapsed_buckets = 48;
-using ElapsedHistogram = std::array<std::uint64_t, elapsed_buckets>;
 
 /// Sums over all calls of one operation, size class and algorithm on one rank.
 struct AccountRow {
@@ -90,7 +63,7 @@ struct Account {
   int size = 1;
   std::vector<Rank> members;  // rank in the job of each rank of the communicator; empty: the same
   nanoseconds begin{}, end{};  // of the time it tells of, of the host's CLOCK_MONOTONIC
-  nanoseconds clock_offset{};  // of this rank's clock to rank 0's, for aligning traces; 0 on one host
+  nanoseconds clock_offset{};  // added to this rank's times it gives rank 0's, for aligning traces; 0 on one host
   std::vector<AccountRow> rows;
   std::vector<AccountEvent> recent;  // oldest first
   std::vector<Blame> by_peer;        // whom this rank waited for, by rank

@@ -70,53 +70,39 @@ struct Calibration {
   std::vector<Measurement> measurements;
 };
 
-namespace detail {
-
-/// The domains whose watts add up to those of the host's processors: its packages, or what contains them where those are not
-/// measured. A meter's own word on what it measures is checked here, once.
+/// The domains whose watts add up to those of the host's processors: its packages, or, where none of those moves, what contains
+/// them. What a meter says is checked here, once.
 class ProcessorMeters {
  public:
-  explicit ProcessorMeters(std::span<AnyMeter> meters) : meters_(meters) {
-    for (const bool packages : {true, false}) {
-      for (std::size_t m = 0; m < meters.size(); ++m) {
-        const auto infos = meters[m].domains();
-        for (std::size_t d = 0; d < infos.size(); ++d) {
-          const bool wanted = packages ? infos[d].kind == Domain::cpu_package && !inside_package(infos, d) : (infos[d].kind == Domain::psys || infos[d].kind == Domain::node) && infos[d].parent < 0;
-          const bool twice = std::any_of(domains_.begin(), domains_.end(), [&](const Measured& other) { return other.info.key == infos[d].key; });
-          if (wanted && !twice && (packages || domains_.empty())) domains_.push_back({m, d, infos[d]});
-        }
-      }
-      if (!domains_.empty()) break;
-    }
-    if (domains_.empty()) throw Error(Errc::unsupported, "no meter measures this host's processors, so there is nothing to calibrate by");
-    for (const Measured& domain : domains_) {
-      if (domain.info.tick > std::chrono::seconds(1)) throw Error(Errc::unsupported, {"the meter '", domain.info.key, "' of ", domain.info.source, " moves only once in ", domain.info.tick.count(), " ns: too seldom to calibrate by"});
-      tick_ = std::max(tick_, domain.info.tick);
-      caveats_ |= domain.info.caveats;
-    }
-  }
-  nanoseconds tick() const { return tick_; }
-  Caveats caveats() const { return caveats_; }
-
   struct Edge {
     nanoseconds time{};
     Nanojoules total = 0;
   };
-  /// Waits until each has moved, and tells when and where to.
-  std::vector<Edge> next_edges(LoadGenerator& loads) {
-    const std::vector<Edge> before = read();
-    std::vector<Edge> edges(domains_.size());
-    std::vector<bool> moved(domains_.size());
-    std::size_t left = domains_.size();
-    for (int look = 0; look < polls_per_tick * most_ticks && left > 0; ++look) {
-      loads.rest(tick_ / polls_per_tick);
-      const std::vector<Edge> now = read();
-      for (std::size_t d = 0; d < domains_.size(); ++d)
-        if (!moved[d] && now[d].total != before[d].total) edges[d] = now[d], moved[d] = true, --left;
+
+  /// Looks which of them live: a counter may be there and stand still. `loads` is only asked to let time pass.
+  ProcessorMeters(std::span<AnyMeter> meters, LoadGenerator& loads) : meters_(meters), loads_(&loads) {
+    std::string dead;
+    for (const bool packages : {true, false}) {
+      choose(packages);
+      if (domains_.empty()) continue;
+      const Look look = look_for_edges();
+      if (std::any_of(look.trouble.begin(), look.trouble.end(), [](const std::string& trouble) { return trouble.empty(); })) return;
+      for (std::size_t d = 0; d < domains_.size(); ++d) dead += detail::concat({dead.empty() ? ": " : "; ", name(d), " ", look.trouble[d]});
     }
+    domains_.clear();
+    missing_ = detail::concat({"no meter measures this host's processors, so there is nothing to calibrate by", dead});
+  }
+  /// Why there is nothing to measure by; empty if there is.
+  const std::string& missing() const { return missing_; }
+  nanoseconds tick() const { return tick_; }
+  Caveats caveats() const { return caveats_; }
+
+  /// Waits until each has moved, and tells when and where to.
+  std::vector<Edge> next_edges() {
+    Look look = look_for_edges();
     for (std::size_t d = 0; d < domains_.size(); ++d)
-      if (!moved[d]) fail(d, "did not move in sixteen times the time it should have");
-    return edges;
+      if (!look.trouble[d].empty()) fail(d, look.trouble[d]);
+    return std::move(look.edges);
   }
   static nanoseconds last(const std::vector<Edge>& edges) {
     return std::max_element(edges.begin(), edges.end(), [](const Edge& a, const Edge& b) { return a.time < b.time; })->time;
@@ -136,42 +122,79 @@ class ProcessorMeters {
     std::size_t meter, index;
     DomainInfo info;
   };
-  static bool inside_package(std::span<const DomainInfo> infos, std::size_t d) {
-    const auto parent = static_cast<std::size_t>(infos[d].parent);
-    return infos[d].parent >= 0 && parent < infos.size() && infos[parent].kind != Domain::psys;
-  }
-  std::vector<Edge> read() {
-    std::vector<Edge> edges(domains_.size());
-    std::vector<bool> has(domains_.size());
-    for (std::size_t m = 0; m < meters_.size(); ++m) {
-      std::vector<MeterSample> samples(meters_[m].domains().size());
-      const std::size_t count = std::min(meters_[m].sample(samples).count, samples.size());
-      for (std::size_t d = 0; d < domains_.size(); ++d)
-        for (std::size_t s = 0; s < count; ++s) {
-          if (domains_[d].meter != m || domains_[d].index != samples[s].domain) continue;
-          constexpr Caveats lost = Caveat::counter_reset | Caveat::wrap_ambiguous | Caveat::permission_denied | Caveat::unreadable | Caveat::vanished;
-          if (const Caveats why = samples[s].caveats & lost; why != 0) fail(d, concat({"cannot be used: ", meaning_of(static_cast<Caveat>(why & -why))}));
-          caveats_ |= samples[s].caveats;
-          edges[d] = {samples[s].time, samples[s].total};
-          has[d] = true;
-        }
-    }
-    for (std::size_t d = 0; d < domains_.size(); ++d)
-      if (!has[d]) fail(d, "could not be read");
-    return edges;
-  }
-  [[noreturn]] void fail(std::size_t d, std::string_view what) const {
-    throw Error(Errc::protocol, {"the meter '", domains_[d].info.key, "' of ", domains_[d].info.source, " ", what, "; nothing was calibrated"});
-  }
+  struct Look {
+    std::vector<Edge> edges;
+    std::vector<std::string> trouble;  // why there is no edge
+  };
 
-  static constexpr int polls_per_tick = 16, most_ticks = 16;
+  void choose(bool packages) {
+    domains_.clear();
+    tick_ = std::chrono::milliseconds(1);
+    patience_ = caveats_ = 0;
+    for (std::size_t m = 0; m < meters_.size(); ++m) {
+      const auto infos = meters_[m].domains();
+      for (std::size_t d = 0; d < infos.size(); ++d) {
+        const DomainInfo& info = infos[d];
+        const auto parent = static_cast<std::size_t>(info.parent);
+        const bool top = info.parent < 0 || parent >= infos.size(), below_psys = !top && infos[parent].kind == Domain::psys;
+        const bool wanted = packages ? info.kind == Domain::cpu_package && (top || below_psys) : (info.kind == Domain::psys || info.kind == Domain::node) && top && domains_.empty();
+        const bool twice = std::any_of(domains_.begin(), domains_.end(), [&](const Measured& other) { return other.info.key == info.key; });
+        if (!wanted || twice || info.tick > std::chrono::seconds(1)) continue;  // or it would take minutes
+        domains_.push_back({m, d, info});
+        tick_ = std::max(tick_, info.tick);
+        patience_ = std::max(patience_, std::clamp(info.unit_joules, 0.0, 10.0));
+        caveats_ |= info.caveats;
+      }
+    }
+  }
+  /// Sixteen ticks, and as long as a watt needs for the least step: that of some counters is a whole joule.
+  Look look_for_edges() {
+    const std::size_t n = domains_.size();
+    Look look{std::vector<Edge>(n), std::vector<std::string>(n, "has no readings")};
+    std::vector<Edge> before(n);
+    enum class Seen : std::uint8_t { nothing, reading, edge, lost };
+    std::vector<Seen> seen(n);
+    const nanoseconds pause = tick_ / polls_per_tick, limit = 16 * tick_ + nanoseconds(static_cast<std::int64_t>(patience_ * 1e9));
+    for (nanoseconds waited{}; waited <= limit && std::any_of(seen.begin(), seen.end(), [](Seen s) { return s < Seen::edge; }); waited += pause) {
+      if (waited > nanoseconds{0}) loads_->rest(pause);
+      for (std::size_t m = 0; m < meters_.size(); ++m) {
+        std::vector<MeterSample> samples(meters_[m].domains().size());
+        samples.resize(std::min(meters_[m].sample(samples).count, samples.size()));
+        for (std::size_t d = 0; d < n; ++d)
+          for (const MeterSample& sample : samples) {
+            if (domains_[d].meter != m || domains_[d].index != sample.domain) continue;
+            const Edge now{sample.time, sample.total};
+            caveats_ |= sample.caveats;
+            constexpr Caveats useless = Caveat::counter_reset | Caveat::wrap_ambiguous | Caveat::permission_denied | Caveat::unreadable | Caveat::vanished;
+            if (const Caveats why = sample.caveats & useless; why != 0) {
+              seen[d] = Seen::lost;
+              look.trouble[d] = detail::concat({"cannot be used (", meaning_of(static_cast<Caveat>(why & -why)), ")"});
+            } else if (seen[d] == Seen::nothing) {
+              seen[d] = Seen::reading;
+              before[d] = now;
+              look.trouble[d] = "stands still";
+            } else if (seen[d] == Seen::reading && now.total != before[d].total) {
+              seen[d] = Seen::edge;
+              look.edges[d] = now;
+              look.trouble[d].clear();
+            }
+          }
+      }
+    }
+    return look;
+  }
+  std::string name(std::size_t d) const { return detail::concat({"'", domains_[d].info.key, "' of ", domains_[d].info.source}); }
+  [[noreturn]] void fail(std::size_t d, std::string_view what) const { throw Error(Errc::protocol, {"the meter ", name(d), " ", what, "; nothing was calibrated"}); }
+
+  static constexpr int polls_per_tick = 16;
   std::span<AnyMeter> meters_;
+  LoadGenerator* loads_;
   std::vector<Measured> domains_;
   nanoseconds tick_ = std::chrono::milliseconds(1);
+  double patience_ = 0;  // seconds
   Caveats caveats_ = 0;
+  std::string missing_;
 };
-
-}  // namespace detail
 
 /// What is measured, in this order: every load on 1, 2, 4 ... and all cores, from idle to idle, twice, so that what warms up or
 /// drifts shows as error rather than as a difference between loads.
@@ -199,8 +222,8 @@ inline nanoseconds calibration_window(nanoseconds tick, nanoseconds at_least) { 
 /// measured, that of an even distribution between the least and the most of them: their range / sqrt(12) / their mean.
 ///
 /// Throws Error if the meters cannot be read or stand still, or if the loads cannot be told from nothing. Seconds; see calibration_steps().
-inline Calibration calibrate(std::span<AnyMeter> meters, LoadGenerator& loads, const CalibrationOptions& options = {}) {
-  detail::ProcessorMeters processors(meters);
+inline Calibration calibrate(ProcessorMeters& processors, LoadGenerator& loads, const CalibrationOptions& options = {}) {
+  if (!processors.missing().empty()) throw Error(Errc::unsupported, processors.missing());
   const std::vector<CalibrationStep> steps = calibration_steps(loads, options.cores);
   const nanoseconds length = calibration_window(processors.tick(), options.at_least);
   struct Running {
@@ -215,10 +238,10 @@ inline Calibration calibrate(std::span<AnyMeter> meters, LoadGenerator& loads, c
     loads.start(step.load, step.cores);
     const Running running{loads};
     loads.rest(std::max<nanoseconds>(std::chrono::milliseconds(20), 10 * processors.tick()));  // clocks and voltages settle
-    const auto begin = processors.next_edges(loads);
+    const auto begin = processors.next_edges();
     const nanoseconds busy_before = loads.busy();
     loads.rest(length);
-    const auto end = processors.next_edges(loads);
+    const auto end = processors.next_edges();
     const nanoseconds busy = loads.busy() - busy_before;
     const double watts = processors.watts(begin, end);  // throws if time went back
     const nanoseconds time = processors.last(end) - processors.last(begin);

@@ -292,7 +292,7 @@ class HubSeat final : public EnergySource, private EnergyMember::Guest {
     if (!place || !place->seat.slot || !(*place->seat.board)->state.read(state)) return false;
     reading.windows = place->windows_before + state.windows;
     reading.time = nanoseconds(state.time);
-    reading.charges = sum(place->charged_before, place->seat.slot->read_charges());
+    reading.charges = together(place->charged_before, place->seat.slot->read_charges());
     std::copy(std::begin(state.kinds), std::end(state.kinds), reading.kinds.begin());
     for (std::size_t k = 0; k < power_kinds; ++k) reading.kinds[k].total += place->total_before[k];
     return true;
@@ -332,7 +332,7 @@ class HubSeat final : public EnergySource, private EnergyMember::Guest {
     ActivityTimes base;  // of who publishes
     bool begun = false;
   };
-  static Charges sum(Charges a, const Charges& b) {
+  static Charges together(Charges a, const Charges& b) {
     for (std::size_t k = 0; k < power_kinds; ++k) {
       for (std::size_t i = 0; i < activity_count; ++i) a[k].net[i] += b[k].net[i];
       a[k].floor += b[k].floor;
@@ -347,7 +347,7 @@ class HubSeat final : public EnergySource, private EnergyMember::Guest {
       detail::BoardState state{};
       (*old->seat.board)->state.read(state);
       place->windows_before = old->windows_before + state.windows;
-      place->charged_before = old->seat.slot ? sum(old->charged_before, old->seat.slot->read_charges()) : old->charged_before;
+      place->charged_before = old->seat.slot ? together(old->charged_before, old->seat.slot->read_charges()) : old->charged_before;
       for (std::size_t k = 0; k < power_kinds; ++k) place->total_before[k] = old->total_before[k] + state.kinds[k].total;
     }
     if (!device_.empty())

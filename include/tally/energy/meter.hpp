@@ -34,6 +34,10 @@ constexpr std::string_view name_of(Domain domain) {
   return names[static_cast<std::size_t>(domain)];
 }
 
+/// Such a domain contains others that have no parent: where both are known, its joules are not to be added to theirs.
+constexpr bool whole_machine(Domain kind) { return kind == Domain::psys || kind == Domain::node; }
+
+
 /// One domain of a meter.
 struct DomainInfo {
   Domain kind = Domain::node;
@@ -113,6 +117,13 @@ inline nanoseconds monotonic_time() {
   return nanoseconds(static_cast<std::int64_t>(t.tv_sec) * 1'000'000'000 + t.tv_nsec);
 }
 
+namespace detail {
+
+/// The type ends at 18 GJ: three weeks of a node of 10 kW. A total stays there.
+constexpr Nanojoules in_nanojoules(long double value) { return value < 0x1p64L ? static_cast<Nanojoules>(value) : ~Nanojoules{0}; }
+
+}  // namespace detail
+
 /// What is wrong with what a meter reads: each text once, and not without end.
 class MeterWarnings {
  public:
@@ -150,10 +161,10 @@ class Unwrapped {
     if (max_watts_ > 0 && static_cast<double>(delta) > most) return static_cast<Caveats>(Caveat::counter_reset);
     // Two wraps cannot be told from one by the value, only by the time that has passed.
     if (modulus_ != 0 && max_watts_ > 0 && most > 0.5 * static_cast<double>(modulus_)) caveats |= Caveat::wrap_ambiguous;
-    units_ += delta;
+    units_ += std::min(delta, ~std::uint64_t{0} - units_);
     return caveats;
   }
-  Nanojoules total() const { return static_cast<Nanojoules>(static_cast<long double>(units_) * static_cast<long double>(unit_)); }
+  Nanojoules total() const { return detail::in_nanojoules(static_cast<long double>(units_) * static_cast<long double>(unit_)); }
 
  private:
   static constexpr double slack_seconds = 0.1;  // a counter may show late, in one step, what was drawn before the last reading
@@ -174,8 +185,9 @@ class IntegratedPower {
       begun_ = false;
       return static_cast<Caveats>(Caveat::counter_reset);
     }
+    if (begun_ && now < time_) return 0;  // else this time would be counted twice
     Caveats caveats = 0;
-    if (begun_ && now > time_) {
+    if (begun_) {
       if (now - time_ <= longest_gap_) nanojoules_ += 0.5 * (watts_ + watts) * static_cast<double>((now - time_).count());
       else caveats |= Caveat::stale;
     }
@@ -184,7 +196,7 @@ class IntegratedPower {
     time_ = now;
     return caveats;
   }
-  Nanojoules total() const { return static_cast<Nanojoules>(nanojoules_); }
+  Nanojoules total() const { return detail::in_nanojoules(static_cast<long double>(nanojoules_)); }
 
  private:
   double max_watts_, watts_ = 0;

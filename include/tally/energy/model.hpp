@@ -2,10 +2,12 @@
 // Joules without a meter: the time one core was awake and asleep, times watts. Always marked modelled.
 #pragma once
 
+#include <algorithm>
 #include <chrono>
 #include <cmath>
 
 #include "../types.hpp"
+#include "activity.hpp"
 #include "quantity.hpp"
 
 namespace tally::inline v0 {
@@ -24,7 +26,20 @@ struct ModelMeter {
     if (!enabled) return {};
     using Seconds = std::chrono::duration<double>;
     const double value = busy_watts * Seconds(awake).count() + idle_watts * cores_per_rank * Seconds(asleep).count();
-    return {value, relative_sigma * value, value / bound_factor, value * bound_factor, Provenance::modelled};
+    return {value, relative_sigma * value, value / bound_factor, value * bound_factor, Provenance::modelled, Split::equal_time};
+  }
+  /// Of one thread. What it would have drawn asleep all the time is the floor.
+  AccountEnergy energies(const ActivityTimes& times) const {
+    if (!enabled) return {};
+    const nanoseconds asleep = times[Activity::sleep], waiting = times[Activity::spin] + times[Activity::doze], none{};
+    AccountEnergy energy;
+    energy.gross = energy.cpu = joules(times.awake(), asleep);
+    energy.idle = joules(waiting, asleep);
+    ModelMeter above = *this;
+    above.busy_watts = std::max(0.0, busy_watts - idle_watts * cores_per_rank);
+    energy.net = above.joules(times.awake(), none);
+    energy.idle_avoidable = above.joules(waiting, none);
+    return energy;
   }
 };
 

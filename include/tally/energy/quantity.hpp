@@ -60,7 +60,7 @@ enum class Caveat : std::uint32_t {
   shared_device = 1u << 6,      // others use the device as well
   opaque_wait = 1u << 7,        // the device waited where the host cannot see
   permission_denied = 1u << 8,  // it must not be read
-  unreadable = 1u << 9,         // it could not be read, or held no number: that interval is not counted
+  unreadable = 1u << 9,         // it could not be read, or held no number: that interval is not counted, or late
   vanished = 1u << 10,          // it is gone
   implausible = 1u << 11,       // two ways to measure the same thing disagree
   floor_clamped = 1u << 12,     // less was drawn than the machine's floor is said to be
@@ -92,7 +92,7 @@ constexpr std::string_view meaning_of(Caveat caveat) {
       "others use the device as well",
       "the device waited where the host cannot see it",
       "the counter must not be read by this user",
-      "the counter could not be read or held no number: that interval is not counted",
+      "the counter could not be read or held no number: that interval is not counted, or counted late",
       "the counter disappeared while it was in use",
       "two ways to measure the same device disagree",
       "less was drawn than the machine's floor is said to be",
@@ -101,6 +101,16 @@ constexpr std::string_view meaning_of(Caveat caveat) {
   };
   return meanings[std::countr_zero(static_cast<Caveats>(caveat))];
 }
+
+/// What was spent, in joules and in grams of CO2-equivalent. Each is unknown (NaN) where there is nothing to tell it from.
+struct AccountEnergy {
+  Quantity gross;           // all: net + the share of the floor that the machine draws anyway
+  Quantity net;             // above the floor
+  Quantity idle;            // of gross, while waiting
+  Quantity idle_avoidable;  // of idle, what sleeping would have saved
+  Quantity cpu, dram, gpu;  // gross by where it was drawn
+  Quantity carbon;          // grams of CO2-equivalent for gross
+};
 
 using Nanojoules = std::uint64_t;
 

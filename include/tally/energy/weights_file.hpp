@@ -23,11 +23,12 @@
 #include <utility>
 #include <vector>
 
-#include "../descriptor.hpp"
+#include "../environment.hpp"
 #include "../error.hpp"
 #include "../text.hpp"
 #include "../topology.hpp"
 #include "activity.hpp"
+#include "host_files.hpp"
 
 namespace tally::inline v0 {
 
@@ -49,29 +50,6 @@ namespace detail {
 
 inline constexpr std::size_t most_weights_bytes = 1 << 20, most_machines = 1024, most_key_bytes = 128;
 inline constexpr double most_watts = 1e6;
-
-/// All of a file of at most so many bytes. `error`: why there is none; EFBIG if it is longer, EINVAL if it is no regular file.
-struct BoundedText {
-  std::string text;
-  int error = 0;
-};
-inline BoundedText read_bounded(const std::string& path, std::size_t most) {
-  const FileDescriptor file(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));  // a pipe must not keep us waiting
-  if (!file) return {{}, errno};
-  struct stat status {};
-  if (::fstat(file.get(), &status) != 0) return {{}, errno};
-  if (!S_ISREG(status.st_mode)) return {{}, EINVAL};
-  BoundedText result;
-  char part[4096];
-  for (;;) {
-    const ssize_t got = ::read(file.get(), part, sizeof part);
-    if (got < 0 && errno == EINTR) continue;
-    if (got < 0) return {{}, errno};
-    if (got == 0) return result;
-    result.text.append(part, static_cast<std::size_t>(got));
-    if (result.text.size() > most) return {{}, EFBIG};
-  }
-}
 
 inline bool is_key_character(char c) { return c >= ' ' && c <= '~' && c != '"' && c != '\\'; }
 /// Without what the file cannot hold; `otherwise` if nothing is left.
@@ -206,32 +184,29 @@ class WeightsReader {
 
 }  // namespace detail
 
-/// The machine below `root`, e.g. "/" or a copy of /proc and /sys.
-inline MachineKey machine_key(const std::string& root = "/") {
-  using namespace detail;
-  const auto text = [&](const char* path, std::string otherwise) { return key_text(read_bounded(concat({root, path}), 4096).text, std::move(otherwise)); };
+/// The machine whose /proc and /sys are below `root`; "" and "/": this host.
+inline MachineKey machine_key(const std::string& root = {}) {
+  using detail::below, detail::concat, detail::cpuinfo_value, detail::key_text, detail::read_file;
+  const auto text = [&](const char* path, std::string otherwise) { return key_text(read_file(below(root, path)).text, std::move(otherwise)); };
   MachineKey key;
-  const std::string info = read_bounded(root + "/proc/cpuinfo", 16 << 20).text;
+  const std::string info = detail::read_start(below(root, "proc/cpuinfo"), 64 << 10).text;
   key.cpu = key_text(cpuinfo_value(info, "model name"), "");
   if (const auto part = cpuinfo_value(info, "CPU part"); key.cpu.empty() && !part.empty())  // Arm's have no names here
     key.cpu = key_text(concat({"implementer", cpuinfo_value(info, "CPU implementer"), " part", part}), "");
   if (key.cpu.empty()) key.cpu = "unknown";
-  key.governor = text("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor", "none");
-  key.idle_driver = text("/sys/devices/system/cpu/cpuidle/current_driver", "none");
-  const cpu_set_t online = parse_cores(key_text(read_bounded(root + "/sys/devices/system/cpu/online", 4096).text, ""));
+  key.governor = text("sys/devices/system/cpu/cpu0/cpufreq/scaling_governor", "none");
+  key.idle_driver = text("sys/devices/system/cpu/cpuidle/current_driver", "none");
+  const cpu_set_t online = detail::parse_cores(key_text(read_file(below(root, "sys/devices/system/cpu/online")).text, ""));
   key.cores = CPU_COUNT(&online);
   return key;
 }
 
 /// Where weights are kept: $TALLY_WEIGHTS, else tally/weights.json in $XDG_CONFIG_HOME, else in ~/.config; empty if none of these is set.
 inline std::string weights_path_of_environment() {
-  const auto set = [](const char* name) -> std::string_view {
-    const char* value = std::getenv(name);
-    return value ? value : "";
-  };
-  if (const auto file = set("TALLY_WEIGHTS"); !file.empty()) return std::string(file);
-  if (const auto folder = set("XDG_CONFIG_HOME"); folder.starts_with('/')) return detail::concat({folder, "/tally/weights.json"});  // others are to be ignored, as XDG has it
-  if (const auto home = set("HOME"); !home.empty()) return detail::concat({home, "/.config/tally/weights.json"});
+  using detail::environment, detail::concat;
+  if (const auto file = environment("TALLY_WEIGHTS")) return std::string(*file);
+  if (const auto folder = environment("XDG_CONFIG_HOME"); folder && folder->starts_with('/')) return concat({*folder, "/tally/weights.json"});  // others are to be ignored, as XDG has it
+  if (const auto home = environment("HOME")) return concat({*home, "/.config/tally/weights.json"});
   return {};
 }
 
@@ -245,8 +220,7 @@ inline std::string weights_text(std::span<const MachineWeights> machines) {
       const std::string_view name = detail::weight_name(i);
       const double value = detail::weight_of(machines[m].weights, i);
       if (!(value >= 0 && value <= detail::most_watts)) throw Error(Errc::invalid_argument, {"the weight '", name, "' of cpu '", key.cpu, "' is no number from 0 to 1000000 and cannot be kept"});
-      char digits[32];
-      text += detail::concat({", \"", name, "\": ", std::string_view(digits, static_cast<std::size_t>(std::to_chars(digits, digits + sizeof digits, std::abs(value)).ptr - digits))});  // no -0
+      text += detail::concat({", \"", name, "\": ", detail::number_text(std::abs(value))});  // no -0
     }
     text += "}";
   }
@@ -258,9 +232,9 @@ inline std::vector<MachineWeights> parse_weights(std::string_view text, std::str
 
 /// All of a file; nothing if there is no such file. Throws Error if it cannot be read.
 inline std::vector<MachineWeights> read_weights(const std::string& path) {
-  const detail::BoundedText file = detail::read_bounded(path, detail::most_weights_bytes);
+  const detail::FileText file = detail::read_file(path, detail::most_weights_bytes);
   if (file.error == ENOENT || file.error == ENOTDIR) return {};
-  if (file.error != 0) throw Error(Errc::invalid_argument, {"cannot read the weights file '", path, "' (", detail::errno_text(file.error), "): name another in TALLY_WEIGHTS, or delete it and run tally_calibrate again"});
+  if (file.error != 0) throw Error(Errc::invalid_argument, {"cannot read the weights file '", path, "' (", detail::why(file.error), "): name another in TALLY_WEIGHTS, or delete it and run tally_calibrate again"});
   return parse_weights(file.text, path);
 }
 /// This machine's, if the file has them.
@@ -284,23 +258,21 @@ inline void save_weights(const std::string& path, const MachineKey& machine, con
   if (!folder.empty()) std::filesystem::create_directories(folder, error);
   std::string unfinished = path + ".XXXXXX";
   const auto fail = [&](const char* what, int why) {
-    throw Error(Errc::no_resources, {"cannot ", what, " '", path, "' (", detail::errno_text(why), "): name another file in TALLY_WEIGHTS or with tally_calibrate --output"});
+    throw Error(Errc::no_resources, {"cannot ", what, " '", path, "' (", detail::why(why), "): name another file in TALLY_WEIGHTS or with tally_calibrate --output"});
   };
-  {
-    const detail::FileDescriptor file(::mkostemp(unfinished.data(), O_CLOEXEC));
-    if (!file) fail("make the weights file", errno);
-    int why = ::fchmod(file.get(), 0644) == 0 ? 0 : errno;
-    for (std::string_view rest = text; why == 0 && !rest.empty();) {
-      const ssize_t wrote = ::write(file.get(), rest.data(), rest.size());
-      if (wrote >= 0) rest.remove_prefix(static_cast<std::size_t>(wrote));
-      else if (errno != EINTR) why = errno;
-    }
-    if (why == 0 && ::fsync(file.get()) != 0) why = errno;
-    if (why == 0 && ::rename(unfinished.c_str(), path.c_str()) != 0) why = errno;
-    if (why == 0) return;
-    ::unlink(unfinished.c_str());
-    fail("write the weights file", why);
+  const detail::HostFile file(::mkostemp(unfinished.data(), O_CLOEXEC));
+  if (!file) fail("make the weights file", errno);
+  int why = ::fchmod(file.get(), 0644) == 0 ? 0 : errno;
+  for (std::string_view rest = text; why == 0 && !rest.empty();) {
+    const ssize_t wrote = ::write(file.get(), rest.data(), rest.size());
+    if (wrote >= 0) rest.remove_prefix(static_cast<std::size_t>(wrote));
+    else if (errno != EINTR) why = errno;
   }
+  if (why == 0 && ::fsync(file.get()) != 0) why = errno;
+  if (why == 0 && ::rename(unfinished.c_str(), path.c_str()) != 0) why = errno;
+  if (why == 0) return;
+  ::unlink(unfinished.c_str());
+  fail("write the weights file", why);
 }
 
 }  // namespace tally::inline v0
