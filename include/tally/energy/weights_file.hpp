@@ -64,10 +64,10 @@ inline std::string key_text(std::string_view text, std::string otherwise) {
 /// The value of the first line "name : value" of /proc/cpuinfo; empty if there is none.
 inline std::string_view cpuinfo_value(std::string_view info, std::string_view name) {
   while (!info.empty()) {
-    const std::string_view line = info.substr(0, info.find('\n'));
-    info.remove_prefix(std::min(info.size(), line.size() + 1));
-    const std::size_t colon = line.find(':');
-    if (line.starts_with(name) && colon != line.npos && line.find_first_not_of(" \t", name.size()) == colon) return line.substr(colon + 1);
+    const std::string_view first = info.substr(0, info.find('\n'));
+    info.remove_prefix(std::min(info.size(), first.size() + 1));
+    const std::size_t colon = first.find(':');
+    if (first.starts_with(name) && colon != first.npos && first.find_first_not_of(" \t", name.size()) == colon) return first.substr(colon + 1);
   }
   return {};
 }
@@ -175,8 +175,8 @@ class WeightsReader {
   }
   [[noreturn]] void fail(std::initializer_list<Piece> what) { fail(concat(what)); }
   [[noreturn]] void fail(std::string_view what) {
-    const auto line = std::count(text_.begin(), text_.end() - static_cast<std::ptrdiff_t>(rest_.size()), '\n') + 1;
-    throw Error(Errc::protocol, {"the weights file '", file_, "' ", what, " (line ", line, "): delete it and run tally_calibrate again"});
+    const auto number = std::count(text_.begin(), text_.end() - static_cast<std::ptrdiff_t>(rest_.size()), '\n') + 1;
+    throw Error(Errc::protocol, {"the weights file '", file_, "' ", what, " (line ", number, "): delete it and run tally_calibrate again"});
   }
 
   std::string_view text_, rest_, file_;
