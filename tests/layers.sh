@@ -12,7 +12,7 @@ layers=(
   "clock wait thread_rule descriptor memory topology copy operators reduce share kernel_copy objective transport/* energy/* account/*"
   "call staging gate prepared progress run neighbours diagnosis local_steps mailbox share_work engine choose cost group options"
   "calls operation progress_thread fusion communicator mesh bootstrap launch"
-  "tally carbon_files"
+  "tally carbon_files energy"
 )
 # Header: what it may include of its own layer. Siblings in algorithms/, transport/ and energy/ stay apart.
 exceptions=(
@@ -37,13 +37,13 @@ exceptions=(
   "energy/board: descriptor energy/attribution energy/source"
   "energy/hub: energy/attribution energy/board energy/source"
   "energy/settings: energy/model energy/source"
-  "energy/member: clock descriptor energy/board energy/hub energy/source"
+  "energy/member: descriptor energy/board energy/hub energy/meters energy/source"
   "energy/*: energy/activity energy/meter energy/quantity"
   "energy/counters: energy/host_files"
   "energy/powercap: energy/counters energy/host_files"
   "energy/perf: energy/counters energy/host_files topology"
   "energy/hwmon: energy/counters energy/host_files"
-  "energy/meters: energy/host_files energy/hwmon energy/perf energy/powercap"
+  "energy/meters: energy/amdsmi energy/host_files energy/hwmon energy/nvml energy/perf energy/powercap"
   "energy/nvml: energy/dynamic_library energy/gpu_board"
   "energy/amdsmi: energy/dynamic_library energy/gpu_board"
   "energy/carbon_csv: energy/carbon"

@@ -8,7 +8,7 @@
 #include <string_view>
 
 #include "choose.hpp"
-#include "energy/model.hpp"
+#include "energy/settings.hpp"
 #include "environment.hpp"
 #include "error.hpp"
 #include "transport/slots.hpp"
@@ -19,7 +19,8 @@ struct Options {
   nanoseconds timeout = std::chrono::seconds(60);  // deadline of every call that names none
   bool accounting = true;
   WaitPolicy wait = WaitPolicy::balanced;
-  ModelMeter meter;
+  ModelMeter meter;         // joules where there is no other meter
+  EnergySources meters;     // host_meters() of tally/energy.hpp; empty: none
   SlotOptions slots;
   AlgorithmOverrides algorithms;
   std::string model;      // measurements to choose algorithms by, written by tally_perf --tune; rank 0's counts
@@ -28,14 +29,18 @@ struct Options {
   std::string transport;  // empty: whatever fits
 
   /// `defaults`, changed by what the environment says: TALLY_TIMEOUT (seconds), TALLY_ACCOUNTING (on, off),
-  /// TALLY_METER (model, none), TALLY_MODEL_BUSY_WATTS, TALLY_MODEL_IDLE_WATTS (per core), TALLY_ALGORITHM, TALLY_ORDER (any, fixed), TALLY_WAIT (latency, balanced, energy), TALLY_MODEL (a file),
+  /// TALLY_METER (auto: meters, else the model; model; none), TALLY_MODEL_BUSY_WATTS, TALLY_MODEL_IDLE_WATTS (per core), TALLY_ALGORITHM, TALLY_ORDER (any, fixed), TALLY_WAIT (latency, balanced, energy), TALLY_MODEL (a file),
   /// TALLY_GROUP (ranks), TALLY_TRANSPORT (shm, thread), TALLY_SLOTS, TALLY_SLOT_BYTES, TALLY_SLOT_BUDGET (bytes).
   static Options from_environment(Options defaults) {
     using detail::environment, detail::environment_number;
     Options o = std::move(defaults);
     if (const auto s = environment_number<double>("TALLY_TIMEOUT", 1e-6, 1e9)) o.timeout = nanoseconds(static_cast<std::int64_t>(*s * 1e9));
     if (const auto v = environment("TALLY_ACCOUNTING")) o.accounting = one_of("TALLY_ACCOUNTING", *v, "off", "on");
-    if (const auto v = environment("TALLY_METER")) o.meter.enabled = one_of("TALLY_METER", *v, "none", "model");
+    if (const auto v = environment("TALLY_METER")) {
+      if (*v != "auto" && *v != "model" && *v != "none") throw Error(Errc::invalid_argument, {"TALLY_METER='", *v, "' is unknown; it may be auto, model or none"});
+      o.meter.enabled = *v != "none";
+      if (*v != "auto") o.meters = nullptr;
+    }
     if (const auto w = environment_number<double>("TALLY_MODEL_BUSY_WATTS", 0, 1e6)) o.meter.busy_watts = *w;
     if (const auto w = environment_number<double>("TALLY_MODEL_IDLE_WATTS", 0, 1e6)) o.meter.idle_watts = *w;
     if (const auto v = environment("TALLY_WAIT")) {

@@ -138,6 +138,7 @@ class EnergyHub {
     PowerKind kind = PowerKind::cpu;
     bool counts = false;   // into what is charged; the others are only told
     bool twice = false;
+    bool seen = false;  // it has been read
     double floor_part = 0;  // of the weights' floor
     Nanojoules last = 0, at_begin = 0, total = 0, operations = 0, application = 0, unattributed = 0;
     Caveats caveats = 0, window_caveats = 0;
@@ -184,6 +185,7 @@ class EnergyHub {
           continue;
         }
         domain.window_caveats |= mine->caveats;
+        domain.seen = true;
         domain.last = std::max(domain.last, mine->total);  // a meter that falls is not to be believed
       }
     }
@@ -363,10 +365,10 @@ class EnergyHub {
     board_.state.write(state_);
     board_.windows.store(state_.windows, std::memory_order_release);
   }
-  /// A guest's counter is a model of its host.
+  /// A guest's counter is a model of its host. One that there is but cannot be read is none.
   static Provenance provenance(const Measured& domain) {
-    if (has(domain.info.caveats, Caveat::virtualised)) return Provenance::modelled;
-    return domain.total == 0 && has(domain.caveats, Caveat::permission_denied) ? Provenance::none : Provenance::prorated;
+    if (!domain.seen) return Provenance::none;
+    return has(domain.info.caveats, Caveat::virtualised) ? Provenance::modelled : Provenance::prorated;
   }
 
   struct Taken {

@@ -33,16 +33,10 @@
 #include "../text.hpp"
 #include "board.hpp"
 #include "hub.hpp"
-#include "meter.hpp"
+#include "meters.hpp"
 #include "source.hpp"
 
 namespace tally::inline v0 {
-
-/// The meters that were found, and what whoever looked has to say.
-struct FoundMeters {
-  std::vector<AnyMeter> meters;
-  std::vector<std::string> warnings;
-};
 
 struct MemberOptions {
   std::string name;                    // of the hub: processes that meet have the same; it is completed by the user's id

@@ -2,14 +2,18 @@
 // Finds the meters of this host: each thing measured once, by the best meter that may read it, and, where there is none, why.
 #pragma once
 
+#include <unistd.h>
+
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "../text.hpp"
+#include "amdsmi.hpp"
 #include "host_files.hpp"
 #include "hwmon.hpp"
 #include "meter.hpp"
+#include "nvml.hpp"
 #include "perf.hpp"
 #include "powercap.hpp"
 
@@ -20,6 +24,8 @@ struct FindMeters {
   MeterClock clock = monotonic_time;
   PerfOpen open_fn = open_perf_event;
   bool cores = false;  // also the counter of each core, where there is one. Each reading wakes that core
+  NvmlOptions nvml = {};      // used where the driver's device is there
+  AmdSmiOptions amdsmi = {};  // likewise
 };
 
 struct FoundMeters {
@@ -56,7 +62,9 @@ inline FoundMeters find_meters(const FindMeters& how = {}) {
   } else if (guest) {
     found.warnings.push_back("this is a virtual machine: its energy counters are its hypervisor's model of its share, and those that never move are none.");
   }
-  // The meters of accelerators come last: found.add(...) each. Their keys ("gpu-...") are never those of processors.
+  // Their keys ("gpu-...") are never those of processors.
+  if (::access((how.root + "/dev/nvidiactl").c_str(), F_OK) == 0) found.add(Nvml(how.nvml));
+  if (::access((how.root + "/dev/kfd").c_str(), F_OK) == 0) found.add(AmdSmi(how.amdsmi));
   return found;
 }
 

@@ -175,8 +175,8 @@ class WeightsReader {
   }
   [[noreturn]] void fail(std::initializer_list<Piece> what) { fail(concat(what)); }
   [[noreturn]] void fail(std::string_view what) {
-    const auto number = std::count(text_.begin(), text_.end() - static_cast<std::ptrdiff_t>(rest_.size()), '\n') + 1;
-    throw Error(Errc::protocol, {"the weights file '", file_, "' ", what, " (line ", number, "): delete it and run tally_calibrate again"});
+    const auto at_line = std::count(text_.begin(), text_.end() - static_cast<std::ptrdiff_t>(rest_.size()), '\n') + 1;
+    throw Error(Errc::protocol, {"the weights file '", file_, "' ", what, " (line ", at_line, "): delete it and run tally_calibrate again"});
   }
 
   std::string_view text_, rest_, file_;

@@ -1,0 +1,67 @@
+// SPDX-License-Identifier: Apache-2.0
+// Joules by this host's meters instead of the model: options.meters = tally::host_meters(). All processes of the host that do so
+// elect one reader, so meters are read once however many ranks and jobs there are, and no joule is counted twice.
+#pragma once
+
+#include <sys/types.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <utility>
+
+#include "energy/member.hpp"
+#include "energy/meters.hpp"
+#include "energy/source.hpp"
+#include "environment.hpp"
+
+namespace tally::inline v0 {
+
+struct HostMeters {
+  std::string root = {};                 // of the host's files, for tests; TALLY_HOST_ROOT is for the same
+  std::string device = {};               // key of the GPU that this rank uses (see Nvml::key_of): it is charged for its share
+  Weights weights = Weights::equal_time();
+  nanoseconds period = std::chrono::milliseconds(100);  // between windows
+};
+
+namespace detail {
+
+/// One for all ledgers of this process that ask for the same, as long as there are any. A fork has its own.
+inline std::shared_ptr<EnergyMember> member_of(const HostMeters& how) {
+  struct Known {
+    std::mutex mutex;
+    std::weak_ptr<EnergyMember> member;
+    std::string root;
+    pid_t pid = 0;
+  };
+  static Known& known = *new Known;  // never destroyed: ledgers may go during exit
+  const std::lock_guard lock(known.mutex);
+  std::shared_ptr<EnergyMember> member = known.pid == ::getpid() && known.root == how.root ? known.member.lock() : nullptr;
+  if (member) return member;
+  MemberOptions options;
+  options.name = how.root.empty() ? "host" : concat({"root ", how.root});
+  options.find = [root = how.root] {
+    FindMeters where;
+    where.root = root;
+    return find_meters(where);
+  };
+  options.hub.weights = how.weights;
+  options.hub.period = how.period;
+  member = std::make_shared<EnergyMember>(std::move(options));
+  known.member = member;
+  known.root = how.root;
+  known.pid = ::getpid();
+  return member;
+}
+
+}  // namespace detail
+
+/// For Options::meters. Where no meter can be read, joules come from the model, and Account::warnings says why.
+inline EnergySources host_meters(HostMeters how = {}) {
+  if (const auto root = detail::environment("TALLY_HOST_ROOT")) how.root = *root;
+  return [how = std::move(how)]() -> std::unique_ptr<EnergySource> { return std::make_unique<HubSeat>(detail::member_of(how), how.device); };
+}
+
+}  // namespace tally::inline v0
