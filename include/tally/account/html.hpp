@@ -509,7 +509,7 @@ class HtmlPage {
     std::vector<Rank> missing;
     for (std::size_t r = 0; r < ranks_.size(); ++r)
       if (!ranks_[r].any) missing.push_back(static_cast<Rank>(r));
-    if (!missing.empty()) note({missing.size() == 1 ? "There is no account of rank " : "There are no accounts of ranks ", list_text(missing), ": what they waited and drew is unknown and in no sum."});
+    if (!missing.empty()) note({missing.size() == 1 ? "There is no account of rank " : "There are no accounts of ranks ", ranks_text(missing), ": what they waited and drew is unknown and in no sum."});
     std::set<std::string_view> hosts;
     for (const Account& account : accounts_) {
       const bool coverage = std::isfinite(account.host_coverage), residual = std::isfinite(account.residual);

@@ -54,14 +54,14 @@ inline void write_json_caveats(std::string& text, Caveats caveats) {
 /// The account's lines one by one: f(object) adds what `kind` has beside what every line says.
 template <class F>
 void write_json_line(std::ostream& out, const Account& account, std::string_view kind, F&& f) {
-  std::string line;
+  std::string text;
   {
-    JsonObject object(line);
+    JsonObject object(text);
     if (kind == "account") object.add("schema", account_schema);
     object.add("kind", kind).add("job", account.job).add("communicator", account.communicator).add("rank", account.rank);
     f(object);
   }
-  out << line << '\n';
+  out << text << '\n';
 }
 
 }  // namespace detail

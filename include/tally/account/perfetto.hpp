@@ -99,13 +99,13 @@ class Trace {
   /// f(object) adds what the event has beside its phase.
   template <class F>
   void event(std::string_view phase, F&& f) {
-    std::string line;
+    std::string text;
     {
-      JsonObject object(line);
+      JsonObject object(text);
       object.add("ph", phase);
       f(object);
     }
-    out_ << (std::exchange(first_, false) ? "\n" : ",\n") << line;
+    out_ << (std::exchange(first_, false) ? "\n" : ",\n") << text;
   }
   void write_name(std::string_view what, int process, std::size_t thread, std::string_view name) {
     event("M", [&](JsonObject& object) {

@@ -52,7 +52,7 @@ inline std::string drawn_text(const Quantity& q) {
 }
 
 /// "3", "3 and 5", "3, 5 and 7", "3, 5, 7 and 9 others".
-inline std::string list_text(std::span<const Rank> ranks) {
+inline std::string ranks_text(std::span<const Rank> ranks) {
   constexpr std::size_t most = 4;
   const std::size_t named = ranks.size() <= most ? ranks.size() : most - 1;
   std::string text;
@@ -160,7 +160,7 @@ class Judge {
       const std::string who = job_.size == 2 ? std::string("The other rank") : concat({"The other ", job_.size - 1, " ranks together"});
       say(Finding::one_rank, concat({"Rank ", worst.front().rank, " slows this job."}), concat({who, " waited ", text_of(caused), " for it, ", much, joules}));
     } else {
-      say(Finding::several_ranks, concat({"Ranks ", list_text(verdict_.ranks), " slow this job."}), concat({"The others waited ", text_of(caused), " for them, ", much, joules}));
+      say(Finding::several_ranks, concat({"Ranks ", ranks_text(verdict_.ranks), " slow this job."}), concat({"The others waited ", text_of(caused), " for them, ", much, joules}));
     }
     for (std::string text : {host_of(verdict_.ranks), mostly_in(verdict_.ranks)})
       if (!text.empty()) verdict_.asides.push_back(std::move(text));
