@@ -48,6 +48,7 @@ exceptions=(
   "energy/amdsmi: energy/dynamic_library energy/gpu_board"
   "energy/carbon_csv: energy/carbon"
   "energy/carbon_settings: energy/carbon energy/carbon_csv"
+  "energy/carbon_rate: energy/carbon energy/source"
   "energy/regression: energy/least_squares"
   "energy/calibration: energy/least_squares"
   "energy/weights_file: energy/host_files topology"

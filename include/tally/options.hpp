@@ -21,6 +21,7 @@ struct Options {
   WaitPolicy wait = WaitPolicy::balanced;
   ModelMeter meter;         // joules where there is no other meter
   EnergySources meters;     // host_meters() of tally/energy.hpp; empty: none
+  CarbonRate carbon;        // carbon_rate() of tally/energy/carbon_rate.hpp; empty: grams are unknown
   SlotOptions slots;
   AlgorithmOverrides algorithms;
   std::string model;      // measurements to choose algorithms by, written by tally_perf --tune; rank 0's counts

@@ -44,6 +44,7 @@ struct LedgerRow {
   std::vector<Blame> waited_for;  // indexed by rank
   ElapsedHistogram histogram{};
   EnergyAmounts charged;      // by meters, for windows that are closed
+  Quantity grams = no_grams;  // for that
   ActivityTimes charged_for;  // what had been done by then
 
   nanoseconds busy() const { return copy + reduce + codec + protocol; }
@@ -97,7 +98,7 @@ class Ledger final : public detail::ReportSource {
   /// By meters where there are any: of the windows closed so far. Else by the model.
   AccountEnergy energies(const LedgerRow& row) const {
     const_cast<Ledger*>(this)->settle_energy();
-    return energy_.metered() ? energy_.energy(row.charged) : settings_.model.energies(row.activities());
+    return energy_.metered() ? metered(row.charged, row.grams) : modelled(row.activities());
   }
   /// Waits until the joules of all calls so far are known, for so long at most: some 200 ms. False if they are not, or there is no meter.
   bool wait_for_energy(nanoseconds at_most = std::chrono::seconds(5)) const {
@@ -196,6 +197,7 @@ class Ledger final : public detail::ReportSource {
     AccountTimes times;
     std::array<Blame, 8> blame{};
     EnergyAmounts charged;
+    Quantity grams = no_grams;
 
     AccountTimes all_times() const {
       if (stalled) return times;
@@ -286,21 +288,31 @@ class Ledger final : public detail::ReportSource {
     sinks_.clear();
     for (LedgerRow& row : rows_) {
       const ActivityTimes all = row.activities(), since = difference(all, row.charged_for);
-      if (since.total() > nanoseconds{0}) sinks_.push_back({since, &row.charged});
+      if (since.total() > nanoseconds{0}) sinks_.push_back({since, &row.charged, &row.grams});
       row.charged_for = all;
     }
     const ActivityTimes open = difference(difference(unfinished_, done_), unfinished_for_);
     if (open.total() > nanoseconds{0}) {
-      sinks_.push_back({open, &unfinished_amounts_});
+      sinks_.push_back({open, &unfinished_amounts_, &unfinished_grams_});
       add(unfinished_for_, open);
       unfinished_charged_ = true;
     }
+    const nanoseconds from = std::max(energy_.reading().time, began_.time);
+    for (LedgerEnergy::Sink& sink : sinks_) sink.before = sink.amounts->total();
     const LedgerEnergy::Rates rates = energy_.settle(sinks_);
+    CarbonFigure carbon;
+    if (settings_.carbon) {
+      carbon = settings_.carbon(from, std::max(from, energy_.reading().time));
+      for (const LedgerEnergy::Sink& sink : sinks_) *sink.grams = *sink.grams + carbon.grams_per_joule * (static_cast<double>(sink.amounts->total() - sink.before) * 1e-9);
+      carbon_ = carbon;
+    }
     for (std::uint32_t sequence = last_ - charged_to_ < recent_count ? charged_to_ + 1 : last_ - static_cast<std::uint32_t>(recent_count) + 1; sequence != last_ + 1; ++sequence) {
       Recent& recent = recent_[sequence % recent_count];
       if (recent.sequence != sequence) continue;
-      if (sequence != with_unfinished_.sequence) recent.charged = {};
+      if (sequence != with_unfinished_.sequence) recent.charged = {}, recent.grams = no_grams;
+      const Nanojoules before = recent.charged.total();
       rates.apply(sequence == with_unfinished_.sequence ? difference(recent.activities(), with_unfinished_.times) : recent.activities(), recent.charged);
+      recent.grams = recent.grams + carbon.grams_per_joule * (static_cast<double>(recent.charged.total() - before) * 1e-9);
     }
     charged_to_ = last_;
   }
@@ -308,16 +320,30 @@ class Ledger final : public detail::ReportSource {
   [[gnu::cold, gnu::noinline]] void charge_unfinished(LedgerRow& row, Recent& recent) {
     row.charged.add(unfinished_amounts_);
     add(row.charged_for, unfinished_for_);
+    row.grams = row.grams + unfinished_grams_;
     recent.charged = unfinished_amounts_;
+    recent.grams = unfinished_grams_;
     with_unfinished_ = {recent.sequence, unfinished_for_};
     unfinished_amounts_ = {};
+    unfinished_grams_ = no_grams;
     unfinished_for_ = {};
     unfinished_charged_ = false;
   }
 
   AccountEnergy energies(const Recent& recent) const {
-    if (!energy_.metered()) return settings_.model.energies(recent.activities());
-    return is_final(recent) ? energy_.energy(recent.charged) : AccountEnergy{};
+    if (!energy_.metered()) return modelled(recent.activities());
+    return is_final(recent) ? metered(recent.charged, recent.grams) : AccountEnergy{};
+  }
+  AccountEnergy metered(const EnergyAmounts& charged, const Quantity& grams) const {
+    AccountEnergy energy = energy_.energy(charged);
+    if (settings_.carbon) energy.carbon = grams_of(grams, energy.gross);
+    return energy;
+  }
+  /// In carbon as if power had been the same since the ledger began.
+  AccountEnergy modelled(const ActivityTimes& times) const {
+    AccountEnergy energy = settings_.model.energies(times);
+    if (settings_.carbon) energy.carbon = grams_of(settings_.carbon(began_.time, Moment::now(clock_).time).grams_per_joule * energy.gross.value, energy.gross);
+    return energy;
   }
   bool is_final(const Recent& recent) const { return !energy_.metered() || static_cast<std::int32_t>(charged_to_ - recent.sequence) >= 0; }
   /// Keeps the seven worst; the others are lumped together as rank -1.
@@ -409,6 +435,8 @@ class Ledger final : public detail::ReportSource {
   mutable Pending pending_;
   ActivityTimes done_, unfinished_, unfinished_for_;  // by calls that are booked; with those that go on; and of these, what was charged for
   EnergyAmounts unfinished_amounts_;
+  Quantity unfinished_grams_ = no_grams;
+  CarbonFigure carbon_;  // the latest
   bool unfinished_charged_ = false;
   struct Charged {
     std::uint32_t sequence = 0;
@@ -458,6 +486,13 @@ inline Account Ledger::account(std::string_view communicator, std::string_view j
   account.residual = host.residual;
   account.warnings = std::move(host.warnings);
   for (const EnergyKind& kind : energy_.reading().kinds) account.caveats |= kind.caveats;
+  if (settings_.carbon) {
+    const CarbonFigure carbon = energy_.metered() ? carbon_ : settings_.carbon(began_.time, now.time);
+    account.carbon_intensity = carbon.grams_per_kwh;
+    account.carbon_source = carbon.source;
+    account.pue = carbon.pue;
+    account.caveats |= carbon.caveats;
+  }
   return account;
 }
 

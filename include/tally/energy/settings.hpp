@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Where joules come from: meters where there are any, else the model.
+// Where joules come from, meters where there are any, else the model; and what they are in carbon.
 #pragma once
 
 #include <utility>
@@ -10,10 +10,11 @@
 namespace tally::inline v0 {
 
 struct EnergySettings {
-  EnergySettings(ModelMeter m = {}, EnergySources s = {}) : model(m), sources(std::move(s)) {}
+  EnergySettings(ModelMeter m = {}, EnergySources s = {}, CarbonRate c = {}) : model(m), sources(std::move(s)), carbon(std::move(c)) {}
 
   ModelMeter model;
   EnergySources sources;
+  CarbonRate carbon;
 };
 
 }  // namespace tally::inline v0
