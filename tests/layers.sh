@@ -9,10 +9,10 @@ cd "$root/include/tally"
 
 layers=(
   "text error environment floats types steps plan check algorithms/*"
-  "clock wait thread_rule descriptor memory topology copy operators reduce share kernel_copy objective transport/* energy/* account/*"
+  "clock wait thread_rule descriptor host memory topology copy operators reduce share kernel_copy objective transport/* energy/* account/*"
   "call staging gate prepared progress run neighbours diagnosis local_steps mailbox share_work engine choose cost group options"
   "calls operation progress_thread fusion communicator mesh bootstrap launch"
-  "tally carbon_files energy"
+  "tally carbon_files energy job_account"
 )
 # Header: what it may include of its own layer. Siblings in algorithms/, transport/ and energy/ stay apart.
 exceptions=(
@@ -62,7 +62,8 @@ exceptions=(
   "account/texts: energy/quantity"
   "account/report: account/amounts account/states account/texts energy/quantity"
   "account/row_energy: account/amounts energy/attribution energy/source"
-  "account/ledger: account/amounts account/report account/row_energy account/snapshot energy/settings"
+  "account/wire: account/merge account/snapshot"
+  "account/ledger: host account/amounts account/report account/row_energy account/snapshot energy/settings"
   "account/forms: account/snapshot"
   "account/json_lines: account/forms account/snapshot"
   "account/csv: account/forms account/snapshot"

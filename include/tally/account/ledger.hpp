@@ -21,6 +21,7 @@
 #include <vector>
 
 #include "../energy/settings.hpp"
+#include "../host.hpp"
 #include "amounts.hpp"
 #include "report.hpp"
 #include "row_energy.hpp"
@@ -452,6 +453,8 @@ inline Account Ledger::account(std::string_view communicator, std::string_view j
   Account account;
   account.job = job;
   account.communicator = communicator;
+  account.host = detail::host_name();
+  account.boot_id = detail::boot_id();
   account.transport = transport_;
   account.rank = me_;
   account.size = n_;
