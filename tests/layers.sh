@@ -35,7 +35,7 @@ exceptions=(
   "transport/simulated: clock transport/concept transport/fiber"
   "transport/shm: descriptor transport/slots"
   "energy/board: descriptor energy/attribution energy/source"
-  "energy/hub: energy/attribution energy/board energy/source"
+  "energy/hub: energy/attribution energy/board energy/regression energy/source"
   "energy/settings: energy/model energy/source"
   "energy/member: descriptor energy/board energy/hub energy/meters energy/source"
   "energy/*: energy/activity energy/meter energy/quantity"
