@@ -49,7 +49,7 @@ struct Kept {
   explicit Kept(Provenance provenance = Provenance::prorated, CarbonRate carbon = {}) {
     script->reading.kinds[0].provenance = provenance;
     script->reading.kinds[0].split = Split::equal_time;
-    ledger = std::make_unique<Ledger>(2, 0, "none", clock, EnergySettings({}, [this] { return std::make_unique<ScriptedSource>(script); }, std::move(carbon)));
+    ledger = std::make_unique<Ledger>(2, 0, "none", clock, AccountSettings({}, [this] { return std::make_unique<ScriptedSource>(script); }, std::move(carbon)));
   }
   /// 1 us of protocol, then so much copying and waiting for rank 1.
   std::uint32_t call(LedgerRow& row, Ticks copying, Ticks waiting) {
@@ -237,7 +237,7 @@ TEST_CASE("I12: without any meter, figures are the model's; without a model, the
 
   ModelMeter off;
   off.enabled = false;
-  Ledger ledger(2, 0, "none", none.clock, EnergySettings(off));
+  Ledger ledger(2, 0, "none", none.clock, AccountSettings(off));
   CHECK_FALSE(ledger.energy(ledger.row(Collective::barrier, 0, "tree")).known());
   CHECK(std::isnan(ledger.energies(ledger.rows()[0]).idle_avoidable.value));
   CHECK_FALSE(ledger.wait_for_energy(1s));

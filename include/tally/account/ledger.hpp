@@ -11,6 +11,7 @@
 #include <cmath>
 #include <cstdint>
 #include <deque>
+#include <map>
 #include <ostream>
 #include <sstream>
 #include <string>
@@ -20,11 +21,12 @@
 #include <utility>
 #include <vector>
 
-#include "../energy/settings.hpp"
 #include "../host.hpp"
 #include "amounts.hpp"
 #include "report.hpp"
 #include "row_energy.hpp"
+#include "settings.hpp"
+#include "slack.hpp"
 #include "snapshot.hpp"
 
 namespace tally::inline v0 {
@@ -43,6 +45,8 @@ struct LedgerRow {
   nanoseconds slept{};            // part of the waits
   nanoseconds queued{};           // part of the waits: other operations were served, and pay for it
   std::vector<Blame> waited_for;  // indexed by rank
+  std::vector<ExpectedWait> late;  // likewise: arrival waits of calls that waited for that rank
+  ExpectedWait wait;               // arrival waits of calls, whoever was late
   ElapsedHistogram histogram{};
   EnergyAmounts charged;      // by meters, for windows that are closed
   Quantity grams = no_grams;  // for that
@@ -71,7 +75,7 @@ struct LedgerRow {
 
 class Ledger final : public detail::ReportSource {
  public:
-  [[gnu::cold, gnu::noinline]] Ledger(int n, Rank me, std::string_view transport, const Clock& clock, EnergySettings settings)
+  [[gnu::cold, gnu::noinline]] Ledger(int n, Rank me, std::string_view transport, const Clock& clock, AccountSettings settings)
       : n_(n), me_(me), transport_(transport), settings_(std::move(settings)), energy_(settings_.sources ? settings_.sources() : nullptr), host_at_begin_(energy_.host()), clock_(clock), began_(Moment::now(clock)), recent_(recent_count), by_peer_(nobody()) {
     energy_.publish({});
     handle_ = detail::ReportSources::all().add(this);
@@ -118,7 +122,7 @@ class Ledger final : public detail::ReportSource {
   Account account(std::string_view communicator, std::string_view job = {}) const;
 
   const ModelMeter& model() const { return settings_.model; }
-  const EnergySettings& settings() const { return settings_; }
+  const AccountSettings& settings() const { return settings_; }
   std::string_view transport_name() const override { return transport_; }
   std::string_view algorithm_name(std::uint8_t index) const override { return index < algorithms_.size() ? std::string_view(algorithms_[index]) : "unknown"; }
 
@@ -134,7 +138,20 @@ class Ledger final : public detail::ReportSource {
     row.size_class = size;
     row.algorithm = index;
     row.waited_for = nobody();
+    row.late.resize(static_cast<std::size_t>(n_));
     return rows_.emplace_back(std::move(row));
+  }
+  /// How long a call of this row that has begun to wait is going to: nine of ten did longer. Tells who wants to know.
+  [[gnu::cold]] nanoseconds expect_wait(const LedgerRow* row) {
+    if (!row) return {};
+    const nanoseconds tenth = row->wait.tenth_percentile();
+    if (tenth >= std::chrono::microseconds(500) && settings_.on_slack) {
+      try {
+        settings_.on_slack({row->operation, std::uint64_t{1} << row->size_class, row->wait.mean(), tenth});
+      } catch (...) {  // a hint is not worth an operation
+      }
+    }
+    return tenth;
   }
   /// What the engine knows of a call beside its report and its stopwatch.
   struct Booking {
@@ -240,6 +257,7 @@ class Ledger final : public detail::ReportSource {
     row.exposed += report.elapsed - pending_.overlapped;
     row.protocol += report.protocol;
     ++row.histogram[elapsed_bucket(report.elapsed)];
+    if (row.wait.seen() > 0 || report.wait_arrival > nanoseconds{0}) row.wait.learn(report.wait_arrival);
     done_[Activity::protocol] += report.protocol;
     Recent& recent = recent_[pending_.sequence % recent_count];
     recent.sequence = last_ = pending_.sequence;
@@ -275,6 +293,7 @@ class Ledger final : public detail::ReportSource {
     for (const Rank r : watch.blamed()) {
       const Blame blame = watch.blame_of(r, clock);
       add(row.waited_for[static_cast<std::size_t>(r)], blame);
+      if (blame.arrival > nanoseconds{0}) row.late[static_cast<std::size_t>(r)].learn(blame.arrival);
       add(by_peer_[static_cast<std::size_t>(r)], blame);
       remember(recent, blame);
     }
@@ -423,7 +442,7 @@ class Ledger final : public detail::ReportSource {
   int n_;
   Rank me_;
   std::string transport_;
-  EnergySettings settings_;
+  AccountSettings settings_;
   LedgerEnergy energy_;
   HostEnergy host_at_begin_;
   Clock clock_;
@@ -468,6 +487,12 @@ inline Account Ledger::account(std::string_view communicator, std::string_view j
     account.rows.push_back({row.operation, row.size_class, std::string(algorithm_name(row.algorithm)), row.calls, row.failed, row.bytes, row.bytes_sent, row.bytes_received, row.bytes_wire, row.times(), row.histogram, who(row.waited_for), energies(row)});
   std::sort(account.rows.begin(), account.rows.end(), [](const AccountRow& a, const AccountRow& b) { return std::tie(a.operation, a.size_class, a.algorithm) < std::tie(b.operation, b.size_class, b.algorithm); });
   account.by_peer = who(by_peer_);
+  std::map<std::pair<Collective, Rank>, const ExpectedWait*> slack;  // of several sizes and algorithms, the one that knows most
+  for (const LedgerRow& row : all)
+    for (Rank r = 0; r < n_; ++r)
+      if (const ExpectedWait& late = row.late[static_cast<std::size_t>(r)]; late.seen() > 0)
+        if (const ExpectedWait*& best = slack[{row.operation, r}]; !best || best->seen() < late.seen()) best = &late;
+  for (const auto& [key, late] : slack) account.slack.push_back({key.first, key.second, late->seen(), late->mean(), late->tenth_percentile()});
   for (std::uint32_t sequence = last_ - std::min(last_, static_cast<std::uint32_t>(recent_count)) + 1; sequence != last_ + 1; ++sequence) {
     const Recent& recent = recent_[sequence % recent_count];
     if (recent.sequence != sequence) continue;
