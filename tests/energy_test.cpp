@@ -6,10 +6,12 @@
 #include <chrono>
 #include <cmath>
 #include <memory>
+#include <stdexcept>
 #include <thread>
 #include <vector>
 
 #include <tally/account/job.hpp>
+#include <tally/energy/carbon_rate.hpp>
 #include <tally/energy/member.hpp>
 #include <tally/tally.hpp>
 
@@ -44,10 +46,10 @@ struct Kept {
   std::unique_ptr<Ledger> ledger;
   std::uint32_t sequence = 0;
 
-  explicit Kept(Provenance provenance = Provenance::prorated) {
+  explicit Kept(Provenance provenance = Provenance::prorated, CarbonRate carbon = {}) {
     script->reading.kinds[0].provenance = provenance;
     script->reading.kinds[0].split = Split::equal_time;
-    ledger = std::make_unique<Ledger>(2, 0, "none", clock, EnergySettings({}, [this] { return std::make_unique<ScriptedSource>(script); }));
+    ledger = std::make_unique<Ledger>(2, 0, "none", clock, AccountSettings({}, [this] { return std::make_unique<ScriptedSource>(script); }, std::move(carbon)));
   }
   /// 1 us of protocol, then so much copying and waiting for rank 1.
   std::uint32_t call(LedgerRow& row, Ticks copying, Ticks waiting) {
@@ -178,6 +180,53 @@ TEST_CASE("a call that goes on over several windows is charged for each, and kee
   CHECK(nano(kept.ledger->idle_energy(row)) == 7000);
 }
 
+TEST_CASE("I15: grams are each window's joules at its own intensity, in rows and calls; unknown stays unknown") {
+  double intensity = 0.1;  // g/J
+  bool known = true;
+  Kept kept(Provenance::prorated, [&](nanoseconds, nanoseconds) {
+    CarbonFigure figure;
+    if (known) figure.grams_per_joule = {intensity, 0, 0, 1, Provenance::modelled};
+    figure.grams_per_kwh = {intensity * 3.6e6, 0, 0, 1e9, Provenance::modelled};
+    figure.source = "test";
+    figure.caveats = static_cast<Caveats>(Caveat::carbon_estimated);
+    return figure;
+  });
+  LedgerRow& row = kept.ledger->row(Collective::all_reduce, 8, "ring");
+  const std::uint32_t a = kept.call(row, 1000, 3000);
+  kept.window(4'000'000'000, 2'000'000'000);
+  CHECK(kept.event(a).energy.carbon.value == Approx(0.6));
+  intensity = 0.5;
+  const std::uint32_t b = kept.call(row, 1000, 3000);
+  kept.window(1'000'000'000, 1'000'000'000);
+  CHECK(kept.event(a).energy.carbon.value == Approx(0.6));
+  CHECK(kept.event(b).energy.carbon.value == Approx(1.0));
+  CHECK(kept.event(b).energy.carbon.provenance == Provenance::modelled);
+  CHECK(kept.ledger->energies(row).carbon.value == Approx(1.6));
+  const Account account = kept.ledger->account("w");
+  CHECK(account.carbon_source == "test");
+  CHECK(has(account.caveats, Caveat::carbon_estimated));
+  known = false;
+  kept.call(row, 1000, 3000);
+  kept.window(1'000'000'000, 1'000'000'000);
+  CHECK_FALSE(kept.ledger->energies(row).carbon.known());
+  CHECK(kept.ledger->energy(row).known());
+}
+
+TEST_CASE("the model's joules have grams, too, and a source that fails makes them unknown and says why") {
+  const CarbonRate rate = carbon_rate({StaticIntensity(360), 1.5, {}});
+  Kept kept(Provenance::none, rate);
+  LedgerRow& row = kept.ledger->row(Collective::all_reduce, 8, "ring");
+  kept.call(row, 1000, 3000);
+  const AccountEnergy energy = kept.ledger->energies(row);
+  CHECK(energy.carbon.value == Approx(energy.gross.value * 360 / 3.6e6 * 1.5));
+  CHECK(energy.carbon.provenance == Provenance::modelled);
+  CHECK(kept.ledger->account("w").pue == 1.5);
+  const CarbonFigure failed = carbon_rate({CallbackIntensity([](CarbonTime) -> CarbonIntensity { throw std::runtime_error("the feed is down"); }), 1, {}})(0s, 1s);
+  CHECK_FALSE(failed.grams_per_joule.known());
+  CHECK(failed.source.find("the feed is down") != std::string::npos);
+  CHECK_FALSE(carbon_rate({}));
+}
+
 TEST_CASE("I12: without any meter, figures are the model's; without a model, they are unknown, and no zero") {
   Kept none(Provenance::none);
   LedgerRow& row = none.ledger->row(Collective::all_reduce, 8, "ring");
@@ -188,7 +237,7 @@ TEST_CASE("I12: without any meter, figures are the model's; without a model, the
 
   ModelMeter off;
   off.enabled = false;
-  Ledger ledger(2, 0, "none", none.clock, EnergySettings(off));
+  Ledger ledger(2, 0, "none", none.clock, AccountSettings(off));
   CHECK_FALSE(ledger.energy(ledger.row(Collective::barrier, 0, "tree")).known());
   CHECK(std::isnan(ledger.energies(ledger.rows()[0]).idle_avoidable.value));
   CHECK_FALSE(ledger.wait_for_energy(1s));

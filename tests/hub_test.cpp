@@ -23,7 +23,8 @@ struct Bench {
   std::unique_ptr<EnergyHub> hub;
   HubOptions options;
 
-  void begin(int cores) {
+  void begin(int cores, bool learn = false) {
+    options.learn = learn;
     options.system = system.system(cores);
     std::vector<AnyMeter> meters;
     meters.emplace_back(meter);
@@ -262,6 +263,42 @@ TEST_CASE("windows close no sooner than ten ticks of the slowest meter, and step
   bench.hub->step();
   CHECK(bench.state().windows == 1);
   CHECK(bench.hub->next() == 600ms);
+}
+
+TEST_CASE("weights are learned from windows that differ, and the residual tells how well they predict") {
+  Bench bench;
+  bench.meter.add(Domain::cpu_package, "package-0");
+  bench.begin(1, true);
+  bench.hub->join(1, 10);
+  detail::BoardSlot& slot = bench.take(0, 1);
+  std::mt19937 random(9);
+  const double floor = 20, copying = 4, spinning = 9;  // watts
+  for (int window = 0; window < 200; ++window) {
+    bench.pass(100ms);
+    const nanoseconds copy = std::chrono::microseconds(random() % 50'000), spin = std::chrono::microseconds(random() % 50'000);
+    spend(slot, Activity::copy, copy);
+    spend(slot, Activity::spin, spin);
+    bench.system.world->processes[10] += copy + spin;
+    bench.system.world->host += copy + spin;
+    bench.meter.world->totals[0] += static_cast<Nanojoules>(floor * 1e8) + static_cast<Nanojoules>(copying * static_cast<double>(copy.count()) + spinning * static_cast<double>(spin.count()));
+    bench.hub->step();
+  }
+  const detail::BoardState state = bench.state();
+  CHECK(state.kinds[0].split == Split::regressed_weights);
+  CHECK(state.domain[0].watts_floor == Approx(floor).epsilon(1e-3));
+  CHECK(std::abs(state.residual) < 1e-3);
+  const Charges before = slot.read_charges();
+  bench.pass(100ms);
+  spend(slot, Activity::copy, 40ms);
+  spend(slot, Activity::spin, 20ms);
+  bench.meter.world->totals[0] += static_cast<Nanojoules>(floor * 1e8 + copying * 4e7 + spinning * 2e7);
+  bench.system.world->processes[10] += 60ms;
+  bench.system.world->host += 60ms;
+  bench.hub->step();
+  const Charges after = slot.read_charges();
+  const auto charged = [&](Activity a) { return static_cast<double>(after[0].net[static_cast<std::size_t>(a)] - before[0].net[static_cast<std::size_t>(a)]) * 1e-9; };
+  CHECK(charged(Activity::copy) == Approx(0.16).epsilon(1e-3));
+  CHECK(charged(Activity::spin) == Approx(0.18).epsilon(1e-3));
 }
 
 TEST_CASE("a published value is read whole or not at all") {

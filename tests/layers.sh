@@ -9,10 +9,10 @@ cd "$root/include/tally"
 
 layers=(
   "text error environment floats types steps plan check algorithms/*"
-  "clock wait thread_rule descriptor memory topology copy operators reduce share kernel_copy objective transport/* energy/* account/*"
+  "clock wait thread_rule descriptor host memory topology copy operators reduce share kernel_copy objective transport/* energy/* account/*"
   "call staging gate prepared progress run neighbours diagnosis local_steps mailbox share_work engine choose cost group options"
   "calls operation progress_thread fusion communicator mesh bootstrap launch"
-  "tally carbon_files energy"
+  "tally carbon_files energy job_account"
 )
 # Header: what it may include of its own layer. Siblings in algorithms/, transport/ and energy/ stay apart.
 exceptions=(
@@ -35,8 +35,7 @@ exceptions=(
   "transport/simulated: clock transport/concept transport/fiber"
   "transport/shm: descriptor transport/slots"
   "energy/board: descriptor energy/attribution energy/source"
-  "energy/hub: energy/attribution energy/board energy/source"
-  "energy/settings: energy/model energy/source"
+  "energy/hub: energy/attribution energy/board energy/regression energy/source"
   "energy/member: descriptor energy/board energy/hub energy/meters energy/source"
   "energy/*: energy/activity energy/meter energy/quantity"
   "energy/counters: energy/host_files"
@@ -48,6 +47,7 @@ exceptions=(
   "energy/amdsmi: energy/dynamic_library energy/gpu_board"
   "energy/carbon_csv: energy/carbon"
   "energy/carbon_settings: energy/carbon energy/carbon_csv"
+  "energy/carbon_rate: energy/carbon energy/source"
   "energy/regression: energy/least_squares"
   "energy/calibration: energy/least_squares"
   "energy/weights_file: energy/host_files topology"
@@ -61,7 +61,9 @@ exceptions=(
   "account/texts: energy/quantity"
   "account/report: account/amounts account/states account/texts energy/quantity"
   "account/row_energy: account/amounts energy/attribution energy/source"
-  "account/ledger: account/amounts account/report account/row_energy account/snapshot energy/settings"
+  "account/wire: account/merge account/snapshot"
+  "account/settings: account/slack energy/model energy/source"
+  "account/ledger: host account/amounts account/report account/row_energy account/settings account/slack account/snapshot"
   "account/forms: account/snapshot"
   "account/json_lines: account/forms account/snapshot"
   "account/csv: account/forms account/snapshot"

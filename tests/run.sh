@@ -26,6 +26,10 @@ done
 [[ -e /usr/include/catch2/catch.hpp ]] || missing+=(catch2)
 [[ -e /usr/include/CLI/CLI.hpp ]] || missing+=(libcli11-dev)
 [[ -e /usr/include/nlohmann/json.hpp ]] || missing+=(nlohmann-json3-dev)
+# What checks the exporters; a test whose tool is missing says so and is skipped.
+command -v promtool >/dev/null || missing+=(prometheus)
+command -v chromium >/dev/null || missing+=(chromium)
+python3 -c 'import jsonschema' 2>/dev/null || missing+=(python3-jsonschema)
 if ((${#missing[@]})); then
   as_root=()
   if ((EUID != 0)); then

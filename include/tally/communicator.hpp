@@ -47,6 +47,7 @@ class Communicator {
     engine_ = std::move(other.engine_);
     make_ = std::move(other.make_);
     fusion_ = std::move(other.fusion_);
+    in_job_ = std::move(other.in_job_);
     rank_ = other.rank_;
     size_ = other.size_;
     return *this;
@@ -497,6 +498,13 @@ class Communicator {
   }
 
   const Ledger& ledger() const { return engine().ledger(); }
+  /// This rank's account of this communicator as plain data. Of a communicator that was made of another one it names ranks as the
+  /// first one numbers them, so that accounts of both can be put together (job_of). Names must differ within a job.
+  Account account(std::string_view name = "world", std::string_view job = {}) const {
+    Account account = ledger().account(name, job);
+    account.members = in_job_;
+    return account;
+  }
   std::string_view transport_name() const { return engine().transport_name(); }
   /// What the transport has moved since the communicator was made.
   TransportCounters counters() const { return engine().counters(); }
@@ -572,7 +580,9 @@ class Communicator {
         all, members.empty() ? -1 : members[0], [&] { return engine().reserve(members); }, [&](std::uint64_t token) { opened = engine().open(token, members); },
         [&] { opened.reset(); }, [&](std::uint64_t token) { engine_->discard(token, members); });
     if (!opened) return {};
-    return Communicator(std::move(opened), timeout(), detail::model_within(make().chooser().model(), size(), members), make().overrides(), make().order());
+    Communicator made(std::move(opened), timeout(), detail::model_within(make().chooser().model(), size(), members), make().overrides(), make().order());
+    for (const Rank r : members) made.in_job_.push_back(in_job_.empty() ? r : in_job_[static_cast<std::size_t>(r)]);
+    return made;
   }
   [[noreturn, gnu::cold, gnu::noinline]] void refuse_amount(const std::vector<detail::Wish>& all, Rank r) {
     const auto text = [](const detail::Wish& wish) { return detail::concat({wish.count, " elements of ", wish.hash, " bytes (", name_of(wish.type), ")"}); };
@@ -647,6 +657,7 @@ class Communicator {
   std::shared_ptr<AnyEngine> engine_;  // shared with persistent operations and those in flight
   std::unique_ptr<CallMaker> make_;
   std::unique_ptr<Fusion> fusion_;  // once there was a group
+  std::vector<Rank> in_job_;        // of its ranks; empty: the same
   Rank rank_;
   int size_;
 };

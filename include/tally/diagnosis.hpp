@@ -25,6 +25,8 @@ class Diagnosis {
   Run* waited = nullptr;  // what the caller waits for
   Run* serving = nullptr;       // what the thread works for, or did last
 
+  /// What the caller waits for, or else the oldest operation that is not done.
+  Run& awaited() const { return waited && waited->in_flight ? *waited : runs_.first() ? *runs_.first() : *serving; }
   /// Whose troubles an error is about: the one that is waited for, or the oldest.
   const Run& stuck() const { return waited ? *waited : runs_.first() ? *runs_.first() : *serving; }
   /// Transfers that only their peer holds up: the first of their queue, and free to go on.

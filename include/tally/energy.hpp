@@ -9,12 +9,14 @@
 #include <chrono>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <utility>
 
 #include "energy/member.hpp"
 #include "energy/meters.hpp"
 #include "energy/source.hpp"
+#include "energy/weights_file.hpp"
 #include "environment.hpp"
 
 namespace tally::inline v0 {
@@ -22,7 +24,8 @@ namespace tally::inline v0 {
 struct HostMeters {
   std::string root = {};                 // of the host's files, for tests; TALLY_HOST_ROOT is for the same
   std::string device = {};               // key of the GPU that this rank uses (see Nvml::key_of): it is charged for its share
-  Weights weights = Weights::equal_time();
+  std::optional<Weights> weights = {};   // to divide joules by; none: what tally_calibrate measured on this machine, if it did, else equal time
+  bool learn = true;                     // and better ones from the windows themselves, as soon as they tell any
   nanoseconds period = std::chrono::milliseconds(100);  // between windows
 };
 
@@ -47,7 +50,13 @@ inline std::shared_ptr<EnergyMember> member_of(const HostMeters& how) {
     where.root = root;
     return find_meters(where);
   };
-  options.hub.weights = how.weights;
+  try {
+    if (how.weights) options.hub.weights = *how.weights;
+    else if (const std::optional<Weights> measured = load_weights(weights_path_of_environment(), machine_key(how.root))) options.hub.weights = *measured;
+  } catch (const Error& error) {
+    options.hub.warnings.push_back(concat({"joules are divided by time alone: ", error.text()}));
+  }
+  options.hub.learn = how.learn;
   options.hub.period = how.period;
   member = std::make_shared<EnergyMember>(std::move(options));
   known.member = member;

@@ -36,7 +36,7 @@ namespace tally::inline v0 {
 template <Transport T>
 class Engine final : public AnyEngine {
  public:
-  Engine(std::unique_ptr<T> transport, const Clock& clock, EnergySettings energy = {}, WaitPolicy wait = WaitPolicy::balanced, bool accounting = true)
+  Engine(std::unique_ptr<T> transport, const Clock& clock, AccountSettings energy = {}, WaitPolicy wait = WaitPolicy::balanced, bool accounting = true)
       : transport_(std::move(transport)), clock_(clock), wait_(wait), accounting_(accounting), ledger_(transport_->size(), transport_->rank(), transport_->name(), clock, std::move(energy)), progress_(*transport_, clock, wait, accounting), runs_(transport_->size()) {}
   ~Engine() override {
     leave();
@@ -247,7 +247,8 @@ class Engine final : public AnyEngine {
     Run* const run = diagnosis_.serving = static_cast<Run*>(t.owner);
     return run->account;
   }
-  OperationAccount& waiting() { return (diagnosis_.waited && diagnosis_.waited->in_flight ? diagnosis_.waited : runs_.first() ? runs_.first() : diagnosis_.serving)->account; }
+  OperationAccount& waiting() { return diagnosis_.awaited().account; }
+  [[gnu::cold]] Ticks expected_wait() { return clock_.to_ticks(ledger_.expect_wait(diagnosis_.awaited().row)); }
   bool interrupted() const { return gate_.wanted(); }
   bool has_neighbours() const { return Neighbours::of_this_thread().any_but(this); }
   bool look_elsewhere() { return Neighbours::of_this_thread().look(this); }
@@ -350,7 +351,6 @@ class Engine final : public AnyEngine {
     raise(Errc::mismatch, run, peer, {diagnosis_.mismatch(run, peer, theirs)});
   }
   std::string describe(const Run& run) const { return diagnosis_.describe(run); }
-
   static constexpr std::uint16_t message_lane = 1;  // collectives use lane 0
   Runs& runs() { return runs_; }
   /// One less of its transfers is under way. Those in the background are completed when the thread is out of the transport.

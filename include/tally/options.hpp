@@ -7,8 +7,8 @@
 #include <string>
 #include <string_view>
 
+#include "account/settings.hpp"
 #include "choose.hpp"
-#include "energy/settings.hpp"
 #include "environment.hpp"
 #include "error.hpp"
 #include "transport/slots.hpp"
@@ -21,6 +21,8 @@ struct Options {
   WaitPolicy wait = WaitPolicy::balanced;
   ModelMeter meter;         // joules where there is no other meter
   EnergySources meters;     // host_meters() of tally/energy.hpp; empty: none
+  CarbonRate carbon;        // carbon_rate() of tally/energy/carbon_rate.hpp; empty: grams are unknown
+  OnSlack on_slack;         // called before a wait that is going to be long
   SlotOptions slots;
   AlgorithmOverrides algorithms;
   std::string model;      // measurements to choose algorithms by, written by tally_perf --tune; rank 0's counts

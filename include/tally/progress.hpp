@@ -57,6 +57,7 @@ concept ProgressClient = requires(C& client, Transfer& transfer, const FrameInfo
   client.raise_lost(rank);               // throws
   client.raise_abort();                  // throws
   client.expired();                      // the limit is reached: throws, or sees to it that nobody goes on waiting
+  { client.expected_wait() } -> std::same_as<Ticks>;  // of what is waited for: hardly ever less
   { client.interrupted() } -> std::same_as<bool>;  // somebody else wants to go on: do not sleep
   { client.has_neighbours() } -> std::same_as<bool>;  // this thread has something in flight elsewhere
   { client.look_elsewhere() } -> std::same_as<bool>;  // drives that for a moment; true if anything moved
@@ -307,6 +308,8 @@ class Progress {
     if (timed_ && account.watch.state() != State::wait_local) account.watch.enter(State::wait_local, now_);
     wait_began_ = now_;
     ladder_.restart(transport_.crowded());
+    asked_ = false;
+    awake_at_ = 0;
     if (first_stall_ != 0) return;
     first_stall_ = now_;
     if (next_check_ == 0) next_check_ = now_ + check_interval_;
@@ -330,6 +333,10 @@ class Progress {
         waiting_ = false;
         return;
       }
+    }
+    if (timed_ && !asked_ && ladder_.worth_asking(now_ - wait_began_)) {
+      asked_ = true;
+      if (const Ticks length = ladder_.expect(client.expected_wait())) awake_at_ = wait_began_ + length;
     }
     const Ticks before = now_;
     const Ladder::Rest rest = pass_time() ? Ladder::Rest::none : ladder_.climb(now_ - wait_began_);
@@ -387,12 +394,17 @@ class Progress {
 
   template <ProgressClient C>
   void sleep(C& client) {
-    const nanoseconds most = client.has_neighbours() ? nanoseconds(std::chrono::microseconds(200)) : std::chrono::milliseconds(25), limit = std::min(most, clock_.to_ns(deadline_ - now_));
+    const nanoseconds most = client.has_neighbours() ? nanoseconds(std::chrono::microseconds(200)) : std::chrono::milliseconds(25);
+    const Ticks until = awake_at_ > now_ ? std::min(awake_at_, deadline_) : deadline_;
+    const nanoseconds limit = std::min(most, clock_.to_ns(until - now_));
     const Ticks before = now_;
     transport_.park(limit, [&] { return poll(client) || transport_.aborted() || client.interrupted(); });
     if (!waiting_) return;
     now_ = clock_.now();
     if (timed_) current_->watch.slept(now_ - before);
+    if (awake_at_ == 0 || now_ < awake_at_) return;
+    awake_at_ = 0;
+    ladder_.spin_on(now_ - wait_began_);
   }
 
   T& transport_;
@@ -406,7 +418,8 @@ class Progress {
   Ticks began_ = 0, driven_ = 0;  // driving, this time; and the times before
   Ticks now_ = 0, deadline_ = 0, next_check_ = 0, wait_began_ = 0;
   Ticks first_stall_ = 0;  // since driving began: up to there, what moves may have been able to for long
-  bool waiting_ = false;
+  Ticks awake_at_ = 0;  // the wait is likely to end soon after; 0: nobody knows
+  bool waiting_ = false, asked_ = false;  // asked: how long it will be
   bool unserved_ = false;  // driving has begun, and nothing was served yet
   std::size_t looks_ = 0;
   Rank lost_ = -1;  // who was found to be gone, but may have sent all

@@ -143,6 +143,17 @@ class Ladder {
     if (!crowded_) turns_ = 0;
     crowded_ = true;
   }
+  /// This wait is going to be so long, as far as can be told: there is no use in spinning through it, but perhaps at its end.
+  /// Returns when to be awake again, 0 for when woken.
+  Ticks expect(Ticks wait) {
+    if (crowded_ || policy_ == WaitPolicy::latency || wait <= 4 * even_) return 0;
+    park_after_ = early_;
+    return policy_ == WaitPolicy::balanced ? wait : 0;
+  }
+  /// It has lasted as long as that: its end is near.
+  void spin_on(Ticks waited) { park_after_ = waited + even_; }
+  /// From when on it is worth asking how long a wait will be.
+  bool worth_asking(Ticks waited) const { return waited > early_; }
   /// A wait has ended. Only those that a decision could have changed count.
   void learn(Ticks waited) {
     if (waited > early_) long_waits_ += ((waited > 4 * even_ ? 256 : 0) - long_waits_) / 4;

@@ -11,6 +11,7 @@
 #include <cmath>
 #include <cstdint>
 #include <deque>
+#include <map>
 #include <ostream>
 #include <sstream>
 #include <string>
@@ -20,10 +21,12 @@
 #include <utility>
 #include <vector>
 
-#include "../energy/settings.hpp"
+#include "../host.hpp"
 #include "amounts.hpp"
 #include "report.hpp"
 #include "row_energy.hpp"
+#include "settings.hpp"
+#include "slack.hpp"
 #include "snapshot.hpp"
 
 namespace tally::inline v0 {
@@ -42,8 +45,11 @@ struct LedgerRow {
   nanoseconds slept{};            // part of the waits
   nanoseconds queued{};           // part of the waits: other operations were served, and pay for it
   std::vector<Blame> waited_for;  // indexed by rank
+  std::vector<ExpectedWait> late;  // likewise: arrival waits of calls that waited for that rank
+  ExpectedWait wait;               // arrival waits of calls, whoever was late
   ElapsedHistogram histogram{};
   EnergyAmounts charged;      // by meters, for windows that are closed
+  Quantity grams = no_grams;  // for that
   ActivityTimes charged_for;  // what had been done by then
 
   nanoseconds busy() const { return copy + reduce + codec + protocol; }
@@ -69,7 +75,7 @@ struct LedgerRow {
 
 class Ledger final : public detail::ReportSource {
  public:
-  [[gnu::cold, gnu::noinline]] Ledger(int n, Rank me, std::string_view transport, const Clock& clock, EnergySettings settings)
+  [[gnu::cold, gnu::noinline]] Ledger(int n, Rank me, std::string_view transport, const Clock& clock, AccountSettings settings)
       : n_(n), me_(me), transport_(transport), settings_(std::move(settings)), energy_(settings_.sources ? settings_.sources() : nullptr), host_at_begin_(energy_.host()), clock_(clock), began_(Moment::now(clock)), recent_(recent_count), by_peer_(nobody()) {
     energy_.publish({});
     handle_ = detail::ReportSources::all().add(this);
@@ -97,7 +103,7 @@ class Ledger final : public detail::ReportSource {
   /// By meters where there are any: of the windows closed so far. Else by the model.
   AccountEnergy energies(const LedgerRow& row) const {
     const_cast<Ledger*>(this)->settle_energy();
-    return energy_.metered() ? energy_.energy(row.charged) : settings_.model.energies(row.activities());
+    return energy_.metered() ? metered(row.charged, row.grams) : modelled(row.activities());
   }
   /// Waits until the joules of all calls so far are known, for so long at most: some 200 ms. False if they are not, or there is no meter.
   bool wait_for_energy(nanoseconds at_most = std::chrono::seconds(5)) const {
@@ -116,7 +122,7 @@ class Ledger final : public detail::ReportSource {
   Account account(std::string_view communicator, std::string_view job = {}) const;
 
   const ModelMeter& model() const { return settings_.model; }
-  const EnergySettings& settings() const { return settings_; }
+  const AccountSettings& settings() const { return settings_; }
   std::string_view transport_name() const override { return transport_; }
   std::string_view algorithm_name(std::uint8_t index) const override { return index < algorithms_.size() ? std::string_view(algorithms_[index]) : "unknown"; }
 
@@ -132,7 +138,20 @@ class Ledger final : public detail::ReportSource {
     row.size_class = size;
     row.algorithm = index;
     row.waited_for = nobody();
+    row.late.resize(static_cast<std::size_t>(n_));
     return rows_.emplace_back(std::move(row));
+  }
+  /// How long a call of this row that has begun to wait is going to: nine of ten did longer. Tells who wants to know.
+  [[gnu::cold]] nanoseconds expect_wait(const LedgerRow* row) {
+    if (!row) return {};
+    const nanoseconds tenth = row->wait.tenth_percentile();
+    if (tenth >= std::chrono::microseconds(500) && settings_.on_slack) {
+      try {
+        settings_.on_slack({row->operation, std::uint64_t{1} << row->size_class, row->wait.mean(), tenth});
+      } catch (...) {  // a hint is not worth an operation
+      }
+    }
+    return tenth;
   }
   /// What the engine knows of a call beside its report and its stopwatch.
   struct Booking {
@@ -196,6 +215,7 @@ class Ledger final : public detail::ReportSource {
     AccountTimes times;
     std::array<Blame, 8> blame{};
     EnergyAmounts charged;
+    Quantity grams = no_grams;
 
     AccountTimes all_times() const {
       if (stalled) return times;
@@ -237,6 +257,7 @@ class Ledger final : public detail::ReportSource {
     row.exposed += report.elapsed - pending_.overlapped;
     row.protocol += report.protocol;
     ++row.histogram[elapsed_bucket(report.elapsed)];
+    if (row.wait.seen() > 0 || report.wait_arrival > nanoseconds{0}) row.wait.learn(report.wait_arrival);
     done_[Activity::protocol] += report.protocol;
     Recent& recent = recent_[pending_.sequence % recent_count];
     recent.sequence = last_ = pending_.sequence;
@@ -272,6 +293,7 @@ class Ledger final : public detail::ReportSource {
     for (const Rank r : watch.blamed()) {
       const Blame blame = watch.blame_of(r, clock);
       add(row.waited_for[static_cast<std::size_t>(r)], blame);
+      if (blame.arrival > nanoseconds{0}) row.late[static_cast<std::size_t>(r)].learn(blame.arrival);
       add(by_peer_[static_cast<std::size_t>(r)], blame);
       remember(recent, blame);
     }
@@ -286,21 +308,31 @@ class Ledger final : public detail::ReportSource {
     sinks_.clear();
     for (LedgerRow& row : rows_) {
       const ActivityTimes all = row.activities(), since = difference(all, row.charged_for);
-      if (since.total() > nanoseconds{0}) sinks_.push_back({since, &row.charged});
+      if (since.total() > nanoseconds{0}) sinks_.push_back({since, &row.charged, &row.grams});
       row.charged_for = all;
     }
     const ActivityTimes open = difference(difference(unfinished_, done_), unfinished_for_);
     if (open.total() > nanoseconds{0}) {
-      sinks_.push_back({open, &unfinished_amounts_});
+      sinks_.push_back({open, &unfinished_amounts_, &unfinished_grams_});
       add(unfinished_for_, open);
       unfinished_charged_ = true;
     }
+    const nanoseconds from = std::max(energy_.reading().time, began_.time);
+    for (LedgerEnergy::Sink& sink : sinks_) sink.before = sink.amounts->total();
     const LedgerEnergy::Rates rates = energy_.settle(sinks_);
+    CarbonFigure carbon;
+    if (settings_.carbon) {
+      carbon = settings_.carbon(from, std::max(from, energy_.reading().time));
+      for (const LedgerEnergy::Sink& sink : sinks_) *sink.grams = *sink.grams + carbon.grams_per_joule * (static_cast<double>(sink.amounts->total() - sink.before) * 1e-9);
+      carbon_ = carbon;
+    }
     for (std::uint32_t sequence = last_ - charged_to_ < recent_count ? charged_to_ + 1 : last_ - static_cast<std::uint32_t>(recent_count) + 1; sequence != last_ + 1; ++sequence) {
       Recent& recent = recent_[sequence % recent_count];
       if (recent.sequence != sequence) continue;
-      if (sequence != with_unfinished_.sequence) recent.charged = {};
+      if (sequence != with_unfinished_.sequence) recent.charged = {}, recent.grams = no_grams;
+      const Nanojoules before = recent.charged.total();
       rates.apply(sequence == with_unfinished_.sequence ? difference(recent.activities(), with_unfinished_.times) : recent.activities(), recent.charged);
+      recent.grams = recent.grams + carbon.grams_per_joule * (static_cast<double>(recent.charged.total() - before) * 1e-9);
     }
     charged_to_ = last_;
   }
@@ -308,16 +340,30 @@ class Ledger final : public detail::ReportSource {
   [[gnu::cold, gnu::noinline]] void charge_unfinished(LedgerRow& row, Recent& recent) {
     row.charged.add(unfinished_amounts_);
     add(row.charged_for, unfinished_for_);
+    row.grams = row.grams + unfinished_grams_;
     recent.charged = unfinished_amounts_;
+    recent.grams = unfinished_grams_;
     with_unfinished_ = {recent.sequence, unfinished_for_};
     unfinished_amounts_ = {};
+    unfinished_grams_ = no_grams;
     unfinished_for_ = {};
     unfinished_charged_ = false;
   }
 
   AccountEnergy energies(const Recent& recent) const {
-    if (!energy_.metered()) return settings_.model.energies(recent.activities());
-    return is_final(recent) ? energy_.energy(recent.charged) : AccountEnergy{};
+    if (!energy_.metered()) return modelled(recent.activities());
+    return is_final(recent) ? metered(recent.charged, recent.grams) : AccountEnergy{};
+  }
+  AccountEnergy metered(const EnergyAmounts& charged, const Quantity& grams) const {
+    AccountEnergy energy = energy_.energy(charged);
+    if (settings_.carbon) energy.carbon = grams_of(grams, energy.gross);
+    return energy;
+  }
+  /// In carbon as if power had been the same since the ledger began.
+  AccountEnergy modelled(const ActivityTimes& times) const {
+    AccountEnergy energy = settings_.model.energies(times);
+    if (settings_.carbon) energy.carbon = grams_of(settings_.carbon(began_.time, Moment::now(clock_).time).grams_per_joule * energy.gross.value, energy.gross);
+    return energy;
   }
   bool is_final(const Recent& recent) const { return !energy_.metered() || static_cast<std::int32_t>(charged_to_ - recent.sequence) >= 0; }
   /// Keeps the seven worst; the others are lumped together as rank -1.
@@ -396,7 +442,7 @@ class Ledger final : public detail::ReportSource {
   int n_;
   Rank me_;
   std::string transport_;
-  EnergySettings settings_;
+  AccountSettings settings_;
   LedgerEnergy energy_;
   HostEnergy host_at_begin_;
   Clock clock_;
@@ -409,6 +455,8 @@ class Ledger final : public detail::ReportSource {
   mutable Pending pending_;
   ActivityTimes done_, unfinished_, unfinished_for_;  // by calls that are booked; with those that go on; and of these, what was charged for
   EnergyAmounts unfinished_amounts_;
+  Quantity unfinished_grams_ = no_grams;
+  CarbonFigure carbon_;  // the latest
   bool unfinished_charged_ = false;
   struct Charged {
     std::uint32_t sequence = 0;
@@ -424,6 +472,8 @@ inline Account Ledger::account(std::string_view communicator, std::string_view j
   Account account;
   account.job = job;
   account.communicator = communicator;
+  account.host = detail::host_name();
+  account.boot_id = detail::boot_id();
   account.transport = transport_;
   account.rank = me_;
   account.size = n_;
@@ -437,6 +487,12 @@ inline Account Ledger::account(std::string_view communicator, std::string_view j
     account.rows.push_back({row.operation, row.size_class, std::string(algorithm_name(row.algorithm)), row.calls, row.failed, row.bytes, row.bytes_sent, row.bytes_received, row.bytes_wire, row.times(), row.histogram, who(row.waited_for), energies(row)});
   std::sort(account.rows.begin(), account.rows.end(), [](const AccountRow& a, const AccountRow& b) { return std::tie(a.operation, a.size_class, a.algorithm) < std::tie(b.operation, b.size_class, b.algorithm); });
   account.by_peer = who(by_peer_);
+  std::map<std::pair<Collective, Rank>, const ExpectedWait*> slack;  // of several sizes and algorithms, the one that knows most
+  for (const LedgerRow& row : all)
+    for (Rank r = 0; r < n_; ++r)
+      if (const ExpectedWait& late = row.late[static_cast<std::size_t>(r)]; late.seen() > 0)
+        if (const ExpectedWait*& best = slack[{row.operation, r}]; !best || best->seen() < late.seen()) best = &late;
+  for (const auto& [key, late] : slack) account.slack.push_back({key.first, key.second, late->seen(), late->mean(), late->tenth_percentile()});
   for (std::uint32_t sequence = last_ - std::min(last_, static_cast<std::uint32_t>(recent_count)) + 1; sequence != last_ + 1; ++sequence) {
     const Recent& recent = recent_[sequence % recent_count];
     if (recent.sequence != sequence) continue;
@@ -458,6 +514,13 @@ inline Account Ledger::account(std::string_view communicator, std::string_view j
   account.residual = host.residual;
   account.warnings = std::move(host.warnings);
   for (const EnergyKind& kind : energy_.reading().kinds) account.caveats |= kind.caveats;
+  if (settings_.carbon) {
+    const CarbonFigure carbon = energy_.metered() ? carbon_ : settings_.carbon(began_.time, now.time);
+    account.carbon_intensity = carbon.grams_per_kwh;
+    account.carbon_source = carbon.source;
+    account.pue = carbon.pue;
+    account.caveats |= carbon.caveats;
+  }
   return account;
 }
 

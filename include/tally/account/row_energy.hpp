@@ -29,6 +29,8 @@ struct EnergyAmounts {
   std::array<Part, power_kinds> kinds{};
   Nanojoules avoidable = 0;  // of the processors' net_idle, while awake
 
+  Nanojoules total() const { return kinds[0].total() + kinds[1].total() + kinds[2].total(); }
+
   void add(PowerKind kind, Activity activity, Nanojoules net) {
     Part& part = kinds[static_cast<std::size_t>(kind)];
     (is_wait(activity) ? part.net_idle : part.net_busy) += net;
@@ -78,6 +80,15 @@ struct EnergyAmounts {
   return energy;
 }
 
+/// Grams for `joules`: a sum, over windows, of joules at the rate of their time, whose own error is in it already.
+inline Quantity grams_of(const Quantity& at_rates, const Quantity& joules) {
+  if (!at_rates.known() || !joules.known()) return {};
+  const double rate = joules.value > 0 ? at_rates.value / joules.value : 0;
+  return {at_rates.value, std::hypot(at_rates.sigma, joules.sigma * rate), joules.lower * rate, joules.upper * rate, std::min(at_rates.provenance, joules.provenance), joules.split};
+}
+/// Nothing, known for sure: what a sum begins with.
+inline constexpr Quantity no_grams{0, 0, 0, 0, Provenance::measured, Split::direct};
+
 /// One ledger's joules.
 class LedgerEnergy {
  public:
@@ -104,6 +115,8 @@ class LedgerEnergy {
   struct Sink {
     ActivityTimes times;  // since then
     EnergyAmounts* amounts;
+    Quantity* grams;
+    Nanojoules before = 0;
   };
   /// Nanojoules per nanosecond of each, as they were divided: for shares of shares.
   struct Rates {

@@ -45,7 +45,7 @@ struct AccountEvent {
   bool energy_final = false;  // the window it lies in is closed
 };
 
-/// How long a peer is expected to make this rank wait, learned from the calls so far.
+/// How long a peer makes this rank wait when it does, learned from the calls so far that waited for its arrival.
 struct SlackRow {
   Collective operation = Collective::none;
   Rank peer = -1;

@@ -15,6 +15,7 @@
 #include <functional>
 #include <limits>
 #include <map>
+#include <optional>
 #include <span>
 #include <sstream>
 #include <string>
@@ -24,6 +25,7 @@
 #include "attribution.hpp"
 #include "board.hpp"
 #include "meter.hpp"
+#include "regression.hpp"
 #include "source.hpp"
 
 namespace tally::inline v0 {
@@ -55,6 +57,7 @@ struct HubSystem {
 struct HubOptions {
   nanoseconds period = std::chrono::milliseconds(100);  // between windows; longer for meters that move seldom
   Weights weights = Weights::equal_time();
+  bool learn = true;                  // weights from the windows themselves, as soon as they differ enough to tell
   std::vector<std::string> warnings;  // what whoever looked for meters has to say
   HubSystem system = {};
 };
@@ -244,6 +247,7 @@ class EnergyHub {
       }
       for (std::size_t i = 0; i < taken_.size(); ++i) charge(board_.slots[taken_[i].index], domain.kind, charges[i]);
     }
+    if (!devices && options_.learn) learn(window);
     if (!devices) state_.residual = residual_weight > 0 ? residual / residual_weight : std::numeric_limits<double>::quiet_NaN();
     group.begin = now;
   }
@@ -271,6 +275,18 @@ class EnergyHub {
     host_seen_ += all;
     ours_seen_ += ours;
   }
+  /// Packages together, or what stands for them.
+  void learn(const EnergyWindow& window) {
+    ActivityTimes all;
+    for (const ActivityTimes& times : window.operations)
+      for (std::size_t a = 0; a < activity_count; ++a) all.in[a] += times.in[a];
+    const double joules = state_.kinds[static_cast<std::size_t>(PowerKind::cpu)].window_joules;
+    regression_.add(window.duration, static_cast<Nanojoules>(std::llround(joules * 1e9)), all, window.application + window.foreign);
+    if (state_.windows % learn_every != 0) return;
+    if (const std::optional<Weights> learned = regression_.weights()) options_.weights = *learned;
+  }
+  static constexpr std::uint64_t learn_every = 10;  // windows
+
   DividedWindow divide_among_cores(const EnergyWindow& window, const Measured& domain, std::span<Charge> charges) const {
     Weights weights = options_.weights;
     weights.floor_watts *= domain.floor_part;
@@ -387,6 +403,7 @@ class EnergyHub {
   std::map<std::uint32_t, Client> clients_;
   std::vector<Taken> taken_;
   Remainder foreign_;
+  WeightRegression regression_;
   nanoseconds host_time_{}, host_seen_{}, ours_seen_{};
   detail::BoardState state_{};
 };

@@ -82,4 +82,15 @@ class EnergySource {
 /// Makes one for each ledger. Empty: there is no meter, and joules come from the model.
 using EnergySources = std::function<std::unique_ptr<EnergySource>()>;
 
+/// What a joule of some time is in carbon.
+struct CarbonFigure {
+  Quantity grams_per_joule;  // CO2-equivalent, with all that the building adds; unknown where the intensity is
+  Quantity grams_per_kwh;    // the grid's, the latest of that time
+  std::string source;        // zone, signal, factor and where it comes from
+  double pue = 1;
+  Caveats caveats = 0;
+};
+/// For joules drawn in [begin, end) of CLOCK_MONOTONIC. Throws nothing. Empty: grams are unknown.
+using CarbonRate = std::function<CarbonFigure(nanoseconds begin, nanoseconds end)>;
+
 }  // namespace tally::inline v0
