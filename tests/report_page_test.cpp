@@ -538,6 +538,9 @@ TEST_CASE("Numbers out of their range in an account are refused or left out, not
   other = all;
   other[3].recent[0].waited_for = {{4, nanoseconds(1), {}, {}}};
   refused(job, other, "it waited for rank 4 of 4");
+  other = all;
+  other[1].recent[0].begin = nanoseconds::max();
+  refused(job, other, "the begin of a call is 9223372036854775807 ns, more than 36 years");
 
   other = all;
   other[0].power = {{7, nanoseconds(0), nanoseconds(1), 100}, {0, nanoseconds(0), nanoseconds(1), std::nan("")}};
@@ -545,8 +548,8 @@ TEST_CASE("Numbers out of their range in an account are refused or left out, not
   other[0].rows[0].size_class = 255;
   other[0].rows[0].operation = static_cast<Collective>(200);
   wrong = job_of(other);
-  other[0].recent[0].begin = nanoseconds::max();
-  other[0].recent[1].begin = nanoseconds::min();
+  other[0].recent[0].begin = nanoseconds(std::int64_t{1} << 60);
+  other[0].recent[1].begin = -nanoseconds(std::int64_t{1} << 60);
   wrong.domains.push_back({"node", {}});
   wrong.domains[0].account.parent = 7;
   write_html(out, wrong, other);

@@ -113,7 +113,8 @@ class WaitChains {
 }  // namespace detail
 
 /// The accounts may be of several communicators of a job and come in any order; the order changes nothing. Throws
-/// Errc::invalid_argument where an account names ranks that it does not have, or two are of the same rank and communicator.
+/// Errc::invalid_argument where an account names ranks that it does not have or times more than 36 years from their epoch, or two
+/// are of the same rank and communicator.
 inline JobAccount job_of(std::span<const Account> accounts) {
   using detail::add;
   std::vector<const Account*> all;
