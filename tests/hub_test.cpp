@@ -250,6 +250,29 @@ TEST_CASE("I11: a meter that stops being readable leaves totals as they are, and
   CHECK(detail::text_of(bench.state().warnings) == "cannot read x: permission denied\n");
 }
 
+TEST_CASE("a meter that has not been read yet draws unknown power, not none") {
+  Bench bench;
+  bench.meter.add(Domain::cpu_package, "package-0");
+  bench.meter.world->dead = true;
+  bench.begin(1);
+  const auto window = [&] {
+    bench.pass(100ms);
+    bench.hub->step();
+  };
+  window();
+  CHECK(bench.state().windows == 1);
+  CHECK(bench.state().domain[0].provenance == Provenance::none);
+  CHECK(bench.state().powers == 0);
+  bench.meter.world->dead = false;
+  window();
+  bench.meter.world->totals[0] = joule;
+  window();
+  CHECK(bench.state().domain[0].provenance == Provenance::prorated);
+  REQUIRE(bench.state().powers == 2);
+  CHECK(bench.state().power[0].watts == 0);  // this was read
+  CHECK(bench.state().power[1].watts == 10);
+}
+
 TEST_CASE("windows close no sooner than ten ticks of the slowest meter, and steps in between do nothing") {
   Bench bench;
   bench.meter.add(Domain::cpu_package, "package-0");

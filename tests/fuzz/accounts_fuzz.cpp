@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Any bytes as a file of accounts: reading them neither crashes nor throws, what is read can be written in every format, and
-// what is written as JSON lines reads back as the same without a complaint about a line.
-// libFuzzer: clang++ -std=c++20 -O1 -g -fsanitize=fuzzer,address,undefined -Iinclude tests/fuzz/accounts_fuzz.cpp
+// Any bytes as a file of accounts: reading them neither crashes nor throws, what is read can be added up and written in every
+// format, and what is written as JSON lines reads back as the same without a complaint about a line.
+// libFuzzer: tests/fuzz/run.sh
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
@@ -11,9 +11,11 @@
 #include <vector>
 
 #include <tally/account/csv.hpp>
+#include <tally/account/html.hpp>
 #include <tally/account/json_lines.hpp>
 #include <tally/account/perfetto.hpp>
 #include <tally/account/prometheus.hpp>
+#include <tally/account/summary.hpp>
 
 #include "../../bench/read_accounts.hpp"
 
@@ -21,7 +23,7 @@ namespace {
 
 bench::AccountsRead read(const std::string& text) {
   std::istringstream in(text);
-  bench::AccountReader reader;
+  bench::AccountReader reader({.ranks = 16});  // a matrix of 1024 would take the fuzzer's time
   reader.read(in, "input");
   return reader.finish();
 }
@@ -58,6 +60,19 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   tally::write_prometheus(out, once.accounts, {.open_metrics = true});
   tally::write_csv(out, once.accounts);
   tally::write_perfetto(out, once.accounts);
+
+  std::vector<tally::Account> of_job = once.accounts;
+  std::erase_if(of_job, [&](const tally::Account& account) { return account.job != once.accounts[0].job; });
+  try {
+    const tally::JobAccount job = tally::job_of(of_job);
+    if (job.elapsed.count() < 0 || job.followed < 0 || job.followed > 1) fail("sums are out of range", "");
+    for (const tally::Straggler& each : job.stragglers)
+      if (each.energy.known() && each.energy.value < 0) fail("a negative joule", std::to_string(each.energy.value));
+    tally::write_summary(out, job, of_job);
+    if (size % 8 == 0) tally::write_html(out, job, of_job);  // which takes longer than all else
+  } catch (const tally::Error& error) {
+    if (error.errc() != tally::Errc::invalid_argument) fail(error.what(), "");
+  }
 
   const std::string text = json_lines(once.accounts);
   const bench::AccountsRead again = read(text);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // For libFuzzer: any bytes as an intensity file. They give a tally::Error, or a series out of which no window makes a negative
-// or infinite gram. clang++ -std=c++20 -fsanitize=fuzzer,address,undefined -Iinclude tests/fuzz/carbon_fuzz.cpp
+// or infinite gram: tests/fuzz/run.sh
 #include <chrono>
 #include <cmath>
 #include <cstddef>

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Whatever a weights file holds, it is read as it would be written again, or refused with an Error.
-// clang++-14 -std=c++20 -g -O1 -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -Iinclude tests/fuzz/weights_fuzz.cpp
+// libFuzzer: tests/fuzz/run.sh
 #include <cstddef>
 #include <cstdint>
 #include <string_view>

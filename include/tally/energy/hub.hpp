@@ -329,6 +329,7 @@ class EnergyHub {
     });
   }
   void tell_power(std::size_t domain, nanoseconds begin, nanoseconds end, Nanojoules energy) {
+    if (!domains_[domain].seen) return;  // it is unknown, not 0 W
     const double watts = static_cast<double>(energy) / static_cast<double>(std::max((end - begin).count(), std::int64_t{1}));
     state_.power[state_.powers++ % detail::BoardState::most_power] = {static_cast<std::uint16_t>(domain), begin.count(), end.count(), static_cast<float>(watts)};
   }
