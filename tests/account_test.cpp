@@ -185,12 +185,12 @@ void crowded(Communicator& comm) {
 
 }  // namespace
 
-TEST_CASE("idle truth: two processes", "[processes][timing]") { launch(2, idle_truth); }
-TEST_CASE("idle truth: two threads", "[timing]") { launch(2, idle_truth, threads); }
-TEST_CASE("idle truth: more processes than cores", "[processes][timing]") { launch(static_cast<int>(std::thread::hardware_concurrency()) + 2, crowded); }
-TEST_CASE("idle truth: more threads than cores", "[timing]") { launch(static_cast<int>(std::thread::hardware_concurrency()) + 3, crowded, threads); }
+TEST_CASE("I4: idle truth: two processes", "[processes][timing]") { launch(2, idle_truth); }
+TEST_CASE("I4: idle truth: two threads", "[timing]") { launch(2, idle_truth, threads); }
+TEST_CASE("I4: idle truth: more processes than cores", "[processes][timing]") { launch(static_cast<int>(std::thread::hardware_concurrency()) + 2, crowded); }
+TEST_CASE("I4: idle truth: more threads than cores", "[timing]") { launch(static_cast<int>(std::thread::hardware_concurrency()) + 3, crowded, threads); }
 
-TEST_CASE("blame is transitive: in a ring, rank 3 waits for rank 2 but blames rank 0") {
+TEST_CASE("I6: in a ring of threads, rank 3 waits for rank 2 but blames rank 0") {
   launch(4, [](Communicator& comm) {
     std::vector<float> data(4, 1.0f);
     std::vector<std::int64_t> posts;
@@ -288,7 +288,7 @@ Report slow_broadcast(nanoseconds period, int slots) {
 
 }  // namespace
 
-TEST_CASE("a slow link is transfer, not arrival") {
+TEST_CASE("I5: a slow link is transfer, not arrival, with a queue on it and without") {
   for (const int slots : {2, 16}) {  // with 16, more than 10 frames queue on the link
     const Report slow = slow_broadcast(2ms, slots);
     CAPTURE(slots, slow.wait_transfer.count(), slow.wait_arrival.count());
@@ -297,7 +297,7 @@ TEST_CASE("a slow link is transfer, not arrival") {
   }
 }
 
-TEST_CASE("failed operations are booked, exactly too") {
+TEST_CASE("I1: failed operations are booked, exactly too") {
   launch(2, [](Communicator& comm) {
     std::vector<int> data(10, 1);
     comm.all_reduce<Ring>(data, sum);

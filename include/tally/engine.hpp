@@ -433,7 +433,9 @@ class Engine final : public AnyEngine {
       ledger_.settle();
     } catch (...) {
       fail();
+      run.exposed = progress_.now() - run.account.arrival;
       progress_.stop();
+      if (run.done.load(std::memory_order_relaxed)) book(run);  // nobody will fetch it
       runs_.free(run);
       if (detected_ || diagnosis_.serving != &run) throw *failed_;
       throw;
