@@ -4,16 +4,11 @@
 #include <catch2/catch.hpp>
 
 #include <algorithm>
-#include <atomic>
 #include <chrono>
 #include <cmath>
-#include <cstdlib>
 #include <fstream>
 #include <iostream>
 #include <memory>
-#include <new>
-#include <numeric>
-#include <optional>
 #include <span>
 #include <sstream>
 #include <stdexcept>
@@ -23,36 +18,8 @@
 
 #include <tally/tally.hpp>
 
-#include "sanitized.hpp"
-
 using namespace tally;
 using namespace std::chrono_literals;
-
-// Counts this program's allocations, to show that operations make none. Sanitizers bring their own allocator.
-static std::atomic<std::size_t> allocations{0};
-#ifndef TALLY_TEST_SANITIZED
-[[gnu::noinline]] void* operator new(std::size_t bytes) {
-  ++allocations;
-  if (void* memory = std::malloc(bytes ? bytes : 1)) return memory;
-  throw std::bad_alloc();
-}
-[[gnu::noinline]] void* operator new(std::size_t bytes, std::align_val_t align) {
-  ++allocations;
-  if (void* memory = std::aligned_alloc(static_cast<std::size_t>(align), (bytes + static_cast<std::size_t>(align) - 1) / static_cast<std::size_t>(align) * static_cast<std::size_t>(align))) return memory;
-  throw std::bad_alloc();
-}
-[[gnu::noinline]] void operator delete(void* memory, std::align_val_t) noexcept { std::free(memory); }
-[[gnu::noinline]] void operator delete(void* memory) noexcept { std::free(memory); }
-[[gnu::noinline]] void operator delete(void* memory, std::size_t) noexcept { std::free(memory); }
-[[gnu::noinline]] void* operator new(std::size_t bytes, const std::nothrow_t&) noexcept {
-  ++allocations;
-  return std::malloc(bytes ? bytes : 1);
-}
-[[gnu::noinline]] void* operator new(std::size_t bytes, std::align_val_t align, const std::nothrow_t&) noexcept {
-  ++allocations;
-  return std::aligned_alloc(static_cast<std::size_t>(align), (bytes + static_cast<std::size_t>(align) - 1) / static_cast<std::size_t>(align) * static_cast<std::size_t>(align));
-}
-#endif
 
 namespace {
 
@@ -349,65 +316,6 @@ TEST_CASE("the ledger sums what the reports say, in constant memory") {
   }, threads);
 }
 
-TEST_CASE("the steady state allocates nothing", "[processes]") {
-#ifdef TALLY_TEST_SANITIZED
-  WARN("skipped: allocations are the sanitizer's");
-  return;
-#endif
-  launch(2, [](Communicator& comm) {
-    std::vector<float> small(2, 1.0f), large(100'000, 1.0f), out(100'000);
-    const auto work = [&] {
-      for (int i = 0; i < 50; ++i) {
-        comm.all_reduce(small, max);
-        comm.all_reduce(large, max);
-        comm.all_reduce<OneShot>(std::span<const float>(large), std::span(out), max);
-        comm.broadcast(large, 1);
-        comm.barrier();
-      }
-    };
-    work();
-    const std::size_t before = allocations;
-    work();
-    const std::size_t made = allocations - before;
-    expect(made == 0, "no allocation in 250 operations");
-  });
-}
-
-TEST_CASE("the steady state in the background allocates nothing", "[processes]") {
-#ifdef TALLY_TEST_SANITIZED
-  WARN("skipped: allocations are the sanitizer's");
-  return;
-#endif
-  for (const bool progress : {false, true}) {
-    CAPTURE(progress);
-    launch(2, [progress](Communicator& comm) {
-      std::optional<ProgressThread> thread;
-      if (progress) thread = progress_thread();
-      std::vector<float> small(2, 1.0f), large(100'000, 1.0f), sent(50, 1.0f), received(50);
-      const Rank peer = 1 - comm.rank();
-      const auto one = [&] {
-        for (int i = 0; i < 1000; ++i) comm.async_all_reduce(small, max).wait();
-      };
-      const auto several = [&] {
-        for (int i = 0; i < 200; ++i) {
-          Operation first = comm.async_all_reduce(small, max), second = comm.async_all_reduce(large, max), receiving = comm.async_receive(received, peer, 1), sending = comm.async_send(sent, peer, 1), third = comm.async_broadcast(std::span(small).first(0), 1);
-          comm.barrier();
-          sending.wait(), third.wait(), first.wait(), second.wait(), receiving.wait();
-        }
-      };
-      const auto made_by = [](const auto& work) {
-        work();
-        const std::size_t before = allocations;
-        work();
-        return allocations - before;
-      };
-      const std::size_t by_one = made_by(one), by_several = made_by(several);
-      expect(by_one == 0, std::to_string(by_one) + " allocations in 1000 operations in the background");
-      expect(by_several == 0, std::to_string(by_several) + " allocations in 1200 operations, five at a time in the background");
-    });
-  }
-}
-
 TEST_CASE("joules are modelled, bounded, and unknown where there is no model", "[processes]") {
   Options options;
   options.meter.busy_watts = 10;
@@ -459,7 +367,7 @@ TEST_CASE("reports outlive their communicator") {
   CHECK(text.str().find("unknown J") != std::string::npos);
 }
 
-TEST_CASE("without accounting there are no times") {
+TEST_CASE("I17: without accounting there are no times") {
   Options options;
   options.accounting = false;
   launch(2, [](Communicator& comm) {

@@ -3,13 +3,13 @@
 // tell, to the nanosecond. TALLY_TEST_VERBOSE=1 prints how far off they are.
 #include <catch2/catch.hpp>
 
-#include <cmath>
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
 #include <functional>
-#include <iostream>
+#include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "simulated.hpp"
@@ -462,4 +462,122 @@ TEST_CASE("I6: blame is transitive: in a ring only rank 0 is late, and rank 3, w
         CHECK(mine.report.last_arrival == 0);
       }
     }
+}
+
+namespace {
+
+struct CountingClock final : TimeSource {
+  explicit CountingClock(const Clock& other) : inner(other) {}
+  Ticks now() const override {
+    ++readings;
+    return inner.now();
+  }
+  const Clock inner;
+  mutable std::size_t readings = 0;
+};
+
+/// Polls that found nothing, changes between copying and combining, and when the first poll found nothing.
+struct Counts {
+  std::size_t empty = 0, changes = 0, before_first_empty = 0;
+  char at = 0;
+};
+class Counted : public SimulatedTransport {
+ public:
+  Counted(SimulatedNetwork& network, Rank me, Counts& counts, const CountingClock& clock) : SimulatedTransport(network, me), counts_(counts), clock_(clock) {}
+  template <Probe P>
+  void post(Transfer& t, P& probe) {
+    Counter<P> counter{probe, counts_};
+    SimulatedTransport::post(t, counter);
+  }
+  template <Probe P>
+  bool poll(P& probe) {
+    Counter<P> counter{probe, counts_};
+    const bool moved = SimulatedTransport::poll(counter);
+    if (moved) return true;
+    if (counts_.empty++ == 0) counts_.before_first_empty = clock_.readings;
+    counts_.at = 0;
+    return false;
+  }
+  std::unique_ptr<Counted> open(std::uint64_t, std::span<const Rank>) { return nullptr; }
+
+ private:
+  template <class P>
+  struct Counter {
+    P& probe;
+    Counts& counts;
+    void turn(char to) {
+      if (std::exchange(counts.at, to) != to) ++counts.changes;
+    }
+    void arrived(Transfer& t, const FrameInfo& frame) { probe.arrived(t, frame); }
+    Transfer* unexpected(Rank peer, const FrameInfo& frame) { return probe.unexpected(peer, frame); }
+    void credited(Transfer& t, const FrameTimes& times) { probe.credited(t, times); }
+    void copying(Transfer& t) {
+      turn('c');
+      probe.copying(t);
+    }
+    void reducing(Transfer& t) {
+      turn('r');
+      probe.reducing(t);
+    }
+    void moved(Transfer& t) { probe.moved(t); }
+    FrameTimes stamp(Transfer& t) { return probe.stamp(t); }
+    FrameTimes credit_stamp(const Transfer& t) { return probe.credit_stamp(t); }
+  };
+  Counts& counts_;
+  const CountingClock& clock_;
+};
+
+/// Calls of every algorithm whose steps all move something between ranks: f(name, clock readings, counts) of each.
+template <class F>
+void counted_calls(bool accounting, F&& f) {
+  for (const Choice& choice : all_choices())
+    for (const std::size_t count : {std::size_t{3}, std::size_t{700}})
+      for (std::uint64_t seed = 1; seed <= 2; ++seed) {
+        Random random(seed);
+        SimulatedOptions options = random_options(random, seed);
+        SimulatedNetwork network(4, options);
+        network.run([&](Rank me) {
+          const CountingClock clock(network.clock(me));
+          Counts counts;
+          Engine<Counted> engine(std::make_unique<Counted>(network, me, counts, clock), Clock(clock), ModelMeter{}, WaitPolicy::balanced, accounting);
+          Random mine(seed * 64 + static_cast<std::uint64_t>(me));
+          for (int i = 0; i < 3; ++i) {
+            Work work = work_of(choice, 4, me, count);
+            const Call call = work.call();
+            const Plan plan(choice.algorithm.generate(call.layout.shape()), call.layout, sizeof(std::int32_t));
+            const bool local = std::any_of(plan.steps().begin(), plan.steps().end(), [](const PlannedStep& step) { return step.peer < 0; });
+            network.sleep(nanoseconds(mine.below(i == 1 ? 2'000'000 : 2'000)));
+            counts = {};
+            const std::size_t before = clock.readings;
+            engine.run(call);
+            counts.before_first_empty -= counts.empty > 0 ? before : 0;
+            if (!local) f(text_of(choice), clock.readings - before, counts);
+          }
+        });
+      }
+}
+
+}  // namespace
+
+TEST_CASE("I17: without accounting no clock is read before the first poll that finds nothing, whatever the algorithm") {
+  std::size_t stalled = 0, not_stalled = 0, wrong = 0;
+  counted_calls(false, [&](const std::string&, std::size_t readings, const Counts& counts) {
+    ++(counts.empty > 0 ? stalled : not_stalled);
+    wrong += counts.empty > 0 ? counts.before_first_empty > 0 || readings == 0 : readings > 0;
+  });
+  CHECK(stalled > 100);
+  CHECK(not_stalled > 50);
+  CHECK(wrong == 0);
+}
+
+TEST_CASE("I18: the clock is read no more than once when the state changes and once for each poll that finds nothing, whatever the algorithm") {
+  std::size_t calls = 0, changes = 0;
+  counted_calls(true, [&](const std::string& name, std::size_t readings, const Counts& counts) {
+    ++calls;
+    changes += counts.changes;
+    const std::size_t allowed = 2 + counts.changes + counts.empty;
+    expect(readings <= allowed, name + ": " + std::to_string(readings) + " readings, " + std::to_string(allowed) + " allowed");
+  });
+  CHECK(calls > 500);
+  CHECK(changes > 500);
 }
