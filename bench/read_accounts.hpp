@@ -110,7 +110,7 @@ class Fields {
   }
   std::uint64_t natural(std::string_view name) { return static_cast<std::uint64_t>(integer(name, 0, static_cast<std::int64_t>(most_count))); }
   tally::nanoseconds duration(std::string_view name) { return tally::nanoseconds(integer(name, 0, most_ns)); }
-  /// Half as far from the epoch as differences and sums of two could bear.
+  /// Within 36 years of the epoch: so much is a clock's offset, too, and what job_of() makes of a few of them is far from overflowing.
   tally::nanoseconds instant(std::string_view name) { return tally::nanoseconds(integer(name, -(most_ns / 4), most_ns / 4)); }
   double number(std::string_view name, double least, double most) {
     const Json& value = at(name);

@@ -26,6 +26,7 @@
 #include <nlohmann/json.hpp>
 #include <tally/tally.hpp>
 
+#include "account_file.hpp"
 #include "byte_model.hpp"
 #include "ledger_json.hpp"
 
@@ -35,7 +36,7 @@ struct Settings {
   bool threads = false, overlap = false;
   std::optional<int> progress_core;
   std::vector<std::string> text_files;
-  std::string json;
+  std::string json, account;
 };
 
 using Clock = std::chrono::steady_clock;
@@ -200,6 +201,7 @@ void train(tally::Communicator& comm, const Settings& settings, const std::strin
   const double seconds = seconds_since(start);
   std::optional<Overlap> overlap;
   if (settings.overlap && !losses.empty()) overlap = overlap_in(comm.ledger(), seconds_alone(comm, gradient, settings.steps));
+  if (!settings.account.empty()) write_account_file(settings.account, comm.account("world", "train"));
   if (comm.rank() == 0) report(settings, comm, losses, seconds, overlap);
 }
 
@@ -253,10 +255,12 @@ int main(int argc, char** argv) {
   app.add_option("--progress-core", settings.progress_core, "with a progress thread on this core; -1: on any")->option_text("CORE")->needs("--overlap");
   app.add_option("--text", settings.text_files, "what to learn; without it, the library's own headers")->option_text("FILE...");
   app.add_option("--json", settings.json, "write the result there too; '-' is standard output")->option_text("FILE");
+  app.add_option("--account", settings.account, "each rank writes its account there, for tally_report")->option_text("DIR");
   try {
     app.parse(argc, argv);
     const std::string text = read_text(settings.text_files.empty() ? default_text() : settings.text_files);
     if (!settings.json.empty()) expect_writable(settings.json);
+    if (!settings.account.empty()) expect_account_folder(settings.account);
 
     if (!tally::job_info().launcher.empty()) {
       tally::Communicator comm = tally::init();

@@ -281,3 +281,32 @@ TEST_CASE("an energy that is not known makes no sum, and an account that is not 
   CHECK_THROWS_WITH(job_of(wrong), Catch::Contains("two accounts of rank 0"));
   CHECK(job_of({}).size == 0);
 }
+
+TEST_CASE("times at the end of what can be are added up, and those beyond it refused by name") {
+  const nanoseconds most{std::int64_t{1} << 60};
+  for (const nanoseconds begin : {most, -most})
+    for (const nanoseconds offset : {most, -most}) {
+      std::vector<Account> accounts{account_of(0, 2), account_of(1, 2)};
+      for (Account& account : accounts) account.begin = -most, account.end = most, account.clock_offset = offset;
+      call(accounts[0], 1, begin, begin + most / 2, {{1, most / 2, {}, {}}});
+      call(accounts[1], 1, begin, begin + most / 2, {{0, most / 2, {}, {}}});
+      for (Account& account : accounts) account.end = most;
+      const JobAccount job = job_of(accounts);
+      CHECK(job.elapsed == 2 * most);
+      CHECK(job.resolved_wait(0, 1).arrival == most / 2);
+    }
+  const auto refuses = [&](auto&& change, const char* what) {
+    std::vector<Account> accounts{account_of(0, 2), account_of(1, 2)};
+    call(accounts[1], 1, 0ms, 5ms, {{0, 1ms, {}, {}}});
+    change(accounts[1]);
+    CHECK_THROWS_WITH(job_of(accounts), Catch::Contains("account of rank 1 of 'world'") && Catch::Contains(what) && Catch::Contains("more than 36 years"));
+  };
+  for (const nanoseconds beyond : {most + 1ns, -most - 1ns, nanoseconds::max(), nanoseconds::min()}) {
+    refuses([&](Account& a) { a.begin = beyond; }, "its begin");
+    refuses([&](Account& a) { a.end = beyond; }, "its end");
+    refuses([&](Account& a) { a.clock_offset = beyond; }, "its clock's offset");
+    refuses([&](Account& a) { a.recent[0].begin = beyond; }, "the begin of a call");
+    refuses([&](Account& a) { a.recent[0].time.elapsed = beyond; }, "the time of a call");
+    refuses([&](Account& a) { a.recent[0].waited_for[0].arrival = beyond; }, "a wait in a call");
+  }
+}

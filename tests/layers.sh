@@ -70,6 +70,7 @@ exceptions=(
   "account/prometheus: account/forms account/snapshot"
   "account/perfetto: account/forms account/snapshot"
   "account/verdict: account/job account/texts"
+  "account/summary: account/job account/texts account/verdict"
   "account/html_charts: account/html_text account/job account/texts"
   "account/html: account/html_charts account/html_style account/html_text account/job account/merge account/texts account/verdict"
   "run: call prepared progress"

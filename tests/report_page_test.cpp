@@ -17,6 +17,7 @@
 #include <vector>
 
 #include <tally/account/html.hpp>
+#include <tally/account/summary.hpp>
 
 #include "report_accounts.hpp"
 #include "sample_accounts.hpp"
@@ -245,6 +246,27 @@ TEST_CASE("Slow data, receivers without room and waits for oneself are told from
   v = verdict(accounts(shape));
   CHECK(v.finding == Finding::local);
   CHECK(v.detail == "100 % of all waiting, 80 ms, was for something of the waiting rank's own, such as its device or its queue. In all their waiting the ranks drew 400 mJ (modelled, +- 40 %).");
+}
+
+TEST_CASE("A late rank is named though slow data is worse, and slow data though a late rank is") {
+  JobShape shape = late(4, {{2, 3}});
+  shape.transfer = 4'000'000;
+  shape.watts = 5;
+  Verdict v = verdict(accounts(shape));
+  CHECK(v.finding == Finding::transfer);
+  CHECK(v.ranks == std::vector<Rank>{2});
+  CHECK(v.headline == "Slow data holds this job up, and so does rank 2.");
+  REQUIRE(v.asides.size() == 1);
+  CHECK(v.asides[0] == "Rank 2 is late: the other 3 ranks together waited 90 ms for it, 100 % of all arrival waiting, and drew 450 mJ (modelled, +- 40 %) meanwhile.");
+  shape.transfer = 9'000'000;  // so much more that the late rank does not matter
+  v = verdict(accounts(shape));
+  CHECK(v.headline == "Slow data, not a late rank, holds this job up.");
+  CHECK(v.asides.empty());
+  CHECK(v.ranks.empty());
+  shape.transfer = 1'500'000;
+  v = verdict(accounts(shape));
+  CHECK(v.headline == "Rank 2 slows this job.");
+  CHECK(v.asides.back() == "Not only late ranks hold it up: the ranks waited another 60 ms for bytes on their way (transfer).");
 }
 
 TEST_CASE("Time in which the thread served other operations is no wait for oneself") {
@@ -538,6 +560,9 @@ TEST_CASE("Numbers out of their range in an account are refused or left out, not
   other = all;
   other[3].recent[0].waited_for = {{4, nanoseconds(1), {}, {}}};
   refused(job, other, "it waited for rank 4 of 4");
+  other = all;
+  other[1].recent[0].begin = nanoseconds::max();
+  refused(job, other, "the begin of a call is 9223372036854775807 ns, more than 36 years");
 
   other = all;
   other[0].power = {{7, nanoseconds(0), nanoseconds(1), 100}, {0, nanoseconds(0), nanoseconds(1), std::nan("")}};
@@ -545,8 +570,8 @@ TEST_CASE("Numbers out of their range in an account are refused or left out, not
   other[0].rows[0].size_class = 255;
   other[0].rows[0].operation = static_cast<Collective>(200);
   wrong = job_of(other);
-  other[0].recent[0].begin = nanoseconds::max();
-  other[0].recent[1].begin = nanoseconds::min();
+  other[0].recent[0].begin = nanoseconds(std::int64_t{1} << 60);
+  other[0].recent[1].begin = -nanoseconds(std::int64_t{1} << 60);
   wrong.domains.push_back({"node", {}});
   wrong.domains[0].account.parent = 7;
   write_html(out, wrong, other);
@@ -573,4 +598,31 @@ TEST_CASE("The checker of this test finds what is wrong with a page") {
   CHECK(contains(broken("href=\"#notes\"", "href=\"x\""), "link out of the page"));
   CHECK(contains(broken("<main>", "<main><p>"), "wrong end"));
   CHECK(contains(broken("</html>\n", ""), "not closed: html"));
+}
+
+TEST_CASE("A summary for the terminal has the verdict, the worst ranks and the totals, and nothing that moves the cursor") {
+  JobShape shape = late(12, {{2, 3}, {7, 9}});
+  shape.watts = 5;
+  std::vector<Account> all = accounts(shape);
+  for (Account& account : all) account.host = "evil\x1b[2J\nhost";
+  all[0].warnings.push_back("a \x1b]0;title\a warning");
+  const auto summary_of = [](const std::vector<Account>& given) {
+    std::ostringstream out;
+    write_summary(out, job_of(given), given);
+    return out.str();
+  };
+  std::string text = summary_of(all);
+  CHECK(text.starts_with("Rank 7 slows this job.\nThe other 11 ranks together waited 960 ms for it, "));
+  CHECK(contains(text, "     7  evil?[2J?host         960 ms   100 %       0 ns    4.80 +- 1.92 J\n"));
+  CHECK(contains(text, "\nTotals of job: 12 ranks, 1 host, 1 communicator, 100 ms\n  calls      120; "));
+  CHECK(contains(text, "\nWhat to know\n- a ?]0;title? warning\n"));
+  for (const char c : text) CHECK((c == '\n' || (c >= ' ' && c <= '~')));
+
+  text = summary_of(accounts(in_turn(12, 24)));
+  CHECK(contains(text, "  and 4 more ranks, which were less late\n"));
+  CHECK(contains(text, "  energy     unknown J; waiting unknown J"));
+  CHECK_FALSE(contains(text, "What to know"));
+  text = summary_of({});
+  CHECK(text.starts_with("Nothing to tell of.\n"));
+  CHECK_FALSE(contains(text, "Who was late"));
 }

@@ -82,7 +82,7 @@ inline std::size_t utf8_length(std::string_view text) {
 }
 /// `text` with escape(character) for each of its characters that is one byte, and the others as they are.
 template <class F>
-std::string escaped(std::string_view text, F&& escape) {
+std::string with_escapes(std::string_view text, F&& escape) {
   std::string result;
   while (!text.empty()) {
     const std::size_t length = utf8_length(text);
@@ -94,11 +94,11 @@ std::string escaped(std::string_view text, F&& escape) {
   return result;
 }
 inline std::string utf8_text(std::string_view text) {
-  return escaped(text, [](std::string& result, char c) { result += c; });
+  return with_escapes(text, [](std::string& result, char c) { result += c; });
 }
 /// In quotes.
 inline std::string json_text(std::string_view text) {
-  const std::string inner = escaped(text, [](std::string& result, char c) {
+  const std::string inner = with_escapes(text, [](std::string& result, char c) {
     constexpr std::string_view digits = "0123456789abcdef";
     const auto code = static_cast<unsigned char>(c);
     if (c == '"' || c == '\\') (result += '\\') += c;
@@ -111,7 +111,7 @@ inline std::string json_text(std::string_view text) {
 inline std::string json_number(double value) { return std::isfinite(value) ? number_text(value) : "null"; }
 /// The value of a label of Prometheus, without quotes.
 inline std::string label_text(std::string_view text) {
-  return escaped(text, [](std::string& result, char c) {
+  return with_escapes(text, [](std::string& result, char c) {
     if (c == '"' || c == '\\') (result += '\\') += c;
     else if (c == '\n') result += "\\n";
     else result += c;

@@ -88,7 +88,7 @@ class HtmlPage {
   /// "1,234,567"
   static std::string grouped(std::uint64_t value) {
     std::string text = std::to_string(value);
-    for (std::size_t i = text.size(); i > 3; i -= 3) text.insert(i - 3, ",");
+    for (std::size_t i = text.size(); i > 3; i -= 3) text.insert(i - 3, 1, ',');
     return text;
   }
   static std::string size_text(std::uint8_t size_class, std::uint64_t bytes) { return size_class == 0 ? std::string(bytes > 0 ? "up to 1 B" : "no data") : concat({"up to ", bytes_text(std::uint64_t{1} << std::min<int>(63, size_class))}); }

@@ -5,8 +5,9 @@
 #pragma once
 
 #include <algorithm>
+#include <chrono>
 #include <cstddef>
-#include <map>
+#include <cstdint>
 #include <span>
 #include <string>
 #include <string_view>
@@ -88,13 +89,10 @@ class WaitChains {
   template <class F>
   void follow(Rank late, nanoseconds begin, nanoseconds end, F&& charge, int depth = 0) const {
     const std::vector<Wait>& own = of(late);
-    // From the last on, so that what is left of the interval is always [begin, end) with end falling.
-    auto next = std::lower_bound(own.begin(), own.end(), begin, [](const Wait& wait, nanoseconds t) { return wait.end <= t; });
-    std::vector<Wait> inside;
-    for (; next != own.end() && next->end - longest_ < end; ++next)
-      if (next->begin < end) inside.push_back(*next);
     nanoseconds busy{};
-    for (auto wait = inside.rbegin(); wait != inside.rend(); ++wait) {
+    // From the last on, so that what is left of the interval is always [begin, end) with end falling.
+    auto wait = std::partition_point(own.begin(), own.end(), [&](const Wait& each) { return each.end - longest_ < end; });
+    while (wait != own.begin() && (--wait)->end > begin) {
       const nanoseconds from = std::max(wait->begin, begin), to = std::min(wait->end, end);
       if (from >= to) continue;
       busy += end - to;
@@ -115,33 +113,38 @@ class WaitChains {
 }  // namespace detail
 
 /// The accounts may be of several communicators of a job and come in any order; the order changes nothing. Throws
-/// Errc::invalid_argument where an account names ranks that it does not have, or two are of the same rank and communicator.
+/// Errc::invalid_argument where an account names ranks that it does not have or times more than 36 years from their epoch, or two
+/// are of the same rank and communicator.
 inline JobAccount job_of(std::span<const Account> accounts) {
   using detail::add;
-  std::vector<Account> all;
+  std::vector<const Account*> all;
   for (const Account& account : accounts) {
     detail::check(account);
-    all.push_back(detail::in_job(account));
+    all.push_back(&account);
   }
-  std::sort(all.begin(), all.end(), [](const Account& a, const Account& b) { return std::tie(a.communicator, a.rank, a.begin) < std::tie(b.communicator, b.rank, b.begin); });
+  const auto job_rank = [](const Account* account) { return account->in_job(account->rank); };
+  std::sort(all.begin(), all.end(), [&](const Account* a, const Account* b) { return std::pair(std::string_view(a->communicator), job_rank(a)) < std::pair(std::string_view(b->communicator), job_rank(b)); });
   JobAccount job;
   for (std::size_t i = 0; i < all.size(); ++i) {
-    if (i > 0 && all[i].communicator == all[i - 1].communicator && all[i].rank == all[i - 1].rank)
-      throw Error(Errc::invalid_argument, {"there are two accounts of rank ", all[i].rank, " of '", all[i].communicator, "'"});
-    job.size = std::max({job.size, all[i].size, all[i].rank + 1});
-    if (job.job.empty()) job.job = all[i].job;
-    job.elapsed = std::max(job.elapsed, all[i].end - all[i].begin);
-    job.caveats |= all[i].caveats;
-    add(job.warnings, all[i].warnings);
+    const Account& account = *all[i];
+    if (i > 0 && account.communicator == all[i - 1]->communicator && job_rank(&account) == job_rank(all[i - 1]))
+      throw Error(Errc::invalid_argument, {"there are two accounts of rank ", job_rank(&account), " of '", account.communicator, "'"});
+    job.size = std::max({job.size, account.size, job_rank(&account) + 1});
+    for (const Rank member : account.members) job.size = std::max(job.size, member + 1);
+    if (job.job.empty()) job.job = account.job;
+    job.elapsed = std::max(job.elapsed, account.end - account.begin);
+    job.caveats |= account.caveats;
+    add(job.warnings, account.warnings);
   }
   const auto n = static_cast<std::size_t>(job.size);
-  job.waits.resize(n * n);
-  for (WaitCell& cell : job.waits) cell.energy = {0, 0, 0, 0, Provenance::measured, Split::direct};
+  const Quantity nothing{0, 0, 0, 0, Provenance::measured, Split::direct};
+  job.waits.assign(n * n, {{}, {}, {}, nothing});
 
   std::vector<Quantity> carbon_per_joule(n);  // of each rank
+  nanoseconds arrival{}, followed{};
   bool first = true;
-  for (const Account& account : all)
-    for (const AccountRow& row : account.rows) {
+  for (const Account* account : all)
+    for (const AccountRow& row : account->rows) {
       AccountRow nameless = row;
       nameless.waited_for.clear();
       add(job.rows, nameless);
@@ -150,40 +153,46 @@ inline JobAccount job_of(std::span<const Account> accounts) {
       else add(job.energy, row.energy);
       const double idle = static_cast<double>(row.time.idle().count());
       for (const Blame& blame : row.waited_for) {
-        WaitCell& cell = job.waits[job.cell(account.rank, blame.rank)];
+        WaitCell& cell = job.waits[job.cell(job_rank(account), account->in_job(blame.rank))];
         cell.arrival += blame.arrival;
         cell.transfer += blame.transfer;
         cell.credit += blame.credit;
+        arrival += blame.arrival;
         if (blame.total() > nanoseconds{0}) cell.energy = cell.energy + row.energy.idle * (static_cast<double>(blame.total().count()) / idle);
       }
-      Quantity& carbon = carbon_per_joule[static_cast<std::size_t>(account.rank)];
+      Quantity& carbon = carbon_per_joule[static_cast<std::size_t>(job_rank(account))];
       if (!carbon.known() && row.energy.carbon.known() && row.energy.gross.value > 0) carbon = row.energy.carbon * (1 / row.energy.gross.value);
     }
 
   // Who waits for a rank's arrival waits until then, so the sums per call tell where in time they lie.
-  std::map<std::tuple<std::string_view, std::uint64_t, Rank>, const AccountEvent*> calls;
-  for (const Account& account : all)
-    for (const AccountEvent& event : account.recent)
-      if (event.operation_number != 0) calls[{account.communicator, event.operation_number, account.rank}] = &event;
-  std::map<std::pair<std::string_view, Rank>, nanoseconds> offsets;
-  for (const Account& account : all) offsets[{account.communicator, account.rank}] = account.clock_offset;
   detail::WaitChains chains(job.size);
-  for (const Account& account : all)
-    for (const AccountEvent& event : account.recent)
-      for (const Blame& blame : event.waited_for) {
-        const auto theirs = calls.find({account.communicator, event.operation_number, blame.rank});
-        if (blame.rank < 0 || blame.arrival <= nanoseconds{0} || theirs == calls.end()) continue;
-        const nanoseconds mine = account.clock_offset, came = theirs->second->begin + offsets[{account.communicator, blame.rank}];
-        const nanoseconds slack = std::chrono::microseconds(10);  // how far a call's begin, read before its first clock reading, may be off
-        if (came - blame.arrival < event.begin + mine - slack || came > event.begin + mine + event.time.elapsed + slack) continue;  // it had called already, and came back to it late
-        chains.add(account.rank, {came - blame.arrival, came, blame.rank});
-      }
+  for (auto begin = all.begin(), end = begin; begin != all.end(); begin = end) {
+    end = std::find_if(begin, all.end(), [&](const Account* account) { return account->communicator != (*begin)->communicator; });
+    std::vector<std::vector<std::pair<std::uint64_t, nanoseconds>>> calls(n);  // of each rank: the operation's number, and when it came by rank 0's clock
+    for (const Account* account : std::span(begin, end)) {
+      auto& own = calls[static_cast<std::size_t>(job_rank(account))];
+      for (const AccountEvent& event : account->recent)
+        if (event.operation_number != 0) own.emplace_back(event.operation_number, event.begin + account->clock_offset);
+      std::sort(own.begin(), own.end());
+    }
+    for (const Account* account : std::span(begin, end))
+      for (const AccountEvent& event : account->recent)
+        for (const Blame& blame : event.waited_for) {
+          if (blame.rank < 0 || blame.arrival <= nanoseconds{0}) continue;
+          const Rank culprit = account->in_job(blame.rank);
+          const auto& theirs = calls[static_cast<std::size_t>(culprit)];
+          const auto call = std::lower_bound(theirs.begin(), theirs.end(), std::pair(event.operation_number, nanoseconds::min()));
+          if (call == theirs.end() || call->first != event.operation_number) continue;
+          const nanoseconds called = event.begin + account->clock_offset, came = call->second;
+          const nanoseconds slack = std::chrono::microseconds(10);  // how far a call's begin, read before its first clock reading, may be off
+          if (came - blame.arrival < called - slack || came > called + event.time.elapsed + slack) continue;  // it had called already, and came back to it late
+          chains.add(job_rank(account), {came - blame.arrival, came, culprit});
+        }
+  }
   chains.sort();
 
   job.resolved = job.waits;
   std::vector<nanoseconds> passed_on(n);
-  nanoseconds arrival{}, followed{};
-  for (const WaitCell& cell : job.waits) arrival += cell.arrival;
   for (Rank waiting = 0; waiting < job.size; ++waiting)
     for (const auto& wait : chains.of(waiting)) {
       followed += wait.end - wait.begin;
@@ -202,10 +211,10 @@ inline JobAccount job_of(std::span<const Account> accounts) {
     }
   job.followed = arrival > nanoseconds{0} ? std::min(1.0, static_cast<double>(followed.count()) / static_cast<double>(arrival.count())) : 1.0;
 
-  for (Rank r = 0; r < job.size; ++r) {
-    Straggler straggler{r, {}, passed_on[static_cast<std::size_t>(r)], 0, {0, 0, 0, 0, Provenance::measured, Split::direct}, {0, 0, 0, 0, Provenance::measured, Split::direct}};
-    for (Rank waiting = 0; waiting < job.size; ++waiting) {
-      const WaitCell& cell = job.resolved_wait(waiting, r);
+  for (Rank r = 0; r < job.size; ++r) job.stragglers.push_back({r, {}, passed_on[static_cast<std::size_t>(r)], 0, nothing, nothing});
+  for (Rank waiting = 0; waiting < job.size; ++waiting)
+    for (Straggler& straggler : job.stragglers) {
+      const WaitCell& cell = job.resolved_wait(waiting, straggler.rank);
       if (cell.arrival <= nanoseconds{0}) continue;
       straggler.caused += cell.arrival;
       const Quantity joules = cell.energy * (static_cast<double>(cell.arrival.count()) / static_cast<double>(cell.total().count()));
@@ -213,26 +222,25 @@ inline JobAccount job_of(std::span<const Account> accounts) {
       const Quantity& carbon = carbon_per_joule[static_cast<std::size_t>(waiting)];
       straggler.carbon = straggler.carbon + (carbon.known() && joules.known() ? carbon * joules.value : Quantity{});
     }
-    straggler.share = arrival > nanoseconds{0} ? static_cast<double>(straggler.caused.count()) / static_cast<double>(arrival.count()) : 0;
-    job.stragglers.push_back(std::move(straggler));
-  }
+  if (arrival > nanoseconds{0})
+    for (Straggler& straggler : job.stragglers) straggler.share = static_cast<double>(straggler.caused.count()) / static_cast<double>(arrival.count());
   std::sort(job.stragglers.begin(), job.stragglers.end(), [](const Straggler& a, const Straggler& b) { return std::pair(-a.caused.count(), a.rank) < std::pair(-b.caused.count(), b.rank); });
 
   // A host's ranks tell of the same domains: the account that saw most of one counts.
-  for (const Account& account : all)
-    for (std::size_t i = 0; i < account.domains.size(); ++i) {
-      const DomainAccount& domain = account.domains[i];
+  for (const Account* account : all)
+    for (std::size_t i = 0; i < account->domains.size(); ++i) {
+      const DomainAccount& domain = account->domains[i];
       const auto place = [&](const std::string& key) {
-        const auto at = std::find_if(job.domains.begin(), job.domains.end(), [&](const HostDomain& each) { return each.host == account.host && each.account.key == key; });
+        const auto at = std::find_if(job.domains.begin(), job.domains.end(), [&](const HostDomain& each) { return each.host == account->host && each.account.key == key; });
         return static_cast<std::size_t>(at - job.domains.begin());
       };
       const std::size_t at = place(domain.key);
-      if (at == job.domains.size()) job.domains.push_back({account.host, domain});
+      if (at == job.domains.size()) job.domains.push_back({account->host, domain});
       else if (job.domains[at].account.total < domain.total) job.domains[at].account = domain;
       else continue;
       job.domains[at].account.parent = -1;
-      if (domain.parent < 0 || domain.parent >= static_cast<int>(account.domains.size())) continue;
-      const std::size_t parent = place(account.domains[static_cast<std::size_t>(domain.parent)].key);
+      if (domain.parent < 0 || domain.parent >= static_cast<int>(account->domains.size())) continue;
+      const std::size_t parent = place(account->domains[static_cast<std::size_t>(domain.parent)].key);
       if (parent < job.domains.size()) job.domains[at].account.parent = static_cast<int>(parent);
     }
   for (const HostDomain& domain : job.domains) job.caveats |= domain.account.caveats;

@@ -94,19 +94,32 @@ inline Account in_job(const Account& account) {
   return result;
 }
 
-/// Throws Errc::invalid_argument if the account names ranks that its communicator does not have.
+/// Throws Errc::invalid_argument if the account names ranks that its communicator does not have, or times that cannot be: with those
+/// that are left, what few of them add up to is a time, too.
 inline void check(const Account& account) {
   const auto wrong = [&](auto&&... what) { throw Error(Errc::invalid_argument, {"account of rank ", account.rank, " of '", account.communicator, "': ", what...}); };
   if (account.size < 1 || account.rank < 0 || account.rank >= account.size) wrong("there is no such rank among ", account.size);
   if (!account.members.empty() && static_cast<int>(account.members.size()) != account.size) wrong(account.members.size(), " members are named of ", account.size);
   for (const Rank r : account.members)
     if (r < 0) wrong("rank ", r, " is named as a member");
+  const auto plausible = [&](std::string_view what, nanoseconds time) {
+    constexpr std::int64_t most = std::int64_t{1} << 60;  // 36 years
+    if (time.count() > most || time.count() < -most) wrong(what, " is ", time.count(), " ns, more than 36 years");
+  };
+  plausible("its begin", account.begin);
+  plausible("its end", account.end);
+  plausible("its clock's offset", account.clock_offset);
   const auto known = [&](const std::vector<Blame>& blame, Rank least) {
     for (const Blame& each : blame)
       if (each.rank < least || each.rank >= account.size) wrong("it waited for rank ", each.rank, " of ", account.size);
   };
   for (const AccountRow& row : account.rows) known(row.waited_for, 0);
-  for (const AccountEvent& event : account.recent) known(event.waited_for, -1);
+  for (const AccountEvent& event : account.recent) {
+    known(event.waited_for, -1);
+    plausible("the begin of a call", event.begin);
+    plausible("the time of a call", event.time.elapsed);
+    for (const Blame& each : event.waited_for) plausible("a wait in a call", each.arrival);
+  }
   known(account.by_peer, 0);
 }
 

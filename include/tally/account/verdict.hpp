@@ -199,6 +199,7 @@ class Judge {
     if (verdict_.finding == Finding::no_calls) return;
     if (failed_ > 0) asides.push_back(concat({failed_, failed_ == 1 ? " call" : " calls", " failed: a failed call's time, such as that of a deadline that passed, counts as well."}));
     if (verdict_.finding == Finding::single_rank || verdict_.finding == Finding::not_timed) return;
+    set_other_kind_beside();
     int relays = 0;
     for (const Straggler& each : job_.stragglers) {
       if (!hands_on(job_, each) || seconds_of(each.passed_on) < 0.05 * arrival_ || ++relays > 3) continue;
@@ -209,6 +210,24 @@ class Judge {
       asides.push_back(concat({"Callers were blocked for ", time_text(job_.time.exposed), " of the ", time_text(job_.time.elapsed), " that calls took: the rest ran in the background, and so did part of the waiting."}));
     if (arrival_ > 0 && job_.followed < 0.5 && arrival_ >= std::max(transfer_, credit_))
       asides.push_back(concat({"Only ", percent_text(job_.followed), " of the arrival waiting belongs to calls recent enough to be followed back from call to call; the rest is charged as each call saw it."}));
+  }
+
+  /// What would be the headline if what is were not a little worse.
+  void set_other_kind_beside() {
+    constexpr double much = 0.25;  // of all waiting
+    const Finding f = verdict_.finding;
+    const double all = arrival_ + transfer_ + credit_ + local_;
+    if ((f == Finding::transfer || f == Finding::credit || f == Finding::local) && arrival_ >= much * all) {
+      const std::vector<Straggler> worst = worst_stragglers(job_);
+      if (worst.size() != 1 || worst[0].share < 0.5 || job_.size == 2) return;
+      const Straggler& late = worst[0];
+      verdict_.ranks = {late.rank};
+      verdict_.headline = concat({f == Finding::transfer ? "Slow data" : f == Finding::credit ? "Receivers without room" : "The ranks' waits for themselves", f == Finding::transfer ? " holds" : " hold", " this job up, and so does rank ", late.rank, "."});
+      verdict_.asides.push_back(concat({"Rank ", late.rank, " is late: the other ", job_.size - 1, " ranks together waited ", time_text(late.caused), " for it, ", percent_text(late.share), " of all arrival waiting",
+                                        late.energy.known() ? concat({", and drew ", drawn_text(late.energy), " meanwhile."}) : std::string(".")}));
+    } else if ((f == Finding::one_rank || f == Finding::several_ranks || f == Finding::spread) && transfer_ >= much * all) {
+      verdict_.asides.push_back(concat({"Not only late ranks hold it up: the ranks waited another ", text_of(transfer_), " for bytes on their way (transfer)."}));
+    }
   }
 
   std::string share_of_time(double seconds, int ranks, std::string_view lead) const {
