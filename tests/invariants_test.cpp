@@ -12,6 +12,8 @@
 #include <utility>
 #include <vector>
 
+#include <tally/account/job.hpp>
+
 #include "simulated.hpp"
 
 using namespace simulated;
@@ -580,4 +582,93 @@ TEST_CASE("I18: the clock is read no more than once when the state changes and o
   });
   CHECK(calls > 500);
   CHECK(changes > 500);
+}
+
+namespace {
+
+constexpr Rank late_rank = 5;
+constexpr nanoseconds lateness = 5ms;
+
+}  // namespace
+
+TEST_CASE("a straggler is ranked first and 95 % of the waits for arrival are charged to it, in virtual time with clocks an hour apart that drift") {
+  for (const std::string_view name : algorithms_for(Collective::all_reduce)) {
+    const AlgorithmRef algorithm = find_algorithm(Collective::all_reduce, name);
+    if (!algorithm.generate) continue;
+    SimulatedOptions options;
+    options.jitter = 5us;
+    options.clock_offset = 1h;
+    options.clock_drift = 50;
+    SimulatedNetwork network(ranks, options);
+    std::vector<Account> accounts(ranks);
+    run(network, [&](Engine<SimulatedTransport>& engine) {
+      const auto me = static_cast<std::size_t>(engine.rank());
+      Random random(me + 1);
+      Work work;
+      work.operation = Collective::all_reduce;
+      work.algorithm = algorithm;
+      work.n = ranks;
+      work.me = engine.rank();
+      work.count = 16;
+      work.in_place = true;
+      for (int i = 0; i < 1000; ++i) {
+        const Call call = work.call();
+        network.sleep(nanoseconds(random.below(20'000)));
+        if (engine.rank() == late_rank) network.sleep(lateness);
+        engine.run(call);
+      }
+      accounts[me] = engine.ledger().account("world");
+    });
+    const JobAccount job = job_of(accounts);
+    CAPTURE(name, job.stragglers[0].share, job.time.wait_arrival.count());
+    CHECK(job.stragglers[0].rank == late_rank);
+    CHECK(job.stragglers[0].share >= 0.95);
+    const auto others = static_cast<double>(ranks - 1) * 1000 * static_cast<double>(lateness.count());
+    CHECK(static_cast<double>(job.stragglers[0].caused.count()) >= 0.95 * others);
+    CHECK(static_cast<double>(job.time.wait_arrival.count()) <= 1.02 * others);
+  }
+}
+
+TEST_CASE("of buckets back to back the rank is blamed that came late before the first") {
+  for (const std::string_view name : algorithms_for(Collective::all_reduce)) {
+    const AlgorithmRef algorithm = find_algorithm(Collective::all_reduce, name);
+    if (!algorithm.generate) continue;
+    SimulatedOptions options;
+    options.clock_offset = 1h;
+    options.clock_drift = 50;
+    SimulatedNetwork network(ranks, options);
+    std::vector<Account> accounts(ranks);
+    run(network, [&](Engine<SimulatedTransport>& engine) {
+      const auto me = static_cast<std::size_t>(engine.rank());
+      Random random(me + 1);
+      for (int step = 0; step < 50; ++step) {
+        std::vector<Work> work(4);
+        std::vector<Run*> runs;
+        if (engine.rank() == late_rank) network.sleep(lateness);
+        for (Work& bucket : work) {
+          bucket.operation = Collective::all_reduce;
+          bucket.algorithm = algorithm;
+          bucket.n = ranks;
+          bucket.me = engine.rank();
+          bucket.count = 2000;
+          bucket.in_place = true;
+          network.sleep(nanoseconds(20'000 + random.below(5'000)));  // the backward pass goes on
+          runs.push_back(engine.start(bucket.call(), nullptr));
+        }
+        for (Run* one : runs) {
+          engine.wait(*one, nullptr);
+          engine.fetch(*one);
+          engine.give_back(*one);
+        }
+        for (const Work& bucket : work) bucket.expect_result();
+      }
+      accounts[me] = engine.ledger().account("world");
+      accounts[me].clock_offset = nanoseconds(static_cast<std::int64_t>(network.now() - network.local(engine.rank(), network.now())));
+    });
+    const JobAccount job = job_of(accounts);
+    CAPTURE(name, job.stragglers[0].share, job.stragglers[1].rank, job.stragglers[1].share, job.followed);
+    CHECK(job.stragglers[0].rank == late_rank);
+    CHECK(job.stragglers[0].share >= 0.95);
+    CHECK(job.followed >= 0.95);
+  }
 }
