@@ -4,16 +4,11 @@
 #include <catch2/catch.hpp>
 
 #include <algorithm>
-#include <atomic>
 #include <chrono>
 #include <cmath>
-#include <cstdlib>
 #include <fstream>
 #include <iostream>
 #include <memory>
-#include <new>
-#include <numeric>
-#include <optional>
 #include <span>
 #include <sstream>
 #include <stdexcept>
@@ -23,36 +18,8 @@
 
 #include <tally/tally.hpp>
 
-#include "sanitized.hpp"
-
 using namespace tally;
 using namespace std::chrono_literals;
-
-// Counts this program's allocations, to show that operations make none. Sanitizers bring their own allocator.
-static std::atomic<std::size_t> allocations{0};
-#ifndef TALLY_TEST_SANITIZED
-[[gnu::noinline]] void* operator new(std::size_t bytes) {
-  ++allocations;
-  if (void* memory = std::malloc(bytes ? bytes : 1)) return memory;
-  throw std::bad_alloc();
-}
-[[gnu::noinline]] void* operator new(std::size_t bytes, std::align_val_t align) {
-  ++allocations;
-  if (void* memory = std::aligned_alloc(static_cast<std::size_t>(align), (bytes + static_cast<std::size_t>(align) - 1) / static_cast<std::size_t>(align) * static_cast<std::size_t>(align))) return memory;
-  throw std::bad_alloc();
-}
-[[gnu::noinline]] void operator delete(void* memory, std::align_val_t) noexcept { std::free(memory); }
-[[gnu::noinline]] void operator delete(void* memory) noexcept { std::free(memory); }
-[[gnu::noinline]] void operator delete(void* memory, std::size_t) noexcept { std::free(memory); }
-[[gnu::noinline]] void* operator new(std::size_t bytes, const std::nothrow_t&) noexcept {
-  ++allocations;
-  return std::malloc(bytes ? bytes : 1);
-}
-[[gnu::noinline]] void* operator new(std::size_t bytes, std::align_val_t align, const std::nothrow_t&) noexcept {
-  ++allocations;
-  return std::aligned_alloc(static_cast<std::size_t>(align), (bytes + static_cast<std::size_t>(align) - 1) / static_cast<std::size_t>(align) * static_cast<std::size_t>(align));
-}
-#endif
 
 namespace {
 
@@ -185,12 +152,12 @@ void crowded(Communicator& comm) {
 
 }  // namespace
 
-TEST_CASE("idle truth: two processes", "[processes][timing]") { launch(2, idle_truth); }
-TEST_CASE("idle truth: two threads", "[timing]") { launch(2, idle_truth, threads); }
-TEST_CASE("idle truth: more processes than cores", "[processes][timing]") { launch(static_cast<int>(std::thread::hardware_concurrency()) + 2, crowded); }
-TEST_CASE("idle truth: more threads than cores", "[timing]") { launch(static_cast<int>(std::thread::hardware_concurrency()) + 3, crowded, threads); }
+TEST_CASE("I4: idle truth: two processes", "[processes][timing]") { launch(2, idle_truth); }
+TEST_CASE("I4: idle truth: two threads", "[timing]") { launch(2, idle_truth, threads); }
+TEST_CASE("I4: idle truth: more processes than cores", "[processes][timing]") { launch(static_cast<int>(std::thread::hardware_concurrency()) + 2, crowded); }
+TEST_CASE("I4: idle truth: more threads than cores", "[timing]") { launch(static_cast<int>(std::thread::hardware_concurrency()) + 3, crowded, threads); }
 
-TEST_CASE("blame is transitive: in a ring, rank 3 waits for rank 2 but blames rank 0") {
+TEST_CASE("I6: in a ring of threads, rank 3 waits for rank 2 but blames rank 0") {
   launch(4, [](Communicator& comm) {
     std::vector<float> data(4, 1.0f);
     std::vector<std::int64_t> posts;
@@ -288,7 +255,7 @@ Report slow_broadcast(nanoseconds period, int slots) {
 
 }  // namespace
 
-TEST_CASE("a slow link is transfer, not arrival") {
+TEST_CASE("I5: a slow link is transfer, not arrival, with a queue on it and without") {
   for (const int slots : {2, 16}) {  // with 16, more than 10 frames queue on the link
     const Report slow = slow_broadcast(2ms, slots);
     CAPTURE(slots, slow.wait_transfer.count(), slow.wait_arrival.count());
@@ -297,7 +264,7 @@ TEST_CASE("a slow link is transfer, not arrival") {
   }
 }
 
-TEST_CASE("failed operations are booked, exactly too") {
+TEST_CASE("I1: failed operations are booked, exactly too") {
   launch(2, [](Communicator& comm) {
     std::vector<int> data(10, 1);
     comm.all_reduce<Ring>(data, sum);
@@ -347,65 +314,6 @@ TEST_CASE("the ledger sums what the reports say, in constant memory") {
     text << ledger << comm.all_reduce(data, max);
     expect(text.str().find("all_reduce") != std::string::npos && text.str().find("32 KiB") != std::string::npos && text.str().find("modelled") != std::string::npos, "a table");
   }, threads);
-}
-
-TEST_CASE("the steady state allocates nothing", "[processes]") {
-#ifdef TALLY_TEST_SANITIZED
-  WARN("skipped: allocations are the sanitizer's");
-  return;
-#endif
-  launch(2, [](Communicator& comm) {
-    std::vector<float> small(2, 1.0f), large(100'000, 1.0f), out(100'000);
-    const auto work = [&] {
-      for (int i = 0; i < 50; ++i) {
-        comm.all_reduce(small, max);
-        comm.all_reduce(large, max);
-        comm.all_reduce<OneShot>(std::span<const float>(large), std::span(out), max);
-        comm.broadcast(large, 1);
-        comm.barrier();
-      }
-    };
-    work();
-    const std::size_t before = allocations;
-    work();
-    const std::size_t made = allocations - before;
-    expect(made == 0, "no allocation in 250 operations");
-  });
-}
-
-TEST_CASE("the steady state in the background allocates nothing", "[processes]") {
-#ifdef TALLY_TEST_SANITIZED
-  WARN("skipped: allocations are the sanitizer's");
-  return;
-#endif
-  for (const bool progress : {false, true}) {
-    CAPTURE(progress);
-    launch(2, [progress](Communicator& comm) {
-      std::optional<ProgressThread> thread;
-      if (progress) thread = progress_thread();
-      std::vector<float> small(2, 1.0f), large(100'000, 1.0f), sent(50, 1.0f), received(50);
-      const Rank peer = 1 - comm.rank();
-      const auto one = [&] {
-        for (int i = 0; i < 1000; ++i) comm.async_all_reduce(small, max).wait();
-      };
-      const auto several = [&] {
-        for (int i = 0; i < 200; ++i) {
-          Operation first = comm.async_all_reduce(small, max), second = comm.async_all_reduce(large, max), receiving = comm.async_receive(received, peer, 1), sending = comm.async_send(sent, peer, 1), third = comm.async_broadcast(std::span(small).first(0), 1);
-          comm.barrier();
-          sending.wait(), third.wait(), first.wait(), second.wait(), receiving.wait();
-        }
-      };
-      const auto made_by = [](const auto& work) {
-        work();
-        const std::size_t before = allocations;
-        work();
-        return allocations - before;
-      };
-      const std::size_t by_one = made_by(one), by_several = made_by(several);
-      expect(by_one == 0, std::to_string(by_one) + " allocations in 1000 operations in the background");
-      expect(by_several == 0, std::to_string(by_several) + " allocations in 1200 operations, five at a time in the background");
-    });
-  }
 }
 
 TEST_CASE("joules are modelled, bounded, and unknown where there is no model", "[processes]") {
@@ -459,7 +367,7 @@ TEST_CASE("reports outlive their communicator") {
   CHECK(text.str().find("unknown J") != std::string::npos);
 }
 
-TEST_CASE("without accounting there are no times") {
+TEST_CASE("I17: without accounting there are no times") {
   Options options;
   options.accounting = false;
   launch(2, [](Communicator& comm) {

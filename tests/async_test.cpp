@@ -699,7 +699,7 @@ static void blamed_for_not_driving(RankKind kind) {
     });
   }
 }
-TALLY_TEST_BOTH("who starts an operation and leaves it alone is blamed for it", "[timing]", blamed_for_not_driving)
+TALLY_TEST_BOTH("I6b: who starts an operation and leaves it alone is blamed for it", "[timing]", blamed_for_not_driving)
 
 TEST_CASE("who is late to a blocking call is blamed by it, whatever else is in flight", "[timing]") {
   on_ranks(3, threads, [](Communicator& comm) {

@@ -105,7 +105,7 @@ std::string text_of(const auto& value) {
 
 }  // namespace
 
-TEST_CASE("grams are joules in kWh times PUE times intensity, and linear in the intensity") {
+TEST_CASE("I15: grams are joules in kWh times PUE times intensity, and linear in the intensity") {
   for (const double intensity : {0.0, 1.0, 475.0, 950.0, 10'000.0})
     for (const double pue : {1.0, 1.5, 10.0}) {
       const CarbonAccount account({StaticIntensity(intensity), pue});
@@ -122,7 +122,7 @@ TEST_CASE("grams are joules in kWh times PUE times intensity, and linear in the 
   CHECK(CarbonAccount({StaticIntensity(0)}).of({1, 0, 0, infinity, Provenance::measured}, noon, noon).grams.upper == 0);
 }
 
-TEST_CASE("an intensity that changes within a window counts for as long as it held") {
+TEST_CASE("I15: an intensity that changes within a window counts for as long as it held") {
   const IntensitySeries series({entry(noon, 400), entry(noon + 1h, 200), entry(noon + 2h, 800)});
   const CarbonAccount account({series});
   const auto grams = [&](auto from, auto to) { return account.of(kwh(1), noon + from, noon + to).grams.value; };
@@ -145,7 +145,7 @@ TEST_CASE("an intensity that changes within a window counts for as long as it he
   }
 }
 
-TEST_CASE("scaling every intensity scales the grams of a window over several") {
+TEST_CASE("I15: scaling every intensity scales the grams of a window over several") {
   const auto grams = [](double factor) {
     const CarbonAccount account({IntensitySeries({entry(noon, 96 * factor), entry(noon + 7min, 512 * factor), entry(noon + 9min, 33 * factor)})});
     return account.of(kwh(3), noon + 1min, noon + 11min).grams.value;
@@ -186,7 +186,7 @@ TEST_CASE("what is not known stays unknown") {
   CHECK(!account.intensity_at(CarbonTime::max()).known());
 }
 
-TEST_CASE("an intensity is used after its end, and called stale when that is longer ago than the limit") {
+TEST_CASE("I15: an intensity is used after its end, and called stale when that is longer ago than the limit") {
   const IntensitySeries series({entry(noon, 400), entry(noon + 1h, 200)});  // the last one ends at 14:00, as they are an hour apart
   const CarbonAccount account({series}), strict({series, 1.0, 0ns}), lax({series, 1.0, 24h});
   const auto stale = [](const CarbonAccount& a, auto from, auto to) {

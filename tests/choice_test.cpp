@@ -162,6 +162,14 @@ TEST_CASE("a choice is explained where the environment made it") {
   launch(2, [](Communicator& comm) { expect(comm.explain(Collective::all_reduce, 8).find("ring, because TALLY_ALGORITHM says so") != std::string::npos, "the reason"); }, threads, options);
 }
 
+TEST_CASE("what TALLY_ALGORITHM may be is said once each") {
+  const auto refused = [](const char* text, const char* why) { CHECK_THROWS_WITH(AlgorithmOverrides(text), std::string("invalid argument: TALLY_ALGORITHM has '") + why); };
+  refused("ring,rings", "rings', which names no algorithm: it may be auto, ring, tree, recursive_doubling, one_shot, recursive_halving, two_shot, chain, double_tree, zero_copy, staged, single_copy, hierarchical, bruck, pairwise");
+  refused("broadcast=ring", "broadcast=ring', which names no algorithm of that operation: it may be auto, tree, one_shot, two_shot, chain, double_tree, zero_copy, staged, single_copy, hierarchical");
+  refused("neighbour_exchange=", "neighbour_exchange=', which names no algorithm of that operation: it may be auto, pairwise");
+  refused("allreduce=ring", "allreduce=ring', but no operation is called 'allreduce'");
+}
+
 TEST_CASE("waiting policies") {
   CHECK(name_of(WaitPolicy::energy) == "energy");
   for (const WaitPolicy policy : {WaitPolicy::latency, WaitPolicy::balanced, WaitPolicy::energy}) {
@@ -342,4 +350,49 @@ TEST_CASE("what crosses between groups counts more, and is avoided") {
   }, threads, options);
   options.group = 1 << 15;
   launch(2, [](Communicator& comm) { expect(comm.group() == 2, "no more than there are"); }, threads, options);
+}
+
+TEST_CASE("what is chosen minimises what was asked for: time, energy, or their product") {
+  CostModel model;
+  model.cores = 8;
+  model.copy_watts = 3;
+  model.protocol_watts = 2;
+  model.spin_watts = 0.5;
+  model.spins = 1e9f;
+  constexpr int n = 8;
+  const auto front = [&](Objective objective, std::size_t bytes) {
+    model.objective = objective;
+    Chooser chooser(n, model);
+    const auto all = chooser.candidates(Collective::all_reduce, bytes, {});
+    REQUIRE(all.size() > 3);
+    for (const auto& each : all) {
+      const auto value = [&](const Chooser::Estimate& e) { return objective == Objective::time ? e.microseconds : objective == Objective::energy ? e.energy : e.microseconds * e.energy; };
+      CHECK(value(all.front().estimate) <= value(each.estimate));
+    }
+    return std::string(all.front().algorithm.name);
+  };
+  for (const std::size_t bytes : {8u, 1u << 13, 1u << 24}) {
+    front(Objective::time, bytes);
+    front(Objective::energy, bytes);
+    front(Objective::energy_delay, bytes);
+  }
+  // Where messages are all that costs: the fewest, not the shortest chain.
+  model.copy_watts = model.spin_watts = 0;
+  CHECK(front(Objective::time, 8) != front(Objective::energy, 8));
+  Chooser chooser(n, model);
+  const double messages = 4.0 * (n - 1);  // up and down a tree, each sent and received
+  CHECK(chooser.estimate(find_algorithm(Collective::all_reduce, "tree"), Collective::all_reduce, 8).energy == Approx(messages * static_cast<double>(model.message) * 2));
+  // With equal weights and spinning, a rank draws as much at work as waiting: it is all time.
+  model.copy_watts = model.protocol_watts = model.spin_watts = 1;
+  Chooser equal(n, model);
+  for (const auto& each : equal.candidates(Collective::all_reduce, 1 << 13, {})) CHECK(each.estimate.energy == Approx(n * each.estimate.microseconds).epsilon(0.3));
+}
+
+TEST_CASE("an objective of energy waits by the energy policy, unless another was asked for") {
+  Options options;
+  CHECK(options.wait_policy() == WaitPolicy::balanced);
+  options.objective = Objective::energy;
+  CHECK(options.wait_policy() == WaitPolicy::energy);
+  options.wait = WaitPolicy::latency;
+  CHECK(options.wait_policy() == WaitPolicy::latency);
 }

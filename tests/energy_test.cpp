@@ -227,6 +227,37 @@ TEST_CASE("the model's joules have grams, too, and a source that fails makes the
   CHECK_FALSE(carbon_rate({}));
 }
 
+TEST_CASE("I13: idle_avoidable <= idle <= gross and net <= gross, of rows and calls, by meters and by the model") {
+  std::uint64_t seed = 1;
+  const auto number = [&](std::uint64_t most) {
+    seed = seed * 6364136223846793005u + 1442695040888963407u;
+    return (seed >> 33) % most;
+  };
+  std::size_t checked = 0, idle = 0;
+  const auto check = [&](const AccountEnergy& energy) {
+    REQUIRE(energy.gross.known());
+    CHECK(0 <= energy.idle_avoidable.value);
+    CHECK(energy.idle_avoidable.value <= energy.idle.value * (1 + 1e-12));
+    CHECK(energy.idle.value <= energy.gross.value * (1 + 1e-12));
+    CHECK(energy.net.value <= energy.gross.value * (1 + 1e-12));
+    ++checked;
+    idle += energy.idle_avoidable.value > 0 && energy.idle_avoidable.value < energy.idle.value && energy.idle.value < energy.gross.value && energy.net.value < energy.gross.value;
+  };
+  for (const Provenance provenance : {Provenance::prorated, Provenance::none}) {
+    Kept kept(provenance);
+    LedgerRow& small = kept.ledger->row(Collective::all_reduce, 8, "ring");
+    LedgerRow& large = kept.ledger->row(Collective::all_reduce, 1 << 20, "ring");
+    for (int window = 0; window < 100; ++window) {
+      const std::uint32_t a = kept.call(small, number(2) * number(100'000), number(2) * number(100'000)), b = kept.call(large, number(100'000), number(100'000));
+      kept.window(number(1'000'003), number(1'000'003), number(1003), number(1'000'003));
+      for (const std::uint32_t call : {a, b}) check(kept.event(call).energy);
+      for (const LedgerRow* row : {&small, &large}) check(kept.ledger->energies(*row));
+    }
+  }
+  CHECK(checked == 800);
+  CHECK(idle > 500);
+}
+
 TEST_CASE("I12: without any meter, figures are the model's; without a model, they are unknown, and no zero") {
   Kept none(Provenance::none);
   LedgerRow& row = none.ledger->row(Collective::all_reduce, 8, "ring");
@@ -304,7 +335,6 @@ TEST_CASE("ranks with a hub: joules in reports, ledgers and the job's account, a
     for (const PowerSample& sample : account.power) CHECK(sample.watts == Approx(100).epsilon(0.5));
     for (const AccountRow& row : account.rows) {
       rows += row.energy.gross.value;
-      // I13
       CHECK(row.energy.idle_avoidable.value <= row.energy.idle.value + 1e-12);
       CHECK(row.energy.idle.value <= row.energy.gross.value + 1e-12);
       CHECK(row.energy.net.value <= row.energy.gross.value + 1e-12);

@@ -776,7 +776,7 @@ TEST_CASE("of a domain that several ranks tell of, what is known and most is tol
   CHECK(samples.at(domain + R"("operations"})") == 1);
 }
 
-TEST_CASE("what is unknown has no sample, no joules and no zero in any format") {
+TEST_CASE("I12: what is unknown has no sample, no joules and no zero in any format") {
   const std::vector<Account> job = sample::accounts_without_energy();
   for (const bool open_metrics : {false, true})
     for (const auto& [series, value] : samples_of(prometheus(job, {.open_metrics = open_metrics, .peers = 2}), open_metrics)) {

@@ -131,17 +131,19 @@ void large_different_sizes(Communicator& comm) {
   expect(what.find("a group of sizes") != std::string::npos, "the error names the calls, not: " + what);
 }
 
+/// What a group is told that is refused as the caller's mistake; empty if it is not.
+template <class F>
+std::string refusal(Communicator& comm, F&& f) {
+  const test::Caught c = test::caught([&] { comm.group(f); });
+  return c.is(Errc::invalid_argument) ? c.text : "";
+}
+
 /// Packed operations are done at once, so that none sees what another one has done.
 void dependent_ones(Communicator& comm) {
   const float n = static_cast<float>(comm.size());
   std::vector<float> a(40, 1.0f), b(40, 7.0f), c(40), d(40);
   const auto refused = [&](auto&& f) {
-    std::string what;
-    try {
-      comm.group(f);
-    } catch (const Error& error) {
-      if (error.errc() == Errc::invalid_argument) what = error.what();
-    }
+    const std::string what = refusal(comm, f);
     expect(what.find("40 elements overlaps in memory with") != std::string::npos && what.find("must not depend on each other") != std::string::npos, "refused, not: " + what);
     expect(a == std::vector<float>(40, 1.0f) && b == std::vector<float>(40, 7.0f), "and nothing is done");
   };
@@ -154,12 +156,7 @@ void dependent_ones(Communicator& comm) {
   expect(c == std::vector<float>(40, n) && d == a && b == std::vector<float>(40, 7.0f), "inputs may be read twice");
   // Operations that are not packed are at work at once: the others must not touch what they use, whichever comes first.
   const auto mixed = [&](auto&& f) {
-    std::string what;
-    try {
-      comm.group(f);
-    } catch (const Error& error) {
-      if (error.errc() == Errc::invalid_argument) what = error.what();
-    }
+    const std::string what = refusal(comm, f);
     expect(what.find("overlaps in memory with") != std::string::npos, "refused, not: " + what);
     expect(a == std::vector<float>(40, 1.0f), "and what is packed is not done");
     comm.barrier();
@@ -169,12 +166,7 @@ void dependent_ones(Communicator& comm) {
   mixed([&] { comm.send_receive(b, next, d, before, 4), comm.all_reduce(d, sum); });
   mixed([&] { comm.all_reduce(a, sum), comm.scan(a, c, sum); });
   mixed([&] { comm.scan(b, c, sum), comm.all_reduce(c, d, sum); });
-  std::string temporary;
-  try {
-    comm.group([&] { comm.all_reduce(std::vector<float>(40, 1.0f), c, sum); });
-  } catch (const Error& error) {
-    temporary = error.what();
-  }
+  const std::string temporary = refusal(comm, [&] { comm.all_reduce(std::vector<float>(40, 1.0f), c, sum); });
   expect(temporary.find("all_reduce: in a group, buffers must outlive the call") != std::string::npos, temporary);
   std::vector<float> whole(4000, 2.0f);
   comm.group([&] {

@@ -227,7 +227,7 @@ TEST_CASE("who leaves is charged for the last window and makes room; who dies, t
   CHECK(charged(next, PowerKind::cpu) == joule);
 }
 
-TEST_CASE("I11: a meter that stops being readable leaves totals as they are, and says so") {
+TEST_CASE("I11: a meter that stops being readable leaves totals as they are, and says so: they are modelled from then on") {
   Bench bench;
   bench.meter.add(Domain::cpu_package, "package-0");
   bench.meter.world->warnings = {"cannot read x: permission denied"};
@@ -244,6 +244,8 @@ TEST_CASE("I11: a meter that stops being readable leaves totals as they are, and
     if (i == 3) bench.meter.world->dead = false, bench.meter.world->totals[0] = 1;  // it falls
     bench.hub->step();
     CHECK(bench.state().domain[0].total == (i == 0 ? 0 : joule));
+    CHECK(bench.state().kinds[0].provenance == (i < 2 ? Provenance::prorated : Provenance::modelled));
+    CHECK(bench.state().domain[0].provenance == bench.state().kinds[0].provenance);
   }
   CHECK(charged(slot, PowerKind::cpu) == joule);
   CHECK(has(bench.state().kinds[0].caveats, Caveat::unreadable));
@@ -271,6 +273,21 @@ TEST_CASE("a meter that has not been read yet draws unknown power, not none") {
   REQUIRE(bench.state().powers == 2);
   CHECK(bench.state().power[0].watts == 0);  // this was read
   CHECK(bench.state().power[1].watts == 10);
+}
+
+TEST_CASE("I11: a meter that may not be read any longer, or is gone, makes figures modelled, too") {
+  for (const Caveat caveat : {Caveat::permission_denied, Caveat::vanished, Caveat::unreadable, Caveat::stale}) {
+    Bench bench;
+    bench.meter.add(Domain::cpu_package, "package-0");
+    bench.begin(1);
+    for (const bool lost : {false, true}) {
+      if (lost) bench.meter.world->caveats[0] = static_cast<Caveats>(caveat);
+      bench.pass(100ms);
+      bench.meter.world->totals[0] += joule;
+      bench.hub->step();
+      CHECK(bench.state().kinds[0].provenance == (lost && caveat != Caveat::stale ? Provenance::modelled : Provenance::prorated));
+    }
+  }
 }
 
 TEST_CASE("windows close no sooner than ten ticks of the slowest meter, and steps in between do nothing") {

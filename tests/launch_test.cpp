@@ -64,6 +64,7 @@ void bad_environment(RankKind kind) {
       {"TALLY_TIMEOUT", {"soon", "0", "-1", "1s", " 1", "1 ", "nan", "inf", "1e10", "0x10", "1,5", "--1", "1e999", "."}},
       {"TALLY_ACCOUNTING", {"yes", "ON", "1", "onoff", " on"}},
       {"TALLY_METER", {"rapl", "Model", "0"}},
+      {"TALLY_OBJECTIVE", {"joules", "Time", "0"}},
       {"TALLY_MODEL_BUSY_WATTS", {"hot", "-1", "nan", "1e7", "5W"}},
       {"TALLY_MODEL_IDLE_WATTS", {"cold", "-0.5", "nan", "1e7", "5 "}},
       {"TALLY_ALGORITHM", {"rings", "Ring", "all_reduce=", "all_reduce=rings", "allreduce=ring", "ring,trees", "broadcast=recursive_doubling", "=", " ring", "ring;tree", "ring, tree"}},
@@ -95,7 +96,8 @@ void good_environment(RankKind kind) {
   const std::pair<const char*, std::vector<const char*>> fine[] = {
       {"TALLY_TIMEOUT", {"", "10", "0.5e2", "1e9"}},  // empty counts as unset
       {"TALLY_ACCOUNTING", {"on", "off"}},
-      {"TALLY_METER", {"model", "none"}},
+      {"TALLY_METER", {"auto", "model", "none"}},
+      {"TALLY_OBJECTIVE", {"time", "energy", "energy_delay"}},
       {"TALLY_MODEL_BUSY_WATTS", {"0", "4.5"}},
       {"TALLY_ALGORITHM", {"auto", "ring", "tree", "recursive_doubling", "one_shot", "recursive_halving", "two_shot", "chain", "double_tree", "hierarchical", "all_reduce=ring,barrier=tree"}},
       {"TALLY_TRANSPORT", {kind == tally::threads ? "thread" : "shm"}},

@@ -162,10 +162,12 @@ inline std::uint64_t expect_exact(const Report& r, Rank me) {
   for (const Blame& b : r.blame()) {
     expect(b.rank != me, "nobody blames himself");
     total.arrival += b.arrival, total.transfer += b.transfer, total.credit += b.credit;
-    hash = mix(hash + static_cast<std::uint64_t>(b.rank + 1) * 1000003 + static_cast<std::uint64_t>(b.total().count()));
+    hash = mix(hash + static_cast<std::uint64_t>(b.rank + 1));
+    for (const nanoseconds part : {b.arrival, b.transfer, b.credit}) hash = mix(hash + static_cast<std::uint64_t>(part.count()));
   }
   expect(total.arrival == r.wait_arrival && total.transfer == r.wait_transfer && total.credit == r.wait_credit, "blame adds up to the waits");
-  return mix(hash + static_cast<std::uint64_t>(r.last_arrival + 1) + r.sequence * 7u);
+  hash = mix(hash + static_cast<std::uint64_t>(r.exposed.count()));
+  return mix(hash + static_cast<std::uint64_t>(r.last_arrival + 1) + r.sequence * 7u + (std::uint64_t{r.algorithm} << 48) + (std::uint64_t{r.flags} << 56));
 }
 
 /// A network of any kind.

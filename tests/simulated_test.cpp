@@ -195,7 +195,7 @@ TEST_CASE("arrival waits and blame are what really happened, with one late") {
   }
 }
 
-TEST_CASE("slow links are not lateness") {
+TEST_CASE("I5: slow links make waits for transfer, not for arrival") {
   for (const std::string_view name : algorithms_for(Collective::all_reduce)) {
     const AlgorithmRef algorithm = find_algorithm(Collective::all_reduce, name);
     if (!algorithm.generate) continue;
@@ -233,7 +233,7 @@ TEST_CASE("clocks that drift are compared again") {
   CHECK(never.wrong_rank > 10e6);
 }
 
-TEST_CASE("who computes between start and wait is who the others wait for") {
+TEST_CASE("I6b: who computes between start and wait arrives when it drives on, and is who the others wait for") {
   for (const std::string_view name : algorithms_for(Collective::all_reduce)) {
     const AlgorithmRef algorithm = find_algorithm(Collective::all_reduce, name);
     if (!algorithm.generate) continue;
@@ -558,6 +558,6 @@ TEST_CASE("the simulated transport conforms") {
 
 TEST_CASE("all algorithms are exact under random schedules") { for_seeds(2000, random_schedule); }
 
-TEST_CASE("the same seed gives the same reports") {
+TEST_CASE("I16: the same schedule in virtual time gives the same reports, to the bit") {
   for_seeds(50, [](std::uint64_t seed) { expect(random_schedule(seed) == random_schedule(seed), "the same hash"); });
 }

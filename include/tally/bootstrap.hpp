@@ -44,6 +44,13 @@ inline CostModel model_for(const SlotMemory& memory, const Options& options) {
   const cpu_set_t allowed = own_cores();
   const int mine = CPU_COUNT(&allowed);
   model.cores = mine > 1 ? mine : online;  // one: launchers bind each rank to a core of its own
+  model.objective = options.objective;
+  const auto watts = [&](Activity activity) { return static_cast<float>(options.weights.of(activity)); };
+  model.copy_watts = (watts(Activity::copy) + watts(Activity::reduce)) / 2;
+  model.protocol_watts = watts(Activity::protocol);
+  model.spin_watts = watts(Activity::spin);
+  model.sleep_watts = watts(Activity::sleep);
+  model.spins = options.wait_policy() == WaitPolicy::latency ? 20000 : options.wait_policy() == WaitPolicy::energy ? 5 : 50;
   model.group = std::clamp(options.group, 1, std::max(memory.layout().size(), 1));
   if (!options.model.empty()) read_model(options.model, memory.name(), memory.layout().size(), model);
   return model;
@@ -59,7 +66,7 @@ inline Communicator make_communicator(std::shared_ptr<SlotMemory> memory, Rank m
   ModelMeter meter = options.meter;
   meter.enabled = meter.enabled && options.accounting;
   meter.cores_per_rank = std::min(1.0, static_cast<double>(::sysconf(_SC_NPROCESSORS_ONLN)) / transport->size());
-  return {std::make_unique<Engine<SlotTransport>>(std::move(transport), Clock::host(), AccountSettings(meter, options.accounting ? options.meters : nullptr, options.carbon, options.on_slack), options.wait, options.accounting), options.timeout, model, options.algorithms, options.order};
+  return {std::make_unique<Engine<SlotTransport>>(std::move(transport), Clock::host(), AccountSettings(meter, options.accounting ? options.meters : nullptr, options.carbon, options.on_slack), options.wait_policy(), options.accounting), options.timeout, model, options.algorithms, options.order};
 }
 
 /// Launchers by the variables they set: rank, size, ranks on this host, job.

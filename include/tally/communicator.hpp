@@ -481,12 +481,15 @@ class Communicator {
     const AlgorithmRef& asked = make().overrides().of(operation);
     const bool follows = asked && make().reaches(asked, need.direct) && need.met_by(asked, operation);
     const AlgorithmRef chosen = follows ? asked : chooser.choose(operation, bytes, need);
+    const Objective objective = chooser.model().objective;
     std::string text = detail::concat({name_of(operation), " of ", bytes, " bytes, ", size(), " ranks: ", chosen.name,
-                                       follows ? ", because TALLY_ALGORITHM says so" : ", the least time for its size class", "\n"});
+                                       follows ? ", because TALLY_ALGORITHM says so" : detail::concat({", the least ", name_of(objective), " for its size class"}), "\n"});
     for (const Chooser::Candidate& candidate : chooser.candidates(operation, bytes, need)) {
-      char line[128];
-      std::snprintf(line, sizeof line, "  %-20s %12.3f us  %s\n", std::string(candidate.algorithm.name).c_str(), candidate.estimate.microseconds, candidate.estimate.measured ? "measured" : "estimated");
-      text += line;
+      char row[160];
+      std::snprintf(row, sizeof row, "  %-20s %12.3f us  %s", std::string(candidate.algorithm.name).c_str(), candidate.estimate.microseconds, candidate.estimate.measured ? "measured" : "estimated");
+      text += row;
+      if (objective != Objective::time) std::snprintf(row, sizeof row, "  energy %12.3f, relative", candidate.estimate.energy), text += row;
+      text += '\n';
     }
     if (group() > 1 && group() < size()) text += detail::concat({"  ranks that follow each other share a cache or a socket in groups of ", group(), "\n"});
     if (const AlgorithmRef kernel = find_algorithm(operation, SingleCopy::name)) {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which algorithm is chosen where nobody names one: the one that should take the least time, by measurements of this
+// Which algorithm is chosen where nobody names one: the one that should take the least time (or energy), by measurements of this
 // machine where there are any (TALLY_MODEL, written by `tally_perf --tune`), else by an estimate from the algorithm's
 // own text: its longest chain of messages, its messages and its bytes. A pure function of the model, which rank 0
 // gives to all, so all ranks choose the same.
@@ -24,6 +24,7 @@
 #include <vector>
 
 #include "choose.hpp"
+#include "objective.hpp"
 #include "plan.hpp"
 #include "share.hpp"
 
@@ -44,6 +45,9 @@ struct CostModel {
   float across = 3;            // so many times more what crosses between groups; not measured: that machine has but one cache
   std::int32_t group = 1;      // see Shape
   std::int32_t ranks = 0;      // that `measured` is for
+  Objective objective = Objective::time;
+  float copy_watts = 1, protocol_watts = 1, spin_watts = 1, sleep_watts = 0;  // of a core, above the floor; only their ratios count
+  float spins = 50;            // microseconds of a wait before it is slept through
   /// Microseconds, 0 where not measured.
   float measured[operations][algorithms][classes] = {};
 };
@@ -57,6 +61,9 @@ struct Profile {
   double chain = 0;     // messages that must follow each other
   double messages = 0;  // sent and received
   double sent = 0, received = 0, local = 0;
+  struct {
+    double messages = 0, sent = 0, received = 0, local = 0;
+  } mean;  // of all ranks
 };
 
 /// From the texts of all ranks, with a small count.
@@ -94,6 +101,7 @@ struct Profile {
       profile.sent = std::max(profile.sent, static_cast<double>(own.stored) * (!staged ? 1 : returns ? 0 : 2) / items);
       profile.local = std::max(profile.local, staged ? put / items : 0);
     }
+    profile.mean = {profile.messages, profile.sent, profile.received, profile.local};  // shares are even
     if (group > 1 && group < n) {
       profile.chain *= across;
       for (double* bytes : {&profile.received, &profile.sent}) *bytes *= (group - 1 + across * (n - group)) / (n - 1);
@@ -120,6 +128,10 @@ struct Profile {
     profile.sent = std::max(profile.sent, static_cast<double>(plan.units_sent()) / items);
     profile.received = std::max(profile.received, received / items);
     profile.local = std::max(profile.local, local / items);
+    profile.mean.messages += static_cast<double>(plan.steps().size()) / n;
+    profile.mean.sent += static_cast<double>(plan.units_sent()) / items / n;
+    profile.mean.received += received / items / n;
+    profile.mean.local += local / items / n;
   }
   // Longest chains, step by step as far as each rank gets: rounds of this are as many as the chain is long.
   for (bool moved = true; moved;) {
@@ -190,24 +202,24 @@ class Chooser {
 
   struct Estimate {
     double microseconds = 0;
-    bool measured = false;
+    bool measured = false;  // the time
+    double energy = 0;      // of all ranks, above the floor: microseconds of their cores times the model's watts, which may be relative
   };
   Estimate estimate(const AlgorithmRef& algorithm, Collective operation, std::size_t bytes) {
     if (operation == Collective::neighbour_exchange) return {};  // it depends on the graph, and there is but one
     operation = uniform(operation);
-    if (const double time = measured(algorithm, operation, bytes); time > 0) return {time, true};
     const detail::Profile p = profile(algorithm, operation);
-    const double crowd = std::max(1.0, static_cast<double>(n_) / std::max(1, static_cast<int>(model_.cores)));
-    const double b = static_cast<double>(bytes);
-    const double hop = crowd > 1 ? static_cast<double>(model_.turn) * crowd : static_cast<double>(model_.line);
-    const double far = static_cast<double>(model_.far_byte), near = static_cast<double>(model_.near_byte);
-    const double moving = algorithm.share ? b * ((p.received + p.sent) * far + p.local * near) : b * (p.sent * near + p.received * far + p.local * near);
-    return {p.chain * hop + crowd * (p.messages * static_cast<double>(model_.message) + moving), false};
+    Estimate result;
+    result.microseconds = measured(algorithm, operation, bytes);
+    result.measured = result.microseconds > 0;
+    if (!result.measured) result.microseconds = expected_time(algorithm, p, bytes);
+    result.energy = expected_energy(algorithm, p, bytes, result.microseconds);
+    return result;
   }
 
   bool has_measured(const AlgorithmRef& algorithm, Collective operation, std::size_t bytes) const { return measured(algorithm, operation, bytes) > 0; }
 
-  /// The candidates, the fastest first. Nothing is known of the kernel's copies without a measurement.
+  /// The candidates, the best first: by time, unless the model's objective is another. Nothing is known of the kernel's copies without a measurement.
   struct Candidate {
     AlgorithmRef algorithm;
     Estimate estimate;
@@ -220,7 +232,7 @@ class Chooser {
       const bool possible = !algorithm.share || (algorithm.is(Reach::direct) ? need.direct : stages_ && (algorithm.is(Reach::staged) || has_measured(algorithm, operation, bytes)));
       if (!possible || !need.met_by(algorithm, operation) || (name == Hierarchical::name && !grouped())) continue;
       const Candidate next{algorithm, estimate(algorithm, operation, bytes)};
-      all.insert(std::upper_bound(all.begin(), all.end(), next, [](const Candidate& a, const Candidate& b) { return a.estimate.microseconds < b.estimate.microseconds; }), next);
+      all.insert(std::upper_bound(all.begin(), all.end(), next, [this](const Candidate& a, const Candidate& b) { return score_of(a.estimate) < score_of(b.estimate); }), next);
     }
     return all;
   }
@@ -230,6 +242,24 @@ class Chooser {
   [[gnu::cold, gnu::noinline]] const AlgorithmRef* best(Collective operation, std::size_t bytes, const Need& need) {
     return detail::builtin(operation, candidates(operation, bytes, need).front().algorithm.name);
   }
+
+  double moving_time(const AlgorithmRef& algorithm, const auto& p, std::size_t bytes) const {
+    const double b = static_cast<double>(bytes), far = static_cast<double>(model_.far_byte), near = static_cast<double>(model_.near_byte);
+    return algorithm.share ? b * ((p.received + p.sent) * far + p.local * near) : b * (p.sent * near + p.received * far + p.local * near);
+  }
+  double expected_time(const AlgorithmRef& algorithm, const detail::Profile& p, std::size_t bytes) const {
+    const double crowd = std::max(1.0, static_cast<double>(n_) / std::max(1, static_cast<int>(model_.cores)));
+    const double hop = crowd > 1 ? static_cast<double>(model_.turn) * crowd : static_cast<double>(model_.line);
+    return p.chain * hop + crowd * (p.messages * static_cast<double>(model_.message) + moving_time(algorithm, p, bytes));
+  }
+  /// A rank works, and waits for the rest of the time.
+  double expected_energy(const AlgorithmRef& algorithm, const detail::Profile& p, std::size_t bytes, double microseconds) const {
+    const double handling = p.mean.messages * static_cast<double>(model_.message), moving = moving_time(algorithm, p.mean, bytes);
+    const double waiting = std::max(0.0, microseconds - handling - moving), spinning = std::min(waiting, static_cast<double>(model_.spins));
+    return n_ * (moving * static_cast<double>(model_.copy_watts) + handling * static_cast<double>(model_.protocol_watts) + spinning * static_cast<double>(model_.spin_watts) +
+                 (waiting - spinning) * static_cast<double>(model_.sleep_watts));
+  }
+  double score_of(const Estimate& estimate) const { return score(model_.objective, estimate.microseconds, estimate.energy); }
 
   double measured(const AlgorithmRef& algorithm, Collective operation, std::size_t bytes) const {
     if (model_.ranks != n_ || algorithm.code >= CostModel::algorithms || operation == Collective::neighbour_exchange) return 0;

@@ -52,6 +52,14 @@ class Diagnosis {
     });
     return first;
   }
+  /// Who is needed and is gone; -1 if nobody.
+  [[gnu::cold]] Rank first_lost() const {
+    Rank lost = -1;
+    for_each_needed([&](const Transfer& t) {
+      if (lost < 0 && transport_.liveness(t.peer) != Liveness::alive) lost = t.peer;
+    });
+    return lost;
+  }
   /// Who has not called the operation yet and is waited for, directly or through others; -1 if nobody.
   [[gnu::cold]] Rank late_rank() const {
     const Run& run = stuck();

@@ -29,6 +29,10 @@ struct HostMeters {
   nanoseconds period = std::chrono::milliseconds(100);  // between windows
 };
 
+/// For Options::weights: what tally_calibrate measured on this machine, or equal time where it did not. Throws Error where the file that has
+/// it cannot be read.
+inline Weights host_weights(const std::string& root = {}) { return load_weights(weights_path_of_environment(), machine_key(root)).value_or(Weights::equal_time()); }
+
 namespace detail {
 
 /// One for all ledgers of this process that ask for the same, as long as there are any. A fork has its own.
@@ -52,7 +56,7 @@ inline std::shared_ptr<EnergyMember> member_of(const HostMeters& how) {
   };
   try {
     if (how.weights) options.hub.weights = *how.weights;
-    else if (const std::optional<Weights> measured = load_weights(weights_path_of_environment(), machine_key(how.root))) options.hub.weights = *measured;
+    else options.hub.weights = host_weights(how.root);
   } catch (const Error& error) {
     options.hub.warnings.push_back(concat({"joules are divided by time alone: ", error.text()}));
   }

@@ -279,13 +279,7 @@ class Engine final : public AnyEngine {
     if (accounting_) ledger_.publish_unfinished(waiting().watch, progress_.now(), clock_);
     diagnosis_.for_each_other_call([&](const Run& run, Rank r, std::uint64_t theirs) { raise_mismatch(run, r, theirs); });
   }
-  [[gnu::cold]] Rank first_lost() {
-    Rank lost = -1;
-    diagnosis_.for_each_needed([&](const Transfer& t) {
-      if (lost < 0 && transport_->liveness(t.peer) != Liveness::alive) lost = t.peer;
-    });
-    return lost;
-  }
+  [[gnu::cold]] Rank first_lost() { return diagnosis_.first_lost(); }
   [[noreturn, gnu::cold]] void raise_lost(Rank peer) {
     // Who aborts may be gone right after: why it went is in its notice.
     if (transport_->aborted()) raise_abort();
@@ -433,7 +427,9 @@ class Engine final : public AnyEngine {
       ledger_.settle();
     } catch (...) {
       fail();
+      run.exposed = progress_.now() - run.account.arrival;
       progress_.stop();
+      if (run.done.load(std::memory_order_relaxed)) book(run);  // nobody will fetch it
       runs_.free(run);
       if (detected_ || diagnosis_.serving != &run) throw *failed_;
       throw;

@@ -32,17 +32,15 @@ class Gate {
     return false;
   }
   void end_look() {
-    const auto due = take_due();
-    unlock();
-    rule_.end_look();
-    for (const auto& f : due) f();
+    leave_and_call([&] { rule_.end_look(); });
   }
   bool is_user() const { return rule_.is_user(); }
   /// And goes, and calls what has become due meanwhile.
   void leave(bool ruled = true) {
-    if (!due_.empty()) return leave_and_call(ruled);
+    const auto leave_rule = [&] { if (ruled) rule_.exit(); };
+    if (!due_.empty()) return leave_and_call(leave_rule);
     unlock();
-    if (ruled) rule_.exit();
+    leave_rule();
   }
   /// The same without the rule: for who may come at any time and does not stay.
   template <class Interrupt>
@@ -93,10 +91,11 @@ class Gate {
     if (is_driver() || (!ruled && rule_.is_inside())) refuse_own(ruled);
     lock(interrupt);
   }
-  [[gnu::noinline]] void leave_and_call(bool ruled) {
+  template <class LeaveRule>
+  [[gnu::noinline]] void leave_and_call(LeaveRule&& leave_rule) {
     const auto due = take_due();
     unlock();
-    if (ruled) rule_.exit();
+    leave_rule();
     for (const auto& f : due) f();
   }
   /// An operator calls, where the rule does not know of it: it would wait for itself.

@@ -9,8 +9,10 @@
 
 #include "account/settings.hpp"
 #include "choose.hpp"
+#include "energy/activity.hpp"
 #include "environment.hpp"
 #include "error.hpp"
+#include "objective.hpp"
 #include "transport/slots.hpp"
 
 namespace tally::inline v0 {
@@ -18,7 +20,9 @@ namespace tally::inline v0 {
 struct Options {
   nanoseconds timeout = std::chrono::seconds(60);  // deadline of every call that names none
   bool accounting = true;
-  WaitPolicy wait = WaitPolicy::balanced;
+  std::optional<WaitPolicy> wait = {};  // none: balanced, or energy where that is the objective
+  Objective objective = Objective::time;  // by which algorithms are chosen; rank 0's counts
+  Weights weights = Weights::equal_time();  // by which joules are predicted for that: host_weights() of tally/energy.hpp
   ModelMeter meter;         // joules where there is no other meter
   EnergySources meters;     // host_meters() of tally/energy.hpp; empty: none
   CarbonRate carbon;        // carbon_rate() of tally/energy/carbon_rate.hpp; empty: grams are unknown
@@ -31,7 +35,7 @@ struct Options {
   std::string transport;  // empty: whatever fits
 
   /// `defaults`, changed by what the environment says: TALLY_TIMEOUT (seconds), TALLY_ACCOUNTING (on, off),
-  /// TALLY_METER (auto: meters, else the model; model; none), TALLY_MODEL_BUSY_WATTS, TALLY_MODEL_IDLE_WATTS (per core), TALLY_ALGORITHM, TALLY_ORDER (any, fixed), TALLY_WAIT (latency, balanced, energy), TALLY_MODEL (a file),
+  /// TALLY_METER (auto: meters, else the model; model; none), TALLY_MODEL_BUSY_WATTS, TALLY_MODEL_IDLE_WATTS (per core), TALLY_ALGORITHM, TALLY_ORDER (any, fixed), TALLY_WAIT (latency, balanced, energy), TALLY_OBJECTIVE (time, energy, energy_delay), TALLY_MODEL (a file),
   /// TALLY_GROUP (ranks), TALLY_TRANSPORT (shm, thread), TALLY_SLOTS, TALLY_SLOT_BYTES, TALLY_SLOT_BUDGET (bytes).
   static Options from_environment(Options defaults) {
     using detail::environment, detail::environment_number;
@@ -51,6 +55,12 @@ struct Options {
       else if (*v == "energy") o.wait = WaitPolicy::energy;
       else throw Error(Errc::invalid_argument, {"TALLY_WAIT='", *v, "' is unknown; it may be latency, balanced or energy"});
     }
+    if (const auto v = environment("TALLY_OBJECTIVE")) {
+      if (*v == "time") o.objective = Objective::time;
+      else if (*v == "energy") o.objective = Objective::energy;
+      else if (*v == "energy_delay") o.objective = Objective::energy_delay;
+      else throw Error(Errc::invalid_argument, {"TALLY_OBJECTIVE='", *v, "' is unknown; it may be time, energy or energy_delay"});
+    }
     if (const auto v = environment("TALLY_ALGORITHM")) o.algorithms = AlgorithmOverrides(*v);
     if (const auto v = environment("TALLY_ORDER")) o.order = one_of("TALLY_ORDER", *v, "any", "fixed") ? Order::fixed : Order::any;
     if (const auto v = environment("TALLY_MODEL")) o.model = *v;
@@ -68,6 +78,8 @@ struct Options {
     return o;
   }
   static Options from_environment() { return from_environment(Options{}); }
+
+  WaitPolicy wait_policy() const { return wait.value_or(objective == Objective::energy ? WaitPolicy::energy : WaitPolicy::balanced); }
 
   /// The transport that connects these ranks, or an error if another one was asked for.
   void expect_transport(std::string_view possible, std::string_view ranks) const {

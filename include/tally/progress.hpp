@@ -132,9 +132,9 @@ class Progress {
     if (now_ >= next_check_) check(client);
   }
 
-  /// From here on the thread works for this operation; the others queue. `moved`: something did, while it was left alone.
-  void serve(OperationAccount& account, bool moved = true) {
-    if (current_ != &account) change(account, moved);
+  /// From here on the thread works for this operation; the others queue.
+  void serve(OperationAccount& account) {
+    if (current_ != &account) change(account, true);
   }
   /// Local work of more than a header's payload is booked as what it is.
   void enter(State state) {
@@ -218,6 +218,7 @@ class Progress {
   static std::uint32_t age(Ticks ticks) { return static_cast<std::uint32_t>(std::min<Ticks>(ticks / age_unit, age_limit)); }
 
   Ticks driven() const { return driven_ + (now_ - began_); }
+  /// `moved`: something did, while it was left alone.
   [[gnu::noinline]] void change(OperationAccount& account, bool moved) {
     if (timed_) {
       if (!unserved_) now_ = clock_.now();  // else all the time since driving began is this one's

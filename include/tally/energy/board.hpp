@@ -4,6 +4,7 @@
 #pragma once
 
 #include <fcntl.h>
+#include <sched.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -47,6 +48,7 @@ class Published {
   /// False if it was never written, or its writer died in the middle, or would not let go.
   bool read(T& value) const {
     for (int tries = 0; tries < 1000; ++tries) {
+      if (tries > 8) ::sched_yield();  // its writer may have been interrupted
       const std::uint64_t before = sequence_.load(std::memory_order_acquire);
       if (before == 0) return false;
       if (before & 1) continue;

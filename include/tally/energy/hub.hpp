@@ -382,10 +382,11 @@ class EnergyHub {
     board_.state.write(state_);
     board_.windows.store(state_.windows, std::memory_order_release);
   }
-  /// A guest's counter is a model of its host. One that there is but cannot be read is none.
+  /// A guest's counter is a model of its host, and a sum of which nobody measured a part is no better. One that there is but cannot be read is none.
   static Provenance provenance(const Measured& domain) {
     if (!domain.seen) return Provenance::none;
-    return has(domain.info.caveats, Caveat::virtualised) ? Provenance::modelled : Provenance::prorated;
+    const bool gaps = has(domain.caveats, Caveat::unreadable) || has(domain.caveats, Caveat::permission_denied) || has(domain.caveats, Caveat::vanished);
+    return gaps || has(domain.info.caveats, Caveat::virtualised) ? Provenance::modelled : Provenance::prorated;
   }
 
   struct Taken {
