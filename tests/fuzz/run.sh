@@ -32,7 +32,7 @@ for source in "$here"/*_fuzz.cpp; do
   mkdir -p "$work/$name"
   clang++-14 "${flags[@]}" "$source" -o "$work/$name.run"
   log=$work/$name.log
-  if "$work/$name.run" -max_total_time="$seconds" -timeout=10 -rss_limit_mb=4096 -max_len=16384 -print_final_stats=1 -artifact_prefix="$work/$name." "$work/$name" >"$log" 2>&1; then
+  if "$work/$name.run" -max_total_time="$seconds" -timeout=10 -rss_limit_mb=4096 -max_len=8192 -print_final_stats=1 -artifact_prefix="$work/$name." "$work/$name" >"$log" 2>&1; then
     echo "$name: $(sed -n 's/^stat::number_of_executed_units: *//p' "$log") inputs in $seconds s, $(sed -n 's/.* cov: \([0-9]*\) .*/\1/p' "$log" | tail -n 1) places of the code reached"
   else
     failed+=" $name"
