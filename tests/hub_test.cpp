@@ -269,7 +269,7 @@ TEST_CASE("a meter that has not been read yet draws unknown power, not none") {
   window();
   bench.meter.world->totals[0] = joule;
   window();
-  CHECK(bench.state().domain[0].provenance == Provenance::prorated);
+  CHECK(bench.state().domain[0].provenance == Provenance::modelled);  // what it missed is unknown
   REQUIRE(bench.state().powers == 2);
   CHECK(bench.state().power[0].watts == 0);  // this was read
   CHECK(bench.state().power[1].watts == 10);
