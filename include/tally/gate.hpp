@@ -32,15 +32,12 @@ class Gate {
     return false;
   }
   void end_look() {
-    const auto due = take_due();
-    unlock();
-    rule_.end_look();
-    for (const auto& f : due) f();
+    leave_and_call(&ThreadRule::end_look);
   }
   bool is_user() const { return rule_.is_user(); }
   /// And goes, and calls what has become due meanwhile.
   void leave(bool ruled = true) {
-    if (!due_.empty()) return leave_and_call(ruled);
+    if (!due_.empty()) return leave_and_call(ruled ? &ThreadRule::exit : nullptr);
     unlock();
     if (ruled) rule_.exit();
   }
@@ -93,10 +90,11 @@ class Gate {
     if (is_driver() || (!ruled && rule_.is_inside())) refuse_own(ruled);
     lock(interrupt);
   }
-  [[gnu::noinline]] void leave_and_call(bool ruled) {
+  /// `leave_rule`: how, if at all.
+  [[gnu::noinline]] void leave_and_call(void (ThreadRule::*leave_rule)()) {
     const auto due = take_due();
     unlock();
-    if (ruled) rule_.exit();
+    if (leave_rule) (rule_.*leave_rule)();
     for (const auto& f : due) f();
   }
   /// An operator calls, where the rule does not know of it: it would wait for itself.
