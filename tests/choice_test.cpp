@@ -162,6 +162,14 @@ TEST_CASE("a choice is explained where the environment made it") {
   launch(2, [](Communicator& comm) { expect(comm.explain(Collective::all_reduce, 8).find("ring, because TALLY_ALGORITHM says so") != std::string::npos, "the reason"); }, threads, options);
 }
 
+TEST_CASE("what TALLY_ALGORITHM may be is said once each") {
+  const auto refused = [](const char* text, const char* why) { CHECK_THROWS_WITH(AlgorithmOverrides(text), std::string("invalid argument: TALLY_ALGORITHM has '") + why); };
+  refused("ring,rings", "rings', which names no algorithm: it may be auto, ring, tree, recursive_doubling, one_shot, recursive_halving, two_shot, chain, double_tree, zero_copy, staged, single_copy, hierarchical, bruck, pairwise");
+  refused("broadcast=ring", "broadcast=ring', which names no algorithm of that operation: it may be auto, tree, one_shot, two_shot, chain, double_tree, zero_copy, staged, single_copy, hierarchical");
+  refused("neighbour_exchange=", "neighbour_exchange=', which names no algorithm of that operation: it may be auto, pairwise");
+  refused("allreduce=ring", "allreduce=ring', but no operation is called 'allreduce'");
+}
+
 TEST_CASE("waiting policies") {
   CHECK(name_of(WaitPolicy::energy) == "energy");
   for (const WaitPolicy policy : {WaitPolicy::latency, WaitPolicy::balanced, WaitPolicy::energy}) {

@@ -3,6 +3,7 @@
 // nobody asks is the business of cost.hpp.
 #pragma once
 
+#include <algorithm>
 #include <concepts>
 #include <string>
 #include <string_view>
@@ -250,16 +251,18 @@ class AlgorithmOverrides {
       found = true;
     }
     if (found) return;
-    std::string known = "auto";
+    std::vector<std::string_view> known{"auto"};
     bool operation_known = only.empty();
     for (const Collective operation : all_operations) {
       if (!only.empty() && name_of(operation) != only) continue;
       operation_known = true;
       for (const std::string_view each : algorithms_for(operation))
-        if (known.find(each) == known.npos) known.append(", ").append(each);
+        if (std::find(known.begin(), known.end(), each) == known.end()) known.push_back(each);
     }
     if (!operation_known) throw Error(Errc::invalid_argument, {"TALLY_ALGORITHM has '", item, "', but no operation is called '", only, "'"});
-    throw Error(Errc::invalid_argument, {"TALLY_ALGORITHM has '", item, "', which names no algorithm", only.empty() ? "" : " of that operation", ": it may be ", known});
+    std::string names;
+    for (const std::string_view each : known) names.append(names.empty() ? "" : ", ").append(each);
+    throw Error(Errc::invalid_argument, {"TALLY_ALGORITHM has '", item, "', which names no algorithm", only.empty() ? "" : " of that operation", ": it may be ", names});
   }
   AlgorithmRef chosen_[static_cast<std::size_t>(Collective::neighbour_exchange) + 1];
 };
