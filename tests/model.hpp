@@ -30,7 +30,7 @@ inline constexpr std::size_t most_threads = 3, most_locations = 16, most_registe
 using Registers = std::array<Value, most_registers>;
 
 struct Step {
-  enum class Kind { load, await, store, exchange, compare_exchange, add, fence, interrupt, sleep, wake, branch, expect };
+  enum class Kind { load, await, store, exchange, compare_exchange, add, fence, interrupt, sleep, wake, branch, set, expect };
   Kind kind;
   int location = 0, reg = -1;  // reg: branch always if there is none
   Value value = 0, expected = 0;
@@ -73,6 +73,7 @@ class Program {
     step.holds = std::move(holds);
     step.text = text;
   }
+  void set(int reg, Value value) { add(Step::Kind::set, 0, value, Order::relaxed, reg); }
   template <class Body>
   void when(int reg, Value value, Body&& body) { skip(reg, value, true, body); }
   template <class Body>
@@ -298,9 +299,11 @@ class Explorer {
     broken_.clear();
     while (thread.pc < steps(t).size()) {
       const Step& s = steps(t)[thread.pc];
-      if (s.kind != Kind::branch && s.kind != Kind::expect) return;
+      if (s.kind != Kind::branch && s.kind != Kind::set && s.kind != Kind::expect) return;
       ++thread.pc;
-      if (s.kind == Kind::expect) {
+      if (s.kind == Kind::set) {
+        thread.registers[static_cast<std::size_t>(s.reg)] = s.value;
+      } else if (s.kind == Kind::expect) {
         if (!s.holds(thread.registers)) broken_ = "thread " + std::to_string(t) + " finds it untrue that " + std::string(s.text);
       } else if (s.reg < 0 || (thread.registers[static_cast<std::size_t>(s.reg)] == s.value) != s.inverted) {
         thread.pc = static_cast<std::uint8_t>(s.target);

@@ -34,13 +34,13 @@ class ThreadRule {
     if (!is_outside(*mine)) return false;
     mine->looks.store(true, std::memory_order_relaxed);
     if (come_in(*mine)) return true;
-    mine->looks.store(false, std::memory_order_relaxed);
+    mine->looks.store(false, std::memory_order_release);  // not before its mark is gone
     return false;
   }
   void end_look() {
     Mark* const mine = inside_;
     mine->inside.store(false, std::memory_order_release);
-    mine->looks.store(false, std::memory_order_relaxed);
+    mine->looks.store(false, std::memory_order_release);  // likewise
   }
   /// Whether no other thread has been inside since this one was.
   bool is_user() const { return user_.load(std::memory_order_acquire)->thread.load(std::memory_order_relaxed) == self(); }
