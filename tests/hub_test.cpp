@@ -95,6 +95,10 @@ TEST_CASE("a process's time outside of operations is the application's, other pr
   CHECK(state.domain[0].application == 2 * joule);
   CHECK(state.domain[0].unattributed == joule);
   CHECK(state.coverage == Approx(0.75));
+  REQUIRE(state.powers == 1);
+  CHECK(state.power[0].watts == Approx(40));
+  CHECK(state.power[0].begin == 0);
+  CHECK(state.power[0].end == 100'000'000);
   CHECK(state.kinds[0].provenance == Provenance::prorated);
   CHECK(state.kinds[0].split == Split::equal_time);
 }

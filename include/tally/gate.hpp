@@ -32,15 +32,14 @@ class Gate {
     return false;
   }
   void end_look() {
-    leave_and_call([&] { rule_.end_look(); });
+    leave_and_call(&ThreadRule::end_look);
   }
   bool is_user() const { return rule_.is_user(); }
   /// And goes, and calls what has become due meanwhile.
   void leave(bool ruled = true) {
-    const auto leave_rule = [&] { if (ruled) rule_.exit(); };
-    if (!due_.empty()) return leave_and_call(leave_rule);
+    if (!due_.empty()) return leave_and_call(ruled ? &ThreadRule::exit : nullptr);
     unlock();
-    leave_rule();
+    if (ruled) rule_.exit();
   }
   /// The same without the rule: for who may come at any time and does not stay.
   template <class Interrupt>
@@ -91,11 +90,11 @@ class Gate {
     if (is_driver() || (!ruled && rule_.is_inside())) refuse_own(ruled);
     lock(interrupt);
   }
-  template <class LeaveRule>
-  [[gnu::noinline]] void leave_and_call(LeaveRule&& leave_rule) {
+  /// `leave_rule`: how, if at all.
+  [[gnu::noinline]] void leave_and_call(void (ThreadRule::*leave_rule)()) {
     const auto due = take_due();
     unlock();
-    leave_rule();
+    if (leave_rule) (rule_.*leave_rule)();
     for (const auto& f : due) f();
   }
   /// An operator calls, where the rule does not know of it: it would wait for itself.
