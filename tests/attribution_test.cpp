@@ -40,9 +40,9 @@ TEST_CASE("I7: operations, application and the rest are the meter's figure, to t
     weights.floor_watts = static_cast<double>(number(50));
     const EnergyWindow window{100ms, random() >> (random() % 40 + 3), all, nanoseconds(number(200'000'000)), nanoseconds(number(200'000'000)), nanoseconds(number(200'000'000)), 2};
     const DividedWindow divided = divide(window, weights, charges);
-    Nanojoules sum = 0;
-    for (const Charge& charge : charges) sum += charge.total();
-    REQUIRE(sum == divided.operations);
+    Nanojoules charged = 0;
+    for (const Charge& charge : charges) charged += charge.total();
+    REQUIRE(charged == divided.operations);
     REQUIRE(divided.operations <= window.energy);
     REQUIRE(divided.application <= window.energy);
     REQUIRE(divided.operations + divided.application + divided.unattributed == window.energy);

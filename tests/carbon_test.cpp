@@ -138,10 +138,10 @@ TEST_CASE("I15: an intensity that changes within a window counts for as long as 
 
   // Halves of a window add up to the whole, wherever it is cut.
   for (int cut = 1; cut < 180; cut += 7) {
-    Carbon sum = Carbon::zero();
-    sum += account.of(kwh(cut / 180.0), noon, noon + cut * 1min);
-    sum += account.of(kwh(1 - cut / 180.0), noon + cut * 1min, noon + 180min);
-    CHECK(sum.grams.value == Approx(grams(0min, 180min)));
+    Carbon whole = Carbon::zero();
+    whole += account.of(kwh(cut / 180.0), noon, noon + cut * 1min);
+    whole += account.of(kwh(1 - cut / 180.0), noon + cut * 1min, noon + 180min);
+    CHECK(whole.grams.value == Approx(grams(0min, 180min)));
   }
 }
 
@@ -177,10 +177,10 @@ TEST_CASE("what is not known stays unknown") {
   expect_unknown(holed.of(kwh(1), noon - 1h, noon + 1ns));
   expect_unknown(holed.of(kwh(1), noon - 1h, noon + 2h));
   // Unknown and anything is unknown.
-  Carbon sum = account.of(kwh(1), noon, noon + 1h);
-  sum += CarbonAccount(CarbonSettings{}).of(kwh(1), noon, noon);
-  expect_unknown(sum);
-  CHECK(text_of(sum) == "unknown g CO2e (unknown, average)");
+  Carbon whole = account.of(kwh(1), noon, noon + 1h);
+  whole += CarbonAccount(CarbonSettings{}).of(kwh(1), noon, noon);
+  expect_unknown(whole);
+  CHECK(text_of(whole) == "unknown g CO2e (unknown, average)");
   CHECK(!account.intensity_at(noon - 1ns).known());
   CHECK(account.intensity_at(noon).grams_per_kwh == 400);
   CHECK(!account.intensity_at(CarbonTime::max()).known());
@@ -224,17 +224,17 @@ TEST_CASE("grams are never better known than the grid's figure: prorated, and mo
 
 TEST_CASE("average and marginal, lifecycle and direct never get into one sum") {
   const auto one = [](CarbonSignal signal, CarbonFactor factor) { return CarbonAccount({StaticIntensity(400, signal, factor)}).of(kwh(1), noon, noon); };
-  Carbon sum = Carbon::zero();
-  sum += one(CarbonSignal::average, CarbonFactor::lifecycle);
-  sum += one(CarbonSignal::average, CarbonFactor::lifecycle);
-  CHECK(sum.grams.value == 800);
-  CHECK(sum.factor == CarbonFactor::lifecycle);
-  expect_error([&] { sum += one(CarbonSignal::marginal, CarbonFactor::lifecycle); }, {"average and marginal", "cannot be added up"});
-  expect_error([&] { sum += one(CarbonSignal::average, CarbonFactor::direct); }, {"lifecycle and direct", "cannot be added up"});
-  CHECK(sum.grams.value == 800);
-  sum += one(CarbonSignal::average, CarbonFactor::unknown);
-  CHECK(sum.factor == CarbonFactor::unknown);
-  CHECK(sum.grams.value == 1200);
+  Carbon whole = Carbon::zero();
+  whole += one(CarbonSignal::average, CarbonFactor::lifecycle);
+  whole += one(CarbonSignal::average, CarbonFactor::lifecycle);
+  CHECK(whole.grams.value == 800);
+  CHECK(whole.factor == CarbonFactor::lifecycle);
+  expect_error([&] { whole += one(CarbonSignal::marginal, CarbonFactor::lifecycle); }, {"average and marginal", "cannot be added up"});
+  expect_error([&] { whole += one(CarbonSignal::average, CarbonFactor::direct); }, {"lifecycle and direct", "cannot be added up"});
+  CHECK(whole.grams.value == 800);
+  whole += one(CarbonSignal::average, CarbonFactor::unknown);
+  CHECK(whole.factor == CarbonFactor::unknown);
+  CHECK(whole.grams.value == 1200);
   // Nor within a window.
   const CarbonAccount account({CallbackIntensity([](CarbonTime t) { return t < noon ? entry(CarbonTime{}, 400, noon) : marginal(entry(noon, 400)); })});
   CHECK(account.of(kwh(1), noon - 1h, noon).signal == CarbonSignal::average);

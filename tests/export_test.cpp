@@ -819,16 +819,16 @@ TEST_CASE("a trace of a job: slices nest, times begin at 0, and each arrow leads
   };
   const auto nanos = [](const Json& us) { return std::llround(us.get<double>() * 1000); };
   std::map<std::pair<int, int>, std::vector<Slice>> calls, parts;
-  std::map<std::pair<int, int>, std::string> threads;
-  std::map<int, std::string> processes;
+  std::map<std::pair<int, int>, std::string> names_of_threads;
+  std::map<int, std::string> names_of_processes;
   std::map<int, const Json*> begins, ends;
   std::map<std::string, std::size_t> counters;
   std::int64_t earliest = std::numeric_limits<std::int64_t>::max();
   for (const Json& event : events) {
     const std::string phase = event.at("ph");
     if (phase == "M") {
-      if (event["name"] == "process_name") CHECK(processes.emplace(event["pid"], event["args"]["name"]).second);
-      if (event["name"] == "thread_name") CHECK(threads.emplace(std::pair(event["pid"].get<int>(), event["tid"].get<int>()), event["args"]["name"]).second);
+      if (event["name"] == "process_name") CHECK(names_of_processes.emplace(event["pid"], event["args"]["name"]).second);
+      if (event["name"] == "thread_name") CHECK(names_of_threads.emplace(std::pair(event["pid"].get<int>(), event["tid"].get<int>()), event["args"]["name"]).second);
       continue;
     }
     const std::int64_t time = nanos(event.at("ts"));
@@ -845,18 +845,18 @@ TEST_CASE("a trace of a job: slices nest, times begin at 0, and each arrow leads
     } else {
       REQUIRE(phase == "C");
       CHECK(event["args"]["watts"].get<double>() > 0);
-      ++counters[processes.at(event["pid"]) + ": " + event["name"].get<std::string>()];
+      ++counters[names_of_processes.at(event["pid"]) + ": " + event["name"].get<std::string>()];
     }
   }
   CHECK(earliest == 0);
-  CHECK(processes.at(5) == "rank 5 (node-b)");
-  CHECK(processes.at(9) == "host node-b");
+  CHECK(names_of_processes.at(5) == "rank 5 (node-b)");
+  CHECK(names_of_processes.at(9) == "host node-b");
   CHECK(counters == std::map<std::string, std::size_t>{{"host node-a: package-0 watts", 10}, {"host node-a: package-0/dram watts", 10}, {"host node-b: package-0 watts", 10}, {"host node-b: package-0/dram watts", 10}});
 
   std::size_t count = 0, expected_count = 0;
   for (const Account& account : job) expected_count += account.recent.size();
   for (auto& [thread, slices] : calls) {
-    CHECK(threads.contains(thread));
+    CHECK(names_of_threads.contains(thread));
     std::sort(slices.begin(), slices.end(), [](const Slice& a, const Slice& b) { return a.begin < b.begin; });
     for (std::size_t i = 1; i < slices.size(); ++i) REQUIRE(slices[i - 1].end <= slices[i].begin);
     count += slices.size();
@@ -893,7 +893,7 @@ TEST_CASE("a trace of a job: slices nest, times begin at 0, and each arrow leads
     CHECK((*from)["args"]["operation_number"] == (*to)["args"]["operation_number"]);
     CHECK((*from)["name"] == (*to)["name"]);
     CHECK((*from)["pid"] == (*to)["args"]["last_arrival"]);
-    from_straggler += (*from)["pid"] == sample::straggler && threads.at({(*from)["pid"], (*from)["tid"]}) == "node 1";
+    from_straggler += (*from)["pid"] == sample::straggler && names_of_threads.at({(*from)["pid"], (*from)["tid"]}) == "node 1";
   }
   CHECK(from_straggler == 3 * sample::recent_count);
 }

@@ -66,10 +66,10 @@ TEST_CASE("I8: eight ranks that share a package are charged what the meter saw, 
     bench.meter.world->totals[0] += 3 * joule + random() % joule;
     bench.hub->step();
     const detail::BoardState state = bench.state();
-    Nanojoules sum = 0;
-    for (std::size_t i = 0; i < 8; ++i) sum += charged(bench.board->slots[i], PowerKind::cpu);
+    Nanojoules all = 0;
+    for (std::size_t i = 0; i < 8; ++i) all += charged(bench.board->slots[i], PowerKind::cpu);
     REQUIRE(state.domains == 1);
-    REQUIRE(sum == state.domain[0].operations);
+    REQUIRE(all == state.domain[0].operations);
     REQUIRE(state.domain[0].total == bench.meter.world->totals[0]);
     REQUIRE(state.domain[0].operations + state.domain[0].application + state.domain[0].unattributed == state.domain[0].total);
     REQUIRE(state.windows == static_cast<std::uint64_t>(window + 1));

@@ -479,13 +479,13 @@ struct CountingClock final : TimeSource {
 };
 
 /// Polls that found nothing, changes between copying and combining, and when the first poll found nothing.
-struct Counts {
+struct CallCounts {
   std::size_t empty = 0, changes = 0, before_first_empty = 0;
   char at = 0;
 };
 class Counted : public SimulatedTransport {
  public:
-  Counted(SimulatedNetwork& network, Rank me, Counts& counts, const CountingClock& clock) : SimulatedTransport(network, me), counts_(counts), clock_(clock) {}
+  Counted(SimulatedNetwork& network, Rank me, CallCounts& counts, const CountingClock& clock) : SimulatedTransport(network, me), counts_(counts), clock_(clock) {}
   template <Probe P>
   void post(Transfer& t, P& probe) {
     Counter<P> counter{probe, counts_};
@@ -506,7 +506,7 @@ class Counted : public SimulatedTransport {
   template <class P>
   struct Counter {
     P& probe;
-    Counts& counts;
+    CallCounts& counts;
     void turn(char to) {
       if (std::exchange(counts.at, to) != to) ++counts.changes;
     }
@@ -525,7 +525,7 @@ class Counted : public SimulatedTransport {
     FrameTimes stamp(Transfer& t) { return probe.stamp(t); }
     FrameTimes credit_stamp(const Transfer& t) { return probe.credit_stamp(t); }
   };
-  Counts& counts_;
+  CallCounts& counts_;
   const CountingClock& clock_;
 };
 
@@ -540,7 +540,7 @@ void counted_calls(bool accounting, F&& f) {
         SimulatedNetwork network(4, options);
         network.run([&](Rank me) {
           const CountingClock clock(network.clock(me));
-          Counts counts;
+          CallCounts counts;
           Engine<Counted> engine(std::make_unique<Counted>(network, me, counts, clock), Clock(clock), ModelMeter{}, WaitPolicy::balanced, accounting);
           Random mine(seed * 64 + static_cast<std::uint64_t>(me));
           for (int i = 0; i < 3; ++i) {
@@ -563,7 +563,7 @@ void counted_calls(bool accounting, F&& f) {
 
 TEST_CASE("I17: without accounting no clock is read before the first poll that finds nothing, whatever the algorithm") {
   std::size_t stalled = 0, not_stalled = 0, wrong = 0;
-  counted_calls(false, [&](const std::string&, std::size_t readings, const Counts& counts) {
+  counted_calls(false, [&](const std::string&, std::size_t readings, const CallCounts& counts) {
     ++(counts.empty > 0 ? stalled : not_stalled);
     wrong += counts.empty > 0 ? counts.before_first_empty > 0 || readings == 0 : readings > 0;
   });
@@ -574,7 +574,7 @@ TEST_CASE("I17: without accounting no clock is read before the first poll that f
 
 TEST_CASE("I18: the clock is read no more than once when the state changes and once for each poll that finds nothing, whatever the algorithm") {
   std::size_t calls = 0, changes = 0;
-  counted_calls(true, [&](const std::string& name, std::size_t readings, const Counts& counts) {
+  counted_calls(true, [&](const std::string& name, std::size_t readings, const CallCounts& counts) {
     ++calls;
     changes += counts.changes;
     const std::size_t allowed = 2 + counts.changes + counts.empty;

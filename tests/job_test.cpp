@@ -182,9 +182,9 @@ TEST_CASE("I9: children and what is exclusive are together the inclusive account
       accounts.push_back(account);
     }
     const auto all = [&](auto&& order) {
-      Account sum = accounts[static_cast<std::size_t>(order[0])];
-      for (std::size_t i = 1; i < 4; ++i) sum = merge(sum, accounts[static_cast<std::size_t>(order[i])]);
-      return sum;
+      Account whole = accounts[static_cast<std::size_t>(order[0])];
+      for (std::size_t i = 1; i < 4; ++i) whole = merge(whole, accounts[static_cast<std::size_t>(order[i])]);
+      return whole;
     };
     const Account one = all(std::array{0, 1, 2, 3}), other = all(std::array{3, 1, 0, 2}), nested = merge(merge(accounts[2], accounts[0]), merge(accounts[3], accounts[1]));
     for (const Account* each : {&other, &nested}) {
