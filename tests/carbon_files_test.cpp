@@ -111,7 +111,7 @@ TEST_CASE("WattTime's pounds per MWh become grams per kWh exactly, and are margi
   // In one sum with Electricity Maps' they are refused.
   const Quantity kwh{3.6e6, 0, 3.6e6, 3.6e6, Provenance::measured};
   Carbon both = CarbonAccount({parse_intensity_file(history, "x")}).of(kwh, noon, noon);
-  const std::string what = error_of([&] { sum += CarbonAccount({series}).of(kwh, noon, noon); });
+  const std::string what = error_of([&] { both += CarbonAccount({series}).of(kwh, noon, noon); });
   CHECK(what.find("average and marginal") != what.npos);
   CHECK(error_of([&] { parse_intensity_file(watttime, "x", {"", CarbonSignal::average}); }).find("no average intensities, which were asked for, but marginal ones") != std::string::npos);
 }
