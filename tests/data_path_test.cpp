@@ -113,7 +113,7 @@ struct Listener {
 TEST_CASE("I17: without accounting no clock is read by calls that find what they need") {
   Pair pair(false);
   Communicator &a = pair.ranks[0], &b = pair.ranks[1];
-  for (const std::size_t count : {1, 4000, 20'000}) {
+  for (const std::size_t count : {std::size_t{1}, std::size_t{4000}, std::size_t{20'000}}) {
     std::vector<float> x(count, 1.0f), y(count, 2.0f);
     const auto all = [&] {
       a.broadcast<Tree>(x, 0);
