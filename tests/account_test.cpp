@@ -4,11 +4,13 @@
 #include <catch2/catch.hpp>
 
 #include <algorithm>
+#include <array>
 #include <chrono>
 #include <cmath>
 #include <fstream>
 #include <iostream>
 #include <memory>
+#include <optional>
 #include <span>
 #include <sstream>
 #include <stdexcept>
@@ -16,6 +18,7 @@
 #include <thread>
 #include <vector>
 
+#include <tally/account/merge.hpp>
 #include <tally/tally.hpp>
 
 using namespace tally;
@@ -313,6 +316,49 @@ TEST_CASE("the ledger sums what the reports say, in constant memory") {
     std::ostringstream text;
     text << ledger << comm.all_reduce(data, max);
     expect(text.str().find("all_reduce") != std::string::npos && text.str().find("32 KiB") != std::string::npos && text.str().find("modelled") != std::string::npos, "a table");
+  }, threads);
+}
+
+TEST_CASE("I9: accounts of a communicator and of its groups are together what all calls were, whatever the order of merging") {
+  launch(4, [](Communicator& comm) {
+    std::optional<Communicator> pair = comm.split(comm.rank() / 2), single = pair->split(comm.rank());
+    std::vector<float> data(500, 1.0f);
+    const auto accounts = [&] { return std::vector{comm.ledger().account("world"), pair->ledger().account("pair"), single->ledger().account("single")}; };
+    std::vector<Account> before = accounts();
+    nanoseconds elapsed{}, arrival{}, waits{};
+    std::uint64_t calls = 0;
+    const auto count = [&](const Report& r) {
+      elapsed += r.elapsed;
+      arrival += r.wait_arrival;
+      waits += r.wait_arrival + r.wait_transfer + r.wait_credit;
+      ++calls;
+    };
+    for (int i = 0; i < 30; ++i) {
+      if (i % 10 == comm.rank()) std::this_thread::sleep_for(1ms);
+      count(comm.all_reduce(data, max));
+      for (int k = 0; k < 3; ++k) count(pair->all_reduce(data, max));
+      count(single->all_reduce(data, max));
+      count(pair->barrier());
+    }
+    std::vector<Account> parts = accounts();
+    for (std::size_t i = 0; i < parts.size(); ++i) {
+      parts[i] = diff(parts[i], before[i]);
+      const Rank first = comm.rank() / 2 * 2;
+      if (i == 1) parts[i].members = {first, first + 1};
+      if (i == 2) parts[i].members = {comm.rank()};
+    }
+    for (const auto& order : {std::array{0, 1, 2}, std::array{2, 0, 1}, std::array{1, 2, 0}}) {
+      Account all = parts[static_cast<std::size_t>(order[0])];
+      for (std::size_t i = 1; i < 3; ++i) all = merge(all, parts[static_cast<std::size_t>(order[i])]);
+      Account sums;
+      for (const AccountRow& row : all.rows) sums.rows.resize(1), sums.rows[0].calls += row.calls, detail::add(sums.rows[0].time, row.time);
+      Blame blamed;
+      for (const Blame& b : all.by_peer) blamed.arrival += b.arrival, blamed.transfer += b.transfer, blamed.credit += b.credit;
+      expect(sums.rows[0].calls == calls, "all calls");
+      expect(sums.rows[0].time.elapsed == elapsed && sums.rows[0].time.wait_arrival == arrival, "their time");
+      expect(blamed.total() == waits && blamed.arrival == arrival, "and whom they waited for, as the job numbers them");
+      for (const Blame& b : all.by_peer) expect(b.rank != comm.rank() && b.rank < 4, "of whom this rank is none");
+    }
   }, threads);
 }
 

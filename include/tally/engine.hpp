@@ -117,8 +117,7 @@ class Engine final : public AnyEngine {
         while (!run.done.load(std::memory_order_relaxed) && !out_of_time_) turn();
     });
     diagnosis_.waited = nullptr;
-    const Ticks end = progress_.rest();
-    if (accounting_) run.exposed += end - begin;
+    if (const Ticks end = progress_.rest(); accounting_) run.exposed += end - begin;
     return run.done.load(std::memory_order_relaxed);
   }
   Report fetch(Run& run) override {
@@ -427,9 +426,8 @@ class Engine final : public AnyEngine {
       ledger_.settle();
     } catch (...) {
       fail();
-      run.exposed = progress_.now() - run.account.arrival;
+      if (run.done.load(std::memory_order_relaxed)) run.exposed = progress_.now() - run.account.arrival, book(run);  // nobody will fetch it
       progress_.stop();
-      if (run.done.load(std::memory_order_relaxed)) book(run);  // nobody will fetch it
       runs_.free(run);
       if (detected_ || diagnosis_.serving != &run) throw *failed_;
       throw;
