@@ -305,13 +305,13 @@ TEST_CASE("I18: the steady state in the background allocates nothing", "[process
       // How many are in flight at most depends on how the threads take turns: what is kept for them grows until it is enough.
       const auto made_by = [](const auto& work) {
         work();
-        std::size_t made = 1;
-        for (int tries = 0; tries < 5 && made > 0; ++tries) {
+        std::size_t least = ~std::size_t{0};
+        for (int tries = 0; tries < 4; ++tries) {
           const std::size_t before = allocations;
           work();
-          made = allocations - before;
+          least = std::min<std::size_t>(least, allocations - before);
         }
-        return made;
+        return least;
       };
       const std::size_t by_one = made_by(one), by_several = made_by(several);
       expect(by_one == 0, std::to_string(by_one) + " allocations in 1000 operations in the background");
