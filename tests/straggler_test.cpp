@@ -223,13 +223,20 @@ TEST_CASE("a rank that is late in one communicator is blamed in the next, where 
       },
       threads);
   const JobAccount job = job_of(std::vector{rows[0], rows[1], columns[1], columns[2]});
-  double sure = 0;  // rank 2 waits for rank 1, and that for rank 0
-  for (std::size_t i = 0; i < steps; ++i) sure += static_cast<double>(std::max<std::int64_t>(row_posted[0][i] - std::max(row_posted[1][i], column_posted[2][i]), 0));
+  double sure = 0, own = 0;  // rank 2 waits for rank 1, and that for rank 0; or rank 1 has no core and keeps others waiting itself
+  const auto late_by = [](std::int64_t who, std::int64_t waiting) { return static_cast<double>(std::max<std::int64_t>(who - waiting, 0)); };
+  for (std::size_t i = 0; i < steps; ++i) {
+    const double of_zero = late_by(row_posted[0][i], std::max(row_posted[1][i], column_posted[2][i]));
+    sure += of_zero;
+    own += late_by(column_posted[1][i], column_posted[2][i]) - of_zero + late_by(row_posted[1][i], row_posted[0][i]);
+  }
   const auto blamed = [&](Rank waiting, Rank culprit) { return static_cast<double>(job.resolved_wait(waiting, culprit).arrival.count()); };
-  std::printf("two communicators: rank 2 waited %.1f ms for rank 1, of which %.1f for rank 0; by the host's clock %.1f\n", static_cast<double>(job.wait(2, 1).arrival.count()) / 1e6, blamed(2, 0) / 1e6, sure / 1e6);
-  CAPTURE(sure, blamed(2, 0), blamed(2, 1), job.followed);
+  std::printf("two communicators: rank 2 waited %.1f ms for rank 1, of which %.1f for rank 0; by the host's clock %.1f, and %.1f for rank 1 itself\n", static_cast<double>(job.wait(2, 1).arrival.count()) / 1e6, blamed(2, 0) / 1e6, sure / 1e6, own / 1e6);
+  CAPTURE(sure, own, blamed(2, 0), blamed(2, 1), job.followed);
   CHECK(job.wait(2, 0).arrival == 0ns);  // which is not in that communicator
   CHECK(blamed(2, 0) >= 0.5 * sure);
-  CHECK(job.stragglers[0].rank == 0);
+  CHECK(blamed(2, 0) <= 1.1 * sure + 2e6);
+  // Rank 0 keeps two ranks waiting: it is first unless the machine kept rank 1 from its core for longer than that.
+  if (own < sure) CHECK(job.stragglers[0].rank == 0);
   CHECK(job.stragglers[1].caused < job.stragglers[0].caused);
 }
