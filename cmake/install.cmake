@@ -4,7 +4,7 @@ include(GNUInstallDirs)
 include(CMakePackageConfigHelpers)
 
 set(package ${CMAKE_INSTALL_LIBDIR}/cmake/tally)
-install(TARGETS tally EXPORT tally-targets FILE_SET HEADERS DESTINATION ${CMAKE_INSTALL_INCLUDEDIR})
+install(TARGETS tally tally_nvtx EXPORT tally-targets FILE_SET HEADERS DESTINATION ${CMAKE_INSTALL_INCLUDEDIR})
 install(EXPORT tally-targets NAMESPACE tally:: DESTINATION ${package})
 if(TARGET tally_carbon_files)
   install(TARGETS tally_carbon_files EXPORT tally-carbon_files-targets FILE_SET HEADERS DESTINATION ${CMAKE_INSTALL_INCLUDEDIR})

@@ -22,23 +22,6 @@ using namespace std::chrono_literals;
 
 namespace {
 
-struct Script {
-  ActivityTimes published;
-  EnergyReading reading;
-  bool there = true;
-};
-struct ScriptedSource final : EnergySource {
-  explicit ScriptedSource(std::shared_ptr<Script> s) : script(std::move(s)) {}
-  void publish(const ActivityTimes& so_far) noexcept override { script->published = so_far; }
-  std::uint64_t windows() const noexcept override { return script->reading.windows; }
-  bool read(EnergyReading& reading) const override {
-    if (script->there) reading = script->reading;
-    return script->there;
-  }
-  HostEnergy host() const override { return {}; }
-  std::shared_ptr<Script> script;
-};
-
 /// A ledger of two ranks whose calls the test makes up; ticks are nanoseconds.
 struct Kept {
   std::shared_ptr<Script> script = std::make_shared<Script>();

@@ -57,6 +57,24 @@ struct TimedMeter {
   }
 };
 
+/// A source of joules whose windows the test closes.
+struct Script {
+  tally::ActivityTimes published;
+  tally::EnergyReading reading;
+  bool there = true;
+};
+struct ScriptedSource final : tally::EnergySource {
+  explicit ScriptedSource(std::shared_ptr<Script> s) : script(std::move(s)) {}
+  void publish(const tally::ActivityTimes& so_far) noexcept override { script->published = so_far; }
+  std::uint64_t windows() const noexcept override { return script->reading.windows; }
+  bool read(tally::EnergyReading& reading) const override {
+    if (script->there) reading = script->reading;
+    return script->there;
+  }
+  tally::HostEnergy host() const override { return {}; }
+  std::shared_ptr<Script> script;
+};
+
 /// What HubSystem asks, in the test's hands.
 struct FakeSystem {
   struct World {

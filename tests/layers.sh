@@ -12,7 +12,7 @@ layers=(
   "clock wait thread_rule descriptor host memory topology copy operators reduce share kernel_copy objective transport/* energy/* account/*"
   "call staging gate prepared progress run neighbours diagnosis local_steps mailbox share_work engine choose cost group options"
   "calls operation progress_thread fusion communicator mesh bootstrap launch"
-  "tally carbon_files energy job_account"
+  "tally carbon_files energy job_account nvtx"
 )
 # Header: what it may include of its own layer. Siblings in algorithms/, transport/ and energy/ stay apart.
 exceptions=(
@@ -62,7 +62,8 @@ exceptions=(
   "account/report: account/amounts account/states account/texts energy/quantity"
   "account/row_energy: account/amounts energy/attribution energy/source"
   "account/wire: account/merge account/snapshot"
-  "account/settings: account/slack energy/model energy/source"
+  "account/observer: account/report"
+  "account/settings: account/observer account/slack energy/model energy/source"
   "account/ledger: host account/amounts account/report account/row_energy account/settings account/slack account/snapshot"
   "account/forms: account/snapshot"
   "account/json_lines: account/forms account/snapshot"
@@ -97,6 +98,7 @@ exceptions=(
 # tree does without.
 third_party=(
   "carbon_files: nlohmann"
+  "nvtx: nvtx3"
 )
 longest=700
 top_level="CMakeLists.txt include examples bench tests cmake LICENSE README.md"

@@ -66,7 +66,7 @@ inline Communicator make_communicator(std::shared_ptr<SlotMemory> memory, Rank m
   ModelMeter meter = options.meter;
   meter.enabled = meter.enabled && options.accounting;
   meter.cores_per_rank = std::min(1.0, static_cast<double>(::sysconf(_SC_NPROCESSORS_ONLN)) / transport->size());
-  return {std::make_unique<Engine<SlotTransport>>(std::move(transport), Clock::host(), AccountSettings(meter, options.accounting ? options.meters : nullptr, options.carbon, options.on_slack), options.wait_policy(), options.accounting), options.timeout, model, options.algorithms, options.order};
+  return {std::make_unique<Engine<SlotTransport>>(std::move(transport), Clock::host(), AccountSettings(meter, options.accounting ? options.meters : nullptr, options.carbon, options.on_slack, options.observer), options.wait_policy(), options.accounting), options.timeout, model, options.algorithms, options.order};
 }
 
 /// Launchers by the variables they set: rank, size, ranks on this host, job.

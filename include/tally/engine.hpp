@@ -452,12 +452,13 @@ class Engine final : public AnyEngine {
     prepared.busy = true;
     if (!prepared.row) prepared.row = &ledger_.row(call.layout.operation, call.size, call.algorithm.name);
     run.row = prepared.row;
+    run.bytes = call.size;
+    if (watched()) [[unlikely]] run.observed = ledger_.begun(*run.row, run.bytes, run.number);
     diagnosis_.remember(sequence_, fingerprint, run.count);  // from registers: what was just stored is slow to load
     if (transport_->aborted()) raise_abort();
     transport_->enter({sequence_, run.fingerprint, run.count, RankStatus::inside_operation, false});
     run.scratch.grow(prepared.plan->scratch());
     prepared.fold = call.fold;
-    run.bytes = call.size;
     if (run.background) run.own_call.layout = prepared.plan->layout();  // the caller's extents may go
     if (call.scale) scale(run, prepared);
     if (!run.call->algorithm.share) post_steps(run, prepared, run.call->input, run.call->output);
@@ -506,6 +507,7 @@ class Engine final : public AnyEngine {
     run.remaining = other ? 2 : 1;
     if (runs_.first()) count(*runs_.first());
     runs_.enlist(run);
+    if (watched()) [[unlikely]] run.observed = ledger_.begun(*run.row, run.bytes, run.number);
     diagnosis_.serving = &run;
     if (transport_->aborted()) raise_abort();
     transport_->enter({sequence_, message.is_send || other ? run.fingerprint : detail::Fingerprint::of_tag(message.tag, Collective::receive), message.bytes, RankStatus::inside_message, false});
@@ -588,6 +590,7 @@ class Engine final : public AnyEngine {
     let_go(run);
     Report report = progress_.finish(run.account);
     fill(report, run);
+    if (watched()) [[unlikely]] ledger_.watched().ended(run.observed, report, false);
     return report;
   }
   void let_go(Run& run) {
@@ -613,6 +616,7 @@ class Engine final : public AnyEngine {
       runs_.free(run);
     });
   }
+  bool watched() const { return static_cast<bool>(ledger_.watched()); }
   nanoseconds exposed(const Run& run) const { return std::min(run.report.elapsed - run.report.undriven, clock_.to_ns(run.exposed)); }
   /// In the background: by the caller's thread, when its report is fetched.
   void book(Run& run) {
@@ -654,6 +658,7 @@ class Engine final : public AnyEngine {
       let_go(run);
       run.report = progress_.finish_failed(run.account, missing, cause);
       fill(run.report, run);
+      if (watched() && run.row) ledger_.watched().ended(run.observed, run.report, true);
       if (run.background) {
         run.error = thrown && &run == diagnosis_.serving ? thrown : std::make_exception_ptr(*failed_);
         end(run);

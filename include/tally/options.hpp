@@ -3,10 +3,12 @@
 #pragma once
 
 #include <chrono>
+#include <memory>
 #include <optional>
 #include <string>
 #include <string_view>
 
+#include "account/observer.hpp"
 #include "account/settings.hpp"
 #include "choose.hpp"
 #include "energy/activity.hpp"
@@ -27,6 +29,7 @@ struct Options {
   EnergySources meters;     // host_meters() of tally/energy.hpp; empty: none
   CarbonRate carbon;        // carbon_rate() of tally/energy/carbon_rate.hpp; empty: grams are unknown
   OnSlack on_slack;         // called before a wait that is going to be long
+  std::shared_ptr<Observer> observer;  // hears of each operation; see account/observer.hpp
   SlotOptions slots;
   AlgorithmOverrides algorithms;
   std::string model;      // measurements to choose algorithms by, written by tally_perf --tune; rank 0's counts

@@ -66,6 +66,7 @@ struct Run {
   std::shared_ptr<Prepared> holds;  // it, where the engine may let go of it meanwhile
   Prepared* active = nullptr;  // whose transfers are under way: prepared, or a meeting
   LedgerRow* row = nullptr;
+  std::uint64_t observed = 0;  // what the observer made of its beginning
   Message message;             // where call is null
   Transfer transfer;           // of a message
   Message other;               // the send of a send_receive,

@@ -127,6 +127,8 @@ class Ledger final : public detail::ReportSource {
   std::string_view algorithm_name(std::uint8_t index) const override { return index < algorithms_.size() ? std::string_view(algorithms_[index]) : "unknown"; }
 
   // For engines.
+  const detail::Watched& watched() const { return settings_.watched; }
+  [[gnu::cold]] std::uint64_t begun(const LedgerRow& row, std::uint64_t bytes, std::uint32_t sequence) const { return watched().begun({row.operation, bytes, algorithms_[row.algorithm], sequence}); }
   std::uint64_t handle() const { return handle_; }
   static std::uint8_t size_class(std::uint64_t bytes) { return static_cast<std::uint8_t>(bytes <= 1 ? 0 : std::bit_width(bytes - 1)); }
   LedgerRow& row(Collective operation, std::uint64_t bytes, std::string_view algorithm) {
@@ -335,6 +337,11 @@ class Ledger final : public detail::ReportSource {
       recent.grams = recent.grams + carbon.grams_per_joule * (static_cast<double>(recent.charged.total() - before) * 1e-9);
     }
     charged_to_ = last_;
+    if (!watched()) return;
+    EnergyAmounts so_far;
+    for (const LedgerRow& row : rows_) so_far.add(row.charged);
+    so_far.add(unfinished_amounts_);
+    watched().charged(energy_.reading().time, energy_.energy(so_far));
   }
   /// A call has ended that was charged for while it went on.
   [[gnu::cold, gnu::noinline]] void charge_unfinished(LedgerRow& row, Recent& recent) {
