@@ -8,6 +8,7 @@
 #include <system_error>
 
 #include <tally/account/json_lines.hpp>
+#include <tally/file.hpp>
 #include <tally/tally.hpp>
 
 /// Makes the folder, if there is none.

@@ -7,7 +7,6 @@
 #include <array>
 #include <chrono>
 #include <cstdint>
-#include <exception>
 #include <filesystem>
 #include <iomanip>
 #include <iostream>
@@ -21,6 +20,8 @@
 #include <tally/carbon_files.hpp>
 #include <tally/energy/carbon_settings.hpp>
 #include <tally/tally.hpp>
+
+#include "command_line.hpp"
 
 struct Settings {
   int ranks = 2;
@@ -110,12 +111,6 @@ void run(tally::Communicator& comm, const Settings& settings, const tally::Carbo
 }
 
 /// One line on stderr, whatever happened.
-int explain(std::string what, int status) {
-  std::replace(what.begin(), what.end(), '\n', ' ');
-  std::cerr << "carbon: " << what << std::endl;
-  return status;
-}
-
 int main(int argc, char** argv) {
   Settings settings;
   CLI::App app("Adds up vectors on some ranks and prints the joules and the grams of CO2 that took.", "carbon");
@@ -128,25 +123,10 @@ int main(int argc, char** argv) {
   app.add_option("--pue", settings.pue, "power of the building over that of its computers, 1 to 10; without it, TALLY_PUE or 1");
   app.add_option("--per", settings.per, "unit of the software carbon intensity: op, gb (moved), job")->check(CLI::IsMember({"op", "gb", "job"}))->capture_default_str();
   app.add_option("--at", settings.at, "account as if the job had run then, e.g. 2024-01-15T13:00:00Z; without it, now")->option_text("TIME");
-  try {
-    app.parse(argc, argv);
+  return run_program(app, argc, argv, [&] {
     const tally::CarbonAccount account = carbon_account(settings);
     std::optional<tally::CarbonTime> at;
     if (!settings.at.empty() && !(at = tally::parse_timestamp(settings.at))) refuse("--at '" + settings.at + "' is no time such as 2024-01-15T13:00:00Z, with Z or an offset such as +01:00");
-    if (!tally::job_info().launcher.empty()) {
-      tally::Communicator comm = tally::init();
-      run(comm, settings, account, at);
-    } else {
-      const auto as_rank = [&](tally::Communicator& comm) { run(comm, settings, account, at); };
-      tally::launch(settings.ranks, as_rank, settings.threads ? tally::threads : tally::processes);
-    }
-    return 0;
-  } catch (const CLI::ParseError& error) {
-    return error.get_exit_code() == 0 ? app.exit(error) : explain(error.what(), 2);
-  } catch (const tally::Error& error) {
-    const bool by_the_caller = error.errc() == tally::Errc::invalid_argument && error.rank() < 0;
-    return explain(error.what(), by_the_caller ? 2 : 1);
-  } catch (const std::exception& error) {
-    return explain(error.what(), 1);
-  }
+    on_all_ranks(settings.ranks, settings.threads, [&](tally::Communicator& comm) { run(comm, settings, account, at); });
+  });
 }

@@ -7,7 +7,6 @@
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
-#include <exception>
 #include <iostream>
 #include <sstream>
 #include <stdexcept>
@@ -20,10 +19,14 @@
 #include <tally/account/html.hpp>
 #include <tally/account/summary.hpp>
 #include <tally/energy.hpp>
+#include <tally/energy/carbon_rate.hpp>
+#include <tally/energy/carbon_settings.hpp>
+#include <tally/file.hpp>
 #include <tally/job_account.hpp>
 #include <tally/tally.hpp>
 
 #include "account_file.hpp"
+#include "command_line.hpp"
 #include "ledger_json.hpp"
 
 struct Settings {
@@ -86,44 +89,24 @@ void run(tally::Communicator& comm, const Settings& settings) {
 }
 
 /// One line on stderr, whatever happened.
-int explain(std::string what, int status) {
-  std::replace(what.begin(), what.end(), '\n', ' ');
-  std::cerr << "energy: " << what << std::endl;
-  return status;
-}
-
 int main(int argc, char** argv) {
   Settings settings;
   CLI::App app("Makes one rank late, and lets the job's account find out which, and what it cost.", "energy");
   app.add_option("--ranks", settings.ranks, "ranks to start; under a launcher such as mpirun, that decides")->check(CLI::Range(2, 1024))->capture_default_str();
   app.add_option("--steps", settings.steps, "all_reduce calls")->check(CLI::Range(1, 100000000))->capture_default_str();
-  app.add_option("--late", settings.late, "the rank that is late to each")->option_text("RANK")->check(CLI::Range(0, 1023))->capture_default_str();
-  app.add_option("--by", settings.by, "by so many milliseconds")->option_text("MS")->check(CLI::Range(0.0, 10000.0))->capture_default_str();
+  app.add_option("--late", settings.late, "the rank that is late to each")->check(CLI::Range(0, 1023))->capture_default_str();
+  app.add_option("--by", settings.by, "by so many milliseconds")->check(CLI::Range(0.0, 10000.0))->capture_default_str();
   app.add_option("--elements", settings.elements, "floats that each adds up")->check(CLI::Range(1, 1 << 28))->capture_default_str();
   app.add_flag("--threads", settings.threads, "make the ranks threads instead of processes");
-  app.add_option("--out", settings.out, "folder for the page and the ranks' accounts")->option_text("DIR")->capture_default_str();
+  app.add_option("--out", settings.out, "folder for the page and the ranks' accounts")->capture_default_str();
   app.add_option("--json", settings.json, "write the result there too; '-' is standard output")->option_text("FILE");
-  try {
-    app.parse(argc, argv);
+  return run_program(app, argc, argv, [&] {
+    if (tally::job_info().launcher.empty() && settings.late >= settings.ranks) refuse("--late " + std::to_string(settings.late) + ": there are " + std::to_string(settings.ranks) + " ranks, from 0 on");
     expect_account_folder(settings.out);
     if (!settings.json.empty()) expect_writable(settings.json);
     tally::Options options;
     options.meters = tally::host_meters();
-    if (!tally::job_info().launcher.empty()) {
-      tally::Communicator comm = tally::init(options);
-      run(comm, settings);
-    } else {
-      if (settings.late >= settings.ranks) refuse("--late " + std::to_string(settings.late) + ": there are " + std::to_string(settings.ranks) + " ranks, from 0 on");
-      const auto as_rank = [&](tally::Communicator& comm) { run(comm, settings); };
-      tally::launch(settings.ranks, as_rank, settings.threads ? tally::threads : tally::processes, options);
-    }
-    return 0;
-  } catch (const CLI::ParseError& error) {
-    return error.get_exit_code() == 0 ? app.exit(error) : explain(error.what(), 2);
-  } catch (const tally::Error& error) {
-    const bool by_the_caller = error.errc() == tally::Errc::invalid_argument && error.rank() < 0;
-    return explain(error.what(), by_the_caller ? 2 : 1);
-  } catch (const std::exception& error) {
-    return explain(error.what(), 1);
-  }
+    options.carbon = tally::carbon_rate(tally::carbon_settings_of_environment());
+    on_all_ranks(settings.ranks, settings.threads, [&](tally::Communicator& comm) { run(comm, settings); }, options);
+  });
 }

@@ -7,7 +7,6 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
-#include <exception>
 #include <iomanip>
 #include <iostream>
 #include <string>
@@ -18,6 +17,7 @@
 #include <nlohmann/json.hpp>
 #include <tally/tally.hpp>
 
+#include "command_line.hpp"
 #include "ledger_json.hpp"
 
 struct Settings {
@@ -115,12 +115,6 @@ void run(tally::Communicator& comm, const Settings& settings) {
 }
 
 /// One line on stderr, whatever happened.
-int explain(std::string what, int status) {
-  std::replace(what.begin(), what.end(), '\n', ' ');
-  std::cerr << "mesh: " << what << std::endl;
-  return status;
-}
-
 int main(int argc, char** argv) {
   Settings settings;
   CLI::App app("Pretends steps of training parallel in data, tensor and pipeline (2 stages), and shows what each axis cost.", "mesh");
@@ -132,23 +126,8 @@ int main(int argc, char** argv) {
   app.add_option("--activations", settings.activations, "floats that stages hand on")->check(CLI::Range(1, 1 << 24))->capture_default_str();
   app.add_flag("--threads", settings.threads, "make the ranks threads instead of processes");
   app.add_option("--json", settings.json, "write the result there too; '-' is standard output")->option_text("FILE");
-  try {
-    app.parse(argc, argv);
+  return run_program(app, argc, argv, [&] {
     if (!settings.json.empty()) expect_writable(settings.json);
-    if (!tally::job_info().launcher.empty()) {
-      tally::Communicator comm = tally::init();
-      run(comm, settings);
-    } else {
-      const auto as_rank = [&](tally::Communicator& comm) { run(comm, settings); };
-      tally::launch(settings.data * settings.tensor * stages, as_rank, settings.threads ? tally::threads : tally::processes);
-    }
-    return 0;
-  } catch (const CLI::ParseError& error) {
-    return error.get_exit_code() == 0 ? app.exit(error) : explain(error.what(), 2);
-  } catch (const tally::Error& error) {
-    const bool by_the_caller = error.errc() == tally::Errc::invalid_argument && error.rank() < 0;
-    return explain(error.what(), by_the_caller ? 2 : 1);
-  } catch (const std::exception& error) {
-    return explain(error.what(), 1);
-  }
+    on_all_ranks(settings.data * settings.tensor * stages, settings.threads, [&](tally::Communicator& comm) { run(comm, settings); });
+  });
 }

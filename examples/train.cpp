@@ -28,6 +28,7 @@
 
 #include "account_file.hpp"
 #include "byte_model.hpp"
+#include "command_line.hpp"
 #include "ledger_json.hpp"
 
 struct Settings {
@@ -237,12 +238,6 @@ std::string read_text(const std::vector<std::string>& files) {
 }
 
 /// One line on stderr, whatever happened.
-int explain(std::string what, int status) {
-  std::replace(what.begin(), what.end(), '\n', ' ');
-  std::cerr << "train: " << what << std::endl;
-  return status;
-}
-
 int main(int argc, char** argv) {
   Settings settings;
   CLI::App app("Trains a byte-level language model by data parallelism and shows what the synchronising cost.", "train");
@@ -256,26 +251,10 @@ int main(int argc, char** argv) {
   app.add_option("--text", settings.text_files, "what to learn; without it, the library's own headers")->option_text("FILE...");
   app.add_option("--json", settings.json, "write the result there too; '-' is standard output")->option_text("FILE");
   app.add_option("--account", settings.account, "each rank writes its account there, for tally_report")->option_text("DIR");
-  try {
-    app.parse(argc, argv);
+  return run_program(app, argc, argv, [&] {
     const std::string text = read_text(settings.text_files.empty() ? default_text() : settings.text_files);
     if (!settings.json.empty()) expect_writable(settings.json);
     if (!settings.account.empty()) expect_account_folder(settings.account);
-
-    if (!tally::job_info().launcher.empty()) {
-      tally::Communicator comm = tally::init();
-      train(comm, settings, text);
-    } else {
-      const auto as_rank = [&](tally::Communicator& comm) { train(comm, settings, text); };
-      tally::launch(settings.ranks, as_rank, settings.threads ? tally::threads : tally::processes);
-    }
-    return 0;
-  } catch (const CLI::ParseError& error) {
-    return error.get_exit_code() == 0 ? app.exit(error) : explain(error.what(), 2);
-  } catch (const tally::Error& error) {
-    const bool by_the_caller = error.errc() == tally::Errc::invalid_argument && error.rank() < 0;
-    return explain(error.what(), by_the_caller ? 2 : 1);
-  } catch (const std::exception& error) {
-    return explain(error.what(), 1);
-  }
+    on_all_ranks(settings.ranks, settings.threads, [&](tally::Communicator& comm) { train(comm, settings, text); });
+  });
 }

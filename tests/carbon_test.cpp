@@ -349,16 +349,16 @@ TEST_CASE("software carbon intensity is O plus M per unit, and M only where it i
 }
 
 TEST_CASE("grams are printed in the unit that fits, with error, provenance and caveats") {
-  const auto text = [](double grams, double sigma) { return detail::carbon_mass_text({grams, sigma, 0, 0, Provenance::modelled}); };
+  const auto text = [](double grams, double sigma) { return detail::grams_text(Quantity{grams, sigma, 0, 0, Provenance::modelled}); };
   CHECK(text(0.0132, 0.00528) == "13.2 +- 5.28 mg");
   CHECK(text(0.132e-3, 0.0105e-3) == "132 +- 10.5 ug");
   CHECK(text(1.5, 0.5) == "1.50 +- 0.50 g");
   CHECK(text(2500, 100) == "2.50 +- 0.10 kg");
   CHECK(text(6.6e-11, 0) == "0.07 +- 0 ng");
-  CHECK(text(5.5e6, not_a_number) == "5.50 t (error unknown)");
-  CHECK(text(0, 0) == "0 +- 0 g");
-  CHECK(detail::carbon_mass_text({}) == "unknown g");
-  CHECK(detail::carbon_mass_text({1e308, 1e308, 0, 0, Provenance::modelled}).ends_with(" t"));
+  CHECK(text(5.5e6, not_a_number) == "5.50 t, error unknown");
+  CHECK(text(0, 0) == "0 +- 0 ng");
+  CHECK(detail::grams_text(Quantity{}) == "unknown g");
+  CHECK(detail::grams_text(Quantity{1e308, 1e308, 0, 0, Provenance::modelled}).ends_with(" t"));
   CarbonIntensity intensity = entry(noon, 400);
   intensity.factor = CarbonFactor::direct;
   intensity.source = "de.csv";

@@ -22,6 +22,7 @@
 #include <tally/account/json_lines.hpp>
 #include <tally/account/perfetto.hpp>
 #include <tally/account/prometheus.hpp>
+#include <tally/file.hpp>
 
 #include "../bench/read_accounts.hpp"
 #include "sample_accounts.hpp"

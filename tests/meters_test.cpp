@@ -793,7 +793,7 @@ TEST_CASE("perf: a descriptor may have no place to read at, as the kernel's have
   perf_host(host, "0");
   int ends[2] = {-1, -1};
   REQUIRE(::pipe2(ends, O_CLOEXEC) == 0);
-  const detail::HostFile counts(ends[1]);
+  const detail::FileDescriptor counts(ends[1]);
   const std::uint64_t values[] = {joule, 3 * joule};
   REQUIRE(::write(counts.get(), values, sizeof values) == sizeof values);
   HandClock clock;

@@ -480,7 +480,7 @@ TEST_CASE("what cannot be read or kept says so and leaves the file alone") {
   CHECK(error_of([&] { load_weights(folder / "pipe", big); }).find("cannot read the weights file") != std::string::npos);
   std::filesystem::create_directory(folder / "folder");
   CHECK(error_of([&] { load_weights(folder / "folder", big); }).find("cannot read the weights file") != std::string::npos);
-  CHECK(error_of([&] { save_weights("/proc/no/such/weights.json", big, some_weights(1)); }).find("cannot make the weights file '/proc/no/such/weights.json' (No such file or directory)") != std::string::npos);
+  CHECK(error_of([&] { save_weights("/proc/no/such/weights.json", big, some_weights(1)); }).find("cannot write '/proc/no/such/weights.json'") != std::string::npos);
   folder.write("huge", std::string((1 << 20) + 1, ' '));
   CHECK(error_of([&] { load_weights(folder / "huge", big); }).find("longer than such a file can be") != std::string::npos);
   CHECK(folder.files() == 5);

@@ -19,7 +19,7 @@
 #include <vector>
 
 #include "communicator.hpp"
-#include "descriptor.hpp"
+#include "local_socket.hpp"
 #include "options.hpp"
 #include "topology.hpp"
 #include "transport/shm.hpp"

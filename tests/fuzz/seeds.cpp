@@ -8,6 +8,7 @@
 
 #include <tally/account/json_lines.hpp>
 #include <tally/energy/weights_file.hpp>
+#include <tally/file.hpp>
 
 #include "../sample_accounts.hpp"
 

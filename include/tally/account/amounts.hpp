@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "../energy/activity.hpp"
 #include "../types.hpp"
 
 namespace tally::inline v0 {
@@ -22,6 +23,17 @@ struct AccountTimes {
 
   nanoseconds busy() const { return copy + reduce + codec + protocol; }
   nanoseconds idle() const { return wait_arrival + wait_transfer + wait_credit + wait_local; }
+  /// What its thread did, for its power: of the time in the queue others pay.
+  ActivityTimes activities() const {
+    ActivityTimes times;
+    times[Activity::copy] = copy;
+    times[Activity::reduce] = reduce;
+    times[Activity::codec] = codec;
+    times[Activity::protocol] = protocol;
+    times[Activity::spin] = idle() - slept - queued;
+    times[Activity::sleep] = slept;
+    return times;
+  }
 };
 
 /// Calls by how long they took: bucket i counts those with 2^(i-1) <= elapsed < 2^i nanoseconds (bucket 0: 0 ns).

@@ -1,13 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // What the writers of accounts share: the fields of times and energies by name, numbers and texts as JSON, Prometheus and CSV
-// want them, and files that appear complete or not at all. Texts that are not UTF-8 are made so: what is wrong becomes U+FFFD.
+// want them. Texts that are not UTF-8 are made so: what is wrong becomes U+FFFD.
 #pragma once
 
-#include <fcntl.h>
-#include <sys/stat.h>
-#include <unistd.h>
 
-#include <cerrno>
 #include <charconv>
 #include <cmath>
 #include <concepts>
@@ -199,40 +195,5 @@ inline std::map<std::pair<std::string, std::string>, TellsOfDomain> domains_of_h
 }
 
 }  // namespace detail
-
-/// Writes a file that is complete whenever it is there, e.g. for node_exporter's textfile collector: a temporary file beside it,
-/// whose name does not end like that of `path`, is written, synchronised and renamed. Throws Errc::invalid_argument if there is
-/// something at `path` that is not a plain file, and Errc::no_resources if the system refuses; the temporary file is gone then.
-inline void write_file_atomically(const std::string& path, std::string_view text) {
-  struct ::stat there {};
-  if (::lstat(path.c_str(), &there) == 0 && !S_ISREG(there.st_mode))
-    throw Error(Errc::invalid_argument, {"cannot replace '", path, "': it is not a plain file; name a file, or a path where there is nothing yet"});
-
-  std::string partial;
-  int file = -1;
-  for (int attempt = 0; file < 0 && attempt < 100; ++attempt) {  // what a killed process of the same number left is not touched
-    partial = detail::concat({path, ".", ::getpid(), ".", attempt, ".partial"});
-    file = ::open(partial.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
-    if (file < 0 && errno != EEXIST) break;
-  }
-  const auto fail = [&](const char* step, bool remove) {
-    const int error = errno;
-    if (file >= 0) ::close(file);
-    if (remove) ::unlink(partial.c_str());
-    const bool full = error == ENOSPC || error == EDQUOT || error == EFBIG;
-    throw Error(Errc::no_resources, {"cannot write '", path, "': ", step, " '", partial, "' failed: ", std::generic_category().message(error),
-                                     full ? "; make room there or choose another folder" : "; choose a path in a folder that exists and that this user may write to"});
-  };
-  if (file < 0) fail("creating", false);
-  while (!text.empty()) {
-    const ssize_t written = ::write(file, text.data(), text.size());
-    if (written < 0 && errno == EINTR) continue;
-    if (written < 0) fail("writing", true);
-    text.remove_prefix(static_cast<std::size_t>(written));
-  }
-  if (::fsync(file) != 0) fail("synchronising", true);
-  if (::close(std::exchange(file, -1)) != 0) fail("closing", true);
-  if (std::rename(partial.c_str(), path.c_str()) != 0) fail("renaming", true);
-}
 
 }  // namespace tally::inline v0

@@ -20,13 +20,13 @@
 #include <vector>
 
 #include "../error.hpp"
+#include "../figures.hpp"
 #include "../text.hpp"
 #include "html_charts.hpp"
 #include "html_style.hpp"
 #include "html_text.hpp"
 #include "job.hpp"
 #include "merge.hpp"
-#include "texts.hpp"
 #include "verdict.hpp"
 
 namespace tally::inline v0 {

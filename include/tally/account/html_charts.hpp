@@ -17,10 +17,10 @@
 #include <utility>
 #include <vector>
 
+#include "../figures.hpp"
 #include "../text.hpp"
 #include "html_text.hpp"
 #include "job.hpp"
-#include "texts.hpp"
 
 namespace tally::inline v0 {
 namespace detail {

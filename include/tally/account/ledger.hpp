@@ -59,18 +59,8 @@ struct LedgerRow {
     const auto it = std::max_element(waited_for.begin(), waited_for.end(), [](const Blame& a, const Blame& b) { return a.total() < b.total(); });
     return it == waited_for.end() || it->total() == nanoseconds{0} ? -1 : it->rank;
   }
-  /// For its power: of the time in the queue others pay.
-  ActivityTimes activities() const {
-    ActivityTimes times;
-    times[Activity::copy] = copy;
-    times[Activity::reduce] = reduce;
-    times[Activity::codec] = codec;
-    times[Activity::protocol] = protocol;
-    times[Activity::spin] = idle() - slept - queued;
-    times[Activity::sleep] = slept;
-    return times;
-  }
   AccountTimes times() const { return {elapsed, exposed, copy, reduce, codec, protocol, wait_arrival, wait_transfer, wait_credit, wait_local, undriven, slept, queued}; }
+  ActivityTimes activities() const { return times().activities(); }
 };
 
 class Ledger final : public detail::ReportSource {
@@ -171,6 +161,7 @@ class Ledger final : public detail::ReportSource {
   }
   /// A call goes on for long: what it has done so far is charged to it, too. `now`: up to when its stopwatch's state lasts.
   [[gnu::cold]] void publish_unfinished(const Stopwatch& watch, Ticks now, const Clock& clock) {
+    if (!energy_.has_source()) return;
     settle();
     settle_energy();  // what was charged was for what had been published
     unfinished_ = done_;
@@ -227,15 +218,10 @@ class Ledger final : public detail::ReportSource {
       return plain;
     }
     ActivityTimes activities() const {
-      ActivityTimes in;
-      if (!stalled) return in[Activity::protocol] = elapsed, in;
-      in[Activity::copy] = times.copy;
-      in[Activity::reduce] = times.reduce;
-      in[Activity::codec] = times.codec;
-      in[Activity::protocol] = times.protocol;
-      in[Activity::spin] = times.idle() - times.slept - times.queued;
-      in[Activity::sleep] = times.slept;
-      return in;
+      if (stalled) return times.activities();
+      ActivityTimes plain;
+      plain[Activity::protocol] = elapsed;
+      return plain;
     }
     std::vector<Blame> worst_first() const {
       if (!stalled) return {};

@@ -12,10 +12,10 @@
 #include <vector>
 
 #include "../energy/quantity.hpp"
+#include "../figures.hpp"
 #include "../text.hpp"
 #include "amounts.hpp"
 #include "states.hpp"
-#include "texts.hpp"
 
 namespace tally::inline v0 {
 

@@ -98,6 +98,7 @@ class LedgerEnergy {
   }
   /// There is a meter: figures come from it and not from the model.
   bool metered() const { return reading_.kinds[0].provenance != Provenance::none; }
+  bool has_source() const { return source_ != nullptr; }
   void publish(const ActivityTimes& so_far) const noexcept {
     if (source_) source_->publish(so_far);
   }

@@ -14,9 +14,9 @@
 #include <string_view>
 #include <vector>
 
+#include "../figures.hpp"
 #include "../text.hpp"
 #include "job.hpp"
-#include "texts.hpp"
 #include "verdict.hpp"
 
 namespace tally::inline v0 {

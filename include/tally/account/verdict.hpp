@@ -16,9 +16,9 @@
 #include <utility>
 #include <vector>
 
+#include "../figures.hpp"
 #include "../text.hpp"
 #include "job.hpp"
-#include "texts.hpp"
 
 namespace tally::inline v0 {
 

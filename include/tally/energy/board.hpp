@@ -21,7 +21,7 @@
 #include <type_traits>
 #include <utility>
 
-#include "../descriptor.hpp"
+#include "../file.hpp"
 #include "../error.hpp"
 #include "activity.hpp"
 #include "attribution.hpp"

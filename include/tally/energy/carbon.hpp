@@ -24,6 +24,7 @@
 #include <vector>
 
 #include "../error.hpp"
+#include "../figures.hpp"
 #include "../types.hpp"
 #include "quantity.hpp"
 
@@ -148,25 +149,6 @@ inline std::string clash(const CarbonIntensity& a, const CarbonIntensity& b) {
   if (a.signal != b.signal) return concat({name_of(a.signal), " and ", name_of(b.signal)});
   if (a.factor != b.factor && a.factor != CarbonFactor::unknown && b.factor != CarbonFactor::unknown) return concat({name_of(a.factor), " and ", name_of(b.factor)});
   return {};
-}
-/// Three significant digits.
-inline std::string short_number(double value) {
-  char text[400];
-  const double size = std::abs(value);
-  const int places = value == std::floor(value) || size >= 100 ? 0 : size >= 10 ? 1 : 2;
-  return {text, std::to_chars(text, text + sizeof text, value, std::chars_format::fixed, places).ptr};
-}
-/// e.g. "13.2 +- 5.28 mg", or "unknown g".
-inline std::string carbon_mass_text(const Quantity& grams) {
-  if (!grams.known()) return "unknown g";
-  static constexpr const char* units[] = {"ng", "ug", "mg", "g", "kg", "t"};
-  std::size_t i = 0;
-  double scale = 1e-9;
-  while (i + 1 < std::size(units) && grams.value / scale >= 1000) scale *= 1000, ++i;
-  if (grams.value == 0) scale = 1, i = 3;
-  const std::string value = short_number(grams.value / scale);
-  if (!std::isfinite(grams.sigma)) return concat({value, " ", units[i], " (error unknown)"});
-  return concat({value, " +- ", short_number(grams.sigma / scale), " ", units[i]});
 }
 
 }  // namespace detail
@@ -320,7 +302,7 @@ class CarbonAccount {
  public:
   /// Throws Errc::invalid_argument for a PUE that is not from 1 to 10, or a limit below 0.
   explicit CarbonAccount(CarbonSettings settings) : settings_(std::move(settings)) {
-    if (!(settings_.pue >= 1 && settings_.pue <= 10)) throw Error(Errc::invalid_argument, {"a PUE must be from 1 to 10, the building's power over its computers', not ", detail::short_number(settings_.pue)});
+    if (!(settings_.pue >= 1 && settings_.pue <= 10)) throw Error(Errc::invalid_argument, {"a PUE must be from 1 to 10, the building's power over its computers', not ", detail::digits(settings_.pue)});
     if (settings_.stale_after < nanoseconds{0}) throw Error(Errc::invalid_argument, "a carbon intensity cannot be stale before it ends: stale_after must not be negative");
   }
   const CarbonSettings& settings() const { return settings_; }
@@ -384,7 +366,7 @@ class CarbonAccount {
 
 /// "13.2 +- 5.28 mg CO2e (modelled, average, carbon_stale)".
 inline std::ostream& operator<<(std::ostream& out, const Carbon& carbon) {
-  out << detail::carbon_mass_text(carbon.grams) << " CO2e (" << name_of(carbon.grams.provenance);
+  out << detail::grams_text(carbon.grams) << " CO2e (" << name_of(carbon.grams.provenance);
   if (carbon.signal) out << ", " << name_of(*carbon.signal);
   if (carbon.factor != CarbonFactor::unknown) out << ", " << name_of(carbon.factor);
   for (std::size_t bit = 0; bit < caveat_count; ++bit)
@@ -444,7 +426,7 @@ inline Sci sci_of(Carbon operational, FunctionalUnit unit, double units, const s
 inline std::ostream& operator<<(std::ostream& out, const Sci& sci) {
   out << "SCI: " << sci.operational << " per " << name_of(sci.unit);
   if (!sci.embodied) return out << ", embodied carbon not counted";
-  return out << ", and embodied " << detail::carbon_mass_text(*sci.embodied) << " CO2e (" << name_of(sci.embodied->provenance) << ')';
+  return out << ", and embodied " << detail::grams_text(*sci.embodied) << " CO2e (" << name_of(sci.embodied->provenance) << ')';
 }
 
 }  // namespace tally::inline v0

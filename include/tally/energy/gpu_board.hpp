@@ -6,17 +6,21 @@
 #include <algorithm>
 #include <cctype>
 #include <charconv>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <optional>
+#include <span>
 #include <string>
 #include <string_view>
 #include <system_error>
 #include <utility>
 #include <vector>
 
+#include "../error.hpp"
 #include "../text.hpp"
 #include "../types.hpp"
+#include "meter.hpp"
 #include "quantity.hpp"
 
 namespace tally::inline v0 {
@@ -130,6 +134,30 @@ inline std::errc error_of(Caveats caveats) {
   if (has(caveats, Caveat::vanished)) return std::errc::no_such_device;
   if (has(caveats, Caveat::unreadable)) return std::errc::io_error;
   return {};
+}
+
+/// The readings of all boards, as many as there is room for: `read(board, sample)` fills one. What it throws is a failure of that board.
+template <class Boards, class F>
+SampleResult sample_boards(Boards& boards, std::span<MeterSample> out, F&& read) noexcept {
+  SampleResult result;
+  for (std::size_t i = 0; i < boards.size() && i < out.size(); ++i) {
+    MeterSample sample{static_cast<std::uint16_t>(i)};
+    std::errc error = std::errc::not_enough_memory;
+    try {
+      read(boards[i], sample);
+      out[result.count++] = sample;
+      error = error_of(sample.caveats);
+    } catch (...) {  // memory for a warning, or the clock that was given
+    }
+    if (result.error == std::errc{}) result.error = error;
+  }
+  return result;
+}
+
+/// Throws Errc::invalid_argument for options of a meter of GPUs that make no sense; `type` is their name.
+inline void check_gpu_options(std::string_view type, const MeterClock& clock, double max_watts) {
+  if (!clock) throw Error(Errc::invalid_argument, {type, "::clock is empty"});
+  if (!(max_watts > 0 && std::isfinite(max_watts))) throw Error(Errc::invalid_argument, {type, "::max_watts is no positive number of watts"});
 }
 
 }  // namespace detail

@@ -21,31 +21,12 @@
 #include <utility>
 #include <vector>
 
+#include "../file.hpp"
 #include "../text.hpp"
 #include "quantity.hpp"
 
 namespace tally::inline v0 {
 namespace detail {
-
-/// An open file, closed with it.
-class HostFile {
- public:
-  HostFile() = default;
-  explicit HostFile(int fd) : fd_(fd) {}
-  HostFile(HostFile&& other) noexcept : fd_(std::exchange(other.fd_, -1)) {}
-  HostFile& operator=(HostFile&& other) noexcept {
-    std::swap(fd_, other.fd_);
-    return *this;
-  }
-  ~HostFile() {
-    if (fd_ >= 0) ::close(fd_);
-  }
-  int get() const { return fd_; }
-  explicit operator bool() const { return fd_ >= 0; }
-
- private:
-  int fd_ = -1;
-};
 
 /// `path`, which begins without a slash, below `root`; "" and "/" are the host itself.
 inline std::string below(std::string_view root, std::string_view path) {
@@ -61,7 +42,7 @@ struct FileText {
 
 /// The first `most` bytes of a file.
 inline FileText read_start(const std::string& path, std::size_t most) {
-  const HostFile file(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY));
+  const FileDescriptor file(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY));
   if (!file) return {{}, errno};
   struct stat status {};
   if (::fstat(file.get(), &status) != 0) return {{}, errno};
@@ -164,7 +145,7 @@ inline Caveats host_caveats(std::string_view root) {
   Caveats caveats = 0;
   if (has_cpu_flag(cpuinfo, "hypervisor")) caveats |= Caveat::virtualised;
   bool filtered = has_cpu_flag(cpuinfo, "sgx");
-  const HostFile registers(::open(below(root, "dev/cpu/0/msr").c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY));
+  const FileDescriptor registers(::open(below(root, "dev/cpu/0/msr").c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY));
   std::uint64_t controls = 0;
   if (registers && ::pread(registers.get(), &controls, sizeof controls, 0xbc) == sizeof controls) filtered = (controls & 1) != 0;
   if (filtered) caveats |= Caveat::filtered;

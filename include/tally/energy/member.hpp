@@ -28,7 +28,7 @@
 #include <utility>
 #include <vector>
 
-#include "../descriptor.hpp"
+#include "../local_socket.hpp"
 #include "../error.hpp"
 #include "../text.hpp"
 #include "board.hpp"

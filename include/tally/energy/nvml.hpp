@@ -257,8 +257,7 @@ class Agreement {
 class Nvml {
  public:
   explicit Nvml(NvmlOptions options = {}) : options_(std::move(options)) {
-    if (!options_.clock) throw Error(Errc::invalid_argument, "NvmlOptions::clock is empty");
-    if (!(options_.max_watts > 0 && std::isfinite(options_.max_watts))) throw Error(Errc::invalid_argument, "NvmlOptions::max_watts is no positive number of watts");
+    detail::check_gpu_options("NvmlOptions", options_.clock, options_.max_watts);
     library_ = std::make_unique<detail::NvmlLibrary>(options_.library);
     find_boards();
   }
@@ -270,19 +269,7 @@ class Nvml {
   std::string key_of(std::string_view uuid_or_pci_or_index) const { return names_.key_of(uuid_or_pci_or_index); }
 
   SampleResult sample(std::span<MeterSample> out) noexcept {
-    SampleResult result;
-    for (std::size_t i = 0; i < boards_.size() && i < out.size(); ++i) {
-      MeterSample sample{static_cast<std::uint16_t>(i)};
-      std::errc error = std::errc::not_enough_memory;
-      try {
-        read(boards_[i], sample);
-        out[result.count++] = sample;
-        error = detail::error_of(sample.caveats);
-      } catch (...) {  // memory for a warning, or the clock that was given
-      }
-      if (result.error == std::errc{}) result.error = error;
-    }
-    return result;
+    return detail::sample_boards(boards_, out, [this](Board& board, MeterSample& sample) { read(board, sample); });
   }
 
  private:

@@ -183,7 +183,7 @@ class PerfEnergy {
     attributes.size = sizeof attributes;
     attributes.type = pmu.type;
     attributes.config = *config;
-    detail::HostFile event_file(settings.open_fn(attributes, -1, cpu.number, -1, PERF_FLAG_FD_CLOEXEC));
+    detail::FileDescriptor event_file(settings.open_fn(attributes, -1, cpu.number, -1, PERF_FLAG_FD_CLOEXEC));
     if (!event_file) {
       const int error = errno;
       refused_ = error == EACCES || error == EPERM;  // then so are all others
@@ -208,7 +208,7 @@ class PerfEnergy {
   }
 
   detail::Counters counters_;
-  std::vector<detail::HostFile> files_;
+  std::vector<detail::FileDescriptor> files_;
   bool refused_ = false;  // perf is not for us
 };
 

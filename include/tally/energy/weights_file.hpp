@@ -3,12 +3,7 @@
 // would not have written itself is an error that says where and what to do, because a wrong weight makes wrong joules that look right.
 #pragma once
 
-#include <fcntl.h>
-#include <sys/stat.h>
-#include <unistd.h>
-
 #include <algorithm>
-#include <cerrno>
 #include <charconv>
 #include <cmath>
 #include <cstddef>
@@ -25,6 +20,7 @@
 
 #include "../environment.hpp"
 #include "../error.hpp"
+#include "../file.hpp"
 #include "../text.hpp"
 #include "../topology.hpp"
 #include "activity.hpp"
@@ -256,23 +252,11 @@ inline void save_weights(const std::string& path, const MachineKey& machine, con
   std::error_code error;
   const std::filesystem::path folder = std::filesystem::path(path).parent_path();
   if (!folder.empty()) std::filesystem::create_directories(folder, error);
-  std::string unfinished = path + ".XXXXXX";
-  const auto fail = [&](const char* what, int why) {
-    throw Error(Errc::no_resources, {"cannot ", what, " '", path, "' (", detail::why(why), "): name another file in TALLY_WEIGHTS or with tally_calibrate --output"});
-  };
-  const detail::HostFile file(::mkostemp(unfinished.data(), O_CLOEXEC));
-  if (!file) fail("make the weights file", errno);
-  int why = ::fchmod(file.get(), 0644) == 0 ? 0 : errno;
-  for (std::string_view rest = text; why == 0 && !rest.empty();) {
-    const ssize_t wrote = ::write(file.get(), rest.data(), rest.size());
-    if (wrote >= 0) rest.remove_prefix(static_cast<std::size_t>(wrote));
-    else if (errno != EINTR) why = errno;
+  try {
+    write_file_atomically(path, text);
+  } catch (const Error& problem) {
+    throw Error(problem.errc(), {problem.text(), "; or name another file in TALLY_WEIGHTS or with tally_calibrate --output"});
   }
-  if (why == 0 && ::fsync(file.get()) != 0) why = errno;
-  if (why == 0 && ::rename(unfinished.c_str(), path.c_str()) != 0) why = errno;
-  if (why == 0) return;
-  ::unlink(unfinished.c_str());
-  fail("write the weights file", why);
 }
 
 }  // namespace tally::inline v0

@@ -22,7 +22,7 @@
 #include <utility>
 #include <vector>
 
-#include "../descriptor.hpp"
+#include "../file.hpp"
 #include "slots.hpp"
 
 namespace tally::inline v0 {

@@ -11,9 +11,9 @@
 #include <sstream>
 #include <string>
 
-#include "../energy/quantity.hpp"
-#include "../text.hpp"
-#include "../types.hpp"
+#include "energy/quantity.hpp"
+#include "text.hpp"
+#include "types.hpp"
 
 namespace tally::inline v0 {
 namespace detail {

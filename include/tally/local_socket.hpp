@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Descriptors that close themselves, and how processes of one host meet: sockets in the abstract name space, which leave no file
-// behind, that move whole records and a descriptor.
+// How processes of one host meet: sockets in the abstract name space, which leave no file behind, that move whole records and a
+// descriptor.
 #pragma once
 
 #include <poll.h>
@@ -14,35 +14,14 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
-#include <string>
 #include <string_view>
-#include <system_error>
 #include <utility>
 #include <vector>
 
 #include "error.hpp"
+#include "file.hpp"
 
 namespace tally::inline v0::detail {
-
-inline std::string errno_text(int error) { return std::generic_category().message(error); }
-
-class FileDescriptor {
- public:
-  explicit FileDescriptor(int fd = -1) : fd_(fd) {}
-  FileDescriptor(FileDescriptor&& other) noexcept : fd_(std::exchange(other.fd_, -1)) {}
-  FileDescriptor& operator=(FileDescriptor&& other) noexcept {
-    std::swap(fd_, other.fd_);
-    return *this;
-  }
-  ~FileDescriptor() {
-    if (fd_ >= 0) ::close(fd_);
-  }
-  int get() const { return fd_; }
-  explicit operator bool() const { return fd_ >= 0; }
-
- private:
-  int fd_;
-};
 
 /// A socket of whole records.
 inline FileDescriptor local_socket() {

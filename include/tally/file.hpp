@@ -1,0 +1,80 @@
+// SPDX-License-Identifier: Apache-2.0
+// Descriptors that close themselves, and files that are whole or not there.
+#pragma once
+
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstdio>
+#include <string>
+#include <string_view>
+#include <system_error>
+#include <utility>
+
+#include "error.hpp"
+#include "text.hpp"
+
+namespace tally::inline v0 {
+namespace detail {
+
+inline std::string errno_text(int error) { return std::generic_category().message(error); }
+
+class FileDescriptor {
+ public:
+  explicit FileDescriptor(int fd = -1) : fd_(fd) {}
+  FileDescriptor(FileDescriptor&& other) noexcept : fd_(std::exchange(other.fd_, -1)) {}
+  FileDescriptor& operator=(FileDescriptor&& other) noexcept {
+    std::swap(fd_, other.fd_);
+    return *this;
+  }
+  ~FileDescriptor() {
+    if (fd_ >= 0) ::close(fd_);
+  }
+  int get() const { return fd_; }
+  /// Who asks closes it.
+  int release() { return std::exchange(fd_, -1); }
+  explicit operator bool() const { return fd_ >= 0; }
+
+ private:
+  int fd_;
+};
+
+}  // namespace detail
+
+/// Writes a file that is complete whenever it is there, e.g. for node_exporter's textfile collector: a temporary file beside it,
+/// whose name does not end like that of `path`, is written, synchronised and renamed. Throws Errc::invalid_argument if there is
+/// something at `path` that is not a plain file, and Errc::no_resources if the system refuses; the temporary file is gone then.
+inline void write_file_atomically(const std::string& path, std::string_view text) {
+  struct ::stat there {};
+  if (::lstat(path.c_str(), &there) == 0 && !S_ISREG(there.st_mode))
+    throw Error(Errc::invalid_argument, {"cannot replace '", path, "': it is not a plain file; name a file, or a path where there is nothing yet"});
+
+  std::string partial;
+  detail::FileDescriptor file;
+  for (int attempt = 0; !file && attempt < 100; ++attempt) {  // what a killed process of the same number left is not touched
+    partial = detail::concat({path, ".", ::getpid(), ".", attempt, ".partial"});
+    file = detail::FileDescriptor(::open(partial.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666));
+    if (!file && errno != EEXIST) break;
+  }
+  const auto fail = [&](const char* step, bool remove) {
+    const int error = errno;
+    if (remove) ::unlink(partial.c_str());
+    const bool full = error == ENOSPC || error == EDQUOT || error == EFBIG;
+    throw Error(Errc::no_resources, {"cannot write '", path, "': ", step, " '", partial, "' failed: ", detail::errno_text(error),
+                                     full ? "; make room there or choose another folder" : "; choose a path in a folder that exists and that this user may write to"});
+  };
+  if (!file) fail("creating", false);
+  while (!text.empty()) {
+    const ssize_t written = ::write(file.get(), text.data(), text.size());
+    if (written < 0 && errno == EINTR) continue;
+    if (written < 0) fail("writing", true);
+    text.remove_prefix(static_cast<std::size_t>(written));
+  }
+  if (::fsync(file.get()) != 0) fail("synchronising", true);
+  if (::close(file.release()) != 0) fail("closing", true);
+  if (std::rename(partial.c_str(), path.c_str()) != 0) fail("renaming", true);
+}
+
+}  // namespace tally::inline v0
