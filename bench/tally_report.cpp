@@ -147,7 +147,7 @@ std::string json_of(const tally::JobAccount& job, std::span<const tally::Account
 /// One job's report.
 std::string report_of(const Settings& s, std::span<const tally::Account> accounts) {
   std::ostringstream out;
-  if (s.format == "prometheus" || s.format == "openmetrics") tally::write_prometheus(out, accounts, {.open_metrics = s.format == "openmetrics"});
+  if (s.format == "prometheus" || s.format == "openmetrics") tally::write_prometheus(out, accounts, {.open_metrics = s.format == "openmetrics", .peers = 4});
   else if (s.format == "csv") tally::write_csv(out, accounts);
   else if (s.format == "perfetto") tally::write_perfetto(out, accounts);
   else if (s.format == "json") return json_of(tally::job_of(accounts), accounts);
@@ -185,7 +185,7 @@ int run(const Settings& s) {
   const bench::AccountsRead read = read_all(s);
   for (const std::string& warning : read.warnings) std::cerr << "tally_report: " << warning << '\n';
   if (read.accounts.empty()) {
-    std::cerr << "tally_report: there is nothing to report: none of the " << s.files.size() << " files holds an account. A rank writes its own with tally::write_json_lines(out, comm.account()).\n";
+    std::cerr << "tally_report: there is nothing to report: " << (s.files.size() == 1 ? std::string("the file holds no") : "none of the " + std::to_string(s.files.size()) + " files holds an") << " account. A rank writes its own with tally::write_json_lines(out, comm.account()) of tally/account/json_lines.hpp.\n";
     return 1;
   }
   const std::vector<tally::Account> accounts = accounts_of_one_job(s, read.accounts);

@@ -102,7 +102,7 @@ void run(tally::Communicator& comm, const Settings& settings, const tally::Carbo
   if (joules.known()) std::cout << "energy: " << joules.value << " +- " << joules.sigma << " J (" << name_of(joules.provenance) << ")\n";
   else std::cout << "energy: unknown (there is no meter)\n";
   const tally::CarbonIntensity intensity = account.intensity_at(begin);
-  if (intensity.known()) std::cout << "grid: " << std::setprecision(4) << intensity.grams_per_kwh << " +- " << intensity.per_kwh().sigma << " g/kWh (" << name_of(intensity.per_kwh().provenance) << "; " << describe(intensity) << ")\n";
+  if (intensity.known()) std::cout << "grid: " << std::setprecision(4) << intensity.grams_per_kwh << " +- " << intensity.per_kwh().sigma << " g/kWh (" << name_of(intensity.per_kwh().provenance) << "; " << describe(intensity, begin) << ")\n";
   else std::cout << "grid: unknown (the figures begin later)\n";
   std::cout << "job: " << carbon << " at a PUE of " << account.settings().pue << " (as set)\n" << sci_of(carbon, unit, units) << '\n';
   print_caveats(carbon.caveats);

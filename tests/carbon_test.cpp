@@ -363,6 +363,10 @@ TEST_CASE("grams are printed in the unit that fits, with error, provenance and c
   intensity.factor = CarbonFactor::direct;
   intensity.source = "de.csv";
   CHECK(describe(intensity) == "zone DE, average, direct, from 'de.csv'");
+  intensity.until = *parse_timestamp("2024-01-15T23:05:59Z");
+  CHECK(describe(intensity, intensity.until) == describe(intensity));
+  CHECK(describe(intensity, intensity.until + 1ns) == "zone DE, average, direct, from 'de.csv', which ended at 2024-01-15T23:05Z");
+  intensity.until = CarbonTime::max();
   CHECK(text_of(CarbonAccount({IntensitySeries({intensity})}).of(kwh(1, 0.1), noon + 9h, noon + 10h)) == "400 +- 56.6 g CO2e (modelled, average, direct, carbon_stale)");
 }
 
@@ -505,7 +509,7 @@ TEST_CASE("the environment says where intensities come from") {
     const Variable carbon("TALLY_CARBON", "475"), pue("TALLY_PUE", "1.25"), zone("TALLY_CARBON_ZONE", "SE");
     const CarbonAccount account(carbon_settings_of_environment());
     CHECK(account.of(kwh(2), noon, noon).grams.value == 2 * 475 * 1.25);
-    CHECK(describe(account.intensity_at(noon)) == "zone SE, average, estimated, from 'constant'");
+    CHECK(describe(account.intensity_at(noon)) == "zone SE, average, estimated, from 'TALLY_CARBON'");
   }
   Folder folder;
   const std::string file = folder.write("two.csv", "datetime,zone,gco2e_per_kwh\n2024-01-01T12:00:00Z,DE,400\n2024-01-01T12:00:00Z,FR,50\n");

@@ -86,7 +86,8 @@ TEST_CASE("rows and calls are charged by the time they spent in each activity, o
   CHECK(kept.script->published[Activity::protocol] == 2000ns);
   CHECK_FALSE(kept.event(a).energy_final);
   CHECK(std::isnan(kept.event(a).energy.gross.value));
-  CHECK(nano(kept.ledger->energy(small)) == 0);  // nothing was drawn in windows that are closed
+  CHECK_FALSE(kept.ledger->energy(small).known());  // the window in which it was is open: that is not 0
+  for (const AccountRow& row : kept.ledger->account("w").rows) CHECK_FALSE(row.energy.gross.known());
 
   kept.window(4000, 800, 200, 1000);  // floor: 5 us each
   CHECK(nano(kept.ledger->energies(small).net) == 1000 + 600 + 100);
@@ -208,6 +209,31 @@ TEST_CASE("the model's joules have grams, too, and a source that fails makes the
   CHECK_FALSE(failed.grams_per_joule.known());
   CHECK(failed.source.find("the feed is down") != std::string::npos);
   CHECK_FALSE(carbon_rate({}));
+}
+
+TEST_CASE("a carbon function that throws makes grams unknown and says why, with a meter and without, and no call fails") {
+  for (const Provenance meter : {Provenance::prorated, Provenance::none}) {
+    Kept kept(meter, [](nanoseconds, nanoseconds) -> CarbonFigure { throw std::runtime_error("grid service unreachable"); });
+    LedgerRow& row = kept.ledger->row(Collective::all_reduce, 8, "ring");
+    kept.call(row, 1000, 3000);
+    kept.window(1000, 1000);
+    kept.call(row, 1000, 3000);
+    CHECK(kept.ledger->energy(row).known());
+    CHECK_FALSE(kept.ledger->energies(row).carbon.known());
+    CHECK(kept.ledger->account("w").carbon_source == "grid service unreachable");
+  }
+}
+
+TEST_CASE("what a board takes back, which anybody of this user can write to, makes no joules") {
+  Kept kept;
+  LedgerRow& row = kept.ledger->row(Collective::all_reduce, 8, "ring");
+  kept.call(row, 1000, 3000);
+  kept.window(1000, 3000);
+  CHECK(nano(kept.ledger->energy(row)) == 4000);
+  kept.script->reading.charges = {};
+  kept.call(row, 1000, 3000);
+  ++kept.script->reading.windows;
+  CHECK(nano(kept.ledger->energy(row)) == 4000);
 }
 
 TEST_CASE("I13: idle_avoidable <= idle <= gross and net <= gross, of rows and calls, by meters and by the model") {

@@ -109,7 +109,7 @@ Account small() {
   core.caveats = static_cast<Caveats>(Caveat::permission_denied);
   a.domains = {package, core};
   a.power = {{0, ns(1000), ns(5000), 20.5}, {0, ns(5000), ns(9000), 30}};
-  a.slack = {{Collective::all_reduce, 0, 2, ns(500), ns(100)}};
+  a.slack = {{Collective::all_reduce, 0, 7, ns(500), ns(100)}};
   a.host_coverage = 0.75;
   a.carbon_intensity = {380, 19, 0, std::numeric_limits<double>::infinity(), Provenance::modelled, Split::direct};
   a.carbon_source = "DE";
@@ -384,7 +384,7 @@ TEST_CASE("an account as JSON lines, to the letter") {
           R"("watts_floor":null,"provenance":"unknown","caveats":["permission_denied"]})",
       R"({"kind":"power",)" + who + R"("host":"h","key":"package-0","begin_ns":1000,"end_ns":5000,"watts":20.5})",
       R"({"kind":"power",)" + who + R"("host":"h","key":"package-0","begin_ns":5000,"end_ns":9000,"watts":30})",
-      R"({"kind":"slack",)" + who + R"("operation":"all_reduce","peer":0,"calls":2,"expected_ns":500,"tenth_percentile_ns":100})",
+      R"({"kind":"slack",)" + who + R"("operation":"all_reduce","peer":0,"calls":7,"expected_ns":500,"tenth_percentile_ns":100})",
   };
   CHECK(lines_of(json_lines({small()})) == expected);
 }

@@ -155,6 +155,85 @@ TEST_CASE("ranks that wait for each other in a circle do not make the search end
   CHECK(job.resolved_wait(0, 1).arrival + job.resolved_wait(1, 0).arrival == 8ms);
 }
 
+TEST_CASE("a circle of waits through many calls is given up in time, and nothing is lost") {
+  std::vector<Account> accounts;
+  for (int c = 0; c < 8; ++c)
+    for (Rank r = 0; r < 2; ++r) {
+      Account account = account_of(r, 2, std::string(1, static_cast<char>('a' + c)));
+      for (std::uint64_t i = 0; i < 256; ++i) {
+        const nanoseconds at = static_cast<std::int64_t>(i) * 10us + c * 1us;
+        if ((i + static_cast<std::uint64_t>(c)) % 2 == static_cast<std::uint64_t>(r)) call(account, i + 1, at, at + 5ms, {{1 - r, 4ms, {}, {}}});
+        else call(account, i + 1, at + 4ms, at + 5ms, {});
+      }
+      accounts.push_back(account);
+    }
+  const JobAccount job = job_of(accounts);  // took minutes
+  nanoseconds charged{}, resolved{};
+  for (const WaitCell& cell : job.waits) charged += cell.arrival;
+  for (const WaitCell& cell : job.resolved) resolved += cell.arrival;
+  CHECK(charged == 8 * 256 * 4ms);
+  CHECK(resolved == charged);
+}
+
+TEST_CASE("waits for messages are followed back, too: of a pipeline the rank is late that begins it late") {
+  std::vector<Account> accounts;
+  for (Rank r = 0; r < 4; ++r) accounts.push_back(account_of(r, 4));
+  const auto message = [&](Rank r, Collective operation, nanoseconds begin, nanoseconds end, std::vector<Blame> waited) {
+    call(accounts[static_cast<std::size_t>(r)], 0, begin, end, std::move(waited));
+    accounts[static_cast<std::size_t>(r)].recent.back().operation = operation;
+  };
+  for (int i = 0; i < 100; ++i) {
+    const nanoseconds at = i * 6ms;  // rank 0 computes for 5 ms
+    message(0, Collective::send, at + 5ms, at + 5100us, {});
+    for (Rank r = 1; r < 4; ++r) {
+      const nanoseconds came = at + 5ms + (r - 1) * 100us;
+      message(r, Collective::receive, at, came + 50us, {{r - 1, came - at, {}, {}}});
+      if (r < 3) message(r, Collective::send, came + 100us, came + 150us, {});
+    }
+  }
+  const JobAccount job = job_of(accounts);
+  CHECK(job.followed == 1);
+  CHECK(job.stragglers[0].rank == 0);
+  CHECK(job.stragglers[0].share > 0.95);
+}
+
+TEST_CASE("ranks of which there is no account are named, and hosts are told apart by what they are") {
+  std::vector<Account> accounts{account_of(0, 4), account_of(2, 4)};
+  CHECK(job_of(accounts).missing == std::vector<Rank>{1, 3});
+  CHECK(job_of(accounts).there() == 2);
+  const auto domain = [](std::string key, Nanojoules total) {
+    DomainAccount d;
+    d.key = std::move(key);
+    d.total = d.unattributed = total;
+    return d;
+  };
+  for (Account& account : accounts) account.domains = {domain("package-0", 10 + static_cast<Nanojoules>(account.rank))};
+  accounts[0].boot_id = accounts[1].boot_id = "x";
+  accounts[1].host = "a container of it";
+  REQUIRE(job_of(accounts).domains.size() == 1);
+  CHECK(job_of(accounts).domains[0].account.total == 12);
+  accounts[1].host = accounts[0].host;
+  accounts[1].boot_id = "y";
+  CHECK(job_of(accounts).domains.size() == 2);
+}
+
+TEST_CASE("grams of average and of marginal intensities never get into one sum") {
+  std::vector<Account> accounts{account_of(0, 2), account_of(1, 2)};
+  for (Account& account : accounts) {
+    call(account, 1, 0ms, 5ms, {});
+    account.rows[0].energy.carbon = {1, 0, 1, 1, Provenance::modelled, Split::equal_time};
+    account.carbon_source = "zone DE, average, from 'x.csv'";
+  }
+  CHECK(job_of(accounts).energy.carbon.value == 2);
+  accounts[1].carbon_source = "zone DE, marginal, from 'y.csv'";
+  CHECK_FALSE(job_of(accounts).energy.carbon.known());
+  CHECK_FALSE(job_of(accounts).rows[0].energy.carbon.known());
+  CHECK(job_of(accounts).warnings.size() == 1);
+  accounts[1].rank = 0;
+  accounts[1].communicator = "other";
+  CHECK_FALSE(merge(accounts[0], accounts[1]).rows[0].energy.carbon.known());
+}
+
 TEST_CASE("an operation in the background that its rank came back to late is not placed in time, and stays charged as it was") {
   std::vector<Account> accounts{account_of(0, 2), account_of(1, 2)};
   call(accounts[1], 1, 1ms, 20ms, {});
@@ -280,6 +359,18 @@ TEST_CASE("an energy that is not known makes no sum, and an account that is not 
   wrong[1] = wrong[0];
   CHECK_THROWS_WITH(job_of(wrong), Catch::Contains("two accounts of rank 0"));
   CHECK(job_of({}).size == 0);
+  const auto refuses = [&](auto&& change, const char* what) {
+    auto odd = accounts;
+    change(odd[1]);
+    CHECK_THROWS_WITH(job_of(odd), Catch::Contains(what));
+  };
+  refuses([](Account& a) { a.members = {0, 2147483647}; }, "rank 2147483647 is named");
+  refuses([](Account& a) { a.size = 2147483647; }, "one of 2147483647");
+  refuses([](Account& a) { a.size = 100000; }, "of up to 4096");
+  refuses([](Account& a) { a.recent[0].last_arrival = 2; }, "rank 2 of 2 called last");
+  refuses([](Account& a) { a.slack.push_back({Collective::all_reduce, 2, 1, {}, {}}); }, "expects to wait for rank 2 of 2");
+  refuses([](Account& a) { a.rows[0].time.copy = -1ns; }, "a sum of times is negative");
+  refuses([](Account& a) { a.begin = a.end + 1ns; }, "ends before it begins");
 }
 
 TEST_CASE("times at the end of what can be are added up, and those beyond it refused by name") {
@@ -307,6 +398,6 @@ TEST_CASE("times at the end of what can be are added up, and those beyond it ref
     refuses([&](Account& a) { a.clock_offset = beyond; }, "its clock's offset");
     refuses([&](Account& a) { a.recent[0].begin = beyond; }, "the begin of a call");
     refuses([&](Account& a) { a.recent[0].time.elapsed = beyond; }, "the time of a call");
-    refuses([&](Account& a) { a.recent[0].waited_for[0].arrival = beyond; }, "a wait in a call");
+    refuses([&](Account& a) { a.recent[0].waited_for[0].arrival = beyond; }, "a wait");
   }
 }

@@ -5,8 +5,10 @@
 #include <dirent.h>
 #include <sys/wait.h>
 
+#include <algorithm>
 #include <chrono>
 #include <memory>
+#include <stdexcept>
 #include <thread>
 
 #include <tally/energy/member.hpp>
@@ -43,6 +45,15 @@ Nanojoules cpu(const EnergySource& source) {
   EnergyReading reading;
   return source.read(reading) ? reading.charges[0].total() : 0;
 }
+/// The only one; its parts add up.
+DomainAccount domain_of(const EnergySource& source) {
+  const HostEnergy host = source.host();
+  if (host.domains.size() != 1) throw std::runtime_error("not one domain");
+  const DomainAccount& domain = host.domains[0];
+  CHECK(domain.key == "package-0");
+  CHECK(domain.total == domain.operations + domain.application + domain.unattributed);
+  return domain;
+}
 /// A thread that copies all the time.
 void work(EnergySource& source, ActivityTimes& times) {
   times[Activity::copy] += 1ms;
@@ -72,18 +83,67 @@ TEST_CASE("the first is the hub, others join it, and when it goes another one ta
     CHECK(reading.kinds[0].provenance == Provenance::prorated);
     const std::uint64_t windows = seat->windows();
     Nanojoules charged = cpu(*seat);
+    const DomainAccount before_change = domain_of(*seat);
+    CHECK(before_change.total > 0);
 
     first.reset();
     REQUIRE(soon([&] { return second->is_hub(); }));
     CHECK(cpu(*seat) >= charged);
     charged = cpu(*seat);
+    DomainAccount after_change = domain_of(*seat);
+    CHECK(after_change.total >= before_change.total);  // of a life of several hubs, as rows are
     REQUIRE(soon([&] { return work(*seat, times), cpu(*seat) > charged; }));
     CHECK(seat->windows() >= windows);
-    REQUIRE(seat->host().domains.size() == 1);
-    CHECK(seat->host().domains[0].key == "package-0");
+    after_change = domain_of(*seat);
+    CHECK(after_change.total > before_change.total);
+    CHECK(after_change.operations >= cpu(*seat));
     CHECK_FALSE(seat->host().power.empty());
   }
   CHECK(descriptors() == before);
+}
+
+TEST_CASE("a fork's copy of a seat that ends does not give its parent's away", "[processes]") {
+  auto member = std::make_shared<EnergyMember>(options("fork"));
+  auto seat = std::make_unique<HubSeat>(member);
+  ActivityTimes times;
+  REQUIRE(soon([&] { return work(*seat, times), cpu(*seat) > 0; }));
+  const pid_t child = ::fork();
+  if (child == 0) {
+    seat.reset();
+    member.reset();
+    ::_exit(0);
+  }
+  int status = 1;
+  REQUIRE(::waitpid(child, &status, 0) == child);
+  CHECK(status == 0);
+  const Nanojoules charged = cpu(*seat);
+  const std::uint64_t windows = seat->windows();
+  REQUIRE(soon([&] { return work(*seat, times), seat->windows() > windows + 3; }));
+  CHECK(cpu(*seat) > charged);
+}
+
+TEST_CASE("a hub that does not answer holds nobody up, however many come, and is followed when it ends") {
+  const MemberOptions shared = options("stopped");
+  const std::string name = detail::concat({"tally-energy/", ::getuid(), "/", detail::Board::magic, "/", shared.name});
+  const auto [where, length] = detail::local_address(name);
+  detail::FileDescriptor door = detail::local_socket();
+  REQUIRE(::bind(door.get(), reinterpret_cast<const sockaddr*>(&where), length) == 0);
+  REQUIRE(::listen(door.get(), 1) == 0);  // as where its process is stopped: nobody takes what comes
+  std::vector<std::shared_ptr<EnergyMember>> members;
+  for (int i = 0; i < 5; ++i) {
+    const auto begin = std::chrono::steady_clock::now();
+    members.push_back(std::make_shared<EnergyMember>(shared));
+    CHECK(std::chrono::steady_clock::now() - begin < 20s);  // one second, by design
+    CHECK_FALSE(members.back()->is_hub());
+  }
+  CHECK_FALSE(members.front()->warnings().empty());
+  members.pop_back();  // some end meanwhile
+  members.erase(members.begin());
+  door = detail::FileDescriptor();
+  CHECK(soon([&] { return std::any_of(members.begin(), members.end(), [](const auto& member) { return member->is_hub(); }); }));
+  HubSeat seat(members.front());
+  ActivityTimes times;
+  CHECK(soon([&] { return work(seat, times), cpu(seat) > 0; }));
 }
 
 TEST_CASE("without a meter there is no hub and no thread, and the reason is told") {

@@ -164,7 +164,7 @@ TEST_CASE("One late rank is named, with what it costs in time and joules") {
   CHECK(v.finding == Finding::one_rank);
   CHECK(v.ranks == std::vector<Rank>{2});
   CHECK(v.headline == "Rank 2 slows this job.");
-  CHECK(v.detail == "The other 3 ranks together waited 90 ms for it, 100 % of all arrival waiting and 30 % of their time, and drew 450 mJ (modelled, +- 40 %) meanwhile.");
+  CHECK(v.detail == "The other 3 ranks waited 30 ms each for it, 90 ms together, 100 % of all arrival waiting and 30 % of their time, and drew 450 mJ (modelled, +- 40 %) meanwhile.");
   REQUIRE(v.asides.size() == 1);
   CHECK(v.asides[0] == "100 % of that waiting shows in all_reduce of up to 1 MiB (ring): what the rank does before that call is where to look.");
   const std::string page = page_of(all);
@@ -172,12 +172,12 @@ TEST_CASE("One late rank is named, with what it costs in time and joules") {
   const std::string_view on_page = section(page, "verdict");
   CHECK(contains(on_page, "data-finding=\"one_rank\" data-ranks=\"2\""));
   CHECK(contains(on_page, "<p class=\"headline\">Rank 2 slows this job.</p>"));
-  CHECK(contains(on_page, "waited 90\u00A0ms for it, 100\u00A0% of all arrival waiting and 30\u00A0% of their time, and drew 450\u00A0mJ (modelled, ±\u00A040\u00A0%) meanwhile."));
+  CHECK(contains(on_page, "waited 30\u00A0ms each for it, 90\u00A0ms together, 100\u00A0% of all arrival waiting and 30\u00A0% of their time, and drew 450\u00A0mJ (modelled, ±\u00A040\u00A0%) meanwhile."));
 }
 
 TEST_CASE("What a late rank costs in joules is unknown without a meter, and the verdict says so") {
   const Verdict v = verdict(accounts(late(2, {{1, 3}})));
-  CHECK(v.detail == "The other rank waited 30 ms for it, 100 % of all arrival waiting and 30 % of their time. What that cost in joules is not known: no meter.");
+  CHECK(v.detail == "The other rank waited 30 ms for it, 100 % of all arrival waiting and 30 % of its time. What that cost in joules is not known: no meter.");
 }
 
 TEST_CASE("A rank that hands on what it waited itself is not taken for the culprit, though not all its waits can be followed") {
@@ -198,7 +198,7 @@ TEST_CASE("Two ranks that are late alike are both named, many are counted") {
   const Verdict two = verdict(accounts(shape));
   CHECK(two.finding == Finding::several_ranks);
   CHECK(two.headline == "Ranks 1 and 4 slow this job.");
-  CHECK(two.detail == "The others waited 150 ms for them, 100 % of all arrival waiting and 30 % of their time. What that cost in joules is not known: no meter.");
+  CHECK(two.detail == "The others waited 150 ms for them, 100 % of all arrival waiting and 38 % of their time. What that cost in joules is not known: no meter.");
   CHECK(two.asides.size() == 1);  // all ranks are on one host
   shape.ranks_per_host = 3;
   shape.late = [](Rank r, int call) { return std::int64_t{r == (call % 2 == 0 ? 3 : 4) ? 3'000'000 : 0}; };
@@ -448,7 +448,7 @@ TEST_CASE("The timeline draws each recent call, with arrows from the late rank t
   CHECK(count(timeline, "<g class=\"call\">") == 40);
   CHECK(count(timeline, "<path class=\"arrow\" data-from=\"2\"") == 18);  // of the six calls that were waited in longest
   CHECK(count(timeline, "data-to=\"2\"") == 0);
-  CHECK(contains(timeline, "40 of the 40 calls that are kept one by one"));
+  CHECK(contains(timeline, "40 calls are kept one by one; 40 of them are drawn"));
   const std::string few = page_of(all, {.calls_drawn = 3});
   CHECK(count(section(few, "timeline"), "<g class=\"call\">") == 12);
 }
@@ -530,6 +530,17 @@ TEST_CASE("The page does not depend on the program's locale") {
   CHECK(again == page);
 }
 
+TEST_CASE("Where ranks' accounts are missing, shares are of those that are there, and it is said first") {
+  std::vector<Account> all = accounts(late(4, {{2, 3}}));
+  all.pop_back();
+  const JobAccount job = job_of(all);
+  const Verdict v = verdict_of(job, all);
+  REQUIRE(v.ranks == std::vector<Rank>{2});
+  CHECK(v.detail == "The other 2 ranks waited 30 ms each for it, 60 ms together, 100 % of all arrival waiting and 30 % of their time. What that cost in joules is not known: no meter.");
+  REQUIRE_FALSE(v.asides.empty());
+  CHECK(v.asides[0] == "Only 3 of 4 ranks' accounts are here: that of rank 3 is missing, and in no sum.");
+}
+
 TEST_CASE("Numbers out of their range in an account are refused or left out, not believed") {
   const std::vector<Account> all = accounts(late(4, {{2, 3}}));
   const JobAccount job = job_of(all);
@@ -566,13 +577,13 @@ TEST_CASE("Numbers out of their range in an account are refused or left out, not
 
   other = all;
   other[0].power = {{7, nanoseconds(0), nanoseconds(1), 100}, {0, nanoseconds(0), nanoseconds(1), std::nan("")}};
-  other[0].slack = {{Collective::all_reduce, 9, 1, nanoseconds(1), nanoseconds(1)}};
+  other[0].slack = {{Collective::all_reduce, -3, 9, nanoseconds(1), nanoseconds(1)}};
   other[0].rows[0].size_class = 255;
   other[0].rows[0].operation = static_cast<Collective>(200);
   wrong = job_of(other);
   other[0].recent[0].begin = nanoseconds(std::int64_t{1} << 60);
   other[0].recent[1].begin = -nanoseconds(std::int64_t{1} << 60);
-  wrong.domains.push_back({"node", {}});
+  wrong.domains.push_back({"node", {}, ""});
   wrong.domains[0].account.parent = 7;
   write_html(out, wrong, other);
   CHECK(fault_of(out.str()) == "");
@@ -612,7 +623,7 @@ TEST_CASE("A summary for the terminal has the verdict, the worst ranks and the t
     return out.str();
   };
   std::string text = summary_of(all);
-  CHECK(text.starts_with("Rank 7 slows this job.\nThe other 11 ranks together waited 960 ms for it, "));
+  CHECK(text.starts_with("Rank 7 slows this job.\nThe other 11 ranks waited 87.3 ms each for it, 960 ms together, "));
   CHECK(contains(text, "     7  evil?[2J?host         960 ms   100 %       0 ns    4.80 +- 1.92 J\n"));
   CHECK(contains(text, "\nTotals of job: 12 ranks, 1 host, 1 communicator, 100 ms\n  calls      120; "));
   CHECK(contains(text, "\nWhat to know\n- a ?]0;title? warning\n"));

@@ -502,8 +502,10 @@ class Communicator {
 
   const Ledger& ledger() const { return engine().ledger(); }
   /// This rank's account of this communicator as plain data. Of a communicator that was made of another one it names ranks as the
-  /// first one numbers them, so that accounts of both can be put together (job_of). Names must differ within a job.
+  /// first one numbers them, so that accounts of both can be put together (job_of). `name`: this communicator's in the job, another one for
+  /// each; `job`: the same for all. Where a meter's first window is still open it waits for that (at most 300 ms), since joules would be unknown.
   Account account(std::string_view name = "world", std::string_view job = {}) const {
+    if (ledger().awaits_energy()) ledger().wait_for_energy(std::chrono::milliseconds(300));
     Account account = ledger().account(name, job);
     account.members = in_job_;
     return account;

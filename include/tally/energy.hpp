@@ -7,10 +7,13 @@
 #include <unistd.h>
 
 #include <chrono>
+#include <cstdint>
+#include <filesystem>
 #include <memory>
 #include <mutex>
 #include <optional>
 #include <string>
+#include <system_error>
 #include <utility>
 
 #include "energy/member.hpp"
@@ -35,6 +38,19 @@ inline Weights host_weights(const std::string& root = {}) { return load_weights(
 
 namespace detail {
 
+/// The same for all spellings of a folder; short, as names of sockets are, so long ones are told apart by a hash (FNV-1a).
+inline std::string hub_name(const std::string& root) {
+  if (root.empty()) return "host";
+  std::error_code error;
+  std::string path = std::filesystem::weakly_canonical(root, error).string();
+  if (error || path.empty()) path = root;
+  while (path.size() > 1 && path.back() == '/') path.pop_back();
+  if (path.size() <= 40) return concat({"root ", path});
+  std::uint64_t hash = 0xcbf29ce484222325;
+  for (const char c : path) hash = (hash ^ static_cast<unsigned char>(c)) * 0x100000001b3;
+  return concat({"root ", hash});
+}
+
 /// One for all ledgers of this process that ask for the same, as long as there are any. A fork has its own.
 inline std::shared_ptr<EnergyMember> member_of(const HostMeters& how) {
   struct Known {
@@ -48,7 +64,7 @@ inline std::shared_ptr<EnergyMember> member_of(const HostMeters& how) {
   std::shared_ptr<EnergyMember> member = known.pid == ::getpid() && known.root == how.root ? known.member.lock() : nullptr;
   if (member) return member;
   MemberOptions options;
-  options.name = how.root.empty() ? "host" : concat({"root ", how.root});
+  options.name = hub_name(how.root);
   options.find = [root = how.root] {
     FindMeters where;
     where.root = root;
@@ -74,6 +90,14 @@ inline std::shared_ptr<EnergyMember> member_of(const HostMeters& how) {
 /// For Options::meters. Where no meter can be read, joules come from the model, and Account::warnings says why.
 inline EnergySources host_meters(HostMeters how = {}) {
   if (const auto root = detail::environment("TALLY_HOST_ROOT")) how.root = *root;
+  if (how.weights) {
+    const auto plausible = [](double watts) {
+      if (!(watts >= 0 && watts <= 1e6)) throw Error(Errc::invalid_argument, "HostMeters::weights holds a number of watts that is not from 0 to 1000000");
+    };
+    for (const double watts : how.weights->watts) plausible(watts);
+    plausible(how.weights->application);
+    plausible(how.weights->floor_watts);
+  }
   return [how = std::move(how)]() -> std::unique_ptr<EnergySource> { return std::make_unique<HubSeat>(detail::member_of(how), how.device); };
 }
 

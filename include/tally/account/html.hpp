@@ -166,7 +166,7 @@ class HtmlPage {
   void add_figures() {
     const AccountTimes& t = job_.time;
     const nanoseconds others = t.wait_arrival + t.wait_transfer + t.wait_credit;
-    const double all = ns(job_.elapsed) * job_.size, in_calls = ns(t.elapsed);
+    const double all = ns(job_.elapsed) * job_.there(), in_calls = ns(t.elapsed);
     add({"<dl class=\"cards\">\n"});
     card("figure-time", "Time covered", job_.elapsed > nanoseconds{0} ? time(job_.elapsed) : unknown(),
          concat({grouped(calls_), calls_ == 1 ? " call" : " calls", failed_ > 0 ? concat({", <span class=\"bad\">", grouped(failed_), " failed</span>"}) : "", in_calls > 0 ? concat({"; ", time(t.elapsed), " in calls, summed over ranks"}) : ""}));
@@ -180,7 +180,7 @@ class HtmlPage {
       card(id, name, known ? typeset(text) : unknown(), concat({known && q.value > 0 && q.sigma >= 0 ? typeset(concat({"+- ", percent_text(q.sigma / q.value), ", "})) : "", source_text(q), known ? below : ""}));
     };
     spent("figure-energy", "Energy of the calls", job_.energy.gross, joules_text(job_.energy.gross.value), job_.energy.idle.known() ? concat({"; of it ", typeset(joules_text(job_.energy.idle.value)), " waiting"}) : "");
-    spent("figure-avoidable", "Avoidable energy", job_.energy.idle_avoidable, joules_text(job_.energy.idle_avoidable.value), "; by sleeping in waits, not spinning");
+    spent("figure-avoidable", "Avoidable energy", job_.energy.idle_avoidable, joules_text(job_.energy.idle_avoidable.value), "; by sleeping in waits, not spinning (TALLY_WAIT=energy)");
     if (job_.energy.carbon.known()) spent("figure-carbon", "Carbon of the calls", job_.energy.carbon, grams_text(job_.energy.carbon.value), "; CO<sub>2</sub>-equivalent");
     add({"</dl>\n"});
   }
@@ -255,7 +255,7 @@ class HtmlPage {
   }
 
   void add_matrix() {
-    begin_section("matrix", "Who waited for whom", "Rows waited, columns were waited for: all waits for others, after following chains back from call to call. The stronger the colour, the longer.");
+    begin_section("matrix", "Who waited for whom", "Rows waited, columns were waited for: waits for its arrival, its data and its room, after following chains back from call to call. The stronger the colour, the longer.");
     const bool any = std::any_of(job_.resolved.begin(), job_.resolved.end(), [](const WaitCell& cell) { return cell.total() > nanoseconds{0}; });
     if (any) {
       add({"<figure>\n"});
@@ -264,7 +264,7 @@ class HtmlPage {
     } else {
       add({"<p>No wait is charged to any rank.</p>\n"});
     }
-    add({"<p class=\"lead\">", typeset(percent_text(job_.followed)), " of the arrival waiting could be followed back, as both calls are among the recent ones that are kept one by one; the rest is shown as its calls charged it.</p></section>\n"});
+    add({"<p class=\"lead\">", typeset(percent_text(job_.followed)), " of the arrival waiting could be followed back from call to call", job_.followed < 0.9999 ? ", where both are among the recent ones that are kept one by one; the rest is shown as its calls charged it" : "", ".</p></section>\n"});
   }
 
   void add_timeline() {
@@ -423,7 +423,7 @@ class HtmlPage {
   }
 
   void add_slack() {
-    constexpr std::size_t most = 12;
+    constexpr std::size_t most = 12, fewest = 5;  // calls, before anything is expected
     struct Row {
       Rank rank;
       Rank peer;
@@ -432,7 +432,7 @@ class HtmlPage {
     std::vector<Row> rows;
     for (const Account& account : accounts_)
       for (const SlackRow& slack : account.slack)
-        if (slack.peer >= 0 && slack.peer < account.size) rows.push_back({account.in_job(account.rank), account.in_job(slack.peer), &slack});
+        if (slack.peer >= 0 && slack.peer < account.size && slack.calls >= fewest) rows.push_back({account.in_job(account.rank), account.in_job(slack.peer), &slack});
     if (rows.empty()) return;
     std::stable_sort(rows.begin(), rows.end(), [](const Row& a, const Row& b) { return a.slack->expected > b.slack->expected; });
     begin_section("slack", "Waits to come", "How long ranks expect to wait, learned from the calls so far: time that can be slept or used.");
@@ -487,7 +487,8 @@ class HtmlPage {
   /// Each caveat once, and of which domains it was said.
   void add_caveat_notes() {
     Caveats all = job_.caveats;
-    for (const HostDomain& each : job_.domains) all |= each.account.caveats;
+    for (const HostDomain& each : job_.domains)
+      if (each.account.provenance != Provenance::none) all |= each.account.caveats;
     for (std::size_t bit = 0; bit < caveat_count; ++bit) {
       const auto caveat = static_cast<Caveat>(1u << bit);
       if (!has(all, caveat)) continue;

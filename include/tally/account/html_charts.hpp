@@ -114,7 +114,7 @@ inline void draw_waits(Html& html, const JobAccount& job, std::span<const Rank> 
       std::string tip = concat({per_block > 1 ? "Ranks " : "Rank ", name(row), " waited ", time_text(cell.total()), " for ", per_block > 1 ? "ranks " : "rank ", name(column), ": arrival ", time_text(cell.arrival), ", transfer ", time_text(cell.transfer), ", credit ", time_text(cell.credit)});
       if (cell.charged != cell.total()) tip += concat({" (as its calls charged it: ", time_text(cell.charged), ")"});
       html.add({typeset(concat({tip, "; ", joules_text(cell.energy)})), "</title></rect>"});
-      if (side >= 50) svg_text(html, "v", x + side / 2, y + side / 2 + 4, time_text(cell.total()));
+      if (side >= 50) svg_text(html, shade > 50 ? "v on" : "v", x + side / 2, y + side / 2 + 4, time_text(cell.total()));
     }
   html.add({"</svg></div>\n<p class=\"readout js\" hidden aria-live=\"polite\">Point at a cell to read it.</p>\n"});
   if (per_block > 1) html.add({"<p class=\"lead\" data-left-out=\"matrix\">", n, " ranks are too many to draw each: a cell sums up ", per_block, " ranks by ", per_block, ". The table of all ranks has each one.</p>\n"});
@@ -299,7 +299,7 @@ class Timeline {
     ++arrows_;
   }
   void draw_notes(Html& html) const {
-    html.add({"<p class=\"lead\" data-left-out=\"timeline\">", calls_.size(), " of the ", kept_, " calls that are kept one by one, on rank 0&#39;s clock. Within a call its waits are drawn first: what came when inside it is not kept. ", arrows_,
+    html.add({"<p class=\"lead\" data-left-out=\"timeline\">", kept_, " calls are kept one by one; ", calls_.size(), " of them are drawn, on rank 0&#39;s clock. Within a call its waits are drawn first: what came when inside it is not kept. ", arrows_,
               " arrows show the longest waits."});
     if (static_cast<int>(ranks_.size()) < job_.size) html.add({" ", ranks_.size(), " of ", job_.size, " ranks are drawn: those that others waited for most, and others at even distances."});
     html.add({"</p>\n"});

@@ -67,7 +67,7 @@ svg.chart{display:block;width:100%;height:auto;font-size:12px}
 svg.wide{min-width:720px}
 svg text{fill:var(--fg)}svg .m{fill:var(--muted)}svg .r{text-anchor:end}svg .c{text-anchor:middle}svg .s{font-weight:700;fill:var(--accent)}
 svg .grid{stroke:var(--line);stroke-width:1}svg .lane{fill:var(--panel)}svg .self{fill:var(--line)}
-svg .cell{fill:var(--arrival)}svg .frame{fill:var(--panel)}svg .v{text-anchor:middle;font-size:11px;paint-order:stroke;stroke:var(--bg);stroke-width:3px;stroke-linejoin:round;pointer-events:none}
+svg .cell{fill:var(--arrival)}svg .frame{fill:var(--panel)}svg .v{text-anchor:middle;font-size:11px;paint-order:stroke;stroke:var(--bg);stroke-width:3px;stroke-linejoin:round;pointer-events:none}svg .on{fill:#000;stroke:none;font-weight:600}
 svg .arrow{stroke:var(--fg);stroke-width:1.1;fill:none;opacity:.8}svg .head{fill:var(--fg)}
 svg .call:hover rect,svg .cell:hover{stroke:var(--fg);stroke-width:1}
 svg .line{fill:none;stroke-width:2}

@@ -41,12 +41,14 @@ struct Straggler {
 struct HostDomain {
   std::string host;
   DomainAccount account;
+  std::string boot_id;  // hosts may be called the same, and containers of one host have names of their own
 };
 
 /// A job: all ranks' accounts of one communicator or of several, by rank in the job.
 struct JobAccount {
   std::string job;
   int size = 0;
+  std::vector<Rank> missing;     // of these no account is there: what they waited and drew is in no sum
   nanoseconds elapsed{};         // the longest time that any rank's account tells of
   std::vector<AccountRow> rows;  // sums over all ranks, sorted by operation, size class and algorithm; without waited_for
   AccountTimes time;             // sums over all ranks and rows
@@ -59,12 +61,18 @@ struct JobAccount {
   Caveats caveats = 0;
   std::vector<std::string> warnings;  // each once
 
+  /// Ranks whose accounts these are the sums of.
+  int there() const { return size - static_cast<int>(missing.size()); }
   const WaitCell& wait(Rank waiting, Rank culprit) const { return waits[cell(waiting, culprit)]; }
   const WaitCell& resolved_wait(Rank waiting, Rank culprit) const { return resolved[cell(waiting, culprit)]; }
   std::size_t cell(Rank waiting, Rank culprit) const { return static_cast<std::size_t>(waiting) * static_cast<std::size_t>(size) + static_cast<std::size_t>(culprit); }
 };
 
 namespace detail {
+
+inline bool is_message(Collective operation) { return operation == Collective::send || operation == Collective::receive || operation == Collective::send_receive; }
+/// Which machine: containers of one have several names, and machines may be called the same.
+inline const std::string& machine_of(const Account& account) { return account.boot_id.empty() ? account.host : account.boot_id; }
 
 /// Arrival waits with their place in time, to follow chains through: rank p came late to an operation, so others waited for it
 /// up to its arrival there; if p itself was waiting for q just then, in another operation, q is to blame for that part.
@@ -87,7 +95,14 @@ class WaitChains {
 
   /// charge(rank, time) for each part of [begin, end), during which others waited for `late`.
   template <class F>
-  void follow(Rank late, nanoseconds begin, nanoseconds end, F&& charge, int depth = 0) const {
+  void follow(Rank late, nanoseconds begin, nanoseconds end, F&& charge) const {
+    int steps = most_steps;
+    follow(late, begin, end, charge, 0, steps);
+  }
+
+ private:
+  template <class F>
+  void follow(Rank late, nanoseconds begin, nanoseconds end, F&& charge, int depth, int& steps) const {
     const std::vector<Wait>& own = of(late);
     nanoseconds busy{};
     // From the last on, so that what is left of the interval is always [begin, end) with end falling.
@@ -96,7 +111,7 @@ class WaitChains {
       const nanoseconds from = std::max(wait->begin, begin), to = std::min(wait->end, end);
       if (from >= to) continue;
       busy += end - to;
-      if (depth < deepest && wait->culprit != late) follow(wait->culprit, from, to, charge, depth + 1);
+      if (depth < deepest && --steps > 0 && wait->culprit != late) follow(wait->culprit, from, to, charge, depth + 1, steps);
       else charge(wait->culprit, to - from);
       end = from;
     }
@@ -104,8 +119,8 @@ class WaitChains {
     if (busy > nanoseconds{0}) charge(late, busy);
   }
 
- private:
-  static constexpr int deepest = 64;  // accounts of ranks that wait for each other in a circle are not to be followed for ever
+  // Accounts of ranks that wait for each other in a circle are not to be followed for ever.
+  static constexpr int deepest = 64, most_steps = 4096;
   std::vector<std::vector<Wait>> waits_;
   nanoseconds longest_{};
 };
@@ -136,7 +151,13 @@ inline JobAccount job_of(std::span<const Account> accounts) {
     job.caveats |= account.caveats;
     add(job.warnings, account.warnings);
   }
+  constexpr int most_ranks = 4096;  // the matrices have a cell for any two of them: some gigabytes
+  if (job.size > most_ranks) throw Error(Errc::invalid_argument, {"a job of ", job.size, " ranks: who waited for whom can be told of up to ", most_ranks});
   const auto n = static_cast<std::size_t>(job.size);
+  std::vector<bool> is_there(n);
+  for (const Account* account : all) is_there[static_cast<std::size_t>(job_rank(account))] = true;
+  for (Rank r = 0; r < job.size; ++r)
+    if (!is_there[static_cast<std::size_t>(r)]) job.missing.push_back(r);
   const Quantity nothing{0, 0, 0, 0, Provenance::measured, Split::direct};
   job.waits.assign(n * n, {{}, {}, {}, nothing});
 
@@ -158,11 +179,18 @@ inline JobAccount job_of(std::span<const Account> accounts) {
         cell.transfer += blame.transfer;
         cell.credit += blame.credit;
         arrival += blame.arrival;
-        if (blame.total() > nanoseconds{0}) cell.energy = cell.energy + row.energy.idle * (static_cast<double>(blame.total().count()) / idle);
+        if (blame.total() > nanoseconds{0} && idle > 0) cell.energy = cell.energy + row.energy.idle * (static_cast<double>(blame.total().count()) / idle);
       }
       Quantity& carbon = carbon_per_joule[static_cast<std::size_t>(job_rank(account))];
       if (!carbon.known() && row.energy.carbon.known() && row.energy.gross.value > 0) carbon = row.energy.carbon * (1 / row.energy.gross.value);
     }
+
+  if (std::any_of(all.begin(), all.end(), [&](const Account* account) { return !detail::same_carbon(*account, *all.front()); })) {
+    for (AccountRow& row : job.rows) row.energy.carbon = {};
+    job.energy.carbon = {};
+    std::fill(carbon_per_joule.begin(), carbon_per_joule.end(), Quantity{});
+    add(job.warnings, {detail::mixed_carbon});
+  }
 
   // Who waits for a rank's arrival waits until then, so the sums per call tell where in time they lie.
   detail::WaitChains chains(job.size);
@@ -180,6 +208,11 @@ inline JobAccount job_of(std::span<const Account> accounts) {
         for (const Blame& blame : event.waited_for) {
           if (blame.rank < 0 || blame.arrival <= nanoseconds{0}) continue;
           const Rank culprit = account->in_job(blame.rank);
+          if (detail::is_message(event.operation) && event.waited_for.size() == 1) {  // which call of the other it was is not kept; who waits begins to at once
+            const nanoseconds called = event.begin + account->clock_offset;
+            chains.add(job_rank(account), {called, called + blame.arrival, culprit});
+            continue;
+          }
           const auto& theirs = calls[static_cast<std::size_t>(culprit)];
           const auto call = std::lower_bound(theirs.begin(), theirs.end(), std::pair(event.operation_number, nanoseconds::min()));
           if (call == theirs.end() || call->first != event.operation_number) continue;
@@ -231,11 +264,11 @@ inline JobAccount job_of(std::span<const Account> accounts) {
     for (std::size_t i = 0; i < account->domains.size(); ++i) {
       const DomainAccount& domain = account->domains[i];
       const auto place = [&](const std::string& key) {
-        const auto at = std::find_if(job.domains.begin(), job.domains.end(), [&](const HostDomain& each) { return each.host == account->host && each.account.key == key; });
+        const auto at = std::find_if(job.domains.begin(), job.domains.end(), [&](const HostDomain& each) { return (each.boot_id.empty() ? each.host : each.boot_id) == detail::machine_of(*account) && each.account.key == key; });
         return static_cast<std::size_t>(at - job.domains.begin());
       };
       const std::size_t at = place(domain.key);
-      if (at == job.domains.size()) job.domains.push_back({account->host, domain});
+      if (at == job.domains.size()) job.domains.push_back({account->host, domain, account->boot_id});
       else if (job.domains[at].account.total < domain.total) job.domains[at].account = domain;
       else continue;
       job.domains[at].account.parent = -1;
@@ -243,7 +276,8 @@ inline JobAccount job_of(std::span<const Account> accounts) {
       const std::size_t parent = place(account->domains[static_cast<std::size_t>(domain.parent)].key);
       if (parent < job.domains.size()) job.domains[at].account.parent = static_cast<int>(parent);
     }
-  for (const HostDomain& domain : job.domains) job.caveats |= domain.account.caveats;
+  for (const HostDomain& domain : job.domains)
+    if (domain.account.provenance != Provenance::none) job.caveats |= domain.account.caveats;  // else it has no figures that they could be of
   return job;
 }
 

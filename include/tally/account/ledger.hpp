@@ -61,12 +61,14 @@ struct LedgerRow {
   }
   AccountTimes times() const { return {elapsed, exposed, copy, reduce, codec, protocol, wait_arrival, wait_transfer, wait_credit, wait_local, undriven, slept, queued}; }
   ActivityTimes activities() const { return times().activities(); }
+  /// By meters, nothing is known of it yet, which is not 0.
+  bool awaits_energy() const { return charged_for.total() <= nanoseconds{0} && activities().total() > nanoseconds{0}; }
 };
 
 class Ledger final : public detail::ReportSource {
  public:
   [[gnu::cold, gnu::noinline]] Ledger(int n, Rank me, std::string_view transport, const Clock& clock, AccountSettings settings)
-      : n_(n), me_(me), transport_(transport), settings_(std::move(settings)), energy_(settings_.sources ? settings_.sources() : nullptr), host_at_begin_(energy_.host()), clock_(clock), began_(Moment::now(clock)), recent_(recent_count), by_peer_(nobody()) {
+      : n_(n), me_(me), transport_(transport), settings_(std::move(settings)), energy_(settings_.sources ? settings_.sources() : nullptr), host_at_begin_(energy_.host()), windows_at_begin_(energy_.windows()), clock_(clock), began_(Moment::now(clock)), recent_(recent_count), by_peer_(nobody()) {
     energy_.publish({});
     handle_ = detail::ReportSources::all().add(this);
   }
@@ -93,7 +95,9 @@ class Ledger final : public detail::ReportSource {
   /// By meters where there are any: of the windows closed so far. Else by the model.
   AccountEnergy energies(const LedgerRow& row) const {
     const_cast<Ledger*>(this)->settle_energy();
-    return energy_.metered() ? metered(row.charged, row.grams) : modelled(row.activities());
+    if (!energy_.metered()) return modelled(row.activities());
+    if (row.awaits_energy()) return {};
+    return metered(row.charged, row.grams);
   }
   /// Waits until the joules of all calls so far are known, for so long at most: some 200 ms. False if they are not, or there is no meter.
   bool wait_for_energy(nanoseconds at_most = std::chrono::seconds(5)) const {
@@ -107,6 +111,11 @@ class Ledger final : public detail::ReportSource {
     }
     const_cast<Ledger*>(this)->settle_energy();
     return true;
+  }
+  /// There are calls of whose kind no joules are known yet, since the first window in which there were any is still open.
+  bool awaits_energy() const {
+    const std::deque<LedgerRow>& all = rows();
+    return energy_.metered() && std::any_of(all.begin(), all.end(), [](const LedgerRow& row) { return row.awaits_energy(); });
   }
   /// All of it as plain data. `communicator` names it in the job; `job` may be empty. Power and domains are the host's, since this ledger began.
   Account account(std::string_view communicator, std::string_view job = {}) const;
@@ -310,7 +319,7 @@ class Ledger final : public detail::ReportSource {
     const LedgerEnergy::Rates rates = energy_.settle(sinks_);
     CarbonFigure carbon;
     if (settings_.carbon) {
-      carbon = settings_.carbon(from, std::max(from, energy_.reading().time));
+      carbon = carbon_of(from, std::max(from, energy_.reading().time));
       for (const LedgerEnergy::Sink& sink : sinks_) *sink.grams = *sink.grams + carbon.grams_per_joule * (static_cast<double>(sink.amounts->total() - sink.before) * 1e-9);
       carbon_ = carbon;
     }
@@ -347,6 +356,18 @@ class Ledger final : public detail::ReportSource {
     if (!energy_.metered()) return modelled(recent.activities());
     return is_final(recent) ? metered(recent.charged, recent.grams) : AccountEnergy{};
   }
+  /// What a user's function throws makes grams unknown, and is told.
+  CarbonFigure carbon_of(nanoseconds begin, nanoseconds end) const {
+    try {
+      return settings_.carbon(begin, end);
+    } catch (const std::exception& error) {
+      CarbonFigure unknown;
+      unknown.source = error.what();
+      return unknown;
+    } catch (...) {
+      return {};
+    }
+  }
   AccountEnergy metered(const EnergyAmounts& charged, const Quantity& grams) const {
     AccountEnergy energy = energy_.energy(charged);
     if (settings_.carbon) energy.carbon = grams_of(grams, energy.gross);
@@ -355,7 +376,7 @@ class Ledger final : public detail::ReportSource {
   /// In carbon as if power had been the same since the ledger began.
   AccountEnergy modelled(const ActivityTimes& times) const {
     AccountEnergy energy = settings_.model.energies(times);
-    if (settings_.carbon) energy.carbon = grams_of(settings_.carbon(began_.time, Moment::now(clock_).time).grams_per_joule * energy.gross.value, energy.gross);
+    if (settings_.carbon) energy.carbon = grams_of(carbon_of(began_.time, Moment::now(clock_).time).grams_per_joule * energy.gross.value, energy.gross);
     return energy;
   }
   bool is_final(const Recent& recent) const { return !energy_.metered() || static_cast<std::int32_t>(charged_to_ - recent.sequence) >= 0; }
@@ -438,6 +459,7 @@ class Ledger final : public detail::ReportSource {
   AccountSettings settings_;
   LedgerEnergy energy_;
   HostEnergy host_at_begin_;
+  std::uint64_t windows_at_begin_;
   Clock clock_;
   Moment began_;
   std::deque<LedgerRow> rows_;  // addresses stay: plans point at their row
@@ -495,10 +517,11 @@ inline Account Ledger::account(std::string_view communicator, std::string_view j
   for (DomainAccount& domain : host.domains)
     for (const DomainAccount& before : host_at_begin_.domains)
       if (before.key == domain.key) {
-        domain.total -= before.total;
-        domain.operations -= before.operations;
-        domain.application -= before.application;
-        domain.unattributed -= before.unattributed;
+        domain.operations -= std::min(domain.operations, before.operations);
+        domain.application -= std::min(domain.application, before.application);
+        domain.unattributed -= std::min(domain.unattributed, before.unattributed);
+        domain.total = domain.operations + domain.application + domain.unattributed;
+        if (energy_.windows() == windows_at_begin_) domain.provenance = Provenance::none;  // nothing is known of this time
       }
   std::erase_if(host.power, [&](const PowerSample& sample) { return sample.end <= began_.time; });
   account.domains = std::move(host.domains);
@@ -506,9 +529,10 @@ inline Account Ledger::account(std::string_view communicator, std::string_view j
   account.host_coverage = host.coverage;
   account.residual = host.residual;
   account.warnings = std::move(host.warnings);
-  for (const EnergyKind& kind : energy_.reading().kinds) account.caveats |= kind.caveats;
+  for (const EnergyKind& kind : energy_.reading().kinds)
+    if (kind.provenance != Provenance::none) account.caveats |= kind.caveats;
   if (settings_.carbon) {
-    const CarbonFigure carbon = energy_.metered() ? carbon_ : settings_.carbon(began_.time, now.time);
+    const CarbonFigure carbon = energy_.metered() ? carbon_ : carbon_of(began_.time, now.time);
     account.carbon_intensity = carbon.grams_per_kwh;
     account.carbon_source = carbon.source;
     account.pue = carbon.pue;

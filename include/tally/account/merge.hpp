@@ -71,6 +71,14 @@ inline Quantity difference(const Quantity& later, const Quantity& earlier) {
   return {less(later.value, earlier.value), less(later.sigma, earlier.sigma), less(later.lower, earlier.lower), less(later.upper, earlier.upper), std::min(later.provenance, earlier.provenance), std::max(later.split, earlier.split)};
 }
 
+/// Whether grams of both may be added up: of average intensities or of marginal ones (see describe(CarbonIntensity)), which answer
+/// different questions.
+inline bool same_carbon(const Account& a, const Account& b) {
+  const auto is_marginal = [](const Account& account) { return account.carbon_source.starts_with("marginal") || account.carbon_source.find(", marginal") != std::string::npos; };
+  return a.carbon_source.empty() || b.carbon_source.empty() || is_marginal(a) == is_marginal(b);
+}
+inline constexpr const char* mixed_carbon = "some grams are of average and some of marginal intensities: they answer different questions and are not added up.";
+
 /// Ranks as the job numbers them.
 inline std::vector<Blame> in_job(const Account& account, std::vector<Blame> blame) {
   for (Blame& each : blame)
@@ -98,10 +106,12 @@ inline Account in_job(const Account& account) {
 /// that are left, what few of them add up to is a time, too.
 inline void check(const Account& account) {
   const auto wrong = [&](auto&&... what) { throw Error(Errc::invalid_argument, {"account of rank ", account.rank, " of '", account.communicator, "': ", what...}); };
+  constexpr int most_ranks = 1 << 20;
+  if (account.size > most_ranks) wrong("it is one of ", account.size);
   if (account.size < 1 || account.rank < 0 || account.rank >= account.size) wrong("there is no such rank among ", account.size);
   if (!account.members.empty() && static_cast<int>(account.members.size()) != account.size) wrong(account.members.size(), " members are named of ", account.size);
   for (const Rank r : account.members)
-    if (r < 0) wrong("rank ", r, " is named as a member");
+    if (r < 0 || r >= most_ranks) wrong("rank ", r, " is named as a member");
   const auto plausible = [&](std::string_view what, nanoseconds time) {
     constexpr std::int64_t most = std::int64_t{1} << 60;  // 36 years
     if (time.count() > most || time.count() < -most) wrong(what, " is ", time.count(), " ns, more than 36 years");
@@ -109,16 +119,32 @@ inline void check(const Account& account) {
   plausible("its begin", account.begin);
   plausible("its end", account.end);
   plausible("its clock's offset", account.clock_offset);
+  if (account.end < account.begin) wrong("it ends before it begins");
+  const auto parts = [&](std::string_view what, const AccountTimes& time) {
+    for (const auto part : all_times) plausible(what, time.*part);
+    for (const auto part : all_times)
+      if (time.*part < nanoseconds{0}) wrong(what, " is negative");
+  };
   const auto known = [&](const std::vector<Blame>& blame, Rank least) {
     for (const Blame& each : blame)
       if (each.rank < least || each.rank >= account.size) wrong("it waited for rank ", each.rank, " of ", account.size);
+    for (const Blame& each : blame)
+      for (const nanoseconds part : {each.arrival, each.transfer, each.credit}) {
+        plausible("a wait", part);
+        if (part < nanoseconds{0}) wrong("a wait is negative");
+      }
   };
-  for (const AccountRow& row : account.rows) known(row.waited_for, 0);
+  for (const AccountRow& row : account.rows) {
+    known(row.waited_for, 0);
+    parts("a sum of times", row.time);
+  }
+  for (const SlackRow& row : account.slack)
+    if (row.peer >= account.size) wrong("it expects to wait for rank ", row.peer, " of ", account.size);
   for (const AccountEvent& event : account.recent) {
     known(event.waited_for, -1);
     plausible("the begin of a call", event.begin);
-    plausible("the time of a call", event.time.elapsed);
-    for (const Blame& each : event.waited_for) plausible("a wait in a call", each.arrival);
+    parts("the time of a call", event.time);
+    if (event.last_arrival >= account.size) wrong("rank ", event.last_arrival, " of ", account.size, " called last");
   }
   known(account.by_peer, 0);
 }
@@ -150,10 +176,24 @@ inline Account merge(const Account& a, const Account& b) {
   result.recent.insert(result.recent.end(), more.recent.begin(), more.recent.end());
   std::sort(result.recent.begin(), result.recent.end(), [](const AccountEvent& x, const AccountEvent& y) { return std::tie(x.begin, x.sequence) < std::tie(y.begin, y.sequence); });
   for (AccountEvent& event : result.recent) event.operation_number = 0;  // of which communicator is not known any longer
-  if (more.end - more.begin > a.end - a.begin) result.domains = more.domains, result.power = more.power;
+  // Of what is of the host as a whole, the account that saw more of it counts; of two that saw the same, the same one in any order.
+  const auto seen = [](const Account& each) { return std::tuple(each.end - each.begin, each.begin, std::string_view(each.communicator)); };
+  if (seen(more) > seen(a)) {
+    result.domains = more.domains, result.power = more.power;
+    result.host_coverage = more.host_coverage, result.residual = more.residual;
+    result.carbon_intensity = more.carbon_intensity, result.pue = more.pue;
+    result.clock_offset = more.clock_offset;
+    result.host = more.host, result.boot_id = more.boot_id;
+  }
+  result.job = joined(a.job, b.job);
+  result.carbon_source = joined(a.carbon_source, b.carbon_source);
   result.slack.insert(result.slack.end(), more.slack.begin(), more.slack.end());
   result.caveats |= more.caveats;
   detail::add(result.warnings, more.warnings);
+  if (!detail::same_carbon(a, b)) {
+    for (AccountRow& row : result.rows) row.energy.carbon = {};
+    detail::add(result.warnings, {detail::mixed_carbon});
+  }
   return result;
 }
 
@@ -193,7 +233,10 @@ inline Account diff(const Account& later, const Account& earlier) {
   for (const DomainAccount& before : earlier.domains)
     for (DomainAccount& domain : result.domains)
       if (domain.key == before.key)
-        for (const auto part : all_joules) domain.*part -= std::min(domain.*part, before.*part);
+        for (const auto part : all_joules) {
+          if (domain.*part < before.*part) throw not_older();
+          domain.*part -= before.*part;
+        }
   std::erase_if(result.recent, [&](const AccountEvent& event) { return event.begin < earlier.end; });
   std::erase_if(result.power, [&](const PowerSample& sample) { return sample.end <= earlier.end; });
   return result;

@@ -124,7 +124,7 @@ class Trace {
       }
     }
     for (const auto& [key, tells] : domains_)
-      if (hosts_.try_emplace(key.first, last_rank_ + 1 + static_cast<int>(hosts_.size())).second) processes[hosts_[key.first]] = concat({"host ", key.first});
+      if (hosts_.try_emplace(key.first, last_rank_ + 1 + static_cast<int>(hosts_.size())).second) processes[hosts_[key.first]] = concat({"host ", tells.account->host});
     for (const auto& process : processes) {
       write_name("process_name", process.first, 0, process.second);
       event("M", [&](JsonObject& object) {

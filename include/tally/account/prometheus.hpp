@@ -209,10 +209,11 @@ inline void expose_waits(Exposition& out, const std::vector<Exposed>& all, std::
     for (const Blame& b : worst) out.sample(label("peer", std::to_string(job_rank(*each.account, b.rank)), each.labels), in_seconds(b.total()));
   }
 
-  out.family("tally_slack_expected_seconds", "gauge", "seconds", "How long the next call is expected to wait for the peer that is latest to it.");
+  out.family("tally_slack_expected_seconds", "gauge", "seconds", "How long the next call is expected to wait for the peer that is latest to it; where five calls or more have waited for it.");
   for (const Exposed& each : all) {
     std::map<Collective, nanoseconds> longest;
-    for (const SlackRow& slack : each.account->slack) longest[slack.operation] = std::max(longest[slack.operation], slack.expected);
+    for (const SlackRow& slack : each.account->slack)
+      if (slack.calls >= 5) longest[slack.operation] = std::max(longest[slack.operation], slack.expected);
     for (const auto& [operation, time] : longest) out.sample(label("op", name_of(operation), each.labels), in_seconds(time));
   }
 }

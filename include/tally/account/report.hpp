@@ -166,9 +166,10 @@ inline std::ostream& operator<<(std::ostream& out, const Report& r) {
   if (r.exposed < r.elapsed) out << "of it exposed " << time_text(r.exposed) << ", ";
   if (r.last_arrival >= 0) out << "last to call was rank " << r.last_arrival << ", ";
   out << "sent " << detail::bytes_text(r.bytes_sent);
-  const Quantity energy = r.energy();
-  out << ", " << detail::joules_text(energy);
-  if (energy.known()) out << " (" << name_of(energy.provenance) << "), of which idle " << detail::joules_text(r.idle_energy());
+  const AccountEnergy energy = r.energies();
+  out << ", " << detail::joules_text(energy.gross);
+  if (energy.gross.known()) out << " (" << name_of(energy.gross.provenance) << "), of which idle " << detail::joules_text(energy.idle);
+  if (energy.carbon.known()) out << ", " << detail::grams_text(energy.carbon) << " CO2e";
   return out;
 }
 

@@ -143,11 +143,11 @@ class LedgerEnergy {
     const auto watts = [](Nanojoules joules, nanoseconds time) { return time > nanoseconds{0} ? static_cast<double>(joules) / static_cast<double>(time.count()) : 0; };
     for (std::size_t k = 0; k < power_kinds; ++k) {
       const auto kind = static_cast<PowerKind>(k);
-      const Nanojoules floor = reading_.charges[k].floor - taken_[k].floor;
+      const Nanojoules floor = since(reading_.charges[k].floor, taken_[k].floor);
       rates.watts[k][activity_count] = watts(floor, all.total());
       for (std::size_t a = 0; a < activity_count; ++a) {
         const auto activity = static_cast<Activity>(a);
-        const Nanojoules net = reading_.charges[k].net[a] - taken_[k].net[a];
+        const Nanojoules net = since(reading_.charges[k].net[a], taken_[k].net[a]);
         rates.watts[k][a] = watts(net, all.in[a]);
         for (const Sink& sink : sinks) {
           const Nanojoules mine = detail::share_of(net, part(sink.times.in[a]), part(all.in[a])), of_floor = detail::share_of(floor, part(sink.times.in[a]), part(all.total()));
@@ -162,6 +162,8 @@ class LedgerEnergy {
   }
 
  private:
+  /// The board lies in memory that others can write.
+  static Nanojoules since(Nanojoules now, Nanojoules taken) { return now - std::min(now, taken); }
   std::unique_ptr<EnergySource> source_;
   EnergyReading reading_;
   Charges taken_{};  // of what was charged, what rows have

@@ -84,7 +84,7 @@ inline void write_totals(std::ostream& out, const JobAccount& job, std::span<con
       << ", credit " << time_text(t.wait_credit) << ", local " << time_text(t.wait_local) << ")\n";
   const auto source = [](const Quantity& q) { return q.known() ? concat({" (", name_of(q.provenance), ")"}) : std::string(); };
   out << "  energy     " << joules_text(job.energy.gross) << source(job.energy.gross) << "; waiting " << joules_text(job.energy.idle) << ", of which sleeping would have saved " << joules_text(job.energy.idle_avoidable) << '\n';
-  if (job.energy.carbon.known()) out << "  carbon     " << grams_text(job.energy.carbon) << source(job.energy.carbon) << " CO2e\n";
+  if (job.energy.carbon.known()) out << "  carbon     " << grams_text(job.energy.carbon) << " CO2e" << source(job.energy.carbon) << '\n';
   constexpr std::size_t most = 16;
   for (std::size_t i = 0; i < job.domains.size() && i < most; ++i) {
     const DomainAccount& domain = job.domains[i].account;

@@ -84,7 +84,7 @@ class Judge {
     transfer_ = seconds_of(job.time.wait_transfer);
     credit_ = seconds_of(job.time.wait_credit);
     local_ = std::max(0.0, seconds_of(job.time.wait_local) - seconds_of(job.time.queued));  // queued: the thread was at work for others
-    time_ = job.elapsed > nanoseconds{0} ? seconds_of(job.elapsed) * job.size : seconds_of(job.time.elapsed);
+    time_ = job.elapsed > nanoseconds{0} ? seconds_of(job.elapsed) * job.there() : seconds_of(job.time.elapsed);
   }
 
   Verdict judge() {
@@ -138,27 +138,29 @@ class Judge {
     const std::vector<Straggler> worst = worst_stragglers(job_);
     if (worst.empty()) return say(Finding::spread, "No single rank slows this job.", concat({"The ranks waited ", text_of(arrival_), " for others to arrive, but whom for is not known."}));
     double share = 0, caused = 0;
-    Quantity energy = worst.front().energy;
+    Quantity energy = worst.front().energy, carbon = worst.front().carbon;
     for (const Straggler& each : worst) {
-      if (&each != &worst.front()) energy = energy + each.energy;
+      if (&each != &worst.front()) energy = energy + each.energy, carbon = carbon + each.carbon;
       share += each.share;
       caused += seconds_of(each.caused);
     }
     const bool stand_out = 2 * worst.size() <= static_cast<std::size_t>(job_.size) + 1 && (job_.size > 2 || worst.size() == 1) && share >= (worst.size() == 1 ? 0.25 : 0.5);
-    const std::string joules = energy.known() ? concat({", and drew ", drawn_text(energy), " meanwhile."}) : concat({". ", unknown_joules()});
+    const std::string joules = energy.known() ? concat({", and drew ", drawn_text(energy), carbon.known() ? concat({", ", grams_text(carbon.value), " of CO2e,"}) : "", " meanwhile."}) : concat({". ", unknown_joules()});
     if (!stand_out) {
       Quantity all = worst.front().energy;
       for (const Straggler& each : job_.stragglers)
         if (each.caused > nanoseconds{0} && each.rank != worst.front().rank) all = all + each.energy;
       return say(Finding::spread, "No single rank slows this job.",
-                 concat({"The ranks come late in turn: they waited ", text_of(arrival_), " for each other to arrive", share_of_time(arrival_, job_.size, ", "), ", and the worst, rank ", worst.front().rank, ", caused ",
+                 concat({"The ranks come late in turn: they waited ", text_of(arrival_), " for each other to arrive", share_of_time(arrival_, job_.there(), ", ", "their"), ", and the worst, rank ", worst.front().rank, ", caused ",
                          percent_text(worst.front().share), " of that; an even share would be ", percent_text(1.0 / job_.size), all.known() ? concat({". Meanwhile they drew ", drawn_text(all), "."}) : concat({". ", unknown_joules()})}));
     }
     for (const Straggler& each : worst) verdict_.ranks.push_back(each.rank);
-    const std::string much = concat({percent_text(share), " of all arrival waiting", share_of_time(caused, job_.size - 1, " and ")});
+    const int others = others_than(verdict_.ranks), waited = std::clamp(who_waited_for(verdict_.ranks), 1, others);
+    const std::string much = concat({percent_text(share), " of all arrival waiting", share_of_time(caused, waited, " and ", waited == 1 ? "its" : "their")});
     if (worst.size() == 1) {
-      const std::string who = job_.size == 2 ? std::string("The other rank") : concat({"The other ", job_.size - 1, " ranks together"});
-      say(Finding::one_rank, concat({"Rank ", worst.front().rank, " slows this job."}), concat({who, " waited ", text_of(caused), " for it, ", much, joules}));
+      say(Finding::one_rank, concat({"Rank ", worst.front().rank, " slows this job."}),
+          waited == 1 ? concat({others == 1 ? "The other rank waited " : "One of the others waited ", text_of(caused), " for it, ", much, joules})
+                      : concat({waited < others ? concat({waited, " of the other ", others}) : concat({"The other ", others}), " ranks waited ", text_of(caused / waited), " each for it, ", text_of(caused), " together, ", much, joules}));
     } else {
       say(Finding::several_ranks, concat({"Ranks ", ranks_text(verdict_.ranks), " slow this job."}), concat({"The others waited ", text_of(caused), " for them, ", much, joules}));
     }
@@ -166,6 +168,17 @@ class Judge {
       if (!text.empty()) verdict_.asides.push_back(std::move(text));
   }
 
+  /// How many others there are that can have waited for these.
+  int others_than(std::span<const Rank> ranks) const {
+    const auto missing = std::count_if(ranks.begin(), ranks.end(), [&](Rank r) { return std::binary_search(job_.missing.begin(), job_.missing.end(), r); });
+    return std::max(1, job_.there() - static_cast<int>(static_cast<std::ptrdiff_t>(ranks.size()) - missing));
+  }
+  int who_waited_for(std::span<const Rank> ranks) const {
+    int count = 0;
+    for (Rank r = 0; r < job_.size; ++r)
+      count += std::any_of(ranks.begin(), ranks.end(), [&](Rank late) { return r != late && job_.resolved_wait(r, late).arrival > nanoseconds{0}; });
+    return count;
+  }
   /// Where they run, if that is one of several hosts.
   std::string host_of(std::span<const Rank> ranks) const {
     std::set<std::string_view> theirs, all;
@@ -197,6 +210,8 @@ class Judge {
   void set_beside() {
     auto& asides = verdict_.asides;
     if (verdict_.finding == Finding::no_calls) return;
+    if (!job_.missing.empty())
+      asides.insert(asides.begin(), concat({"Only ", job_.there(), " of ", job_.size, " ranks' accounts are here: that of rank", job_.missing.size() == 1 ? " " : "s ", ranks_text(job_.missing), job_.missing.size() == 1 ? " is" : " are", " missing, and in no sum."}));
     if (failed_ > 0) asides.push_back(concat({failed_, failed_ == 1 ? " call" : " calls", " failed: a failed call's time, such as that of a deadline that passed, counts as well."}));
     if (verdict_.finding == Finding::single_rank || verdict_.finding == Finding::not_timed) return;
     set_other_kind_beside();
@@ -209,7 +224,7 @@ class Judge {
     if (2 * job_.time.exposed < job_.time.elapsed)
       asides.push_back(concat({"Callers were blocked for ", time_text(job_.time.exposed), " of the ", time_text(job_.time.elapsed), " that calls took: the rest ran in the background, and so did part of the waiting."}));
     if (arrival_ > 0 && job_.followed < 0.5 && arrival_ >= std::max(transfer_, credit_))
-      asides.push_back(concat({"Only ", percent_text(job_.followed), " of the arrival waiting belongs to calls recent enough to be followed back from call to call; the rest is charged as each call saw it."}));
+      asides.push_back(concat({"Only ", percent_text(job_.followed), " of the arrival waiting belongs to calls that can be followed back from call to call: the recent ones; the rest is charged as each call saw it."}));
   }
 
   /// What would be the headline if what is were not a little worse.
@@ -223,16 +238,16 @@ class Judge {
       const Straggler& late = worst[0];
       verdict_.ranks = {late.rank};
       verdict_.headline = concat({f == Finding::transfer ? "Slow data" : f == Finding::credit ? "Receivers without room" : "The ranks' waits for themselves", f == Finding::transfer ? " holds" : " hold", " this job up, and so does rank ", late.rank, "."});
-      verdict_.asides.push_back(concat({"Rank ", late.rank, " is late: the other ", job_.size - 1, " ranks together waited ", time_text(late.caused), " for it, ", percent_text(late.share), " of all arrival waiting",
+      verdict_.asides.push_back(concat({"Rank ", late.rank, " is late: the other ", others_than(verdict_.ranks), " ranks together waited ", time_text(late.caused), " for it, ", percent_text(late.share), " of all arrival waiting",
                                         late.energy.known() ? concat({", and drew ", drawn_text(late.energy), " meanwhile."}) : std::string(".")}));
     } else if ((f == Finding::one_rank || f == Finding::several_ranks || f == Finding::spread) && transfer_ >= much * all) {
       verdict_.asides.push_back(concat({"Not only late ranks hold it up: the ranks waited another ", text_of(transfer_), " for bytes on their way (transfer)."}));
     }
   }
 
-  std::string share_of_time(double seconds, int ranks, std::string_view lead) const {
-    const double all = time_ / job_.size * ranks;
-    return all > 0 && seconds <= all ? concat({lead, percent_text(seconds / all), " of their time"}) : std::string();
+  std::string share_of_time(double seconds, int ranks, std::string_view lead, std::string_view whose) const {
+    const double all = time_ / std::max(1, job_.there()) * ranks;
+    return all > 0 && seconds <= all ? concat({lead, percent_text(seconds / all), " of ", whose, " time"}) : std::string();
   }
   /// Ends a sentence on waits of any kind.
   std::string idle_joules() const {

@@ -27,7 +27,7 @@ inline Nanojoules share_of(Nanojoules all, Wide part, Wide whole) {
   return static_cast<Nanojoules>(static_cast<Wide>(all) * part / whole);
 }
 inline Wide weighed(nanoseconds time, double watts) {
-  const double milliwatts = std::clamp(watts, 0.0, 1e9) * 1000;
+  const double milliwatts = (watts > 0 ? std::min(watts, 1e9) : 0) * 1000;  // none for what is no number
   return static_cast<Wide>(std::max<std::int64_t>(time.count(), 0)) * static_cast<Wide>(std::llround(milliwatts));
 }
 

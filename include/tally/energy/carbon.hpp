@@ -11,6 +11,7 @@
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
+#include <cstdio>
 #include <functional>
 #include <iterator>
 #include <limits>
@@ -82,6 +83,17 @@ inline std::string describe(const CarbonIntensity& intensity) {
   if (intensity.estimated) text += ", estimated";
   if (!intensity.source.empty()) text += detail::concat({", from '", intensity.source, "'"});
   return text;
+}
+
+/// The same, with the figure's age where it is out of date at `now`: "..., which ended at 2024-01-15T23:00Z".
+inline std::string describe(const CarbonIntensity& intensity, CarbonTime now) {
+  if (!intensity.known() || intensity.until >= now) return describe(intensity);
+  const auto day = std::chrono::floor<std::chrono::days>(intensity.until);
+  const std::chrono::year_month_day date(day);
+  const auto minutes = std::chrono::floor<std::chrono::minutes>(intensity.until - day).count();
+  char text[64];
+  std::snprintf(text, sizeof text, "%04d-%02u-%02uT%02d:%02dZ", static_cast<int>(date.year()), static_cast<unsigned>(date.month()), static_cast<unsigned>(date.day()), static_cast<int>(minutes / 60), static_cast<int>(minutes % 60));
+  return detail::concat({describe(intensity), ", which ended at ", text});
 }
 
 /// The latest figure there was for [begin, end). It may be older than that.
@@ -157,14 +169,14 @@ inline std::string clash(const CarbonIntensity& a, const CarbonIntensity& b) {
 class StaticIntensity {
  public:
   /// g CO2e per kWh.
-  explicit StaticIntensity(double grams_per_kwh, CarbonSignal signal = CarbonSignal::average, CarbonFactor factor = CarbonFactor::unknown, std::string zone = {}) {
+  explicit StaticIntensity(double grams_per_kwh, CarbonSignal signal = CarbonSignal::average, CarbonFactor factor = CarbonFactor::unknown, std::string zone = {}, std::string source = "constant") {
     intensity_.grams_per_kwh = grams_per_kwh + 0.0;  // which makes 0 of -0
     intensity_.relative_sigma = estimated_intensity_sigma;
     intensity_.signal = signal;
     intensity_.factor = factor;
     intensity_.zone = std::move(zone);
     intensity_.estimated = true;
-    intensity_.source = "constant";
+    intensity_.source = std::move(source);
     if (!intensity_.known()) throw Error(Errc::invalid_argument, "StaticIntensity: not a number; where nothing is known, set no source");
     detail::check_intensity(intensity_, "StaticIntensity", Errc::invalid_argument);
   }

@@ -28,7 +28,7 @@ inline CarbonRate carbon_rate(CarbonSettings settings) {
       figure.grams_per_joule = carbon.grams;
       figure.caveats = carbon.caveats;
       figure.grams_per_kwh = latest.per_kwh();
-      figure.source = describe(latest);
+      figure.source = describe(latest, to);
     } catch (const std::exception& error) {
       figure.source = error.what();
     }

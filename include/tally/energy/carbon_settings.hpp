@@ -20,7 +20,7 @@ namespace tally::inline v0 {
 /// What turns a file into intensities: read_intensity_csv, or read_intensity_file of tally/carbon_files.hpp.
 using IntensityReader = std::function<IntensitySeries(const std::string& path, const IntensityChoice& choice)>;
 
-/// TALLY_CARBON is a number (g CO2e per kWh, average) or `file:PATH`; without it grams are unknown. TALLY_CARBON_ZONE is the zone of the number, or
+/// TALLY_CARBON is a number (g CO2e per kWh, average; it counts as an estimate) or `file:PATH`; without it grams are unknown. TALLY_CARBON_ZONE is the zone of the number, or
 /// the one to take out of the file. TALLY_PUE is from 1 to 10, 1 if not set. Throws errors that name the variable and what it holds.
 inline CarbonSettings carbon_settings_of_environment(const IntensityReader& read = [](const std::string& path, const IntensityChoice& choice) { return read_intensity_csv(path, choice); }) {
   CarbonSettings settings;
@@ -41,7 +41,7 @@ inline CarbonSettings carbon_settings_of_environment(const IntensityReader& read
   const auto [end, error] = std::from_chars(text->data(), text->data() + text->size(), grams);
   if (error != std::errc{} || end != text->data() + text->size() || !(grams >= 0 && grams <= highest_intensity))
     throw Error(Errc::invalid_argument, {"TALLY_CARBON='", *text, "' is neither a number of g/kWh from 0 to 10000 nor file:PATH"});
-  settings.source = StaticIntensity(grams, CarbonSignal::average, CarbonFactor::unknown, zone);
+  settings.source = StaticIntensity(grams, CarbonSignal::average, CarbonFactor::unknown, zone, "TALLY_CARBON");
   return settings;
 }
 

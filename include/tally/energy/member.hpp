@@ -4,6 +4,7 @@
 // One thread per process does this; it sleeps but for the hub's ten windows a second.
 #pragma once
 
+#include <fcntl.h>
 #include <poll.h>
 #include <pthread.h>
 #include <signal.h>
@@ -28,8 +29,8 @@
 #include <utility>
 #include <vector>
 
-#include "../local_socket.hpp"
 #include "../error.hpp"
+#include "../local_socket.hpp"
 #include "../text.hpp"
 #include "board.hpp"
 #include "hub.hpp"
@@ -61,7 +62,8 @@ class EnergyMember {
   explicit EnergyMember(MemberOptions options) : options_(std::move(options)), stop_(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) {
     name_ = detail::concat({"tally-energy/", ::getuid(), "/", detail::Board::magic, "/", options_.name});
     if (!stop_) warn({"no descriptor to watch the energy hub: ", detail::errno_text(errno)});
-    if (!stop_ || (!elect() && !can_elect_)) return;  // without any meter there is nothing to wait for
+    if (!stop_ || (!elect(std::chrono::steady_clock::now() + std::chrono::seconds(1)) && !can_elect_)) return;  // without any meter there is nothing to wait for
+    if (awaited_) warn({"the energy hub of this host does not answer, as if its process were stopped: until it does, joules are unknown or come from the model"});
     sigset_t all, before;
     ::sigfillset(&all);
     ::pthread_sigmask(SIG_SETMASK, &all, &before);  // signals are for the program's own threads
@@ -131,34 +133,48 @@ class EnergyMember {
     for (Guest* guest : guests_) guest->seated(seat());
   }
 
-  /// Joins the hub there is, or becomes it. False if neither was possible just now.
-  bool elect() {
+  /// Joins the hub there is, or becomes it; the hub has until then to answer, and may do so later. False if neither was possible just now.
+  bool elect(Instant patience) {
     try {
       for (int tries = 0; tries < 8; ++tries) {
-        if (join()) return true;
+        if (join(patience)) return true;
         if (!can_elect_) return false;
         if (preside()) return true;
       }
     } catch (const std::exception& error) {
+      leave_hub();
       warn({"the energy hub cannot be joined: ", error.what()});
     }
     return false;
   }
-  bool join() {
+  /// False if there is no hub. One that does not answer is waited for, on the one connection: who tried again and again would fill its queue.
+  bool join(Instant patience) {
     detail::FileDescriptor socket = detail::local_socket();
     const auto [where, length] = detail::local_address(name_);
-    if (::connect(socket.get(), reinterpret_cast<const sockaddr*>(&where), length) != 0) return false;
-    detail::Connection hub(std::move(socket));
-    if (hub.peer().uid != ::getuid()) throw Error(Errc::protocol, "another user answers as this user's energy hub");
+    if (::fcntl(socket.get(), F_SETFL, O_NONBLOCK) != 0) return false;
+    if (::connect(socket.get(), reinterpret_cast<const sockaddr*>(&where), length) != 0) return errno == EAGAIN;  // its queue is full: later
+    hub_ = detail::Connection(std::move(socket));
+    if (hub_.peer().uid != ::getuid()) throw Error(Errc::protocol, "another user answers as this user's energy hub");
+    awaited_ = true;
+    return settle_in(patience);
+  }
+  /// What the hub has to say to who joins. False if it has gone.
+  bool settle_in(Instant patience) {
+    std::vector<pollfd> answer{{hub_.get(), POLLIN, 0}};
+    if (!detail::Connection::wait_any(answer, patience)) return true;
     Welcome welcome;
     detail::FileDescriptor file;
-    if (!hub.receive(&welcome, sizeof welcome, &file, std::chrono::steady_clock::now() + std::chrono::seconds(2))) return false;  // it went, or is stopped
+    if (!hub_.receive(&welcome, sizeof welcome, &file, patience)) return leave_hub(), false;
     if (welcome.magic != detail::Board::magic || welcome.client == 0 || !file) throw Error(Errc::protocol, "the energy hub of this host is of another version of tally");
     auto board = std::make_shared<detail::BoardMemory>(std::move(file));
     board->check();
-    hub_ = std::move(hub);
+    awaited_ = false;
     attach(std::move(board), welcome.client);
     return true;
+  }
+  void leave_hub() {
+    hub_ = detail::Connection();
+    awaited_ = false;
   }
   bool preside() {
     detail::FileDescriptor socket = detail::local_socket();
@@ -200,9 +216,16 @@ class EnergyMember {
       if (events[0].revents) return;
       if (reader_) {
         preside(events);
-      } else if (!hub_ || events[1].revents) {
-        hub_ = detail::Connection();
-        elect();
+      } else if (!hub_) {
+        elect(Instant());
+      } else if (events[1].revents) {
+        try {
+          if (awaited_ && settle_in(Instant())) continue;
+        } catch (const std::exception& error) {
+          warn({"the energy hub cannot be joined: ", error.what()});
+        }
+        leave_hub();  // it is gone
+        elect(Instant());
       }
     }
   }
@@ -247,6 +270,7 @@ class EnergyMember {
   std::atomic<bool> is_hub_{false};
   // Of the thread, once it runs.
   detail::Connection hub_;   // to the hub, where another process is it
+  bool awaited_ = false;     // it has not answered yet
   detail::Connection door_;  // where this one is
   std::shared_ptr<detail::BoardMemory> own_board_;
   std::unique_ptr<EnergyHub> reader_;
@@ -262,6 +286,7 @@ class HubSeat final : public EnergySource, private EnergyMember::Guest {
   /// `device`: key of the device that this rank uses, e.g. "gpu-GPU-8a1f...", so that a share of it is charged.
   explicit HubSeat(std::shared_ptr<EnergyMember> member, std::string device = {}) : member_(std::move(member)), device_(std::move(device)) { member_->add(*this); }
   ~HubSeat() override {
+    if (::getpid() != pid_) return;  // a fork's copy: the seat is its parent's
     member_->remove(*this);
     if (const Place* place = place_.load(std::memory_order_relaxed); place && place->seat.slot) place->seat.slot->leaving.store(1, std::memory_order_release);
   }
@@ -296,8 +321,24 @@ class HubSeat final : public EnergySource, private EnergyMember::Guest {
     host.warnings = member_->warnings();
     const std::lock_guard lock(mutex_);
     const Place* const place = place_.load(std::memory_order_relaxed);
+    if (place) add_board(*place, host);
+    return host;
+  }
+
+ private:
+  struct Place {
+    EnergyMember::Seat seat;
+    std::uint64_t windows_before = 0;
+    Charges charged_before{};
+    std::array<Nanojoules, power_kinds> total_before{};
+    std::vector<DomainAccount> domains_before;
+    ActivityTimes base;  // of who publishes
+    bool begun = false;
+  };
+  /// What its board says, and what those before it said.
+  static void add_board(const Place& place, HostEnergy& host) {
     auto state = std::make_unique<detail::BoardState>();
-    if (!place || !(*place->seat.board)->state.read(*state)) return host;
+    if (!(*place.seat.board)->state.read(*state)) return void(host.domains = place.domains_before);
     for (std::size_t d = 0; d < std::min<std::size_t>(state->domains, detail::BoardState::most_domains); ++d) {
       const detail::BoardDomain& from = state->domain[d];
       host.domains.push_back({from.kind, std::string(detail::text_of(from.key)), std::string(detail::text_of(from.source)), from.parent, from.total, from.operations, from.application, from.unattributed, from.watts_floor, from.provenance, from.caveats});
@@ -314,18 +355,20 @@ class HubSeat final : public EnergySource, private EnergyMember::Guest {
       if (const std::string line(rest.substr(0, end)); std::find(host.warnings.begin(), host.warnings.end(), line) == host.warnings.end()) host.warnings.push_back(line);
       rest.remove_prefix(std::min(end + 1, rest.size()));
     }
-    return host;
+    for (const DomainAccount& before : place.domains_before) {
+      const auto same = std::find_if(host.domains.begin(), host.domains.end(), [&](const DomainAccount& each) { return each.key == before.key; });
+      if (same == host.domains.end()) {
+        host.domains.push_back(before);
+        host.domains.back().parent = -1;
+        continue;
+      }
+      same->total += before.total;
+      same->operations += before.operations;
+      same->application += before.application;
+      same->unattributed += before.unattributed;
+      same->provenance = std::max(same->provenance, before.provenance);  // a new hub's counter has not moved yet
+    }
   }
-
- private:
-  struct Place {
-    EnergyMember::Seat seat;
-    std::uint64_t windows_before = 0;
-    Charges charged_before{};
-    std::array<Nanojoules, power_kinds> total_before{};
-    ActivityTimes base;  // of who publishes
-    bool begun = false;
-  };
   static Charges together(Charges a, const Charges& b) {
     for (std::size_t k = 0; k < power_kinds; ++k) {
       for (std::size_t i = 0; i < activity_count; ++i) a[k].net[i] += b[k].net[i];
@@ -343,8 +386,11 @@ class HubSeat final : public EnergySource, private EnergyMember::Guest {
       place->windows_before = old->windows_before + state.windows;
       place->charged_before = old->seat.slot ? together(old->charged_before, old->seat.slot->read_charges()) : old->charged_before;
       for (std::size_t k = 0; k < power_kinds; ++k) place->total_before[k] = old->total_before[k] + state.kinds[k].total;
+      HostEnergy before;
+      add_board(*old, before);
+      place->domains_before = std::move(before.domains);
     }
-    if (!device_.empty())
+    if (!device_.empty() && seat.slot)
       if (detail::BoardState state{}; (*seat.board)->state.read(state))
         for (std::uint32_t d = 0; d < std::min<std::uint32_t>(state.domains, detail::BoardState::most_domains); ++d)
           if (detail::text_of(state.domain[d].key) == device_) seat.slot->device.store(d + 1, std::memory_order_relaxed);
@@ -355,6 +401,7 @@ class HubSeat final : public EnergySource, private EnergyMember::Guest {
 
   std::shared_ptr<EnergyMember> member_;
   std::string device_;
+  pid_t pid_ = ::getpid();
   mutable std::mutex mutex_;  // but for what who publishes uses
   std::atomic<Place*> place_{nullptr};
   std::vector<std::unique_ptr<Place>> places_;

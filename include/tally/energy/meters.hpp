@@ -60,7 +60,7 @@ inline FoundMeters find_meters(const FindMeters& how = {}) {
                                : detail::concat({"this ", guest ? "virtual machine" : "host", " has no event of PMU power, no zone in /sys/class/powercap and no sensor of energy or power in /sys/class/hwmon"});
     found.warnings.insert(found.warnings.begin(), detail::concat({"no energy counter can be read: ", reason, ", so joules will come from the model."}));
   } else if (guest) {
-    found.warnings.push_back("this is a virtual machine: its energy counters are its hypervisor's model of its share, and those that never move are none.");
+    found.warnings.push_back("this is a virtual machine: its energy counters are its host's model of its share. One that never moves is no meter; joules then come from watts that are assumed (TALLY_MODEL_BUSY_WATTS, TALLY_MODEL_IDLE_WATTS). To measure, run where RAPL can be read.");
   }
   // Their keys ("gpu-...") are never those of processors.
   if (::access((how.root + "/dev/nvidiactl").c_str(), F_OK) == 0) found.add(Nvml(how.nvml));
