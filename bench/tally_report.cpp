@@ -21,6 +21,7 @@
 #include <tally/account/perfetto.hpp>
 #include <tally/account/prometheus.hpp>
 #include <tally/account/summary.hpp>
+#include <tally/file.hpp>
 #include <vector>
 
 #include "arguments.hpp"
