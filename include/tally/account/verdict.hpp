@@ -211,7 +211,7 @@ class Judge {
     auto& asides = verdict_.asides;
     if (verdict_.finding == Finding::no_calls) return;
     if (!job_.missing.empty())
-      asides.insert(asides.begin(), concat({"Only ", job_.there(), " of ", job_.size, " ranks' accounts are here: that of rank", job_.missing.size() == 1 ? " " : "s ", ranks_text(job_.missing), job_.missing.size() == 1 ? " is" : " are", " missing, and in no sum."}));
+      asides.insert(asides.begin(), concat({"Only ", job_.there(), " of ", job_.size, " ranks' accounts are here: ", job_.missing.size() == 1 ? "that of rank " : "those of ranks ", ranks_text(job_.missing), job_.missing.size() == 1 ? " is" : " are", " missing, and in no sum."}));
     if (failed_ > 0) asides.push_back(concat({failed_, failed_ == 1 ? " call" : " calls", " failed: a failed call's time, such as that of a deadline that passed, counts as well."}));
     if (verdict_.finding == Finding::single_rank || verdict_.finding == Finding::not_timed) return;
     set_other_kind_beside();
