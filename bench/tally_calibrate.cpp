@@ -142,8 +142,9 @@ int main(int argc, char** argv) {
   app.add_option("--meter", meter, "auto: those that the machine has; model: none, to try this program. Nothing is then kept but in --output")->capture_default_str()->check(CLI::IsMember({"auto", "model"}));
   app.add_flag("--dry-run", dry, "say what would be measured and where it would be kept");
   if (const auto status = bench::parse("tally_calibrate", app, argc, argv)) return *status;
-  options.at_least = tally::nanoseconds(static_cast<std::int64_t>(seconds * 1e9));
   try {
+    if (!(seconds >= 0)) throw tally::Error(tally::Errc::invalid_argument, "--seconds is no number of seconds");
+    options.at_least = tally::nanoseconds(static_cast<std::int64_t>(seconds * 1e9));
     return run(meter, options, output, json, dry);
   } catch (const std::exception& error) {
     std::cerr << "tally_calibrate: " << error.what() << '\n';

@@ -102,6 +102,7 @@ int main(int argc, char** argv) {
   app.add_option("--json", settings.json, "write the result there too; '-' is standard output")->option_text("FILE");
   return run_program(app, argc, argv, [&] {
     if (tally::job_info().launcher.empty() && settings.late >= settings.ranks) refuse("--late " + std::to_string(settings.late) + ": there are " + std::to_string(settings.ranks) + " ranks, from 0 on");
+    if (!(settings.by >= 0)) refuse("--by is no number of milliseconds");
     expect_account_folder(settings.out);
     if (!settings.json.empty()) expect_writable(settings.json);
     tally::Options options;

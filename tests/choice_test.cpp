@@ -122,7 +122,8 @@ TEST_CASE("a model that cannot be read is refused with its line") {
   CHECK_THAT(problem_with("shm 2 broadcast ring 8 5\n"), Catch::Contains("'ring' is not an algorithm for broadcast"));
   CostModel model;
   CHECK_THROWS_WITH(read_model("/nonexistent/model", "shm", 2, model), Catch::Contains("cannot read '/nonexistent/model'"));
-  CHECK_THROWS_WITH(read_model("/", "shm", 2, model), Catch::Contains("cannot read '/': is it a file?"));
+  CHECK_THROWS_WITH(read_model("/", "shm", 2, model), Catch::Contains("cannot read '/': Is a directory"));
+  CHECK_THROWS_WITH(read_model("/dev/zero", "shm", 2, model), Catch::Contains("cannot read '/dev/zero': it is no plain file"));
 }
 
 namespace {

@@ -8,15 +8,16 @@
 #include <algorithm>
 #include <atomic>
 #include <bit>
+#include <cerrno>
 #include <charconv>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
-#include <fstream>
 #include <initializer_list>
 #include <limits>
 #include <mutex>
 #include <ostream>
+#include <sstream>
 #include <string>
 #include <string_view>
 #include <type_traits>
@@ -24,6 +25,7 @@
 #include <vector>
 
 #include "choose.hpp"
+#include "file.hpp"
 #include "objective.hpp"
 #include "plan.hpp"
 #include "share.hpp"
@@ -300,10 +302,13 @@ class Chooser {
 /// Reads what `tally_perf --tune` wrote: a line per measurement, "transport ranks operation algorithm bytes us"; #
 /// begins a comment. Takes those for n ranks. Errc::invalid_argument names the line that cannot be read.
 [[gnu::cold]] inline void read_model(const std::string& path, std::string_view transport, int n, CostModel& model) {
-  std::ifstream file(path);
-  if (!file) throw Error(Errc::invalid_argument, {"TALLY_MODEL: cannot read '", path, "'"});
+  constexpr std::size_t most = 4 << 20;
+  const detail::FileText file = detail::read_start(path, most + 1);
+  if (file.error != 0) throw Error(Errc::invalid_argument, {"TALLY_MODEL: cannot read '", path, "': ", file.error == ENOTSUP ? "it is no plain file" : detail::errno_text(file.error)});
+  if (file.text.size() > most) throw Error(Errc::invalid_argument, {"TALLY_MODEL: '", path, "' has more than ", most, " bytes: it is no such file"});
+  std::istringstream lines(file.text);
   std::string text;
-  for (int number = 1; std::getline(file, text); ++number) {
+  for (int number = 1; std::getline(lines, text); ++number) {
     const std::string_view line = std::string_view(text).substr(0, text.find('#'));
     std::vector<std::string_view> words;
     for (std::size_t at = 0; (at = line.find_first_not_of(" \t\r", at)) != line.npos;) {
@@ -335,7 +340,6 @@ class Chooser {
     model.ranks = n;
     model.measured[static_cast<std::size_t>(operation)][algorithm.code][std::countr_zero(bytes) - 3] = static_cast<float>(us);
   }
-  if (file.bad()) throw Error(Errc::invalid_argument, {"TALLY_MODEL: cannot read '", path, "': is it a file?"});
 }
 
 }  // namespace tally::inline v0

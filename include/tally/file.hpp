@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Descriptors that close themselves, and files that are whole or not there.
+// Descriptors that close themselves, files that are read without waiting for anybody, and files that are whole or not there.
 #pragma once
 
 #include <fcntl.h>
@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #include <cerrno>
+#include <cstddef>
 #include <cstdio>
 #include <string>
 #include <string_view>
@@ -40,6 +41,33 @@ class FileDescriptor {
  private:
   int fd_;
 };
+
+/// What a file held, or the errno that says why not: EISDIR for a directory, ENOTSUP for what is no regular file, EFBIG for more than was asked for.
+struct FileText {
+  std::string text;
+  int error = 0;
+};
+
+/// The first `most` bytes of a file.
+inline FileText read_start(const std::string& path, std::size_t most) {
+  const FileDescriptor file(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY));
+  if (!file) return {{}, errno};
+  struct stat status {};
+  if (::fstat(file.get(), &status) != 0) return {{}, errno};
+  if (S_ISDIR(status.st_mode)) return {{}, EISDIR};
+  if (!S_ISREG(status.st_mode)) return {{}, ENOTSUP};
+  FileText read{std::string(most, '\0'), 0};
+  std::size_t have = 0;
+  while (have < most) {
+    const ssize_t got = ::read(file.get(), read.text.data() + have, most - have);
+    if (got < 0 && errno == EINTR) continue;
+    if (got < 0) return {{}, errno};
+    if (got == 0) break;
+    have += static_cast<std::size_t>(got);
+  }
+  read.text.resize(have);
+  return read;
+}
 
 }  // namespace detail
 

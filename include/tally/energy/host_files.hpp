@@ -34,33 +34,6 @@ inline std::string below(std::string_view root, std::string_view path) {
   return concat({root, "/", path});
 }
 
-/// What a file held, or the errno that says why not: EISDIR for a directory, ENOTSUP for what is no regular file, EFBIG for more than was asked for.
-struct FileText {
-  std::string text;
-  int error = 0;
-};
-
-/// The first `most` bytes of a file.
-inline FileText read_start(const std::string& path, std::size_t most) {
-  const FileDescriptor file(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY));
-  if (!file) return {{}, errno};
-  struct stat status {};
-  if (::fstat(file.get(), &status) != 0) return {{}, errno};
-  if (S_ISDIR(status.st_mode)) return {{}, EISDIR};
-  if (!S_ISREG(status.st_mode)) return {{}, ENOTSUP};
-  FileText read{std::string(most, '\0'), 0};
-  std::size_t have = 0;
-  while (have < most) {
-    const ssize_t got = ::read(file.get(), read.text.data() + have, most - have);
-    if (got < 0 && errno == EINTR) continue;
-    if (got < 0) return {{}, errno};
-    if (got == 0) break;
-    have += static_cast<std::size_t>(got);
-  }
-  read.text.resize(have);
-  return read;
-}
-
 /// A whole file of at most `most` bytes, without the white space at its end.
 inline FileText read_file(const std::string& path, std::size_t most = 4096) {
   FileText read = read_start(path, most + 1);
