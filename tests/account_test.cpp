@@ -47,32 +47,41 @@ void expect_exact(const Report& r, Rank me) {
   expect(total.arrival == r.wait_arrival && total.transfer == r.wait_transfer && total.credit == r.wait_credit, "blame adds up to the waits");
 }
 
+/// When a rank called, as far as its own thread can tell from outside: between these two. It may be without a core in between.
+struct Post {
+  std::int64_t earliest = 0, latest = 0;  // ns
+};
 struct Repetition {
   Report report;
-  std::int64_t posted = 0, ended = 0;
-  nanoseconds queued{};  // of it, time in which this thread could have run but other programs had the cores
-};
-/// What the kernel says this thread has spent waiting for a core; 0 where it does not say.
-std::int64_t queued_ns() {
-  std::ifstream file("/proc/thread-self/schedstat");
-  std::int64_t ran = 0, queued = 0;
-  file >> ran >> queued;
-  return queued;
-}
+  std::vector<Post> posts;  // of all ranks
 
-/// One all_reduce in which `late` sleeps first; the lateness of `late` against this rank, by the test's own clock.
+  const Post& of(Rank r) const { return posts[static_cast<std::size_t>(r)]; }
+  /// The latest that any rank but this one can have called.
+  std::int64_t latest_but(Rank rank) const {
+    std::int64_t latest = 0;
+    for (Rank r = 0; r < static_cast<Rank>(posts.size()); ++r)
+      if (r != rank) latest = std::max(latest, of(r).latest);
+    return latest;
+  }
+  /// A machine that takes cores away makes others late, too: who is last for sure is last in the report.
+  bool surely_last(Rank rank) const { return of(rank).earliest > latest_but(rank); }
+  nanoseconds least_lateness(Rank of_rank, Rank to) const { return std::max(nanoseconds(of(of_rank).earliest - of(to).latest), 0ns); }
+  nanoseconds most_lateness(Rank of_rank, Rank to) const { return std::max(nanoseconds(of(of_rank).latest - of(to).earliest), 0ns); }
+};
+
+/// One all_reduce in which `late` sleeps first.
 template <class A>
-Repetition late_once(Communicator& comm, Rank late, nanoseconds sleep, std::vector<float>& data, std::vector<std::int64_t>& posts) {
+Repetition late_once(Communicator& comm, Rank late, nanoseconds sleep, std::vector<float>& data) {
   comm.barrier();
   if (comm.rank() == late) std::this_thread::sleep_for(sleep);
   Repetition r;
-  const std::int64_t queued = queued_ns();
-  r.posted = now_ns();
+  Post mine{now_ns(), 0};
   r.report = comm.all_reduce<A>(data, max);
-  r.ended = now_ns();
-  r.queued = nanoseconds(queued_ns() - queued);
-  posts.resize(static_cast<std::size_t>(comm.size()));
-  comm.all_gather(std::span(&r.posted, 1), posts);
+  const std::int64_t ended = now_ns();
+  expect(r.report.elapsed <= nanoseconds(ended - mine.earliest), "elapsed is within what the caller measured");
+  mine.latest = ended - r.report.elapsed.count();
+  r.posts.resize(static_cast<std::size_t>(comm.size()));
+  comm.all_gather(std::span(&mine, 1), r.posts);
   return r;
 }
 
@@ -85,25 +94,29 @@ nanoseconds blamed_arrival(const Report& r, Rank rank) {
 template <class A>
 void two_ranks_idle_truth(Communicator& comm, std::size_t count) {
   constexpr int repetitions = 10;
+  constexpr nanoseconds tolerance = 500us;
+  const Rank me = comm.rank(), other = 1 - me;
   for (const Rank late : {0, 1}) {
     std::vector<float> data(count, 1.0f);
-    std::vector<std::int64_t> posts;
-    int good = 0;
+    int sure = 0, tight = 0;
     std::string seen;
-    late_once<A>(comm, late, 1ms, data, posts);  // first touch of data and slots
+    late_once<A>(comm, late, 1ms, data);  // first touch of data and slots
     for (int i = 0; i < repetitions; ++i) {
-      const Repetition r = late_once<A>(comm, late, 4ms + i * 2ms, data, posts);
-      expect_exact(r.report, comm.rank());
-      expect(r.report.elapsed <= nanoseconds(r.ended - r.posted), "elapsed is within what the caller measured");
-      expect(r.report.last_arrival == late, "last_arrival is the late rank, on every rank");
-      const nanoseconds lateness(posts[static_cast<std::size_t>(late)] - r.posted);  // 0 on the late rank itself
-      const nanoseconds error = r.report.wait_arrival - lateness;
-      const bool blamed_right = comm.rank() == late || blamed_arrival(r.report, late) == r.report.wait_arrival;
-      // Who is not given a core before he begins to wait, waits less; on a quiet machine nobody queues.
-      good += std::abs(error.count()) < 500'000 + r.queued.count() && blamed_right;
-      seen.append(" ").append(std::to_string(error.count())).append("(").append(std::to_string(r.queued.count())).append(")");
+      const Repetition r = late_once<A>(comm, late, 4ms + i * 2ms, data);
+      expect_exact(r.report, me);
+      for (const Rank rank : {0, 1})
+        if (r.surely_last(rank)) expect(r.report.last_arrival == rank, "last_arrival is the late rank, on every rank");
+      sure += r.surely_last(late);
+      const nanoseconds least = r.least_lateness(other, me), most = r.most_lateness(other, me), waited = r.report.wait_arrival;
+      const std::string figures = std::string(A::name) + ", " + std::to_string(count) + " floats: waited " + std::to_string(waited.count()) + " ns for a rank that was late by " + std::to_string(least.count()) + " to " + std::to_string(most.count()) + ", busy " + std::to_string(r.report.busy().count()) + ", transfer " + std::to_string(r.report.wait_transfer.count()) + ", credit " + std::to_string(r.report.wait_credit.count()) + ", local " + std::to_string(r.report.wait_local.count());
+      expect(waited <= most + tolerance, "wait_arrival is at most the lateness; " + figures);
+      expect(waited + r.report.busy() >= least - tolerance, "wait_arrival and what was done meanwhile are at least the lateness; " + figures);
+      expect(blamed_arrival(r.report, other) == waited, "the other rank is blamed for all of it");
+      tight += waited >= least - tolerance && most - least < tolerance;
+      seen.append(" ").append(std::to_string((waited - least).count()));
     }
-    expect(good >= repetitions - 1, std::string(A::name) + ", " + std::to_string(count) + " floats: wait_arrival within 0.5 ms of the lateness in 9 of 10; errors in ns (and time without a core):" + seen);
+    // Who is not given a core before he begins to wait, waits less; on a quiet machine that is none of ten.
+    expect(sure >= 3 && tight >= 3, std::string(A::name) + ", " + std::to_string(count) + " floats: wait_arrival is the lateness; differences in ns:" + seen);
   }
 }
 
@@ -122,22 +135,22 @@ void crowded_idle_truth(Communicator& comm, std::size_t count, bool print) {
   constexpr int repetitions = 4;
   for (Rank late = 0; late < comm.size(); late += comm.size() - 1) {
     std::vector<float> data(count, 1.0f);
-    std::vector<std::int64_t> posts;
-    late_once<A>(comm, late, 1ms, data, posts);
+    late_once<A>(comm, late, 1ms, data);
     nanoseconds arrival{}, transfer{}, lateness_sum{};
     for (int i = 0; i < repetitions; ++i) {
-      const Repetition r = late_once<A>(comm, late, 30ms, data, posts);
+      const Repetition r = late_once<A>(comm, late, 30ms, data);
       expect_exact(r.report, comm.rank());
-      expect(r.report.last_arrival == late, "last_arrival is the late rank, on every rank, with " + std::string(A::name));
-      const nanoseconds lateness(posts[static_cast<std::size_t>(late)] - r.posted);
+      for (Rank rank = 0; rank < comm.size(); ++rank)
+        if (r.surely_last(rank)) expect(r.report.last_arrival == rank, "last_arrival is the late rank, on every rank, with " + std::string(A::name));
       arrival += r.report.wait_arrival;
       transfer += r.report.wait_transfer + r.report.wait_credit;
-      lateness_sum += lateness;
+      lateness_sum += r.most_lateness(late, comm.rank());
       if (comm.rank() == late) continue;
-      // Nobody else is late by more than scheduling, so the waits can exceed the lateness only by the call's own length.
-      expect(r.report.idle() + r.report.busy() >= lateness, "the call lasted at least as long as the rank was late");
-      expect(r.report.wait_arrival + r.report.wait_transfer + r.report.wait_credit >= lateness - 20ms, "most of the lateness was waited");
-      expect(blamed_arrival(r.report, late) >= lateness / 2, "blame goes to the late rank, not to a neighbour");
+      const nanoseconds least = r.least_lateness(late, comm.rank());
+      expect(r.report.idle() + r.report.busy() >= least, "the call lasted at least as long as the rank was late");
+      // From when all others had called.
+      const nanoseconds alone = std::max(nanoseconds(r.of(late).earliest - r.latest_but(late)), 0ns);
+      expect(blamed_arrival(r.report, late) + r.report.busy() >= alone / 2, "blame goes to the late rank, not to a neighbour");
     }
     if (print && comm.rank() == (late == 0 ? 1 : 0))
       std::cout << A::name << ", " << comm.size() << " ranks, " << count << " floats, rank " << late << " late by " << lateness_sum.count() / repetitions / 1000 << " us: arrival "
@@ -163,12 +176,12 @@ TEST_CASE("I4: idle truth: more threads than cores", "[timing]") { launch(static
 TEST_CASE("I6: in a ring of threads, rank 3 waits for rank 2 but blames rank 0") {
   launch(4, [](Communicator& comm) {
     std::vector<float> data(4, 1.0f);
-    std::vector<std::int64_t> posts;
     for (int i = 0; i < 5; ++i) {
-      const Repetition r = late_once<Ring>(comm, 0, 40ms, data, posts);
+      const Repetition r = late_once<Ring>(comm, 0, 40ms, data);
       if (comm.rank() == 0) continue;
-      expect(blamed_arrival(r.report, 0) >= 20ms, "rank 0 is blamed by everyone");
-      for (Rank other = 1; other < 4; ++other) expect(blamed_arrival(r.report, other) < 20ms, "and nobody else is");
+      const nanoseconds alone = std::max(nanoseconds(r.of(0).earliest - r.latest_but(0)), 0ns), together = nanoseconds(r.latest_but(0) - r.of(comm.rank()).earliest);
+      expect(blamed_arrival(r.report, 0) + r.report.busy() >= alone / 2, "rank 0 is blamed by everyone");
+      for (Rank other = 1; other < 4; ++other) expect(blamed_arrival(r.report, other) < together + 20ms, "and nobody else is, for more than it was late");
     }
   }, threads);
 }

@@ -451,6 +451,30 @@ TEST_CASE("I5b: a queue on a slow link is transfer, and the sender's wait for ro
   }
 }
 
+TEST_CASE("I5b: who waits for room that an earlier operation holds waits for its receiver to call, until that has") {
+  SimulatedOptions options = plain_options();
+  options.slots = 16;
+  SimulatedNetwork network(2, options);
+  network.link(0, 1).byte_time = 5000;  // 5.12 ms a frame
+  std::vector<Told> told(2);
+  run<SimulatedTransport>(network, [&](Engine<SimulatedTransport>& engine) {
+    Work first = work_of(choice_of(Collective::broadcast, "tree"), 2, engine.rank(), 16 * 256), second = work_of(choice_of(Collective::broadcast, "tree"), 2, engine.rank(), 256);
+    network.sleep(1ms);  // rank 0 sends into all slots, and goes on
+    engine.run(first.call());
+    if (engine.rank() == 1) network.sleep(10ms);
+    Told& mine = told[static_cast<std::size_t>(engine.rank())];
+    mine.report = engine.run(second.call());
+    mine.blame = mine.report.blame();
+  });
+  // Its frame needs room only: that is there when the first frame of the first operation has come, in which rank 1 still is.
+  const Report& sender = told[0].report;
+  CAPTURE(sender.wait_arrival.count(), sender.wait_credit.count(), sender.wait_transfer.count());
+  CHECK(sender.wait_arrival > 5000us);
+  CHECK(sender.wait_arrival < 5200us);
+  CHECK(told[0].on(1).arrival == sender.wait_arrival);
+  CHECK(sender.wait_credit < 100us);
+}
+
 TEST_CASE("I6: blame is transitive: in a ring only rank 0 is late, and rank 3, which hears of it from rank 2 alone, blames rank 0") {
   for (const Collective operation : {Collective::all_reduce, Collective::all_gather, Collective::reduce_scatter})
     for (const std::size_t count : {std::size_t{4}, std::size_t{40'000}}) {

@@ -247,6 +247,7 @@ class Engine final : public AnyEngine {
     return run->account;
   }
   OperationAccount& waiting() { return diagnosis_.awaited().account; }
+  std::uint16_t called() const { return static_cast<std::uint16_t>(sequence_); }
   [[gnu::cold]] Ticks expected_wait() { return clock_.to_ticks(ledger_.expect_wait(diagnosis_.awaited().row)); }
   bool interrupted() const { return gate_.wanted(); }
   bool has_neighbours() const { return Neighbours::of_this_thread().any_but(this); }

@@ -51,6 +51,7 @@ concept ProgressClient = requires(C& client, Transfer& transfer, const FrameInfo
   { client.waiting() } -> std::same_as<OperationAccount&>;  // what the caller waits for, or else the oldest operation that is not done
   client.check(transfer, frame);         // throws if the frame is not what the transfer expects
   client.moved(transfer);                // see Probe
+  { client.called() } -> std::same_as<std::uint16_t>;  // low bits of the last collective operation that this rank has called
   { client.unexpected(rank, frame) } -> std::same_as<Transfer*>;  // likewise
   client.check_peers();                  // throws if other ranks are seen in a call that does not match
   { client.first_lost() } -> std::same_as<Rank>;  // a rank that is gone and still needed, or -1
@@ -190,7 +191,11 @@ class Progress {
       progress.heard(client.account_of(t), t, frame.times, State::wait_transfer);
     }
     Transfer* unexpected(Rank peer, const FrameInfo& frame) { return client.unexpected(peer, frame); }
-    void credited(Transfer& t, const FrameTimes& times) { progress.heard(client.account_of(t), t, times, State::wait_credit); }
+    void credited(Transfer& t, const FrameTimes& times) {
+      // What made room was an earlier operation, and its receiver had not called this one yet.
+      const bool is_early = t.matching == Matching::order && static_cast<std::int16_t>(times.called - static_cast<std::uint16_t>(t.operation)) < 0;
+      progress.heard(client.account_of(t), t, is_early ? FrameTimes{times.sent_at, 0, 0, static_cast<std::uint16_t>(t.peer), 0} : times, State::wait_credit);
+    }
     void copying(Transfer& t) {
       progress.serve(client.account_of(t));
       progress.enter(State::copy);
@@ -204,7 +209,11 @@ class Progress {
       if (progress.first_stall_ == 0) t.late.raise({progress.began_, progress.transport_.rank()});  // it could have left before, had anybody driven it
       return progress.stamp(client.account_of(t), t.late);
     }
-    FrameTimes credit_stamp(const Transfer& t) const { return progress.stamp(client.account_of(t), t.inherited); }
+    FrameTimes credit_stamp(const Transfer& t) const {
+      FrameTimes times = progress.stamp(client.account_of(t), t.inherited);
+      times.called = client.called();
+      return times;
+    }
   };
 
   static constexpr Ticks age_unit = 32;
@@ -213,7 +222,7 @@ class Progress {
   FrameTimes stamp(const OperationAccount& account, const Lateness& late) const {
     if (!timed_) return {};
     const Ticks sent_at = std::max(now_, late.until);
-    return {sent_at, age(sent_at - account.arrival), age(sent_at - late.until), static_cast<std::uint16_t>(late.culprit)};
+    return {sent_at, age(sent_at - account.arrival), age(sent_at - late.until), static_cast<std::uint16_t>(late.culprit), 0};
   }
   static std::uint32_t age(Ticks ticks) { return static_cast<std::uint32_t>(std::min<Ticks>(ticks / age_unit, age_limit)); }
 

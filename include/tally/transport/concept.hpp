@@ -32,6 +32,7 @@ struct FrameTimes {
   Ticks sent_at = 0;
   std::uint32_t arrive_age = 0, late_age = 0;
   std::uint16_t culprit = 0;
+  std::uint16_t called = 0;  // of credits: low bits of the last collective operation that its sender has called
 };
 
 /// Moving this much takes no longer than reading the clock: it is not timed apart from headers.

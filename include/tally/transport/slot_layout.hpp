@@ -50,7 +50,7 @@ enum SlotFlag : std::uint8_t { flag_first = 1, flag_last = 2, flag_fingerprint =
 struct Credit {
   std::uint64_t sent_at;
   std::uint32_t arrive_age, late_age;
-  std::uint16_t culprit, unused[7];
+  std::uint16_t culprit, called, unused[6];
 };
 static_assert(sizeof(Credit) == 32);
 

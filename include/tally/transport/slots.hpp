@@ -412,7 +412,7 @@ class SlotTransport {
       }
       if (e.starved) {
         const detail::Credit& c = e.out.credits[e.sent & mask_];
-        probe.credited(t, FrameTimes{c.sent_at, c.arrive_age, c.late_age, c.culprit});
+        probe.credited(t, FrameTimes{c.sent_at, c.arrive_age, c.late_age, c.culprit, c.called});
         e.starved = false;
       }
     }
@@ -469,7 +469,7 @@ class SlotTransport {
       e.frame = slot.bytes;
       if (e.frame > layout_.slot_bytes()) broken(*e.receives.head, e.frame);
       const FrameInfo info{slot.operation, slot.fingerprint, (slot.flags & detail::flag_fingerprint) != 0, (slot.flags & detail::flag_first) != 0,
-                           (slot.flags & detail::flag_last) != 0, e.frame, std::size_t{slot.total_high} << 32 | slot.total_low, FrameTimes{slot.sent_at, slot.arrive_age, slot.late_age, slot.culprit}};
+                           (slot.flags & detail::flag_last) != 0, e.frame, std::size_t{slot.total_high} << 32 | slot.total_low, FrameTimes{slot.sent_at, slot.arrive_age, slot.late_age, slot.culprit, 0}};
       if (e.receives.head->matching != Matching::order && info.first && !match(e, info, probe)) return false;
       probe.arrived(*e.receives.head, info);
       e.seen = true;
@@ -504,6 +504,7 @@ class SlotTransport {
       credit.arrive_age = times.arrive_age;
       credit.late_age = times.late_age;
       credit.culprit = times.culprit;
+      credit.called = times.called;
       e.taken = 0;
       e.seen = false;
       e.in.consumed->store(++e.received, std::memory_order_release);
