@@ -108,15 +108,15 @@ void two_ranks_idle_truth(Communicator& comm, std::size_t count) {
         if (r.surely_last(rank)) expect(r.report.last_arrival == rank, "last_arrival is the late rank, on every rank");
       sure += r.surely_last(late);
       const nanoseconds least = r.least_lateness(other, me), most = r.most_lateness(other, me), waited = r.report.wait_arrival;
-      const std::string figures = std::string(A::name) + ", " + std::to_string(count) + " floats: waited " + std::to_string(waited.count()) + " ns for a rank that was late by " + std::to_string(least.count()) + " to " + std::to_string(most.count()) + ", busy " + std::to_string(r.report.busy().count()) + ", transfer " + std::to_string(r.report.wait_transfer.count()) + ", credit " + std::to_string(r.report.wait_credit.count()) + ", local " + std::to_string(r.report.wait_local.count());
+      const std::string figures = detail::concat({A::name, ", ", count, " floats: waited ", waited.count(), " ns for a rank that was late by ", least.count(), " to ", most.count(), ", busy ", r.report.busy().count(), ", transfer ", r.report.wait_transfer.count(), ", credit ", r.report.wait_credit.count()});
       expect(waited <= most + tolerance, "wait_arrival is at most the lateness; " + figures);
       expect(waited + r.report.busy() >= least - tolerance, "wait_arrival and what was done meanwhile are at least the lateness; " + figures);
       expect(blamed_arrival(r.report, other) == waited, "the other rank is blamed for all of it");
       tight += waited >= least - tolerance && most - least < tolerance;
-      seen.append(" ").append(std::to_string((waited - least).count()));
+      seen += detail::concat({" ", (waited - least).count()});
     }
     // Who is not given a core before he begins to wait, waits less; on a quiet machine that is none of ten.
-    expect(sure >= 3 && tight >= 3, std::string(A::name) + ", " + std::to_string(count) + " floats: wait_arrival is the lateness; differences in ns:" + seen);
+    expect(sure >= 3 && tight >= 3, detail::concat({A::name, ", ", count, " floats: wait_arrival is the lateness; differences in ns:", seen}));
   }
 }
 
