@@ -122,6 +122,13 @@ void good_environment(RankKind kind) {
 }
 TALLY_TEST_BOTH("launch takes every documented setting", "[launch]", good_environment)
 
+TEST_CASE("threads that were joined do not hinder a launch of processes", "[processes]") {
+  for (int i = 0; i < 50; ++i) {
+    std::thread([] {}).join();  // the kernel may still be taking it down
+    CHECK_NOTHROW(tally::launch(1, [](tally::Communicator& comm) { comm.barrier(); }));
+  }
+}
+
 TEST_CASE("processes are not forked while other threads run", "[launch][processes]") {
   std::atomic<bool> stop{false};
   {

@@ -250,7 +250,13 @@ template <class F>
 template <class F>
 void launch_processes(int n, F& f, const Options& options) {
   options.expect_transport("shm", "processes of one host");
-  if (const int count = running_threads(); count > 1)
+  // A thread that was joined may still be on its way out of the kernel.
+  int count = running_threads();
+  for (int tries = 0; count > 1 && tries < 500; ++tries) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    count = running_threads();
+  }
+  if (count > 1)
     throw Error(Errc::unsupported, {"launch() would fork while ", count - 1, " other threads run, which is not safe; launch before starting them, or use tally::threads"});
   const SlotLayout layout(n, options.slots);
   const auto file = std::make_shared<ShmFile>();
