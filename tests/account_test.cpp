@@ -51,8 +51,16 @@ void expect_exact(const Report& r, Rank me) {
 struct Post {
   std::int64_t earliest = 0, latest = 0;  // ns
 };
+/// What the kernel says this thread has spent waiting for a core; 0 where it does not say.
+std::int64_t queued_ns() {
+  std::ifstream file("/proc/thread-self/schedstat");
+  std::int64_t ran = 0, queued = 0;
+  file >> ran >> queued;
+  return queued;
+}
 struct Repetition {
   Report report;
+  nanoseconds queued{};     // of its call, time in which this thread could have run but other programs had the cores
   std::vector<Post> posts;  // of all ranks
 
   const Post& of(Rank r) const { return posts[static_cast<std::size_t>(r)]; }
@@ -75,11 +83,13 @@ Repetition late_once(Communicator& comm, Rank late, nanoseconds sleep, std::vect
   comm.barrier();
   if (comm.rank() == late) std::this_thread::sleep_for(sleep);
   Repetition r;
+  const std::int64_t queued = queued_ns();
   Post mine{now_ns(), 0};
   r.report = comm.all_reduce<A>(data, max);
   const std::int64_t ended = now_ns();
   expect(r.report.elapsed <= nanoseconds(ended - mine.earliest), "elapsed is within what the caller measured");
   mine.latest = ended - r.report.elapsed.count();
+  r.queued = nanoseconds(queued_ns() - queued);
   r.posts.resize(static_cast<std::size_t>(comm.size()));
   comm.all_gather(std::span(&mine, 1), r.posts);
   return r;
@@ -98,7 +108,7 @@ void two_ranks_idle_truth(Communicator& comm, std::size_t count) {
   const Rank me = comm.rank(), other = 1 - me;
   for (const Rank late : {0, 1}) {
     std::vector<float> data(count, 1.0f);
-    int sure = 0, tight = 0;
+    int sure = 0, good = 0;
     std::string seen;
     late_once<A>(comm, late, 1ms, data);  // first touch of data and slots
     for (int i = 0; i < repetitions; ++i) {
@@ -112,11 +122,13 @@ void two_ranks_idle_truth(Communicator& comm, std::size_t count) {
       expect(waited <= most + tolerance, "wait_arrival is at most the lateness; " + figures);
       expect(waited + r.report.busy() >= least - tolerance, "wait_arrival and what was done meanwhile are at least the lateness; " + figures);
       expect(blamed_arrival(r.report, other) == waited, "the other rank is blamed for all of it");
-      tight += waited >= least - tolerance && most - least < tolerance;
-      seen += detail::concat({" ", (waited - least).count()});
+      const nanoseconds error = waited - least;
+      good += std::abs(error.count()) < (tolerance + r.queued).count();
+      seen += detail::concat({" ", error.count(), "(", r.queued.count(), ")"});
     }
-    // Who is not given a core before he begins to wait, waits less; on a quiet machine that is none of ten.
-    expect(sure >= 3 && tight >= 3, detail::concat({A::name, ", ", count, " floats: wait_arrival is the lateness; differences in ns:", seen}));
+    // Who is not given a core before he begins to wait, waits less; on a quiet machine nobody queues.
+    expect(good >= repetitions - 1, detail::concat({A::name, ", ", count, " floats: wait_arrival within 0.5 ms of the lateness in 9 of 10; errors in ns (and time without a core):", seen}));
+    expect(sure >= repetitions - 1, "the rank that sleeps is the last one in 9 of 10");
   }
 }
 
@@ -140,17 +152,16 @@ void crowded_idle_truth(Communicator& comm, std::size_t count, bool print) {
     for (int i = 0; i < repetitions; ++i) {
       const Repetition r = late_once<A>(comm, late, 30ms, data);
       expect_exact(r.report, comm.rank());
-      for (Rank rank = 0; rank < comm.size(); ++rank)
-        if (r.surely_last(rank)) expect(r.report.last_arrival == rank, "last_arrival is the late rank, on every rank, with " + std::string(A::name));
+      expect(r.report.last_arrival == late, "last_arrival is the late rank, on every rank, with " + std::string(A::name));
       arrival += r.report.wait_arrival;
       transfer += r.report.wait_transfer + r.report.wait_credit;
-      lateness_sum += r.most_lateness(late, comm.rank());
+      lateness_sum += nanoseconds(r.of(late).earliest - r.of(comm.rank()).earliest);
       if (comm.rank() == late) continue;
-      const nanoseconds least = r.least_lateness(late, comm.rank());
-      expect(r.report.idle() + r.report.busy() >= least, "the call lasted at least as long as the rank was late");
-      // From when all others had called.
-      const nanoseconds alone = std::max(nanoseconds(r.of(late).earliest - r.latest_but(late)), 0ns);
-      expect(blamed_arrival(r.report, late) + r.report.busy() >= alone / 2, "blame goes to the late rank, not to a neighbour");
+      // Nobody else is late by more than scheduling, so the waits can exceed the lateness only by the call's own length.
+      const nanoseconds lateness(r.of(late).earliest - r.of(comm.rank()).earliest);
+      expect(r.report.idle() + r.report.busy() >= lateness, "the call lasted at least as long as the rank was late");
+      expect(r.report.wait_arrival + r.report.wait_transfer + r.report.wait_credit >= lateness - 20ms, "most of the lateness was waited");
+      expect(blamed_arrival(r.report, late) >= lateness / 2, "blame goes to the late rank, not to a neighbour");
     }
     if (print && comm.rank() == (late == 0 ? 1 : 0))
       std::cout << A::name << ", " << comm.size() << " ranks, " << count << " floats, rank " << late << " late by " << lateness_sum.count() / repetitions / 1000 << " us: arrival "
@@ -179,9 +190,8 @@ TEST_CASE("I6: in a ring of threads, rank 3 waits for rank 2 but blames rank 0")
     for (int i = 0; i < 5; ++i) {
       const Repetition r = late_once<Ring>(comm, 0, 40ms, data);
       if (comm.rank() == 0) continue;
-      const nanoseconds alone = std::max(nanoseconds(r.of(0).earliest - r.latest_but(0)), 0ns), together = nanoseconds(r.latest_but(0) - r.of(comm.rank()).earliest);
-      expect(blamed_arrival(r.report, 0) + r.report.busy() >= alone / 2, "rank 0 is blamed by everyone");
-      for (Rank other = 1; other < 4; ++other) expect(blamed_arrival(r.report, other) < together + 20ms, "and nobody else is, for more than it was late");
+      expect(blamed_arrival(r.report, 0) >= 20ms, "rank 0 is blamed by everyone");
+      for (Rank other = 1; other < 4; ++other) expect(blamed_arrival(r.report, other) < 20ms, "and nobody else is");
     }
   }, threads);
 }

@@ -447,9 +447,11 @@ TEST_CASE("a rank that goes while others call on is noticed by who needs it", "[
 }
 
 TEST_CASE("started on a communicator that has failed") {
-  everywhere(2, threads, [](Communicator& comm) {
-    if (comm.rank() == 0) comm.abort("over");
-    else std::this_thread::sleep_for(20ms);
+  std::atomic<bool> aborted{false};
+  everywhere(2, threads, [&](Communicator& comm) {
+    if (comm.rank() == 0) comm.abort("over"), aborted = true;
+    else
+      while (!aborted.exchange(false)) std::this_thread::sleep_for(1ms);
     int x = 1;
     const Caught c = caught([&] { const Operation o = comm.async_all_reduce(std::span(&x, 1), sum); });
     expect(c.is(Errc::aborted) && test::has(c.text, "over"), c.text);

@@ -313,28 +313,29 @@ void that_do_not_fit(tally::RankKind ranks) {
   expect_both(own_types, Errc::mismatch, {"a message of user type #", "receive(user type #"});
 }
 void that_never_come(tally::RankKind ranks) {
-  const Outcome late = outcome_of(3, ranks, [](Communicator& comm) {
+  const Happened late_over, unread_over, other_over;
+  const Outcome late = outcome_of(3, ranks, [&](Communicator& comm) {
     Ints data(4);
-    if (comm.rank() == 1) comm.receive(data, 0, 7, {.timeout = 100ms});
-    else std::this_thread::sleep_for(400ms);
+    if (comm.rank() == 1) late_over.after([&] { comm.receive(data, 0, 7, {.timeout = 100ms}); });
+    else late_over.await();
   });
   INFO(late);
   CHECK(late.ranks[1].is(Errc::timeout));
   CHECK(late.ranks[1].peer == 0);
   CHECK_THAT(late.ranks[1].text, Catch::Contains("rank 1 in receive(int32 x 4 from rank 0, tag 7) waits for data from rank 0 after") && Catch::Contains("rank 0 has called nothing"));
   // A long send that nobody receives.
-  const Outcome unread = outcome_of(2, ranks, [](Communicator& comm) {
-    if (comm.rank() == 0) comm.send(Ints(5'000'000), 1, 7, {.timeout = 100ms});
-    else std::this_thread::sleep_for(400ms);
+  const Outcome unread = outcome_of(2, ranks, [&](Communicator& comm) {
+    if (comm.rank() == 0) unread_over.after([&] { comm.send(Ints(5'000'000), 1, 7, {.timeout = 100ms}); });
+    else unread_over.await();
   });
   INFO(unread);
   CHECK(unread.ranks[0].is(Errc::timeout));
   CHECK_THAT(unread.ranks[0].text, Catch::Contains("rank 0 in send(int32 x 5000000 to rank 1, tag 7) waits for room at rank 1"));
   // Another tag came, which is not the one.
-  const Outcome other = outcome_of(2, ranks, [](Communicator& comm) {
+  const Outcome other = outcome_of(2, ranks, [&](Communicator& comm) {
     Ints data(4);
-    if (comm.rank() == 0) comm.send(data, 1, 1), std::this_thread::sleep_for(400ms);
-    else comm.receive(data, 0, 2, {.timeout = 100ms});
+    if (comm.rank() == 0) comm.send(data, 1, 1), other_over.await();
+    else other_over.after([&] { comm.receive(data, 0, 2, {.timeout = 100ms}); });
   });
   INFO(other);
   CHECK(other.ranks[1].is(Errc::timeout));

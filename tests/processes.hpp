@@ -91,6 +91,28 @@ class Shared {
   T* value_;
 };
 
+/// That something has happened, as all ranks see it: to be waited for instead of for some time, which a slow machine exceeds.
+class Happened {
+ public:
+  void now() const { flag_->store(true); }
+  void await() const {
+    for (int tries = 0; !flag_->load() && tries < 20'000; ++tries) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    if (!flag_->load()) throw std::runtime_error("what a rank waits for does not happen");
+  }
+  /// f(), and that it is over, however it ends.
+  template <class F>
+  void after(F&& f) const {
+    struct Guard {
+      const Happened& happened;
+      ~Guard() { happened.now(); }
+    } guard{*this};
+    f();
+  }
+
+ private:
+  Shared<std::atomic<bool>> flag_;
+};
+
 /// A variable of the environment, set for a while; null removes it.
 class Environment {
  public:

@@ -7,7 +7,6 @@
 #include <unistd.h>
 
 #include <chrono>
-#include <cstdint>
 #include <filesystem>
 #include <memory>
 #include <mutex>
@@ -21,6 +20,7 @@
 #include "energy/source.hpp"
 #include "energy/weights_file.hpp"
 #include "environment.hpp"
+#include "types.hpp"
 
 namespace tally::inline v0 {
 
@@ -38,7 +38,7 @@ inline Weights host_weights(const std::string& root = {}) { return load_weights(
 
 namespace detail {
 
-/// The same for all spellings of a folder; short, as names of sockets are, so long ones are told apart by a hash (FNV-1a).
+/// The same for all spellings of a folder; short, as names of sockets are, so long ones are told apart by a hash.
 inline std::string hub_name(const std::string& root) {
   if (root.empty()) return "host";
   std::error_code error;
@@ -46,9 +46,7 @@ inline std::string hub_name(const std::string& root) {
   if (error || path.empty()) path = root;
   while (path.size() > 1 && path.back() == '/') path.pop_back();
   if (path.size() <= 40) return concat({"root ", path});
-  std::uint64_t hash = 0xcbf29ce484222325;
-  for (const char c : path) hash = (hash ^ static_cast<unsigned char>(c)) * 0x100000001b3;
-  return concat({"root ", hash});
+  return concat({"root ", hash_text(path)});
 }
 
 /// One for all ledgers of this process that ask for the same, as long as there are any. A fork has its own.

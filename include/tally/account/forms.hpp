@@ -3,7 +3,6 @@
 // want them. Texts that are not UTF-8 are made so: what is wrong becomes U+FFFD.
 #pragma once
 
-
 #include <charconv>
 #include <cmath>
 #include <concepts>
@@ -184,7 +183,7 @@ inline std::map<std::pair<std::string, std::string>, TellsOfDomain> domains_of_h
   for (const Account& account : accounts)
     for (std::size_t d = 0; d < account.domains.size(); ++d) {
       const DomainAccount& domain = account.domains[d];
-      const auto [known, added] = all.try_emplace({account.boot_id.empty() ? account.host : account.boot_id, domain.key}, TellsOfDomain{&account, d});
+      const auto [known, added] = all.try_emplace({account.machine(), domain.key}, TellsOfDomain{&account, d});
       if (added) continue;
       const DomainAccount& other = known->second.account->domains[known->second.domain];
       const bool better = domain.provenance != Provenance::none && other.provenance == Provenance::none;

@@ -423,7 +423,7 @@ class HtmlPage {
   }
 
   void add_slack() {
-    constexpr std::size_t most = 12, fewest = 5;  // calls, before anything is expected
+    constexpr std::size_t most = 12;
     struct Row {
       Rank rank;
       Rank peer;
@@ -432,7 +432,7 @@ class HtmlPage {
     std::vector<Row> rows;
     for (const Account& account : accounts_)
       for (const SlackRow& slack : account.slack)
-        if (slack.peer >= 0 && slack.peer < account.size && slack.calls >= fewest) rows.push_back({account.in_job(account.rank), account.in_job(slack.peer), &slack});
+        if (slack.peer >= 0 && slack.peer < account.size && slack.calls >= SlackRow::fewest_calls) rows.push_back({account.in_job(account.rank), account.in_job(slack.peer), &slack});
     if (rows.empty()) return;
     std::stable_sort(rows.begin(), rows.end(), [](const Row& a, const Row& b) { return a.slack->expected > b.slack->expected; });
     begin_section("slack", "Waits to come", "How long ranks expect to wait, learned from the calls so far: time that can be slept or used.");
@@ -486,12 +486,9 @@ class HtmlPage {
   }
   /// Each caveat once, and of which domains it was said.
   void add_caveat_notes() {
-    Caveats all = job_.caveats;
-    for (const HostDomain& each : job_.domains)
-      if (each.account.provenance != Provenance::none) all |= each.account.caveats;
     for (std::size_t bit = 0; bit < caveat_count; ++bit) {
       const auto caveat = static_cast<Caveat>(1u << bit);
-      if (!has(all, caveat)) continue;
+      if (!has(job_.caveats, caveat)) continue;
       std::string where;
       std::size_t named = 0;
       for (const HostDomain& each : job_.domains)
@@ -507,9 +504,7 @@ class HtmlPage {
       if (job_.size > 0) note({"Only the job&#39;s sums were given, so there is nothing to tell of single calls, hosts and watts."});
       return;
     }
-    std::vector<Rank> missing;
-    for (std::size_t r = 0; r < ranks_.size(); ++r)
-      if (!ranks_[r].any) missing.push_back(static_cast<Rank>(r));
+    const std::vector<Rank>& missing = job_.missing;
     if (!missing.empty()) note({missing.size() == 1 ? "There is no account of rank " : "There are no accounts of ranks ", ranks_text(missing), ": what they waited and drew is unknown and in no sum."});
     std::set<std::string_view> hosts;
     for (const Account& account : accounts_) {

@@ -41,7 +41,9 @@ struct Straggler {
 struct HostDomain {
   std::string host;
   DomainAccount account;
-  std::string boot_id;  // hosts may be called the same, and containers of one host have names of their own
+  std::string boot_id;
+
+  const std::string& machine() const { return boot_id.empty() ? host : boot_id; }  // see Account::machine
 };
 
 /// A job: all ranks' accounts of one communicator or of several, by rank in the job.
@@ -71,25 +73,32 @@ struct JobAccount {
 namespace detail {
 
 inline bool is_message(Collective operation) { return operation == Collective::send || operation == Collective::receive || operation == Collective::send_receive; }
-/// Which machine: containers of one have several names, and machines may be called the same.
-inline const std::string& machine_of(const Account& account) { return account.boot_id.empty() ? account.host : account.boot_id; }
 
 /// Arrival waits with their place in time, to follow chains through: rank p came late to an operation, so others waited for it
 /// up to its arrival there; if p itself was waiting for q just then, in another operation, q is to blame for that part.
 class WaitChains {
  public:
-  explicit WaitChains(int size) : waits_(static_cast<std::size_t>(size)) {}
+  explicit WaitChains(int size) : waits_(static_cast<std::size_t>(size)), disjoint_(waits_.size()) {}
 
   struct Wait {
     nanoseconds begin{}, end{};
     Rank culprit = -1;
   };
-  void add(Rank waiting, Wait wait) {
-    waits_[static_cast<std::size_t>(waiting)].push_back(wait);
-    longest_ = std::max(longest_, wait.end - wait.begin);
-  }
+  void add(Rank waiting, Wait wait) { waits_[static_cast<std::size_t>(waiting)].push_back(wait); }
+  /// After all were added. Of waits that overlap, as those of operations in the background may, the one that ends last counts.
   void sort() {
-    for (auto& each : waits_) std::sort(each.begin(), each.end(), [](const Wait& a, const Wait& b) { return std::tie(a.end, a.begin, a.culprit) < std::tie(b.end, b.begin, b.culprit); });
+    for (std::size_t r = 0; r < waits_.size(); ++r) {
+      auto& own = waits_[r];
+      std::sort(own.begin(), own.end(), [](const Wait& a, const Wait& b) { return std::tie(a.end, a.begin, a.culprit) < std::tie(b.end, b.begin, b.culprit); });
+      nanoseconds end = nanoseconds::max();
+      for (auto wait = own.rbegin(); wait != own.rend(); ++wait) {
+        const nanoseconds to = std::min(wait->end, end);
+        if (wait->begin >= to) continue;
+        disjoint_[r].push_back({wait->begin, to, wait->culprit});
+        end = wait->begin;
+      }
+      std::reverse(disjoint_[r].begin(), disjoint_[r].end());
+    }
   }
   const std::vector<Wait>& of(Rank waiting) const { return waits_[static_cast<std::size_t>(waiting)]; }
 
@@ -103,26 +112,20 @@ class WaitChains {
  private:
   template <class F>
   void follow(Rank late, nanoseconds begin, nanoseconds end, F&& charge, int depth, int& steps) const {
-    const std::vector<Wait>& own = of(late);
-    nanoseconds busy{};
-    // From the last on, so that what is left of the interval is always [begin, end) with end falling.
-    auto wait = std::partition_point(own.begin(), own.end(), [&](const Wait& each) { return each.end - longest_ < end; });
-    while (wait != own.begin() && (--wait)->end > begin) {
+    const std::vector<Wait>& own = disjoint_[static_cast<std::size_t>(late)];
+    nanoseconds busy = end - begin;
+    for (auto wait = std::partition_point(own.begin(), own.end(), [&](const Wait& each) { return each.end <= begin; }); wait != own.end() && wait->begin < end; ++wait) {
       const nanoseconds from = std::max(wait->begin, begin), to = std::min(wait->end, end);
-      if (from >= to) continue;
-      busy += end - to;
+      busy -= to - from;
       if (depth < deepest && --steps > 0 && wait->culprit != late) follow(wait->culprit, from, to, charge, depth + 1, steps);
       else charge(wait->culprit, to - from);
-      end = from;
     }
-    busy += end - begin;
     if (busy > nanoseconds{0}) charge(late, busy);
   }
 
   // Accounts of ranks that wait for each other in a circle are not to be followed for ever.
-  static constexpr int deepest = 64, most_steps = 4096;
-  std::vector<std::vector<Wait>> waits_;
-  nanoseconds longest_{};
+  static constexpr int deepest = 64, most_steps = 1024;
+  std::vector<std::vector<Wait>> waits_, disjoint_;  // by rank
 };
 
 }  // namespace detail
@@ -264,7 +267,7 @@ inline JobAccount job_of(std::span<const Account> accounts) {
     for (std::size_t i = 0; i < account->domains.size(); ++i) {
       const DomainAccount& domain = account->domains[i];
       const auto place = [&](const std::string& key) {
-        const auto at = std::find_if(job.domains.begin(), job.domains.end(), [&](const HostDomain& each) { return (each.boot_id.empty() ? each.host : each.boot_id) == detail::machine_of(*account) && each.account.key == key; });
+        const auto at = std::find_if(job.domains.begin(), job.domains.end(), [&](const HostDomain& each) { return each.machine() == account->machine() && each.account.key == key; });
         return static_cast<std::size_t>(at - job.domains.begin());
       };
       const std::size_t at = place(domain.key);

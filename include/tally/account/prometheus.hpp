@@ -213,7 +213,7 @@ inline void expose_waits(Exposition& out, const std::vector<Exposed>& all, std::
   for (const Exposed& each : all) {
     std::map<Collective, nanoseconds> longest;
     for (const SlackRow& slack : each.account->slack)
-      if (slack.calls >= 5) longest[slack.operation] = std::max(longest[slack.operation], slack.expected);
+      if (slack.calls >= SlackRow::fewest_calls) longest[slack.operation] = std::max(longest[slack.operation], slack.expected);
     for (const auto& [operation, time] : longest) out.sample(label("op", name_of(operation), each.labels), in_seconds(time));
   }
 }

@@ -47,6 +47,7 @@ struct AccountEvent {
 
 /// How long a peer makes this rank wait when it does, learned from the calls so far that waited for its arrival.
 struct SlackRow {
+  static constexpr std::uint64_t fewest_calls = 5;  // before anything is expected
   Collective operation = Collective::none;
   Rank peer = -1;
   std::uint64_t calls = 0;
@@ -78,6 +79,8 @@ struct Account {
   Caveats caveats = 0;
   std::vector<std::string> warnings;  // whole sentences
 
+  /// Which machine it was: containers of one have several names, and machines may be called the same.
+  const std::string& machine() const { return boot_id.empty() ? host : boot_id; }
   /// The rank in the job of a rank of this communicator.
   Rank in_job(Rank r) const { return members.empty() ? r : members[static_cast<std::size_t>(r)]; }
 };
