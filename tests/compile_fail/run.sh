@@ -6,18 +6,18 @@
 set -euo pipefail
 file=$1 include=$2 cxx=$3 precompiled=${4:-}
 export LC_ALL=C
-options=(-std=c++20 -I"$include" -Wall -Wextra -Werror -fsyntax-only)
+options=(-std=c++20 -I"$include" -Wall -Wextra -Werror)
 if ! "$cxx" --version | grep -q clang; then options+=(-fconcepts-diagnostics-depth=4); fi
 if [[ -n $precompiled ]]; then
   if [[ $file == - ]]; then
     echo '#include <tally/tally.hpp>' >"$precompiled"
-    exec "$cxx" "${options[@]/-fsyntax-only/}" -x c++-header "$precompiled" -o "$precompiled.gch"
+    exec "$cxx" "${options[@]}" -x c++-header "$precompiled" -o "$precompiled.gch"
   fi
   options+=(-include "$precompiled")
 fi
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-compile() { "$cxx" "${options[@]}" "$@" "$file" 2>&1; }
+compile() { "$cxx" "${options[@]}" -fsyntax-only "$@" "$file" 2>&1; }
 
 expected=$(sed -n 's|^// expect: ||p' "$file")
 [[ -n $expected ]] || { echo "$file expects nothing"; exit 1; }
