@@ -214,6 +214,7 @@ class RecordedTransport : public SimulatedTransport {
       recording.credited(me, t);
       probe.credited(t, times);
     }
+    void drained(Transfer& t) { probe.drained(t); }
     void copying(Transfer& t) { probe.copying(t); }
     void reducing(Transfer& t) { probe.reducing(t); }
     void moved(Transfer& t) {

@@ -9,10 +9,10 @@ cd "$root/include/tally"
 
 layers=(
   "text error environment floats types steps plan check algorithms/*"
-  "clock wait thread_rule file local_socket figures host memory topology copy operators reduce share kernel_copy objective transport/* energy/* account/*"
+  "clock wait thread_rule file local_socket figures host memory topology copy operators reduce share kernel_copy objective network/* transport/* energy/* account/*"
   "call staging gate prepared progress run neighbours diagnosis local_steps mailbox share_work engine choose cost group options"
   "calls operation progress_thread fusion communicator mesh bootstrap launch"
-  "tally carbon_files energy job_account nvtx"
+  "tally carbon_files energy job_account nvtx tcp"
 )
 # Header: what it may include of its own layer. Siblings in algorithms/, transport/ and energy/ stay apart.
 exceptions=(
@@ -29,10 +29,17 @@ exceptions=(
   "share: copy reduce"
   "kernel_copy: share"
   "transport/concept: clock reduce"
-  "transport/slots: clock copy topology wait reduce transport/concept transport/slot_layout"
+  "transport/slots: clock copy topology wait reduce transport/concept transport/queue transport/slot_layout"
+  "transport/queue: transport/concept"
   "transport/slot_layout: reduce"
   "transport/thread: transport/slots"
-  "transport/simulated: clock transport/concept transport/fiber"
+  "transport/simulated: clock transport/concept transport/fiber transport/queue"
+  "transport/tcp: topology transport/concept transport/queue network/node"
+  "network/socket: file"
+  "network/frame: transport/concept"
+  "network/control: network/frame network/socket"
+  "network/node: network/control"
+  "network/registry: network/control"
   "transport/shm: file transport/slots"
   "energy/board: file energy/attribution energy/source"
   "energy/hub: energy/attribution energy/board energy/regression energy/source"
@@ -156,7 +163,7 @@ for header in "${headers[@]}"; do
     fi
   done < <(grep -oP '^\s*#\s*include\s*"\K[^"]+' "$header" || true)
 
-  folders="sys|linux"
+  folders="sys|linux|arpa|netinet"
   for line in "${third_party[@]}"; do
     [[ ${line%%:*} != "$name" ]] || folders+="|$(sed 's/^ *//; s/ \+/|/g' <<<"${line#*:}")"
   done

@@ -56,6 +56,7 @@ struct Driver {
     ++credits;
     expect(times.culprit == 100 + t.peer, "the receiver's credit stamp");
   }
+  void drained(Transfer&) {}
   void copying(Transfer&) {}
   void reducing(Transfer&) {}
   Transfer* unexpected(Rank, const FrameInfo&) { return nullptr; }

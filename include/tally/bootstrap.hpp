@@ -31,14 +31,15 @@ namespace tally::inline v0 {
 struct JobInfo {
   Rank rank = 0;
   int size = 1;
-  std::string job;       // the same for all ranks, different from other jobs of this user on this host
+  std::string job;       // the same for all ranks, different from other jobs; empty if nothing says
   std::string launcher;  // which of the known ones; empty if none
+  std::string elsewhere;  // which ranks are on other hosts, as far as the launcher tells; empty if none are known to be
 };
 
 namespace detail {
 
 /// What all ranks are to choose algorithms by.
-inline CostModel model_for(const SlotMemory& memory, const Options& options) {
+inline CostModel model_for(std::string_view transport, int size, const Options& options) {
   CostModel model;
   const int online = static_cast<int>(::sysconf(_SC_NPROCESSORS_ONLN));
   const cpu_set_t allowed = own_cores();
@@ -51,22 +52,26 @@ inline CostModel model_for(const SlotMemory& memory, const Options& options) {
   model.spin_watts = watts(Activity::spin);
   model.sleep_watts = watts(Activity::sleep);
   model.spins = options.wait_policy() == WaitPolicy::latency ? 20000 : options.wait_policy() == WaitPolicy::energy ? 5 : 50;
-  model.group = std::clamp(options.group, 1, std::max(memory.layout().size(), 1));
-  if (!options.model.empty()) read_model(options.model, memory.name(), memory.layout().size(), model);
+  model.group = std::clamp(options.group, 1, std::max(size, 1));
+  if (!options.model.empty()) read_model(options.model, transport, size, model);
   return model;
 }
 /// For whoever makes the memory, before the ranks begin.
-inline void write_model(const SlotMemory& memory, const Options& options) { memory.write_note(model_for(memory, options)); }
+inline void write_model(const SlotMemory& memory, const Options& options) { memory.write_note(model_for(memory.name(), memory.layout().size(), options)); }
 
-/// An engine for rank `me` over `memory`.
-inline Communicator make_communicator(std::shared_ptr<SlotMemory> memory, Rank me, const Options& options) {
-  CostModel model;
-  memory->read_note(model);
-  auto transport = std::make_unique<SlotTransport>(std::move(memory), me);
+/// An engine over a transport.
+template <Transport T>
+Communicator make_communicator(std::unique_ptr<T> transport, const CostModel& model, const Options& options) {
   ModelMeter meter = options.meter;
   meter.enabled = meter.enabled && options.accounting;
   meter.cores_per_rank = std::min(1.0, static_cast<double>(::sysconf(_SC_NPROCESSORS_ONLN)) / transport->size());
-  return {std::make_unique<Engine<SlotTransport>>(std::move(transport), Clock::host(), AccountSettings(meter, options.accounting ? options.meters : nullptr, options.carbon, options.on_slack, options.observer), options.wait_policy(), options.accounting), options.timeout, model, options.algorithms, options.order};
+  return {std::make_unique<Engine<T>>(std::move(transport), Clock::host(), AccountSettings(meter, options.accounting ? options.meters : nullptr, options.carbon, options.on_slack, options.observer), options.wait_policy(), options.accounting), options.timeout, model, options.algorithms, options.order};
+}
+
+inline Communicator make_communicator(std::shared_ptr<SlotMemory> memory, Rank me, const Options& options) {
+  CostModel model;
+  memory->read_note(model);
+  return make_communicator(std::make_unique<SlotTransport>(std::move(memory), me), model, options);
 }
 
 /// Launchers by the variables they set: rank, size, ranks on this host, job.
@@ -92,16 +97,14 @@ inline JobInfo job_from_environment() {
       if (l.rank == launchers[0].rank) throw Error(Errc::invalid_argument, "TALLY_RANK is set but TALLY_SIZE is not");
       continue;
     }
-    JobInfo info{*environment_number<int>(l.rank, 0, *size - 1), *size, "", l.name};
+    JobInfo info{*environment_number<int>(l.rank, 0, *size - 1), *size, "", l.name, ""};
     if (l.local_size)
       if (const auto local = environment_number<int>(l.local_size, 1, 1 << 15); local && *local != *size)
-        throw Error(Errc::unsupported, {l.name, " started ", *size, " ranks, ", *local, " of them on this host; shared memory connects one host only"});
+        info.elsewhere = concat({l.name, " started ", *size, " ranks, ", *local, " of them on this host"});
     for (const char* name : l.job)
       if (const auto part = environment(name)) info.job.append(info.job.empty() ? "" : ".").append(*part);
     if (const auto nodes = environment_number<int>("SLURM_NNODES", 1, 1 << 20); nodes && *nodes > 1 && info.launcher == std::string("Slurm"))
-      throw Error(Errc::unsupported, {"Slurm started ranks on ", *nodes, " hosts; shared memory connects one host only"});
-    // Without a name of the job, ranks of one job share their parent: the launcher's daemon, or a shell.
-    if (info.job.empty()) info.job = concat({"parent", ::getppid()});
+      info.elsewhere = concat({"Slurm started ranks on ", *nodes, " hosts"});
     return info;
   }
   return {};
@@ -166,7 +169,7 @@ class Rendezvous {
 
     auto file = std::make_shared<ShmFile>();
     auto memory = std::make_shared<ShmMemory>(file, layout_, 0, 0);
-    CostModel model = model_for(*memory, options_);
+    CostModel model = model_for(memory->name(), job_.size, options_);
     std::vector<Connection> joined(static_cast<std::size_t>(job_.size));
     std::vector<pid_t> pids(joined.size(), ::getpid());
     std::vector<Place> places(joined.size(), place_of(own_cores()));
@@ -282,7 +285,9 @@ inline JobInfo job_info() { return detail::job_from_environment(); }
 /// TALLY_SIZE and TALLY_JOB, or one rank alone. Arguments are defaults that the environment overrides.
 inline Communicator init(const Options& defaults = {}) {
   const Options options = Options::from_environment(defaults);
-  const JobInfo job = detail::job_from_environment();
+  JobInfo job = detail::job_from_environment();
+  // Without a name of the job, ranks of one job share their parent: the launcher's daemon, or a shell.
+  if (job.job.empty()) job.job = detail::concat({"parent", ::getppid()});
   if (job.size == 1) {
     options.expect_transport("thread", "alone in their process");
     const auto memory = std::make_shared<ThreadMemory>(SlotLayout(1, options.slots));
@@ -290,6 +295,7 @@ inline Communicator init(const Options& defaults = {}) {
     return detail::make_communicator(memory, 0, options);
   }
   options.expect_transport("shm", "processes of one host");
+  if (!job.elsewhere.empty()) throw Error(Errc::unsupported, {job.elsewhere, "; shared memory connects one host only: include tally/tcp.hpp and call tally::init_tcp()"});
   return detail::make_communicator(detail::Rendezvous(job, options).meet(), job.rank, options);
 }
 

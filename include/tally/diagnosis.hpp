@@ -143,11 +143,11 @@ class Diagnosis {
   /// To tell later what this rank called.
   void remember(std::uint64_t sequence, std::uint64_t fingerprint, std::uint64_t count) { called_[sequence % std::size(called_)] = {sequence, fingerprint, count}; }
   [[gnu::cold]] std::string mismatch(const Run& run, Rank peer, std::uint64_t theirs) const {
-    return detail::concat({"operation #", run.sequence, ": rank ", transport_.rank(), " called ", detail::describe(run.fingerprint, run.count), ", rank ", peer, " called ", detail::describe(theirs, transport_.status(peer).count)});
+    return detail::concat({"operation #", run.sequence, ": rank ", transport_.rank(), " called ", detail::describe(run.fingerprint, run.count), ", rank ", peer, " called ", detail::describe(theirs, count_of(peer, run.sequence))});
   }
   /// Rank `peer` sends for an operation that is `ahead` of the one that expects data.
   [[gnu::cold]] std::string out_of_step(const Run& run, Rank peer, const FrameInfo& frame, std::int32_t ahead) const {
-    const std::string theirs = frame.has_fingerprint ? detail::concat({detail::describe(frame.fingerprint, transport_.status(peer).count), " "}) : "operation ";
+    const std::string theirs = frame.has_fingerprint ? detail::concat({detail::describe(frame.fingerprint, count_of(peer, run.sequence)), " "}) : "operation ";
     const Called& ours = called_[frame.operation % std::size(called_)];
     const bool known = ours.fingerprint != 0 && static_cast<std::uint32_t>(ours.sequence) == frame.operation;
     return detail::concat({"rank ", transport_.rank(), " in ", describe(run), " expects data from rank ", peer, ", which ", ahead > 0 ? "has sent none for it and went on to " : "has sent some that was not read in ", theirs, "#", frame.operation,
@@ -155,6 +155,11 @@ class Diagnosis {
   }
 
  private:
+  /// How many elements the peer says it called with; where ranks do not see each other's memory it may take a moment to.
+  [[gnu::cold]] std::uint64_t count_of(Rank peer, std::uint64_t sequence) const {
+    if constexpr (requires { transport_.status_at(peer, sequence); }) return transport_.status_at(peer, sequence).count;
+    else return transport_.status(peer).count;
+  }
   struct Called {
     std::uint64_t sequence = 0, fingerprint = 0, count = 0;
   };

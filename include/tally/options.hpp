@@ -39,7 +39,7 @@ struct Options {
 
   /// `defaults`, changed by what the environment says: TALLY_TIMEOUT (seconds), TALLY_ACCOUNTING (on, off),
   /// TALLY_METER (auto: meters, else the model; model; none), TALLY_MODEL_BUSY_WATTS, TALLY_MODEL_IDLE_WATTS (per core), TALLY_ALGORITHM, TALLY_ORDER (any, fixed), TALLY_WAIT (latency, balanced, energy), TALLY_OBJECTIVE (time, energy, energy_delay), TALLY_MODEL (a file),
-  /// TALLY_GROUP (ranks), TALLY_TRANSPORT (shm, thread), TALLY_SLOTS, TALLY_SLOT_BYTES, TALLY_SLOT_BUDGET (bytes).
+  /// TALLY_GROUP (ranks), TALLY_TRANSPORT (shm, thread, tcp), TALLY_SLOTS, TALLY_SLOT_BYTES, TALLY_SLOT_BUDGET (bytes).
   static Options from_environment(Options defaults) {
     using detail::environment, detail::environment_number;
     Options o = std::move(defaults);
@@ -69,7 +69,7 @@ struct Options {
     if (const auto v = environment("TALLY_MODEL")) o.model = *v;
     if (const auto n = environment_number<int>("TALLY_GROUP", 0, 1 << 15)) o.group = *n;
     if (const auto v = environment("TALLY_TRANSPORT")) {
-      one_of("TALLY_TRANSPORT", *v, "shm", "thread");
+      if (*v != "shm" && *v != "thread" && *v != "tcp") throw Error(Errc::invalid_argument, {"TALLY_TRANSPORT='", *v, "' is unknown; it may be shm, thread or tcp"});
       o.transport = *v;
     }
     if (const auto n = environment_number<int>("TALLY_SLOTS", 1, 4096)) o.slots.slots = *n;

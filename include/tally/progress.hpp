@@ -196,6 +196,7 @@ class Progress {
       const bool is_early = t.matching == Matching::order && static_cast<std::int16_t>(times.called - static_cast<std::uint16_t>(t.operation)) < 0;
       progress.heard(client.account_of(t), t, is_early ? FrameTimes{times.sent_at, 0, 0, static_cast<std::uint16_t>(t.peer), 0} : times, State::wait_credit);
     }
+    void drained(Transfer& t) { progress.drained(client.account_of(t), t); }
     void copying(Transfer& t) {
       progress.serve(client.account_of(t));
       progress.enter(State::copy);
@@ -302,6 +303,21 @@ class Progress {
       t.late.raise({began_, transport_.rank()});
       t.inherited.raise({began_, transport_.rank()});
     }
+  }
+
+  /// The network takes t's bytes again: what was waited was for others on their way.
+  void drained(OperationAccount& account, const Transfer& t) {
+    if (waiting_) ladder_.learn(now_ - wait_began_);
+    if (!timed_) {
+      waiting_ = false;
+      current_ = &account;
+      return;
+    }
+    serve(account);
+    if (!waiting_) return;
+    account.watch.blame(t.peer, State::wait_transfer, now_ - account.watch.mark());
+    account.watch.resume(State::protocol, now_);
+    waiting_ = false;
   }
 
   /// A time of the peer's clock in this rank's: where ranks have clocks of their own, the transport compares them.

@@ -25,6 +25,7 @@
 #include "../error.hpp"
 #include "concept.hpp"
 #include "fiber.hpp"
+#include "queue.hpp"
 
 namespace tally::inline v0 {
 
@@ -295,25 +296,12 @@ class SimulatedTransport {
   template <Probe P>
   void post(Transfer& t, P& probe) {
     Endpoint& e = endpoint(t.lane, t.peer);
-    t.pending = true;
-    t.next = nullptr;
-    Queue& queue = t.is_send ? e.sends : e.receives;
-    if (queue.tail) {
-      queue.tail = queue.tail->next = &t;
-      return;
-    }
-    queue.head = queue.tail = &t;
-    if (t.is_send) advance_send(e, t.lane, t.peer, probe);
+    if ((t.is_send ? e.sends : e.receives).push(t) && t.is_send) advance_send(e, t.lane, t.peer, probe);
   }
   void cancel(Transfer& t) {
     if (!t.pending) return;
     Endpoint& e = endpoint(t.lane, t.peer);
-    Queue& queue = t.is_send ? e.sends : e.receives;
-    Transfer* before = nullptr;
-    for (Transfer* x = queue.head; x && x != &t; x = x->next) before = x;
-    (before ? before->next : queue.head) = t.next;
-    if (queue.tail == &t) queue.tail = before;
-    t.pending = false;
+    (t.is_send ? e.sends : e.receives).remove(t);
   }
   template <Probe P>
   bool poll(P& probe) {
@@ -372,16 +360,8 @@ class SimulatedTransport {
   void discard(std::uint64_t, std::span<const Rank>) {}
 
  private:
-  struct Queue {
-    Transfer *head = nullptr, *tail = nullptr;
-    void pop() {
-      head->pending = false;
-      head = head->next;
-      if (!head) tail = nullptr;
-    }
-  };
   struct Endpoint {
-    Queue sends, receives;
+    TransferQueue sends, receives;
     int unacknowledged = 0;       // frames sent for which no credit is back
     std::size_t taken = 0;        // bytes of the frame at the head that are consumed
     std::uint32_t operation = 0;  // of the last frame sent
@@ -453,7 +433,7 @@ class SimulatedTransport {
     if (frames.empty() || frames.front().visible > network_.now()) return false;
     const SimulatedNetwork::Frame& frame = frames.front();
     if (!e.seen) {
-      if (e.receives.head->matching != Matching::order && frame.info.first && !match(e, frame.info, probe)) return false;
+      if (e.receives.head->matching != Matching::order && frame.info.first && !e.receives.match(frame.info, probe)) return false;
       probe.arrived(*e.receives.head, frame.info);
       e.seen = true;
       counters_.messages_received += frame.info.first;
@@ -480,26 +460,6 @@ class SimulatedTransport {
       if (t.done == t.bytes) e.receives.pop();
     }
     probe.moved(t);
-    return true;
-  }
-
-  /// Puts the receive that the message is for at the head of the queue.
-  template <Probe P>
-  bool match(Endpoint& e, const FrameInfo& frame, P& probe) {
-    Queue& queue = e.receives;
-    Transfer *before = nullptr, *found = queue.head;
-    while (found && found->matching != Matching::any && found->fingerprint != frame.fingerprint) before = std::exchange(found, found->next);
-    if (found == queue.head) return true;
-    if (found) {
-      before->next = found->next;
-      if (queue.tail == found) queue.tail = before;
-    } else {
-      found = probe.unexpected(queue.head->peer, frame);
-      if (!found) return false;
-      found->pending = true;
-    }
-    found->next = queue.head;
-    queue.head = found;
     return true;
   }
 

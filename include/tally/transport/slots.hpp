@@ -27,6 +27,7 @@
 #include "../topology.hpp"
 #include "../wait.hpp"
 #include "concept.hpp"
+#include "queue.hpp"
 #include "slot_layout.hpp"
 
 namespace tally::inline v0 {
@@ -175,15 +176,7 @@ class SlotTransport {
   template <Probe P>
   void post(Transfer& t, P& probe) {
     Endpoint& e = endpoint(t.lane, t.peer);
-    t.pending = true;
-    t.next = nullptr;
-    Queue& queue = t.is_send ? e.sends : e.receives;
-    if (queue.tail) {
-      queue.tail->next = &t;
-      queue.tail = &t;
-      return;
-    }
-    queue.head = queue.tail = &t;
+    if (!(t.is_send ? e.sends : e.receives).push(t)) return;
     if (!t.is_send) receiving_.push_back(&e);
     else if (!advance_send(e, probe) || e.sends.head) sending_.push_back(&e);
   }
@@ -191,12 +184,8 @@ class SlotTransport {
   void cancel(Transfer& t) {
     if (!t.pending) return;
     Endpoint& e = endpoint(t.lane, t.peer);
-    Queue& queue = t.is_send ? e.sends : e.receives;
-    Transfer* before = nullptr;
-    for (Transfer* x = queue.head; x && x != &t; x = x->next) before = x;
-    (before ? before->next : queue.head) = t.next;
-    if (queue.tail == &t) queue.tail = before;
-    t.pending = false;
+    TransferQueue& queue = t.is_send ? e.sends : e.receives;
+    queue.remove(t);
     if (!queue.head) std::erase(t.is_send ? sending_ : receiving_, &e);
   }
 
@@ -340,19 +329,11 @@ class SlotTransport {
     std::atomic<std::uint64_t>* consumed = nullptr;
     detail::Credit* credits = nullptr;
   };
-  struct Queue {
-    Transfer *head = nullptr, *tail = nullptr;
-    void pop() {
-      head->pending = false;
-      head = head->next;
-      if (!head) tail = nullptr;
-    }
-  };
   struct Endpoint {
     Ring out, in;
     std::atomic<std::uint32_t>* peer_parked = nullptr;
     std::uint32_t peer_bit = 0;
-    Queue sends, receives;
+    TransferQueue sends, receives;
     std::uint64_t sent = 0, credit = 0;  // frames sent, and known to be consumed
     std::uint64_t received = 0;
     std::size_t out_at = 0, in_at = 0;  // where the next payload of either direction may begin
@@ -470,7 +451,7 @@ class SlotTransport {
       if (e.frame > layout_.slot_bytes()) broken(*e.receives.head, e.frame);
       const FrameInfo info{slot.operation, slot.fingerprint, (slot.flags & detail::flag_fingerprint) != 0, (slot.flags & detail::flag_first) != 0,
                            (slot.flags & detail::flag_last) != 0, e.frame, std::size_t{slot.total_high} << 32 | slot.total_low, FrameTimes{slot.sent_at, slot.arrive_age, slot.late_age, slot.culprit, 0}};
-      if (e.receives.head->matching != Matching::order && info.first && !match(e, info, probe)) return false;
+      if (e.receives.head->matching != Matching::order && info.first && !e.receives.match(info, probe)) return false;
       probe.arrived(*e.receives.head, info);
       e.seen = true;
       counters_.messages_received += slot.flags & detail::flag_first;
@@ -513,28 +494,6 @@ class SlotTransport {
       if (t.done == t.bytes) e.receives.pop();
     }
     probe.moved(t);
-    return true;
-  }
-
-  /// Puts the receive that the message is for at the head of the queue.
-  template <Probe P>
-  bool match(Endpoint& e, const FrameInfo& frame, P& probe) {
-    Queue& queue = e.receives;
-    Transfer *before = nullptr, *found = queue.head;
-    while (found && found->matching != Matching::any && found->fingerprint != frame.fingerprint) before = found, found = found->next;
-    if (!found) {
-      const Rank peer = queue.head->peer;
-      found = probe.unexpected(peer, frame);
-      if (!found) return false;
-      found->pending = true;
-      found->next = queue.head;
-      queue.head = found;
-    } else if (before) {
-      before->next = found->next;
-      if (queue.tail == found) queue.tail = before;
-      found->next = queue.head;
-      queue.head = found;
-    }
     return true;
   }
 

@@ -1,0 +1,143 @@
+// SPDX-License-Identifier: Apache-2.0
+// What ranks of a job tell each other beside the data, over one connection of each to the job's registry: who they are, where
+// they listen, what they are in, that they leave or give up. Records with a length, read here and nowhere else.
+#pragma once
+
+#include <sys/socket.h>
+
+#include <cerrno>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <string>
+#include <string_view>
+#include <type_traits>
+#include <vector>
+
+#include "frame.hpp"
+#include "socket.hpp"
+
+namespace tally::inline v0::detail {
+
+enum class ControlKind : std::uint32_t { join = 1, welcome, refusal, status, ask, told, goodbye, abort, dead };
+
+struct ControlHeader {
+  std::uint32_t bytes = 0;  // that follow
+  ControlKind kind{};
+};
+/// The first record of each rank. Its magic is the first that anybody reads, so a stranger's bytes are known at once.
+struct Join {
+  std::uint64_t magic = 0x6e696f6a796c6c61ull;  // "allyjoin"
+  std::uint32_t protocol = network_protocol;
+  std::int32_t rank = -1, size = 0;
+  std::uint32_t accounting = 0;
+  std::uint64_t job = 0;  // a hash of its name
+  std::uint64_t settings = 0;  // a hash of what must be the same everywhere
+  SocketAddress listens;  // family 0: at the address that it connects from
+};
+struct CommunicatorStatus {
+  std::uint64_t communicator = 0;
+  std::int32_t rank = -1;  // in the job
+  std::uint32_t inside = 0;
+  std::uint64_t sequence = 0, fingerprint = 0, count = 0;
+};
+/// What the registry knows of a rank in a communicator.
+struct Told {
+  CommunicatorStatus status;
+  std::uint32_t left = 0;
+  std::uint32_t opened = 0;  // channels to who asks
+};
+struct Notice {  // a text follows
+  std::uint64_t communicator = 0;
+  std::int32_t rank = -1, peer = -1;
+  std::uint32_t code = 0, unused = 0;
+};
+struct Goodbye {  // an Opened for each rank that it opened channels to follows
+  std::uint64_t communicator = 0;  // 0: the rank ends, having left all of them
+  std::int32_t size = 0;
+  std::uint32_t unused = 0;
+};
+struct Opened {
+  std::int32_t to = -1;  // in the job
+  std::uint32_t channels = 0;
+};
+
+/// A stream of control records: parts in, whole records out. Never blocks; false once the other side is gone or talks nonsense.
+class ControlStream {
+ public:
+  static constexpr std::size_t longest = std::size_t{4} << 20;  // a table of the largest job fits; who is not in it yet gets far less
+  explicit ControlStream(FileDescriptor fd = FileDescriptor(), std::size_t most = longest) : fd_(std::move(fd)), most_(most), in_(4096) {}
+  explicit operator bool() const { return static_cast<bool>(fd_); }
+  int fd() const { return fd_.get(); }
+  const FileDescriptor& descriptor() const { return fd_; }
+  void trust() { most_ = longest; }
+
+  /// Reads what is there and calls handle(kind, bytes) for each record that is complete.
+  template <class F>
+  bool read(F&& handle) {
+    for (;;) {
+      while (in_.size() >= sizeof(ControlHeader)) {
+        ControlHeader header;
+        std::memcpy(&header, in_.data(), sizeof header);
+        if (header.bytes > most_) return false;
+        if (in_.size() < sizeof header + header.bytes) {
+          in_.grow(sizeof header + header.bytes);
+          break;
+        }
+        in_.take(sizeof header);
+        const std::string_view record(reinterpret_cast<const char*>(in_.data()), header.bytes);
+        const bool fine = handle(header.kind, record);
+        in_.take(header.bytes);
+        if (!fine) return false;
+      }
+      if (in_.empty()) in_.take(0);
+      std::byte* const to = in_.space(in_.room());
+      const ssize_t got = ::recv(fd_.get(), to, in_.space_left(), MSG_DONTWAIT);
+      if (got > 0) in_.added(static_cast<std::size_t>(got));
+      else if (got < 0 && errno == EINTR) continue;
+      else return got < 0 && (errno == EAGAIN || errno == EWOULDBLOCK);
+    }
+  }
+  /// Queues a record; write() sends what it can.
+  void put(ControlKind kind, std::string_view record) {
+    const ControlHeader header{static_cast<std::uint32_t>(record.size()), kind};
+    out_.append(reinterpret_cast<const char*>(&header), sizeof header);
+    out_.append(record);
+  }
+  template <class T>
+    requires std::is_trivially_copyable_v<T> && std::is_class_v<T> && (!std::convertible_to<T, std::string_view>)
+  void put(ControlKind kind, const T& record) {
+    put(kind, as_bytes(record));
+  }
+  bool write() {
+    while (!out_.empty()) {
+      const ssize_t sent = ::send(fd_.get(), out_.data(), out_.size(), MSG_DONTWAIT | MSG_NOSIGNAL);
+      if (sent > 0) out_.erase(0, static_cast<std::size_t>(sent));
+      else if (errno != EINTR) return errno == EAGAIN || errno == EWOULDBLOCK || errno == ENOTCONN || errno == EINPROGRESS;
+    }
+    return true;
+  }
+  bool has_more() const { return !out_.empty(); }
+  std::size_t waiting() const { return out_.size(); }
+
+  template <class T>
+  static std::string_view as_bytes(const T& value) {
+    return {reinterpret_cast<const char*>(&value), sizeof value};
+  }
+  /// The front of a record as a T; false if it is shorter.
+  template <class T>
+  static bool take(std::string_view& record, T& value) {
+    if (record.size() < sizeof value) return false;
+    std::memcpy(&value, record.data(), sizeof value);
+    record.remove_prefix(sizeof value);
+    return true;
+  }
+
+ private:
+  FileDescriptor fd_;
+  std::size_t most_;
+  StreamBuffer in_;
+  std::string out_;
+};
+
+}  // namespace tally::inline v0::detail

@@ -1,0 +1,339 @@
+// SPDX-License-Identifier: Apache-2.0
+// A rank's place in the network, shared by all its communicators: it listens, knows where the others do, opens and accepts
+// the connections between them, and hears of the others through the registry. Any thread may call; nothing waits for a peer
+// but joining.
+#pragma once
+
+#include <sys/epoll.h>
+#include <unistd.h>
+
+#include <array>
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "../types.hpp"
+#include "control.hpp"
+
+namespace tally::inline v0::detail {
+
+/// What is known of a communicator's other ranks. Ranks are the communicator's.
+class NetworkGroup {
+ public:
+  NetworkGroup(std::uint64_t of, std::vector<Rank> ranks) : communicator(of), members(std::move(ranks)), told(members.size()) {}
+  const std::uint64_t communicator;
+  const std::vector<Rank> members;  // the job's ranks
+  std::atomic<bool> aborted{false};
+
+  // Under the node's lock.
+  std::vector<Told> told;
+  AbortNotice notice;
+  bool notice_is_first = false;
+};
+
+class NetworkNode {
+ public:
+  using Instant = std::chrono::steady_clock::time_point;
+
+  /// Joins the job whose registry listens at one of `registry`; me.listens says where this rank is to listen (family 0: where it
+  /// reaches the registry from). Waits until all are there. Throws what the registry says, or Errc::timeout.
+  NetworkNode(const std::vector<SocketAddress>& registry, Join me, nanoseconds timeout) : me_(me.rank), size_(me.size), peer_limit_(std::chrono::duration_cast<std::chrono::milliseconds>(timeout)) {
+    const Instant deadline = std::chrono::steady_clock::now() + timeout;
+    connect(registry, deadline, timeout);
+    SocketAddress here = me.listens.is_valid() ? me.listens : own_address(link_.descriptor());
+    here.port = me.listens.port;
+    listener_ = listen_at(here);
+    me.listens.port = own_address(listener_).port;
+    look_out_for(listener_.get());
+    look_out_for(link_.fd());
+    link_.put(ControlKind::join, me);
+    while (addresses_.empty()) {
+      if (!link_.write() || !wait_for_events(link_.fd(), static_cast<short>(POLLIN | (link_.has_more() ? POLLOUT : 0)), deadline)) {
+        if (std::chrono::steady_clock::now() >= deadline)
+          throw Error(Errc::timeout, {"rank ", me_, " joined the job, but not all others did within ", timeout.count() / 1'000'000, " ms"}, {me_, -1, 0, {}});
+        registry_gone("while it waited for the others");
+      }
+      if (!link_.read([&](ControlKind kind, std::string_view record) { return welcome(kind, record); }) && addresses_.empty()) registry_gone("while it waited for the others");
+    }
+  }
+  ~NetworkNode() {
+    if (::getpid() != process_) return;
+    link_.put(ControlKind::goodbye, Goodbye{});
+    // The connection outlives the process until this is there.
+    link_.write();
+  }
+  NetworkNode(const NetworkNode&) = delete;
+
+  Rank rank() const { return me_; }
+  int size() const { return size_; }
+  const JobKey& key() const { return key_; }
+  /// What rank 0 has for all.
+  const std::string& note() const { return note_; }
+  const SocketAddress& address(Rank r) const { return addresses_[static_cast<std::size_t>(r)]; }
+  /// For who sleeps: an epoll descriptor, readable when somebody connects, or the registry says something.
+  int door() const { return door_.get(); }
+
+  std::uint64_t new_communicator() {
+    const std::lock_guard lock(mutex_);
+    return (static_cast<std::uint64_t>(me_) + 1) << 40 | ++communicators_;
+  }
+  std::shared_ptr<NetworkGroup> join(std::uint64_t communicator, std::vector<Rank> members) {
+    const std::lock_guard lock(mutex_);
+    auto group = std::make_shared<NetworkGroup>(communicator, std::move(members));
+    groups_[communicator] = group;
+    if (const auto early = early_aborts_.find(communicator); early != early_aborts_.end()) {
+      take_notice(*group, early->second);
+      early_aborts_.erase(early);
+    }
+    return group;
+  }
+
+  FileDescriptor connect_to(Rank r, int& error) {
+    FileDescriptor fd = begin_connect(address(r), error);
+    if (error == 0) tune(fd, peer_limit_);
+    return fd;
+  }
+  /// The connection that rank `from` of a communicator has opened, if it has; its window.
+  FileDescriptor claim(std::uint64_t communicator, int lane, Rank from, Rank& to, std::uint64_t& window) {
+    const std::lock_guard lock(mutex_);
+    accept();
+    const auto found = arrived_.find({communicator, lane, from});
+    if (found == arrived_.end()) return FileDescriptor();
+    Arrived arrived = std::move(found->second);
+    arrived_.erase(found);
+    to = arrived.to;
+    window = arrived.window;
+    return std::move(arrived.fd);
+  }
+
+  // Slow matters: a rank that waits for long asks and says what it is in.
+  void publish(const NetworkGroup& group, const RankStatus& status) {
+    const std::lock_guard lock(mutex_);
+    link_.put(ControlKind::status, CommunicatorStatus{group.communicator, me_, status.inside, status.sequence, status.fingerprint, status.count});
+    exchange();
+  }
+  void ask(const NetworkGroup& group) {
+    const std::lock_guard lock(mutex_);
+    link_.put(ControlKind::ask, ControlStream::as_bytes(group.communicator));
+    exchange();
+  }
+  /// Hears what is there; does nothing while another thread does.
+  void hear() {
+    if (const std::unique_lock lock(mutex_, std::try_to_lock); lock) exchange();
+  }
+  Told told(const NetworkGroup& group, Rank r) {
+    const std::lock_guard lock(mutex_);
+    return group.told[static_cast<std::size_t>(r)];
+  }
+  bool is_dead(Rank r) {
+    const std::lock_guard lock(mutex_);
+    return dead_[static_cast<std::size_t>(r)];
+  }
+  bool registry_is_gone() {
+    const std::lock_guard lock(mutex_);
+    return registry_gone_;
+  }
+
+  void abort(NetworkGroup& group, const AbortNotice& notice) {
+    const std::lock_guard lock(mutex_);
+    if (!group.aborted.exchange(true)) group.notice = notice;
+    Notice header;
+    header.communicator = group.communicator;
+    header.code = static_cast<std::uint32_t>(notice.code);
+    header.rank = notice.rank;
+    header.peer = notice.peer;
+    link_.put(ControlKind::abort, std::string(ControlStream::as_bytes(header)) + notice.text.substr(0, longest_text));
+    exchange();
+  }
+  /// The first one of all ranks', as the registry says; this rank's own where that does not answer.
+  AbortNotice notice(const NetworkGroup& group) {
+    for (int tries = 0;; ++tries) {
+      {
+        const std::lock_guard lock(mutex_);
+        exchange();
+        if (group.notice_is_first || registry_gone_ || tries == 300) return group.notice;
+      }
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    }
+  }
+  void leave(const NetworkGroup& group, const std::vector<Opened>& opened) {
+    const std::lock_guard lock(mutex_);
+    groups_.erase(group.communicator);
+    std::erase_if(arrived_, [&](const auto& each) { return std::get<0>(each.first) == group.communicator; });
+    Goodbye goodbye;
+    goodbye.communicator = group.communicator;
+    goodbye.size = static_cast<std::int32_t>(group.members.size());
+    std::string record(ControlStream::as_bytes(goodbye));
+    for (const Opened& each : opened) record += ControlStream::as_bytes(each);
+    link_.put(ControlKind::goodbye, record);
+    exchange();
+  }
+
+ private:
+  struct Stranger {
+    FileDescriptor fd;
+    Instant since;
+    std::size_t have = 0;
+    ChannelHello hello;
+  };
+  struct Arrived {
+    FileDescriptor fd;
+    Rank to = -1;
+    std::uint64_t window = 0;
+  };
+  static constexpr std::size_t longest_text = 8192, most_strangers = 256, most_unclaimed = 1 << 16;
+  static constexpr auto patience = std::chrono::seconds(10);
+
+  void connect(const std::vector<SocketAddress>& registry, Instant deadline, nanoseconds timeout) {
+    std::string problem = "nobody answers";
+    for (std::size_t i = 0;; ++i) {
+      const SocketAddress& to = registry[i % registry.size()];
+      int error = 0;
+      FileDescriptor fd = begin_connect(to, error);
+      if (error == 0 && wait_for_events(fd.get(), POLLOUT, std::min(deadline, std::chrono::steady_clock::now() + std::chrono::seconds(3)))) {
+        error = error_of(fd);
+        // A port of this host that nobody listens at may connect to itself.
+        if (error == 0 && own_address(fd) != to) {
+          tune(fd, std::chrono::seconds(30));
+          link_ = ControlStream(std::move(fd));
+          return;
+        }
+      } else if (error == 0) {
+        error = ETIMEDOUT;
+      }
+      if (error != 0) problem = errno_text(error);
+      if (std::chrono::steady_clock::now() >= deadline)
+        throw Error(Errc::timeout, {"rank ", me_, " cannot reach the job's registry at ", to.text(), " within ", timeout.count() / 1'000'000, " ms: ", problem, "; is rank 0 running there, and nothing between that drops connections?"}, {me_, 0, 0, {}});
+      std::this_thread::sleep_for(std::chrono::milliseconds(i < 20 ? 5 : 50));
+    }
+  }
+  [[noreturn]] void registry_gone(const char* when) const { throw Error(Errc::peer_lost, {"the job's registry, at rank 0, went away ", when}, {me_, 0, 0, {}}); }
+  bool welcome(ControlKind kind, std::string_view record) {
+    if (kind == ControlKind::refusal) {
+      Notice notice;
+      if (!ControlStream::take(record, notice)) return false;
+      throw Error(static_cast<Errc>(notice.code), record, {me_, -1, 0, {}});
+    }
+    if (kind != ControlKind::welcome) return heard(kind, record);
+    if (!ControlStream::take(record, key_) || record.size() < static_cast<std::size_t>(size_) * sizeof(SocketAddress)) return false;
+    addresses_.resize(static_cast<std::size_t>(size_));
+    dead_.resize(addresses_.size());
+    for (SocketAddress& each : addresses_) (void)ControlStream::take(record, each);
+    note_ = record;
+    for (const SocketAddress& each : addresses_)
+      if (!each.is_valid()) throw Error(Errc::protocol, "the job's registry names an address that is none", {me_, 0, 0, {}});
+    return true;
+  }
+
+  void look_out_for(int fd) {
+    epoll_event event{};
+    event.events = EPOLLIN | EPOLLET;
+    if (::epoll_ctl(door_.get(), EPOLL_CTL_ADD, fd, &event) != 0) throw Error(Errc::no_resources, {"cannot wait for connections: ", errno_text(errno)}, {me_, -1, 0, {}});
+  }
+  /// Sends and hears. After the registry is gone ranks know of each other only by their connections.
+  void exchange() {
+    if (registry_gone_) return;
+    if (!link_.write() || !link_.read([&](ControlKind kind, std::string_view record) { return heard(kind, record); })) registry_gone_ = true;
+  }
+  bool heard(ControlKind kind, std::string_view record) {
+    if (kind == ControlKind::dead) {
+      std::int32_t rank = -1;
+      if (!ControlStream::take(record, rank) || rank < 0 || rank >= size_) return false;
+      dead_[static_cast<std::size_t>(rank)] = true;
+      return true;
+    }
+    if (kind == ControlKind::abort) {
+      Notice header;
+      if (!ControlStream::take(record, header)) return false;
+      const AbortNotice notice{static_cast<Errc>(header.code), header.rank, header.peer, std::string(record)};
+      if (const auto found = groups_.find(header.communicator); found != groups_.end()) {
+        if (const auto group = found->second.lock()) take_notice(*group, notice);
+      } else if (early_aborts_.size() < 1024) {
+        early_aborts_[header.communicator] = notice;  // of a communicator that this rank has yet to open
+      }
+      return true;
+    }
+    if (kind != ControlKind::told) return false;
+    std::uint64_t communicator = 0;
+    if (!ControlStream::take(record, communicator)) return false;
+    const auto found = groups_.find(communicator);
+    const auto group = found == groups_.end() ? nullptr : found->second.lock();
+    if (!group) return true;
+    for (Told told; ControlStream::take(record, told);)
+      for (std::size_t r = 0; r < group->members.size(); ++r)
+        if (group->members[r] == told.status.rank) group->told[r] = told;
+    return true;
+  }
+  static void take_notice(NetworkGroup& group, const AbortNotice& notice) {
+    group.notice = notice;
+    group.notice_is_first = true;
+    group.aborted.store(true);
+  }
+
+  /// Lets in who knows the job's key, and drops who does not or takes too long to say.
+  void accept() {
+    const Instant now = std::chrono::steady_clock::now();
+    std::array<epoll_event, 64> seen;
+    (void)::epoll_wait(door_.get(), seen.data(), static_cast<int>(seen.size()), 0);  // so that what comes next is seen as new
+    for (int i = 0; i < 64; ++i) {
+      FileDescriptor fd(::accept4(listener_.get(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK));
+      if (!fd && (errno == ECONNABORTED || errno == EINTR)) continue;
+      if (!fd && (errno == EMFILE || errno == ENFILE) && strangers_.empty())
+        throw Error(Errc::no_resources, {"rank ", me_, " has no descriptor for a rank that connects: ", errno_text(errno), "; raise the limit (ulimit -n)"}, {me_, -1, 0, {}});
+      if (!fd) break;
+      if (strangers_.size() >= most_strangers) strangers_.erase(strangers_.begin());
+      tune(fd, peer_limit_);
+      look_out_for(fd.get());
+      strangers_.push_back({std::move(fd), now, 0, {}});
+    }
+    for (std::size_t i = 0; i < strangers_.size();) {
+      Stranger& stranger = strangers_[i];
+      const ssize_t got = ::recv(stranger.fd.get(), reinterpret_cast<char*>(&stranger.hello) + stranger.have, sizeof stranger.hello - stranger.have, MSG_DONTWAIT);
+      if (got > 0) stranger.have += static_cast<std::size_t>(got);
+      const bool waits = got < 0 && (errno == EAGAIN || errno == EINTR || errno == EWOULDBLOCK);
+      if (stranger.have == sizeof stranger.hello) {
+        const ChannelHello& h = stranger.hello;
+        const ChannelHello like;
+        unsigned differ = 0;
+        for (std::size_t k = 0; k < key_.size(); ++k) differ |= static_cast<unsigned>(h.key[k] ^ key_[k]);
+        if (h.magic == like.magic && h.protocol == like.protocol && differ == 0 && arrived_.size() < most_unclaimed) {
+          ::epoll_ctl(door_.get(), EPOLL_CTL_DEL, stranger.fd.get(), nullptr);
+          arrived_.insert_or_assign(std::tuple(h.communicator, static_cast<int>(h.lane), h.from), Arrived{std::move(stranger.fd), h.to, h.window});
+        }
+      } else if ((waits || got > 0) && now - stranger.since < patience) {
+        ++i;
+        continue;
+      }
+      strangers_.erase(strangers_.begin() + static_cast<std::ptrdiff_t>(i));
+    }
+  }
+
+  Rank me_;
+  int size_;
+  std::chrono::milliseconds peer_limit_;
+  JobKey key_{};
+  std::string note_;
+  std::vector<SocketAddress> addresses_;
+  FileDescriptor listener_, door_{::epoll_create1(EPOLL_CLOEXEC)};
+  pid_t process_ = ::getpid();
+  std::mutex mutex_;
+  ControlStream link_;
+  std::vector<Stranger> strangers_;
+  std::map<std::tuple<std::uint64_t, int, Rank>, Arrived> arrived_;
+  std::map<std::uint64_t, std::weak_ptr<NetworkGroup>> groups_;
+  std::map<std::uint64_t, AbortNotice> early_aborts_;
+  std::vector<bool> dead_;
+  std::uint64_t communicators_ = 1;
+  bool registry_gone_ = false;
+};
+
+}  // namespace tally::inline v0::detail

@@ -1,0 +1,263 @@
+// SPDX-License-Identifier: Apache-2.0
+// Where ranks of several hosts meet: a thread of rank 0's that waits until all have joined, tells each where the others listen,
+// and from then on passes on what they say about themselves. It outlives slow, double, vanished and hostile guests.
+#pragma once
+
+#include <poll.h>
+#include <sys/eventfd.h>
+#include <sys/random.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <set>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "../types.hpp"
+#include "control.hpp"
+
+namespace tally::inline v0::detail {
+
+class Registry {
+ public:
+  /// `like`: what every rank has to say of itself, but for rank and address. `note`: from rank 0 to all.
+  Registry(FileDescriptor listener, const Join& like, nanoseconds timeout, std::string note = {})
+      : note_(std::move(note)), listener_(std::move(listener)), stop_(::eventfd(0, EFD_CLOEXEC)), like_(like), guests_of_(static_cast<std::size_t>(like.size)), deadline_(Clock::now() + timeout), timeout_(timeout) {
+    if (!stop_) throw Error(Errc::no_resources, {"no descriptor for the job's registry: ", errno_text(errno)});
+    for (std::size_t have = 0; have < key_.size();) {
+      const ssize_t got = ::getrandom(key_.data() + have, key_.size() - have, 0);
+      if (got < 0 && errno != EINTR) throw Error(Errc::no_resources, {"no random numbers for the job's key: ", errno_text(errno)});
+      if (got > 0) have += static_cast<std::size_t>(got);
+    }
+    set_option(listener_, SOL_SOCKET, SO_KEEPALIVE, 1);
+    thread_ = std::thread([this] { work(); });
+  }
+  ~Registry() {
+    if (::getpid() == process_) {
+      const std::uint64_t one = 1;
+      (void)!::write(stop_.get(), &one, sizeof one);
+      thread_.join();
+    } else {
+      thread_.detach();  // a child that this rank forked has no such thread
+    }
+  }
+  Registry(const Registry&) = delete;
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  struct Guest {
+    ControlStream stream;
+    SocketAddress from;
+    Clock::time_point since;
+    Rank rank = -1;
+    bool gone = false, ended = false;  // ended: it said goodbye to everything
+  };
+  struct Entry {
+    CommunicatorStatus status;
+    bool left = false;
+    std::map<Rank, std::uint32_t> opened;
+  };
+  static constexpr std::size_t most_silent = 128, most_unread = std::size_t{64} << 20;
+  static constexpr auto patience = std::chrono::seconds(10);  // with a guest that says nothing
+
+  void work() {
+    std::vector<pollfd> events;
+    while (!over_) {
+      events.assign({{stop_.get(), POLLIN, 0}, {listener_.get(), static_cast<short>(crowded_ ? 0 : POLLIN), 0}});
+      for (const auto& guest : guests_) events.push_back({guest->stream.fd(), static_cast<short>(POLLIN | (guest->stream.has_more() ? POLLOUT : 0)), 0});
+      int limit = crowded_ ? 20 : joined_ < like_.size || guests_.size() > guests_of_.size() ? 200 : -1;
+      if (::poll(events.data(), events.size(), limit) < 0 && errno != EINTR) return;
+      if (events[0].revents) break;
+      const std::size_t known = guests_.size();
+      crowded_ = false;
+      if (events[1].revents || limit == 20) accept();
+      const Clock::time_point now = Clock::now();
+      for (std::size_t i = 0; i < known; ++i) {
+        Guest& guest = *guests_[i];
+        if (events[i + 2].revents & (POLLIN | POLLHUP | POLLERR)) guest.gone = !guest.stream.read([&](ControlKind kind, std::string_view record) { return handle(guest, kind, record); }) || guest.gone;
+        if (guest.rank < 0 && now - guest.since > patience) guest.gone = true;
+      }
+      for (const auto& guest : guests_)
+        if (!guest->gone && guest->stream.has_more() && (!guest->stream.write() || guest->stream.waiting() > most_unread)) guest->gone = true;
+      bury();
+      if (joined_ < like_.size && !over_ && now > deadline_) fail(Errc::timeout, missing_text());
+    }
+    for (const auto& guest : guests_) guest->stream.write();
+  }
+  void accept() {
+    for (int i = 0; i < 256; ++i) {
+      sockaddr_storage storage{};
+      socklen_t length = sizeof storage;
+      FileDescriptor fd(::accept4(listener_.get(), reinterpret_cast<sockaddr*>(&storage), &length, SOCK_CLOEXEC | SOCK_NONBLOCK));
+      if (!fd) {
+        if (errno == ECONNABORTED || errno == EINTR) continue;
+        // No descriptor is left: who says nothing goes, and the next one comes a little later.
+        if (errno == EMFILE || errno == ENFILE || errno == ENOMEM || errno == ENOBUFS) crowded_ = true, drop_silent();
+        return;
+      }
+      std::size_t silent = 0;
+      for (const auto& guest : guests_) silent += guest->rank < 0;
+      if (silent >= most_silent + guests_of_.size()) drop_silent();
+      tune(fd, std::chrono::seconds(30));
+      auto guest = std::make_unique<Guest>();
+      guest->stream = ControlStream(std::move(fd), 512);
+      guest->from = SocketAddress::of(storage);
+      guest->since = Clock::now();
+      guests_.push_back(std::move(guest));
+    }
+  }
+  void drop_silent() {
+    for (const auto& guest : guests_)
+      if (guest->rank < 0 && !guest->gone) {
+        guest->gone = true;
+        return;
+      }
+  }
+  void bury() {
+    for (std::size_t i = 0; i < guests_.size(); ++i) {
+      Guest& guest = *guests_[i];
+      if (!guest.gone) continue;
+      if (guest.rank >= 0) {
+        if (joined_ < like_.size) {  // it may be started again, as long as not all are here
+          --joined_;
+        } else if (!guest.ended) {
+          const std::int32_t rank = guest.rank;
+          for (const auto& other : guests_)
+            if (other.get() != &guest && other->rank >= 0) other->stream.put(ControlKind::dead, ControlStream::as_bytes(rank)), other->stream.write();
+        }
+        guests_of_[static_cast<std::size_t>(guest.rank)] = nullptr;
+      }
+      guests_[i] = std::move(guests_.back());
+      guests_.pop_back();
+      --i;
+    }
+  }
+
+  std::string missing_text() const {
+    std::string missing;
+    int count = 0;
+    for (std::size_t r = 0; r < guests_of_.size(); ++r)
+      if (!guests_of_[r] && ++count <= 16) missing += concat({missing.empty() ? "" : ", ", r});
+    return concat({"the job's registry waited ", timeout_.count() / 1'000'000, " ms, but ", count, " of ", like_.size, " ranks did not appear: ", missing, count > 16 ? ", ..." : ""});
+  }
+  void refuse(Guest& guest, Errc code, const std::string& text) {
+    Notice notice;
+    notice.code = static_cast<std::uint32_t>(code);
+    guest.stream.put(ControlKind::refusal, std::string(ControlStream::as_bytes(notice)) + text);
+    guest.stream.write();
+  }
+  /// The job cannot come about, and everybody is told why.
+  void fail(Errc code, const std::string& text) {
+    for (const auto& guest : guests_)
+      if (guest->rank >= 0) refuse(*guest, code, text);
+    over_ = true;
+  }
+
+  bool handle(Guest& guest, ControlKind kind, std::string_view record) {
+    if (guest.rank < 0) return kind == ControlKind::join && join(guest, record);
+    if (joined_ < like_.size) return false;  // nobody has anything to say yet
+    switch (kind) {
+      case ControlKind::status: {
+        CommunicatorStatus status;
+        if (!ControlStream::take(record, status)) return false;
+        status.rank = guest.rank;
+        board_[status.communicator][guest.rank].status = status;
+        return true;
+      }
+      case ControlKind::ask: {
+        std::uint64_t communicator = 0;
+        if (!ControlStream::take(record, communicator)) return false;
+        std::string answer(ControlStream::as_bytes(communicator));
+        if (const auto found = board_.find(communicator); found != board_.end())
+          for (const auto& [rank, entry] : found->second) {
+            Told told{entry.status, entry.left, 0};
+            told.status.rank = rank;
+            if (const auto opened = entry.opened.find(guest.rank); opened != entry.opened.end()) told.opened = opened->second;
+            answer += ControlStream::as_bytes(told);
+          }
+        guest.stream.put(ControlKind::told, answer);
+        return true;
+      }
+      case ControlKind::goodbye: {
+        Goodbye goodbye;
+        if (!ControlStream::take(record, goodbye)) return false;
+        if (goodbye.communicator == 0) return guest.ended = true;
+        auto& board = board_[goodbye.communicator];
+        Entry& entry = board[guest.rank];
+        entry.left = true;
+        for (Opened opened; ControlStream::take(record, opened);) entry.opened[opened.to] = opened.channels;
+        int left = 0;
+        for (const auto& [rank, each] : board) left += each.left;
+        if (left >= goodbye.size) board_.erase(goodbye.communicator), aborted_.erase(goodbye.communicator);
+        return true;
+      }
+      case ControlKind::abort: {
+        std::string_view text = record;
+        Notice notice;
+        if (!ControlStream::take(text, notice)) return false;
+        if (!aborted_.insert(notice.communicator).second) return true;  // the first one counts
+        for (const auto& other : guests_)
+          if (other->rank >= 0) other->stream.put(ControlKind::abort, record), other->stream.write();
+        return true;
+      }
+      default: return false;
+    }
+  }
+  bool join(Guest& guest, std::string_view record) {
+    Join theirs;
+    if (!ControlStream::take(record, theirs) || theirs.magic != like_.magic) return false;  // a stranger
+    const std::string them = concat({"rank ", theirs.rank});
+    if (theirs.protocol != like_.protocol) return refuse(guest, Errc::mismatch, concat({them, " was built with another version of tally than rank 0"})), false;
+    if (theirs.job != like_.job) return refuse(guest, Errc::invalid_argument, concat({them, " belongs to another job than the one that meets here: check address, port and TALLY_JOB"})), false;
+    if (joined_ == like_.size) return refuse(guest, Errc::invalid_argument, concat({them, " comes late: all ", like_.size, " ranks of this job have joined already"})), false;
+    std::string problem;
+    if (theirs.size != like_.size) problem = concat({"ranks disagree on size: rank 0 says ", like_.size, ", ", them, " says ", theirs.size});
+    else if (theirs.rank < 0 || theirs.rank >= like_.size) problem = concat({them, " is not one of ", like_.size});
+    else if (guests_of_[static_cast<std::size_t>(theirs.rank)]) problem = concat({"two processes say that they are ", them});
+    else if (theirs.accounting != like_.accounting) problem = concat({"accounting is on at some ranks and off at others (rank 0: ", like_.accounting ? "on" : "off", ", ", them, " not)"});
+    else if (theirs.settings != like_.settings) problem = concat({them, " and rank 0 have different settings of the network"});
+    if (!problem.empty()) {
+      refuse(guest, Errc::mismatch, problem);
+      fail(Errc::mismatch, problem);
+      return false;
+    }
+    guest.rank = theirs.rank;
+    guest.stream.trust();
+    guests_of_[static_cast<std::size_t>(theirs.rank)] = &guest;
+    if (!theirs.listens.is_valid()) {
+      const std::uint16_t port = theirs.listens.port;
+      theirs.listens = guest.from;
+      theirs.listens.port = port;
+    }
+    addresses_[theirs.rank] = theirs.listens;
+    if (++joined_ < like_.size) return true;
+    std::string welcome(ControlStream::as_bytes(key_));
+    for (const auto& [rank, address] : addresses_) welcome += ControlStream::as_bytes(address);
+    welcome += note_;
+    for (const auto& each : guests_)
+      if (each->rank >= 0) each->stream.put(ControlKind::welcome, welcome), each->stream.write();
+    return true;
+  }
+
+  std::string note_;
+  FileDescriptor listener_, stop_;
+  Join like_;
+  JobKey key_{};
+  std::vector<std::unique_ptr<Guest>> guests_;
+  std::vector<Guest*> guests_of_;  // by rank
+  std::map<Rank, SocketAddress> addresses_;
+  std::map<std::uint64_t, std::map<Rank, Entry>> board_;  // of communicators
+  std::set<std::uint64_t> aborted_;
+  int joined_ = 0;
+  bool over_ = false, crowded_ = false;
+  Clock::time_point deadline_;
+  nanoseconds timeout_;
+  pid_t process_ = ::getpid();
+  std::thread thread_;
+};
+
+}  // namespace tally::inline v0::detail

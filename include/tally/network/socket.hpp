@@ -1,0 +1,207 @@
+// SPDX-License-Identifier: Apache-2.0
+// Internet addresses, and sockets that never block: how they are named, resolved, opened and asked what became of them.
+#pragma once
+
+#include <arpa/inet.h>
+#include <netdb.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <poll.h>
+#include <sys/socket.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <charconv>
+#include <chrono>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "../error.hpp"
+#include "../file.hpp"
+
+namespace tally::inline v0 {
+
+/// An address of IPv4 or IPv6 and a port. A plain value, so ranks can send it to each other; from elsewhere, check is_valid().
+struct SocketAddress {
+  std::uint16_t family = 0;  // 4, 6; 0: none
+  std::uint16_t port = 0;
+  std::uint32_t scope = 0;  // of link-local IPv6: the interface's index on this host
+  std::uint8_t ip[16] = {};
+
+  bool is_valid() const { return family == 4 || family == 6; }
+  bool operator==(const SocketAddress&) const = default;
+
+  static SocketAddress of(const sockaddr_storage& from) {
+    SocketAddress a;
+    if (from.ss_family == AF_INET) {
+      const auto& v4 = reinterpret_cast<const sockaddr_in&>(from);
+      a.family = 4;
+      a.port = ntohs(v4.sin_port);
+      std::memcpy(a.ip, &v4.sin_addr, 4);
+    } else if (from.ss_family == AF_INET6) {
+      const auto& v6 = reinterpret_cast<const sockaddr_in6&>(from);
+      a.family = 6;
+      a.port = ntohs(v6.sin6_port);
+      a.scope = v6.sin6_scope_id;
+      std::memcpy(a.ip, &v6.sin6_addr, 16);
+    }
+    return a;
+  }
+  socklen_t fill(sockaddr_storage& to) const {
+    to = {};
+    if (family == 4) {
+      auto& v4 = reinterpret_cast<sockaddr_in&>(to);
+      v4.sin_family = AF_INET;
+      v4.sin_port = htons(port);
+      std::memcpy(&v4.sin_addr, ip, 4);
+      return sizeof v4;
+    }
+    auto& v6 = reinterpret_cast<sockaddr_in6&>(to);
+    v6.sin6_family = AF_INET6;
+    v6.sin6_port = htons(port);
+    v6.sin6_scope_id = scope;
+    std::memcpy(&v6.sin6_addr, ip, 16);
+    return sizeof v6;
+  }
+  /// As users write it: 10.0.0.1:29500, [fe80::1]:29500.
+  std::string text() const {
+    char words[INET6_ADDRSTRLEN] = "none";
+    if (is_valid()) ::inet_ntop(family == 4 ? AF_INET : AF_INET6, ip, words, sizeof words);
+    return family == 6 ? detail::concat({"[", words, "]:", port}) : detail::concat({words, ":", port});
+  }
+};
+static_assert(sizeof(SocketAddress) == 24);
+
+namespace detail {
+
+/// "host:port", "[IPv6]:port" or "host" with the port given apart; all addresses of that name, or an error that says what is wrong with it.
+inline std::vector<SocketAddress> resolve(std::string_view where, int port = -1) {
+  std::string_view host = where;
+  if (port < 0) {
+    const std::size_t colon = where.rfind(':');
+    const std::string_view digits = colon == std::string_view::npos ? std::string_view{} : where.substr(colon + 1);
+    const auto [end, error] = std::from_chars(digits.data(), digits.data() + digits.size(), port);
+    if (digits.empty() || error != std::errc{} || end != digits.data() + digits.size() || port < 0 || port > 65535)
+      throw Error(Errc::invalid_argument, {"'", where, "' is no address: it should be HOST:PORT, or [IPV6]:PORT"});
+    host = where.substr(0, colon);
+  }
+  if (host.size() > 1 && host.front() == '[' && host.back() == ']') host = host.substr(1, host.size() - 2);
+  addrinfo hints{}, *found = nullptr;
+  hints.ai_socktype = SOCK_STREAM;
+  hints.ai_flags = AI_NUMERICSERV;
+  const std::string name(host), service = std::to_string(port);
+  if (const int error = ::getaddrinfo(name.c_str(), service.c_str(), &hints, &found); error != 0)
+    throw Error(Errc::invalid_argument, {"the host name '", name, "' does not resolve: ", error == EAI_SYSTEM ? errno_text(errno) : std::string(::gai_strerror(error))});
+  const std::unique_ptr<addrinfo, decltype(&::freeaddrinfo)> all(found, &::freeaddrinfo);
+  std::vector<SocketAddress> addresses;
+  for (const addrinfo* each = found; each; each = each->ai_next) {
+    sockaddr_storage storage{};
+    std::memcpy(&storage, each->ai_addr, std::min<std::size_t>(each->ai_addrlen, sizeof storage));
+    if (const SocketAddress address = SocketAddress::of(storage); address.is_valid() && std::find(addresses.begin(), addresses.end(), address) == addresses.end()) addresses.push_back(address);
+  }
+  if (addresses.empty()) throw Error(Errc::invalid_argument, {"the host name '", name, "' has no address of IPv4 or IPv6"});
+  return addresses;
+}
+
+inline FileDescriptor stream_socket(const SocketAddress& address) {
+  FileDescriptor fd(::socket(address.family == 4 ? AF_INET : AF_INET6, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
+  if (!fd) throw Error(Errc::no_resources, {"no descriptor for a socket: ", errno_text(errno)});
+  return fd;
+}
+inline void set_option(const FileDescriptor& fd, int level, int option, int value) { ::setsockopt(fd.get(), level, option, &value, sizeof value); }
+/// What goes out is sent at once, and a peer that is cut off is given up after `limit`: by the kernel's probes where this side only waits,
+/// too. A peer that is stopped answers those; for it there are deadlines.
+inline void tune(const FileDescriptor& fd, std::chrono::milliseconds limit) {
+  const int ms = static_cast<int>(std::clamp<std::int64_t>(limit.count(), 1000, 1 << 30)), probe = std::clamp(ms / 4000, 1, 30);
+  set_option(fd, IPPROTO_TCP, TCP_NODELAY, 1);
+  set_option(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, ms);
+  set_option(fd, SOL_SOCKET, SO_KEEPALIVE, 1);
+  set_option(fd, IPPROTO_TCP, TCP_KEEPIDLE, probe);
+  set_option(fd, IPPROTO_TCP, TCP_KEEPINTVL, probe);
+  set_option(fd, IPPROTO_TCP, TCP_KEEPCNT, 3);
+}
+
+/// Listens there; port 0: at any that is free.
+inline FileDescriptor listen_at(const SocketAddress& address) {
+  FileDescriptor fd = stream_socket(address);
+  set_option(fd, SOL_SOCKET, SO_REUSEADDR, 1);
+  if (address.family == 6) set_option(fd, IPPROTO_IPV6, IPV6_V6ONLY, 0);
+  sockaddr_storage where{};
+  const socklen_t length = address.fill(where);
+  if (::bind(fd.get(), reinterpret_cast<const sockaddr*>(&where), length) != 0 || ::listen(fd.get(), 4096) != 0)
+    throw Error(errno == EADDRINUSE || errno == EADDRNOTAVAIL || errno == EACCES ? Errc::invalid_argument : Errc::no_resources,
+                {"cannot listen at ", address.text(), ": ", errno_text(errno), errno == EADDRINUSE ? "; another job may be using the port" : ""});
+  return fd;
+}
+inline SocketAddress own_address(const FileDescriptor& fd) {
+  sockaddr_storage storage{};
+  socklen_t length = sizeof storage;
+  if (::getsockname(fd.get(), reinterpret_cast<sockaddr*>(&storage), &length) != 0) return {};
+  return SocketAddress::of(storage);
+}
+
+/// Begins to connect; whether that worked, error_of() tells once the socket is writable.
+inline FileDescriptor begin_connect(const SocketAddress& address, int& error) {
+  FileDescriptor fd = stream_socket(address);
+  sockaddr_storage where{};
+  const socklen_t length = address.fill(where);
+  error = ::connect(fd.get(), reinterpret_cast<const sockaddr*>(&where), length) == 0 || errno == EINPROGRESS || errno == EINTR ? 0 : errno;
+  return fd;
+}
+inline int error_of(const FileDescriptor& fd) {
+  int error = 0;
+  socklen_t length = sizeof error;
+  return ::getsockopt(fd.get(), SOL_SOCKET, SO_ERROR, &error, &length) == 0 ? error : errno;
+}
+/// Whether the descriptor is ready for `events` before the deadline.
+inline bool wait_for_events(int fd, short events, std::chrono::steady_clock::time_point deadline) {
+  for (;;) {
+    pollfd one{fd, events, 0};
+    const auto left = std::chrono::duration_cast<std::chrono::milliseconds>(deadline - std::chrono::steady_clock::now()).count() + 1;
+    const int ready = ::poll(&one, 1, static_cast<int>(std::clamp<std::int64_t>(left, 0, 1 << 30)));
+    if (ready >= 0 || errno != EINTR) return ready > 0;
+  }
+}
+
+/// Bytes that came and were not used yet, up to a capacity; and those that are to go.
+class StreamBuffer {
+ public:
+  explicit StreamBuffer(std::size_t capacity = 0) : bytes_(capacity) {}
+  const std::byte* data() const { return bytes_.data() + begin_; }
+  std::size_t size() const { return end_ - begin_; }
+  bool empty() const { return begin_ == end_; }
+  std::size_t room() const { return bytes_.size() - size(); }
+  void take(std::size_t n) {
+    begin_ += n;
+    if (begin_ == end_) begin_ = end_ = 0;
+  }
+  void append(const void* from, std::size_t n) {
+    std::memcpy(space(n), from, n);
+    end_ += n;
+  }
+  /// Where the next n bytes may be put, or all that there is room for; added() when they are there.
+  std::byte* space(std::size_t n) {
+    if (bytes_.size() - end_ < n && begin_ > 0) {
+      std::memmove(bytes_.data(), bytes_.data() + begin_, size());
+      end_ -= begin_;
+      begin_ = 0;
+    }
+    return bytes_.data() + end_;
+  }
+  std::size_t space_left() const { return bytes_.size() - end_; }
+  void added(std::size_t n) { end_ += n; }
+  void grow(std::size_t capacity) {
+    if (capacity > bytes_.size()) bytes_.resize(capacity);
+  }
+
+ private:
+  std::vector<std::byte> bytes_;
+  std::size_t begin_ = 0, end_ = 0;
+};
+
+}  // namespace detail
+}  // namespace tally::inline v0

@@ -1,0 +1,653 @@
+// SPDX-License-Identifier: Apache-2.0
+// Moves bytes over TCP. Each direction of each lane between two ranks is a connection of its own, opened by the sender when it has
+// something to send, so it is a ring of slots like that of shared memory: in order, bounded by a window of unread bytes, and nothing
+// waits behind what nobody receives yet. Long payloads go straight from the sender's memory and into the receiver's.
+#pragma once
+
+#include <sched.h>
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
+#include <sys/socket.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <array>
+#include <cerrno>
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <span>
+#include <string>
+#include <string_view>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "../network/node.hpp"
+#include "../topology.hpp"
+#include "concept.hpp"
+#include "queue.hpp"
+
+namespace tally::inline v0 {
+
+/// The same on all ranks.
+struct TcpOptions {
+  int lanes = 2;  // one for collectives, one for messages
+  std::size_t window = std::size_t{4} << 20;  // bytes that a receiver has not read yet, at most
+  std::size_t frame_bytes = std::size_t{256} << 10;  // of a frame's payload, at most
+};
+
+class TcpTransport {
+ public:
+  static constexpr std::uint64_t world = 1;
+
+  /// `members`: the job's ranks that these are, this one among them.
+  TcpTransport(std::shared_ptr<detail::NetworkNode> node, std::uint64_t communicator, std::vector<Rank> members, const TcpOptions& options = {})
+      : node_(std::move(node)), options_(options), frame_bytes_(std::max<std::size_t>(options.frame_bytes, 64)), window_(std::max(options.window, frame_bytes_ + detail::frame_cost)), group_(node_->join(communicator, std::move(members))),
+        me_(static_cast<Rank>(std::find(group_->members.begin(), group_->members.end(), node_->rank()) - group_->members.begin())), outs_(static_cast<std::size_t>(options.lanes * size())), ins_(outs_.size()), epoll_(::epoll_create1(EPOLL_CLOEXEC)), wake_(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) {
+    if (!epoll_ || !wake_) throw Error(Errc::no_resources, {"no descriptor to wait with: ", detail::errno_text(errno)}, {me_, -1, 0, {}});
+    for (const int fd : {node_->door(), wake_.get()}) watch(fd, EPOLLIN | EPOLLET);
+    int here = 0;
+    for (const Rank r : group_->members) here += std::equal(node_->address(r).ip, node_->address(r).ip + 16, node_->address(node_->rank()).ip);
+    const cpu_set_t cores = own_cores();
+    crowded_ = here > std::max(CPU_COUNT(&cores), 1);
+    sending_.reserve(outs_.size());
+    receiving_.reserve(ins_.size());
+    for (int lane = 0; lane < lanes(); ++lane)
+      for (Rank r = 0; r < size(); ++r) {
+        const auto i = index(lane, r);
+        outs_[i].peer = ins_[i].peer = r;
+        outs_[i].lane = ins_[i].lane = lane;
+      }
+  }
+  TcpTransport(const TcpTransport&) = delete;
+  TcpTransport& operator=(const TcpTransport&) = delete;
+
+  Rank rank() const { return me_; }
+  int size() const { return static_cast<int>(group_->members.size()); }
+  int lanes() const { return options_.lanes; }
+  Rank origin(Rank r) const { return group_->members[static_cast<std::size_t>(r)]; }
+  std::size_t frame_bytes() const { return frame_bytes_; }
+  std::string_view name() const { return "tcp"; }
+  const TransportCounters& counters() const { return counters_; }
+  bool crowded() const { return crowded_; }
+
+  template <Probe P>
+  void post(Transfer& t, P& probe) {
+    if (!t.is_send) {
+      In& in = ins_[index(t.lane, t.peer)];
+      if (in.receives.push(t)) receiving_.push_back(&in);
+      return;
+    }
+    Out& out = outs_[index(t.lane, t.peer)];
+    const bool is_first = out.sends.push(t);
+    if (!out.next) out.next = &t;
+    if (!is_first) return;
+    sending_.push_back(&out);
+    advance_send(out, probe);
+    if (!out.sends.head) std::erase(sending_, &out);
+  }
+  void cancel(Transfer& t) {
+    if (!t.pending) return;
+    if (t.is_send) {
+      Out& out = outs_[index(t.lane, t.peer)];
+      if (out.direct == &t) out.give_up(ECONNABORTED);  // what follows would be taken for the rest of it
+      if (out.next == &t) out.next = t.next;
+      out.sends.remove(t);
+      if (!out.sends.head) std::erase(sending_, &out);
+    } else {
+      In& in = ins_[index(t.lane, t.peer)];
+      in.receives.remove(t);
+      if (!in.receives.head) std::erase(receiving_, &in);
+    }
+  }
+
+  template <Probe P>
+  bool poll(P& probe) {
+    bool moved = false;
+    for (std::size_t i = 0; i < sending_.size();) {
+      Out& out = *sending_[i];
+      if (advance_send(out, probe)) moved = true;
+      if (!out.sends.head) drop(sending_, i);
+      else ++i;
+    }
+    for (std::size_t i = 0; i < receiving_.size();) {
+      In& in = *receiving_[i];
+      if (advance_receive(in, probe)) moved = true;
+      if (!in.receives.head) drop(receiving_, i);
+      else ++i;
+    }
+    return moved;
+  }
+  void flush() {}
+
+  void enter(const RankStatus& status) { status_ = status; }
+  void exit() {
+    status_.inside = RankStatus::outside;
+    if (published_.inside != RankStatus::outside) publish();  // others were told that this rank is inside
+  }
+  RankStatus status(Rank r) const {
+    if (r == me_) return status_;
+    auto& self = const_cast<TcpTransport&>(*this);
+    self.inquire();
+    const detail::Told told = node_->told(*group_, r);
+    return {told.status.sequence, told.status.fingerprint, told.status.count, static_cast<RankStatus::Place>(std::min<std::uint32_t>(told.status.inside, RankStatus::inside_message)), told.left != 0};
+  }
+  /// The same once r says that it has come that far, which it does while it waits or fails itself; for an error's text.
+  RankStatus status_at(Rank r, std::uint64_t sequence) const {
+    for (int tries = 0; tries < 100 && status(r).sequence < sequence; ++tries) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    return status(r);
+  }
+  Liveness liveness(Rank r) {
+    if (r == me_) return Liveness::alive;
+    inquire();
+    const detail::Told told = node_->told(*group_, r);
+    bool left = told.left != 0, broken = false, open = false;
+    std::uint32_t opened = 0;
+    for (int lane = 0; lane < lanes(); ++lane) {
+      const Out& out = outs_[index(lane, r)];
+      In& in = ins_[index(lane, r)];
+      if (told.left && !in.fd) find_channel(in);
+      left = left || in.goodbye;
+      broken = broken || in.ended || out.error != 0;
+      open = open || (in.fd && !in.ended && in.receives.head);
+      opened += in.fd || in.ended;
+    }
+    if (open || (told.left && opened < told.opened && !broken)) return Liveness::alive;  // what it sent may still be on its way
+    if (left) return Liveness::left;
+    if (node_->is_dead(origin(r))) return Liveness::dead;
+    if (!broken) return Liveness::alive;
+    // A connection is gone; whether its rank left or died the registry hears at the same time.
+    const auto now = std::chrono::steady_clock::now();
+    if (broken_since_ == std::chrono::steady_clock::time_point{}) broken_since_ = now;
+    return node_->registry_is_gone() || now - broken_since_ > std::chrono::seconds(1) ? Liveness::dead : Liveness::alive;
+  }
+
+  void abort(const AbortNotice& notice) {
+    node_->abort(*group_, notice);
+    interrupt();
+  }
+  bool aborted() const {
+    if (group_->aborted.load(std::memory_order_relaxed)) return true;
+    if (++looks_ % 16 != 0) return false;
+    node_->hear();
+    return group_->aborted.load(std::memory_order_relaxed);
+  }
+  AbortNotice abort_notice() const { return node_->notice(*group_); }
+
+  template <class Recheck>
+  void park(nanoseconds limit, Recheck&& recheck) {
+    if (recheck()) return;
+    std::array<epoll_event, 16> events;
+    const timespec time{static_cast<time_t>(limit.count() / 1'000'000'000), static_cast<long>(limit.count() % 1'000'000'000)};
+    pollfd all{epoll_.get(), POLLIN, 0};  // epoll's own limits are milliseconds
+    if (::ppoll(&all, 1, &time, nullptr) <= 0) return node_->hear();
+    const int count = ::epoll_wait(epoll_.get(), events.data(), static_cast<int>(events.size()), 0);
+    for (int i = 0; i < count; ++i)
+      if (events[static_cast<std::size_t>(i)].data.fd == wake_.get()) {
+        std::uint64_t rung = 0;
+        (void)!::read(wake_.get(), &rung, sizeof rung);
+      }
+    node_->hear();
+  }
+  void interrupt() {
+    const std::uint64_t one = 1;
+    (void)!::write(wake_.get(), &one, sizeof one);
+  }
+
+  std::uint64_t reserve(std::span<const Rank>) { return node_->new_communicator(); }
+  std::unique_ptr<TcpTransport> open(std::uint64_t token, std::span<const Rank> members) {
+    std::vector<Rank> origins;
+    for (const Rank r : members) origins.push_back(origin(r));
+    return std::make_unique<TcpTransport>(node_, token, std::move(origins), options_);
+  }
+  void release(std::uint64_t) {}
+  void discard(std::uint64_t, std::span<const Rank>) {}
+
+  void leave() {
+    if (::getpid() != process_) return;  // a child that this rank forked: it never was a rank
+    std::vector<detail::Opened> opened(static_cast<std::size_t>(size()));
+    for (Out& out : outs_) {
+      if (!out.fd && out.error == 0) continue;
+      auto& to = opened[static_cast<std::size_t>(out.peer)];
+      to.to = origin(out.peer);
+      ++to.channels;
+      if (!out.fd || out.direct) continue;
+      detail::FrameHeader bye;
+      bye.kind = detail::FrameHeader::goodbye;
+      if (out.stage.room() >= sizeof bye) out.stage.append(&bye, sizeof bye);
+      (void)write_out(out);
+    }
+    std::erase_if(opened, [](const detail::Opened& each) { return each.to < 0; });
+    node_->leave(*group_, opened);
+  }
+
+ private:
+  static constexpr std::size_t stage_bytes = std::size_t{64} << 10, short_payload = std::size_t{8} << 10, buffer_bytes = std::size_t{64} << 10;
+
+  /// What this rank sends to a peer on a lane.
+  struct Out {
+    detail::FileDescriptor fd;
+    Rank peer = -1;
+    int lane = 0;
+    TransferQueue sends;
+    Transfer* next = nullptr;          // the first that is not wholly in the stage: those before it are done when that is empty
+    detail::StreamBuffer stage;        // headers and short payloads on their way to the kernel
+    Transfer* direct = nullptr;        // whose payload follows the stage, from its own memory
+    std::size_t direct_from = 0, direct_left = 0;  // of it: where, and how much is still to go
+    std::uint64_t sent = 0, consumed = 0;          // in bytes of window, since the beginning
+    std::uint64_t asked = 0;                       // up to where the peer was asked to say that it is consumed
+    FrameTimes credit;                             // of the last credit
+    std::uint32_t operation = 0;                   // of the last frame sent
+    bool any = false, starved = false, full = false;  // no room at the peer; none in the network
+    int error = 0;
+    detail::StreamBuffer back{256};  // credits
+
+    void give_up(int why) {
+      error = why;
+      direct = nullptr;
+      stage.take(stage.size());
+      fd = detail::FileDescriptor();
+    }
+  };
+  /// What this rank receives from a peer on a lane.
+  struct In {
+    detail::FileDescriptor fd;
+    Rank peer = -1;
+    int lane = 0;
+    TransferQueue receives;
+    detail::StreamBuffer buffer;
+    detail::FrameHeader header;
+    std::size_t begin = 0, taken = 0;  // of the frame: the message's bytes before it, and its own that are consumed
+    std::uint64_t consumed = 0;
+    std::uint64_t window = 0;
+    bool framed = false, seen = false, goodbye = false, ended = false;
+    int error = 0;
+  };
+
+  std::size_t index(int lane, Rank r) const { return static_cast<std::size_t>(lane * size() + r); }
+  template <class E>
+  static void drop(std::vector<E*>& list, std::size_t i) {
+    list[i] = list.back();
+    list.pop_back();
+  }
+  void watch(int fd, std::uint32_t what) {
+    epoll_event event{};
+    event.events = what;
+    event.data.fd = fd;
+    if (::epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, fd, &event) != 0) throw Error(Errc::no_resources, {"cannot wait for a connection: ", detail::errno_text(errno)}, {me_, -1, 0, {}});
+  }
+  static bool again() { return errno == EAGAIN || errno == EWOULDBLOCK; }
+
+  // Sending.
+
+  void open_channel(Out& out) {
+    if (out.error != 0) return;
+    int error = 0;
+    out.fd = node_->connect_to(origin(out.peer), error);
+    if (error != 0) return fail(out, error);
+    watch(out.fd.get(), EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET);
+    out.stage.grow(stage_bytes);
+    detail::ChannelHello hello;
+    hello.lane = static_cast<std::uint32_t>(out.lane);
+    hello.communicator = group_->communicator;
+    hello.from = me_;
+    hello.to = out.peer;
+    hello.window = window_;
+    hello.key = node_->key();
+    out.stage.append(&hello, sizeof hello);
+  }
+  /// A peer that is gone is not an error until something of it is missing; a path to it that is, is one at once.
+  void fail(Out& out, int error) {
+    out.give_up(error);
+    throw_if_cut(out.peer, error);
+  }
+  void throw_if_cut(Rank peer, int error) const {
+    if (error == EPIPE || error == ECONNRESET || error == ECONNREFUSED || error == ECONNABORTED || error == EBADF) return;
+    throw Error(error == EMFILE || error == ENFILE || error == ENOMEM || error == ENOBUFS ? Errc::no_resources : Errc::peer_lost,
+                {"the connection from rank ", me_, " to rank ", peer, " (", node_->address(origin(peer)).text(), ") is cut: ", detail::errno_text(error)}, {me_, peer, status_.sequence, {}});
+  }
+
+  /// Hands the kernel what it takes of the stage and of what follows it. False if the connection is gone.
+  bool write_out(Out& out) {
+    while (!out.stage.empty() || out.direct) {
+      std::array<iovec, 2> parts;
+      std::size_t n = 0;
+      if (!out.stage.empty()) parts[n++] = {const_cast<std::byte*>(out.stage.data()), out.stage.size()};
+      if (out.direct) parts[n++] = {const_cast<std::byte*>(out.direct->from + out.direct_from), out.direct_left};
+      msghdr message{};
+      message.msg_iov = parts.data();
+      message.msg_iovlen = n;
+      const ssize_t sent = ::sendmsg(out.fd.get(), &message, MSG_DONTWAIT | MSG_NOSIGNAL);
+      if (sent < 0) {
+        if (errno == EINTR) continue;
+        if (!again()) return fail(out, errno), false;
+        out.full = true;
+        return true;
+      }
+      auto left = static_cast<std::size_t>(sent);
+      const std::size_t staged = std::min(left, out.stage.size());
+      out.stage.take(staged);
+      left -= staged;
+      if (left > 0) {
+        out.direct_from += left;
+        out.direct_left -= left;
+        if (out.direct_left == 0) {
+          out.direct->done = out.direct_from;
+          out.direct = nullptr;
+        } else {
+          out.direct->done = out.direct_from / out.direct->grain * out.direct->grain;
+        }
+      }
+    }
+    return true;
+  }
+
+  /// One long frame at most, or some short ones, so that what is received does not wait for long.
+  template <Probe P>
+  bool advance_send(Out& out, P& probe) {
+    bool moved = false;
+    for (int frames = 0; frames < 16; ++frames) {
+      if (out.error != 0) return moved;
+      if (!out.fd) open_channel(out);
+      if (out.direct || !out.stage.empty()) {
+        Transfer* const t = out.direct;
+        const std::size_t before = t ? t->done : 0, staged = out.stage.size();
+        const bool was_full = std::exchange(out.full, false);
+        if (t) probe.copying(*t);
+        if (!write_out(out)) return moved;
+        if (was_full && (out.stage.size() != staged || (t && (t->done != before || !out.direct)))) probe.drained(t ? *t : *out.sends.head);
+        if (out.stage.empty()) moved = complete(out, probe) || moved;
+        if (t && t->done != before) {
+          moved = true;
+          counters_.bytes_sent += t->done - before;
+          if (t->done == t->bytes) {
+            out.next = t->next;
+            out.sends.pop();
+          }
+          probe.moved(*t);
+        }
+        if (out.full || t) return moved;
+      }
+      if (!out.next || !begin_frame(out, probe, moved)) return moved;
+    }
+    return moved;
+  }
+  /// The kernel has taken all of the stage, and with it these transfers.
+  template <Probe P>
+  bool complete(Out& out, P& probe) {
+    bool any = false;
+    while (out.sends.head && out.sends.head != out.next) {
+      Transfer& t = *out.sends.head;
+      out.sends.pop();
+      probe.moved(t);
+      any = true;
+    }
+    return any;
+  }
+  /// Puts the next frame on its way. False if there is none, or no room for it.
+  template <Probe P>
+  bool begin_frame(Out& out, P& probe, bool& moved) {
+    Transfer& t = *out.next;
+    if (t.done == t.ready && t.bytes != 0) return false;
+    const auto room = [&] { return window_ - std::min<std::uint64_t>(out.sent - out.consumed, window_); };
+    const std::size_t wanted = std::min<std::size_t>(t.ready - t.done, frame_bytes_), least = t.bytes == 0 ? 0 : t.grain;
+    if (room() < detail::frame_cost + least || (out.starved && room() < detail::frame_cost + wanted)) {
+      read_credits(out);
+      if (out.error != 0) return false;
+      if (room() < detail::frame_cost + least) {
+        if (out.asked == out.consumed) {
+          detail::FrameHeader ask;
+          ask.kind = detail::FrameHeader::ask;
+          out.stage.append(&ask, sizeof ask);
+          out.asked = out.sent;
+        }
+        out.starved = true;
+        if (!out.stage.empty()) (void)write_out(out);
+        return false;
+      }
+    }
+    if (std::exchange(out.starved, false)) probe.credited(t, out.credit);
+    const std::size_t most = static_cast<std::size_t>(std::min<std::uint64_t>(wanted, room() - detail::frame_cost)), bytes = most - most % t.grain;
+    detail::FrameHeader h;
+    h.kind = detail::FrameHeader::data;
+    h.bytes = static_cast<std::uint32_t>(bytes);
+    h.total = t.bytes;
+    h.operation = t.operation;
+    if (t.done == 0) h.flags |= detail::FrameHeader::first;
+    if (t.done + bytes == t.bytes) h.flags |= detail::FrameHeader::last;
+    if (out.operation != t.operation || !std::exchange(out.any, true) || t.matching != Matching::order) {
+      out.operation = t.operation;
+      h.fingerprint = t.fingerprint;
+      h.flags |= detail::FrameHeader::fingerprinted;
+    }
+    out.sent += detail::frame_cost + bytes;
+    // Enough of what is on its way is to be acknowledged for the rest of the message; never more, so that nothing comes back unread.
+    const std::uint64_t rest = t.bytes - t.done - bytes, granted = window_ - (out.sent - std::max(out.asked, out.consumed));
+    if (rest > 0 && rest + (rest / frame_bytes_ + 1) * detail::frame_cost > granted && out.sent - std::max(out.asked, out.consumed) >= window_ / 4) {
+      h.flags |= detail::FrameHeader::asks;
+      out.asked = out.sent;
+    }
+    h.stamp(probe.stamp(t));
+    out.stage.append(&h, sizeof h);
+    ++counters_.frames_sent;
+    counters_.messages_sent += t.done == 0;
+    counters_.overhead_sent += sizeof h;
+    if (bytes > short_payload || out.stage.room() < bytes + 2 * sizeof h) {
+      out.direct = &t;
+      out.direct_from = t.done;
+      out.direct_left = bytes;
+      return true;
+    }
+    if (bytes > short_bytes) probe.copying(t);
+    out.stage.append(t.from + t.done, bytes);
+    t.done += bytes;
+    counters_.bytes_sent += bytes;
+    if (t.done == t.bytes) out.next = t.next;
+    if (bytes > 0 && t.done < t.bytes) {
+      moved = true;
+      probe.moved(t);
+    }
+    return true;
+  }
+  /// What the peer has consumed, as it says.
+  void read_credits(Out& out) {
+    for (;;) {
+      const ssize_t got = ::recv(out.fd.get(), out.back.space(256), out.back.space_left(), MSG_DONTWAIT);
+      if (got == 0) return out.give_up(ECONNRESET);
+      if (got < 0 && errno == EINTR) continue;
+      if (got < 0 && !again()) return fail(out, errno);
+      if (got > 0) out.back.added(static_cast<std::size_t>(got));
+      while (out.back.size() >= sizeof(detail::FrameHeader)) {
+        detail::FrameHeader h;
+        std::memcpy(&h, out.back.data(), sizeof h);
+        out.back.take(sizeof h);
+        std::string fault = detail::fault_of(h, false, 0);
+        if (fault.empty() && (h.total > out.sent || h.total < out.consumed)) fault = detail::concat({"a credit for ", h.total, " bytes, of ", out.sent, " that were sent"});
+        if (!fault.empty()) malformed(out.peer, fault);
+        out.consumed = h.total;
+        out.asked = std::max(out.asked, out.consumed);
+        out.credit = h.times();
+      }
+      if (got < 0) return;
+    }
+  }
+
+  // Receiving.
+
+  template <Probe P>
+  bool advance_receive(In& in, P& probe) {
+    if (!in.fd && !find_channel(in)) return false;
+    Transfer* t = in.receives.head;
+    if (in.framed && in.seen && t->done == t->ready && in.taken < in.header.bytes) return false;
+    while (!in.framed) {
+      if (in.buffer.size() < sizeof in.header) {
+        if (!fill(in)) return false;
+        continue;
+      }
+      std::memcpy(&in.header, in.buffer.data(), sizeof in.header);
+      if (const std::string fault = detail::fault_of(in.header, true, frame_bytes_); !fault.empty()) malformed(in.peer, fault);
+      in.buffer.take(sizeof in.header);
+      if (in.header.kind == detail::FrameHeader::goodbye) in.goodbye = true;
+      else if (in.header.kind == detail::FrameHeader::ask) send_credit(in, probe.credit_stamp(*t));
+      else in.framed = true, in.seen = false, in.taken = 0;
+    }
+    if (!in.seen) {
+      const FrameInfo info = in.header.info();
+      if (t->matching != Matching::order && info.first && !in.receives.match(info, probe)) return false;
+      t = in.receives.head;
+      probe.arrived(*t, info);
+      in.seen = true;
+      in.begin = t->done;
+      counters_.messages_received += info.first;
+      if (in.header.bytes > t->bytes - t->done) malformed(in.peer, "more than was announced");
+    }
+    const std::size_t before = t->done;
+    const std::size_t bytes = in.header.bytes;
+    while (in.taken < bytes && in.begin + in.taken < t->ready) {
+      if (!(t->fold ? fold_some(in, *t, probe) : copy_some(in, *t, probe))) break;
+    }
+    const bool ended = in.taken == bytes;
+    if (t->done == before && !ended) return false;
+    counters_.bytes_received += t->done - before;
+    if (ended) {
+      in.framed = false;
+      in.consumed += detail::frame_cost + bytes;
+      if (in.header.flags & detail::FrameHeader::asks) send_credit(in, probe.credit_stamp(*t));
+      if (t->done == t->bytes) in.receives.pop();
+    }
+    probe.moved(*t);
+    return true;
+  }
+  /// From what was read already, or straight from the kernel into its place.
+  template <Probe P>
+  bool copy_some(In& in, Transfer& t, P& probe) {
+    const std::size_t bytes = in.header.bytes, most = std::min(bytes - in.taken, t.ready - in.begin - in.taken);
+    std::byte* const to = t.to + in.begin + in.taken;
+    std::size_t got = std::min(most, in.buffer.size());
+    if (got > 0) {
+      if (bytes > short_bytes) probe.copying(t);
+      std::memcpy(to, in.buffer.data(), got);
+      in.buffer.take(got);
+    } else if (most < short_payload) {
+      return fill(in);
+    } else {
+      probe.copying(t);
+      // What follows the frame is the next one's header, most likely.
+      std::array<iovec, 2> parts{{{to, most}, {in.buffer.space(buffer_bytes), sizeof in.header}}};
+      msghdr message{};
+      message.msg_iov = parts.data();
+      message.msg_iovlen = most == bytes - in.taken ? 2 : 1;
+      ssize_t read = 0;
+      do read = ::recvmsg(in.fd.get(), &message, MSG_DONTWAIT);
+      while (read < 0 && errno == EINTR);
+      if (read <= 0) return read == 0 || !again() ? ended(in, read == 0 ? 0 : errno) : false;
+      got = std::min(static_cast<std::size_t>(read), most);
+      in.buffer.added(static_cast<std::size_t>(read) - got);
+    }
+    in.taken += got;
+    const std::size_t reached = in.begin + in.taken;
+    t.done = in.taken == bytes ? reached : reached - in.taken % t.grain;
+    return true;
+  }
+  /// Whole elements, out of the buffer.
+  template <Probe P>
+  bool fold_some(In& in, Transfer& t, P& probe) {
+    const std::size_t most = std::min(in.header.bytes - in.taken, t.ready - t.done);
+    std::size_t have = std::min(most, in.buffer.size());
+    have -= have % t.grain;
+    if (have == 0) {
+      if (in.buffer.room() < t.grain) in.buffer.grow(2 * std::size_t{t.grain});
+      return fill(in);
+    }
+    if (in.header.bytes > short_bytes) probe.reducing(t);
+    std::byte* const to = t.to + t.done;
+    const std::byte* const acc = t.from + t.done;
+    if (t.side == Side::right) (*t.fold)(to, acc, in.buffer.data(), have);
+    else (*t.fold)(to, in.buffer.data(), acc, have);
+    in.buffer.take(have);
+    in.taken += have;
+    t.done += have;
+    return true;
+  }
+
+  bool find_channel(In& in) {
+    if (in.ended) return false;
+    Rank to = -1;
+    in.fd = node_->claim(group_->communicator, in.lane, in.peer, to, in.window);
+    if (!in.fd) return false;
+    in.buffer.grow(buffer_bytes);
+    if (to != me_) malformed(in.peer, detail::concat({"what is for rank ", to}));
+    if (in.window != window_) malformed(in.peer, detail::concat({"a window of ", in.window, " bytes where this rank has ", window_}));
+    watch(in.fd.get(), EPOLLIN | EPOLLRDHUP | EPOLLET);
+    return true;
+  }
+  /// More bytes into the buffer; false if there are none.
+  bool fill(In& in) {
+    for (;;) {
+      std::byte* const to = in.buffer.space(in.buffer.room());
+      const ssize_t got = ::recv(in.fd.get(), to, in.buffer.space_left(), MSG_DONTWAIT);
+      if (got > 0) return in.buffer.added(static_cast<std::size_t>(got)), true;
+      if (got < 0 && errno == EINTR) continue;
+      return got == 0 || !again() ? ended(in, got == 0 ? 0 : errno) : false;
+    }
+  }
+  /// Nothing more will come.
+  bool ended(In& in, int error) {
+    in.ended = true;
+    in.fd = detail::FileDescriptor();
+    if (error != 0) throw_if_cut(in.peer, error);
+    return false;
+  }
+  void send_credit(In& in, const FrameTimes& times) {
+    detail::FrameHeader h;
+    h.kind = detail::FrameHeader::credit;
+    h.total = in.consumed;
+    h.stamp(times);
+    // The kernel always has room for the few that may be on their way; a sender that asks for more than it reads loses them.
+    while (::send(in.fd.get(), &h, sizeof h, MSG_DONTWAIT | MSG_NOSIGNAL) < 0 && errno == EINTR) {}
+  }
+
+  [[noreturn, gnu::cold]] void malformed(Rank peer, const std::string& what) const {
+    throw Error(Errc::protocol, {"rank ", peer, " (", node_->address(origin(peer)).text(), ") sent ", what}, {me_, peer, status_.sequence, {}});
+  }
+
+  // Slow matters.
+
+  void publish() {
+    published_ = status_;
+    node_->publish(*group_, status_);
+  }
+  /// Says what this rank is in and asks for the others, not too often.
+  void inquire() {
+    node_->hear();
+    const auto now = std::chrono::steady_clock::now();
+    if (now - inquired_ < std::chrono::milliseconds(1) + std::chrono::microseconds(100) * size()) return;
+    inquired_ = now;
+    if (published_.sequence != status_.sequence || published_.fingerprint != status_.fingerprint || published_.inside != status_.inside) publish();
+    node_->ask(*group_);
+  }
+
+  std::shared_ptr<detail::NetworkNode> node_;
+  TcpOptions options_;
+  std::size_t frame_bytes_;
+  std::uint64_t window_;
+  std::shared_ptr<detail::NetworkGroup> group_;
+  Rank me_;
+  std::vector<Out> outs_;
+  std::vector<In> ins_;
+  std::vector<Out*> sending_;  // those with something to do
+  std::vector<In*> receiving_;
+  detail::FileDescriptor epoll_, wake_;
+  RankStatus status_, published_;
+  std::chrono::steady_clock::time_point inquired_{}, broken_since_{};
+  mutable std::uint32_t looks_ = 0;
+  bool crowded_ = false;
+  TransportCounters counters_;
+  pid_t process_ = ::getpid();
+};
+
+}  // namespace tally::inline v0

@@ -1,0 +1,483 @@
+// SPDX-License-Identifier: Apache-2.0
+// TCP as a transport: everything that all transports must do, and what can go wrong between hosts.
+#include <catch2/catch.hpp>
+
+#include <sys/resource.h>
+#include <sys/socket.h>
+
+#include <exception>
+#include <numeric>
+#include <thread>
+
+#include <tally/tally.hpp>
+#include <tally/tcp.hpp>
+
+#include "processes.hpp"
+#include "sanitized.hpp"
+#include "transport_conformance.hpp"
+
+using namespace tally;
+using namespace std::chrono_literals;
+using test::Caught, test::caught, test::expect, test::Happened, test::has;
+
+namespace {
+
+SocketAddress loopback(int family) { return detail::resolve(family == 6 ? "::1" : "127.0.0.1", 0).front(); }
+
+/// A registry on loopback, and how to join it.
+struct Job {
+  explicit Job(int n, int family = 4, nanoseconds timeout = 20s) : limit(timeout) {
+    like.size = n;
+    auto listener = detail::listen_at(loopback(family));
+    address = detail::own_address(listener);
+    registry = std::make_unique<detail::Registry>(std::move(listener), like, timeout);
+  }
+  std::shared_ptr<detail::NetworkNode> join(Rank r) const {
+    detail::Join me = like;
+    me.rank = r;
+    return std::make_shared<detail::NetworkNode>(std::vector{address}, me, limit);
+  }
+  detail::Join like;
+  nanoseconds limit;
+  SocketAddress address;
+  std::unique_ptr<detail::Registry> registry;
+};
+
+/// f(rank) in a thread each; throws what one of them threw first.
+template <class F>
+void on_ranks(int n, F&& f) {
+  std::vector<std::exception_ptr> errors(static_cast<std::size_t>(n));
+  std::vector<std::thread> threads;
+  for (Rank r = 0; r < n; ++r)
+    threads.emplace_back([&, r] {
+      try {
+        f(r);
+      } catch (...) {
+        errors[static_cast<std::size_t>(r)] = std::current_exception();
+      }
+    });
+  for (auto& thread : threads) thread.join();
+  for (const auto& error : errors)
+    if (error) std::rethrow_exception(error);
+}
+std::vector<Rank> all(int n) {
+  std::vector<Rank> ranks;
+  for (Rank r = 0; r < n; ++r) ranks.push_back(r);
+  return ranks;
+}
+void run(int n, const SlotOptions& options, const conformance::BodyOf<TcpTransport>& body, int family = 4) {
+  const Job job(n, family);
+  TcpOptions tcp;
+  tcp.lanes = options.lanes;
+  tcp.frame_bytes = options.slot_bytes;
+  tcp.window = static_cast<std::size_t>(options.slots) * (options.slot_bytes + detail::frame_cost);
+  on_ranks(n, [&](Rank r) {
+    TcpTransport transport(job.join(r), TcpTransport::world, all(n), tcp);
+    body(transport);
+    transport.leave();
+  });
+}
+
+/// A communicator over TCP of all ranks of the job.
+Communicator communicator(const Job& job, Rank r, const Options& options = {}, const TcpOptions& tcp = {}) {
+  return detail::make_communicator(std::make_unique<TcpTransport>(job.join(r), TcpTransport::world, all(job.like.size), tcp), detail::model_for("tcp", job.like.size, options), options);
+}
+/// f(comm) on n ranks that are threads; what each of them threw.
+template <class F>
+std::vector<Caught> outcomes(int n, F&& f, const Options& options = {}, const TcpOptions& tcp = {}) {
+  const Job job(n);
+  std::vector<Caught> results(static_cast<std::size_t>(n));
+  on_ranks(n, [&](Rank r) {
+    results[static_cast<std::size_t>(r)].record([&] {
+      Communicator comm = communicator(job, r, options, tcp);
+      f(comm);
+    });
+  });
+  return results;
+}
+template <class F>
+void everyone(int n, F&& f, const TcpOptions& tcp = {}) {
+  for (const Caught& c : outcomes(n, f, {}, tcp)) {
+    INFO(c);
+    CHECK((c.ran && !c.error && !c.foreign));
+  }
+}
+
+/// A connection of a stranger's.
+detail::FileDescriptor knock(const SocketAddress& at) {
+  int error = 0;
+  detail::FileDescriptor fd = detail::begin_connect(at, error);
+  REQUIRE(error == 0);
+  REQUIRE(detail::wait_for_events(fd.get(), POLLOUT, std::chrono::steady_clock::now() + 5s));
+  return fd;
+}
+void say(const detail::FileDescriptor& fd, std::string_view what) { (void)!::send(fd.get(), what.data(), what.size(), MSG_NOSIGNAL); }
+
+}  // namespace
+
+TEST_CASE("TCP over IPv4 conforms") {
+  conformance::conformance<TcpTransport>([](int n, const SlotOptions& options, const auto& body) { run(n, options, body); });
+}
+TEST_CASE("TCP over IPv6 conforms") {
+  conformance::conformance<TcpTransport>([](int n, const SlotOptions& options, const auto& body) { run(n, options, body, 6); });
+}
+
+TEST_CASE("every algorithm is right over TCP, whatever the sizes, in a wide window and a narrow one") {
+  TcpOptions narrow;
+  narrow.window = 3000;
+  narrow.frame_bytes = 1000;
+  for (const TcpOptions& tcp : {TcpOptions{}, narrow})
+    for (const int n : test::sanitized ? std::vector{1, 2, 5} : std::vector{1, 2, 3, 5, 8})
+      everyone(n, [&](Communicator& comm) {
+        const int me = comm.rank();
+        for (const std::string_view name : algorithms_for(Collective::all_reduce)) {
+          if (!find_algorithm(Collective::all_reduce, name).generate) continue;  // these need memory that all reach
+          for (const std::size_t count : {0u, 1u, 7u, 1000u, 70'001u}) {
+            std::vector<int> data(count);
+            std::iota(data.begin(), data.end(), me);
+            comm.all_reduce(std::span(data), sum, {.algorithm = name});
+            for (std::size_t i = 0; i < count; ++i) expect(data[i] == n * static_cast<int>(i) + n * (n - 1) / 2, std::string(name) + " of " + std::to_string(count));
+          }
+        }
+        std::vector<int> mine(500, me), theirs(500 * static_cast<std::size_t>(n));
+        comm.all_gather(std::span<const int>(mine), std::span(theirs));
+        for (std::size_t i = 0; i < theirs.size(); ++i) expect(theirs[i] == static_cast<int>(i / 500), "all_gather");
+        std::vector<int> out(theirs.size());
+        for (std::size_t i = 0; i < out.size(); ++i) out[i] = me * 1000 + static_cast<int>(i / 500);
+        comm.all_to_all(std::span<const int>(out), std::span(theirs));
+        for (std::size_t i = 0; i < theirs.size(); ++i) expect(theirs[i] == static_cast<int>(i / 500) * 1000 + me, "all_to_all");
+        std::vector<int> root(20'000, me == n - 1 ? 7 : 0);
+        comm.broadcast(std::span(root), n - 1);
+        expect(root == std::vector<int>(20'000, 7), "broadcast");
+        if (n > 1) {
+          comm.send_receive(std::span<const int>(mine), wrap(me + 1, n), std::span(theirs).first(500), wrap(me - 1, n), 3);
+          expect(theirs[499] == wrap(me - 1, n), "send_receive");
+        }
+        comm.barrier();
+      }, tcp);
+}
+
+TEST_CASE("groups, duplicates and operations in the background go over TCP, too") {
+  everyone(5, [](Communicator& comm) {
+    auto half = comm.split(comm.rank() % 2, comm.rank());
+    auto again = comm.duplicate();
+    std::vector<int> a(3000, 1), b(100, 2), c(10, 3);
+    auto first = comm.async_all_reduce(std::span(a), sum);
+    auto second = again.async_all_reduce(std::span(b), sum);
+    half->all_reduce(std::span(c), sum);
+    second.wait();
+    first.wait();
+    expect(a == std::vector<int>(3000, 5) && b == std::vector<int>(100, 10) && c == std::vector<int>(10, comm.rank() % 2 ? 6 : 9), "sums");
+  });
+}
+
+TEST_CASE("who comes late is blamed over TCP, and a report adds up to the nanosecond") {
+  everyone(3, [](Communicator& comm) {
+    std::vector<float> data(100'000, 1);
+    comm.all_reduce(std::span(data), sum);
+    for (int i = 0; i < 5; ++i) {
+      comm.barrier();
+      if (comm.rank() == 1) std::this_thread::sleep_for(40ms);
+      const Report r = comm.all_reduce(std::span(data), max);
+      expect(r.busy() + r.idle() == r.elapsed, "the parts are the whole");
+      expect(r.transport_name() == "tcp", "its transport");
+      if (comm.rank() == 1) continue;
+      nanoseconds blamed{};
+      for (const Blame& blame : r.blame())
+        if (blame.rank == 1) blamed = blame.arrival;
+      expect(blamed >= 15ms && r.wait_arrival >= 15ms, "rank 1 is blamed for most of 40 ms: " + std::to_string(blamed.count()));
+    }
+  });
+}
+
+TEST_CASE("what was sent is there, however soon its sender goes") {
+  const Job job(2);
+  on_ranks(2, [&](Rank r) {
+    std::vector<int> data(50'000, 0);
+    std::optional<Communicator> comm = communicator(job, r);
+    if (r == 0) {
+      std::iota(data.begin(), data.end(), 0);
+      comm->send(std::span<const int>(data), 1);
+      comm.reset();
+    } else {
+      std::this_thread::sleep_for(100ms);
+      comm->receive(std::span(data), 0);
+      for (std::size_t i = 0; i < data.size(); ++i) expect(data[i] == static_cast<int>(i), "all of it");
+      expect(caught([&] { comm->receive(std::span(data), 0); }).is(Errc::peer_left), "and no more");
+    }
+  });
+}
+
+TEST_CASE("calls that do not match, an abort, a deadline and a rank that leaves are named over TCP") {
+  for (const Caught& c : outcomes(3, [](Communicator& comm) {
+         std::vector<int> data(comm.rank() == 2 ? 7 : 8);
+         comm.all_reduce(std::span(data), sum);
+         comm.barrier();
+       })) {
+    INFO(c);
+    CHECK(c.is(Errc::mismatch));
+    CHECK_THAT(c.text, Catch::Contains("int32 x 7") && Catch::Contains("int32 x 8"));
+  }
+  for (const Caught& c : outcomes(3, [](Communicator& comm) {
+         if (comm.rank() == 1) comm.abort("enough");
+         comm.barrier();
+       })) {
+    INFO(c);
+    CHECK(c.is(Errc::aborted));
+    CHECK_THAT(c.text, Catch::Contains("rank 1 aborted the communicator: enough"));
+  }
+  const Happened over;
+  const auto late = outcomes(2, [&](Communicator& comm) {
+    if (comm.rank() == 0) return over.await();
+    over.after([&] { comm.barrier({.timeout = 200ms}); });
+  });
+  INFO(late[1]);
+  CHECK(late[1].is(Errc::timeout));
+  CHECK_THAT(late[1].text, Catch::Contains("waits for data from rank 0"));
+  const auto left = outcomes(3, [&](Communicator& comm) {
+    comm.barrier();
+    if (comm.rank() != 2) comm.barrier();
+  });
+  for (const Rank r : {0, 1}) {
+    INFO(left[static_cast<std::size_t>(r)]);
+    CHECK((left[static_cast<std::size_t>(r)].is(Errc::peer_left) || left[static_cast<std::size_t>(r)].is(Errc::aborted)));
+    CHECK(has(left[static_cast<std::size_t>(r)].text, "rank 2 left the communicator"));
+  }
+}
+
+TEST_CASE("a rank that is killed is missed, by who receives and by who sends", "[processes]") {
+  const Job job(4);  // its registry is the test's own
+  const test::Shared<std::array<Caught, 4>> results;
+  const Happened ready;
+  std::vector<test::Process> ranks;
+  for (Rank r = 0; r < 4; ++r)
+    ranks.emplace_back([&, r] {
+      (*results)[static_cast<std::size_t>(r)].record([&] {
+        Communicator comm = communicator(job, r);
+        comm.barrier();
+        std::vector<int> data(3'000'000);
+        if (r == 3) ready.now(), std::this_thread::sleep_for(100s);
+        if (r == 2) comm.send(std::span<const int>(data), 3);
+        else if (r == 1) comm.receive(std::span(data), 3);
+        else comm.all_reduce(std::span(data), sum);
+      });
+    });
+  ready.await();
+  std::this_thread::sleep_for(50ms);
+  const auto began = std::chrono::steady_clock::now();
+  ::kill(ranks[3].pid(), SIGKILL);
+  for (std::size_t r = 0; r < 3; ++r) CHECK(ranks[r].wait(20s));
+  CHECK(std::chrono::steady_clock::now() - began < 10s);
+  for (std::size_t r = 0; r < 3; ++r) {
+    INFO((*results)[r]);
+    CHECK(((*results)[r].is(Errc::peer_lost) || (*results)[r].is(Errc::aborted)));
+    CHECK(has((*results)[r].text, "rank 3 died"));
+  }
+}
+
+TEST_CASE("ranks that cannot make a job are told why") {
+  const auto join = [](const Job& job, Rank r, auto&& change) {
+    detail::Join me = job.like;
+    me.rank = r;
+    change(me);
+    return caught([&] { detail::NetworkNode(std::vector{job.address}, me, 5s); });
+  };
+  const auto same = [](detail::Join&) {};
+  SECTION("another size") {
+    const Job job(3);
+    Caught first;
+    std::thread rank_1([&] { first = join(job, 1, same); });
+    std::this_thread::sleep_for(50ms);
+    const Caught c = join(job, 2, [](detail::Join& me) { me.size = 4; });
+    rank_1.join();
+    for (const Caught& each : {c, first}) {
+      INFO(each);
+      CHECK(each.is(Errc::mismatch));
+      CHECK_THAT(each.text, Catch::Contains("rank 0 says 3, rank 2 says 4"));
+    }
+  }
+  SECTION("twice the same") {
+    const Job job(3);
+    Caught first;
+    std::thread rank_1([&] { first = join(job, 1, same); });
+    std::this_thread::sleep_for(50ms);
+    const Caught c = join(job, 1, same);
+    rank_1.join();
+    CHECK_THAT(c.text, Catch::Contains("two processes say that they are rank 1"));
+    CHECK_THAT(first.text, Catch::Contains("two processes say that they are rank 1"));
+  }
+  SECTION("one that is none") {
+    const Job job(2);
+    CHECK_THAT(join(job, 2, same).text, Catch::Contains("rank 2 is not one of 2"));
+  }
+  SECTION("one of another job does not disturb") {
+    const Job job(2);
+    CHECK_THAT(join(job, 1, [](detail::Join& me) { me.job = 77; }).text, Catch::Contains("another job"));
+    on_ranks(2, [&](Rank r) { (void)job.join(r); });
+  }
+  SECTION("late") {
+    const Job job(2);
+    std::vector<std::shared_ptr<detail::NetworkNode>> nodes(2);
+    on_ranks(2, [&](Rank r) { nodes[static_cast<std::size_t>(r)] = job.join(r); });
+    CHECK_THAT(join(job, 1, same).text, Catch::Contains("rank 1 comes late"));
+  }
+  SECTION("not all there") {
+    const Job job(4, 4, 300ms);
+    Caught c;
+    std::thread rank_2([&] { c = join(job, 2, same); });
+    rank_2.join();
+    INFO(c);
+    CHECK(c.is(Errc::timeout));
+    CHECK_THAT(c.text, Catch::Contains("3 of 4 ranks did not appear: 0, 1, 3"));
+  }
+  SECTION("nobody listens") {
+    SocketAddress nowhere;
+    {
+      const auto listener = detail::listen_at(loopback(4));
+      nowhere = detail::own_address(listener);
+    }
+    detail::Join me;
+    me.rank = 1;
+    me.size = 2;
+    const Caught c = caught([&] { detail::NetworkNode(std::vector{nowhere}, me, 200ms); });
+    CHECK(c.is(Errc::timeout));
+    CHECK_THAT(c.text, Catch::Contains("cannot reach the job's registry at 127.0.0.1:") && Catch::Contains("refused"));
+  }
+  SECTION("the port is in use, or no address") {
+    const auto listener = detail::listen_at(loopback(4));
+    CHECK_THROWS_WITH(detail::listen_at(detail::own_address(listener)), Catch::Contains("another job may be using the port"));
+    CHECK_THROWS_WITH(detail::resolve("no.such.host.invalid:1"), Catch::Contains("'no.such.host.invalid' does not resolve"));
+    for (const char* odd : {"host", "host:", "host:x", "host:70000", "host:-1"}) CHECK_THROWS_WITH(detail::resolve(odd), Catch::Contains("is no address"));
+    CHECK(detail::resolve("[::1]:80").front().text() == "[::1]:80");
+  }
+}
+
+TEST_CASE("strangers neither join nor stall nor crash a job, wherever they knock") {
+  const Job job(3);
+  const auto http = knock(job.address), silent = knock(job.address), half = knock(job.address), huge = knock(job.address);
+  say(http, "GET / HTTP/1.1\r\nHost: localhost\r\n\r\n");
+  say(half, std::string_view("\x40\0\0", 3));
+  say(huge, std::string(8, '\xff'));
+  std::vector<detail::FileDescriptor> crowd;
+  for (int i = 0; i < 200; ++i) crowd.push_back(knock(job.address));
+  on_ranks(3, [&](Rank r) {
+    const auto node = job.join(r);
+    TcpTransport* const raw = new TcpTransport(node, TcpTransport::world, all(3));
+    Communicator comm = detail::make_communicator(std::unique_ptr<TcpTransport>(raw), detail::model_for("tcp", 3, {}), {});
+    std::vector<detail::FileDescriptor> visitors;
+    for (int i = 0; i < 20; ++i)
+      for (Rank other = 0; other < 3; ++other) {
+        int error = 0;
+        visitors.push_back(detail::begin_connect(node->address(other), error));
+        (void)detail::wait_for_events(visitors.back().get(), POLLOUT, std::chrono::steady_clock::now() + 5s);
+        detail::ChannelHello hello;  // without the key
+        hello.communicator = TcpTransport::world;
+        hello.from = 0;
+        hello.to = other;
+        if (i % 4 == 0) say(visitors.back(), "GET / HTTP/1.1\r\n\r\n                                                     ");
+        if (i % 4 == 1) say(visitors.back(), {reinterpret_cast<const char*>(&hello), sizeof hello});
+        if (i % 4 == 2) say(visitors.back(), {reinterpret_cast<const char*>(&hello), 20});
+      }
+    for (int i = 0; i < 50; ++i) {
+      int x = 1;
+      comm.all_reduce(std::span(&x, 1), sum);
+      expect(x == 3, "sum");
+    }
+  });
+}
+
+TEST_CASE("frames that no rank would send are refused by name, and make nobody allocate") {
+  const auto frame = [](auto&& change) {
+    detail::FrameHeader h;
+    h.kind = detail::FrameHeader::data;
+    h.flags = detail::FrameHeader::first | detail::FrameHeader::last | detail::FrameHeader::fingerprinted;
+    h.total = h.bytes = 16;
+    h.operation = 1;
+    change(h);
+    return std::string(detail::ControlStream::as_bytes(h)) + std::string(16, 'x');
+  };
+  const std::pair<std::string, const char*> cases[] = {
+      {std::string(100, 'A'), "no frame"},
+      {frame([](auto& h) { h.kind = 9; }), "kind 9"},
+      {frame([](auto& h) { h.kind = detail::FrameHeader::credit; h.bytes = 0; }), "has no place here"},
+      {frame([](auto& h) { h.bytes = 0xffffffff; h.total = 0xffffffff; }), "4294967295 bytes, where"},
+      {frame([](auto& h) { h.total = ~0ull; }), "of a message of"},
+      {frame([](auto& h) { h.total = 8; }), "of a message of 8"},
+      {frame([](auto& h) { h.kind = detail::FrameHeader::goodbye; }), "without data that announces 16"},
+  };
+  for (const auto& [bytes, problem] : cases) {
+    const Job job(2);
+    std::shared_ptr<detail::NetworkNode> liar;
+    Caught c;
+    std::thread rank_0([&] {
+      c.record([&] {
+        TcpTransport transport(job.join(0), TcpTransport::world, all(2));
+        conformance::Driver driver{0};
+        std::vector<std::byte> data(16);
+        Transfer t = conformance::receiving(1, data, 0, 16);
+        driver.post(transport, t);
+        driver.finish(transport);
+      });
+    });
+    liar = job.join(1);
+    const auto channel = knock(liar->address(0));
+    detail::ChannelHello hello;
+    hello.communicator = TcpTransport::world;
+    hello.from = 1;
+    hello.to = 0;
+    hello.window = TcpOptions{}.window;
+    hello.key = liar->key();
+    say(channel, std::string(detail::ControlStream::as_bytes(hello)) + bytes);
+    rank_0.join();
+    INFO(c);
+    CHECK(c.is(Errc::protocol));
+    CHECK_THAT(c.text, Catch::Contains("rank 1 (127.0.0.1:") && Catch::Contains(problem));
+  }
+}
+
+TEST_CASE("jobs over TCP give back all that they used") {
+  const auto round = [] {
+    everyone(3, [](Communicator& comm) {
+      auto other = comm.duplicate();
+      std::vector<int> data(10'000);
+      comm.all_reduce(std::span(data), sum);
+      other.all_reduce(std::span(data), sum);
+    });
+  };
+  round();
+  const int before = test::open_descriptors();
+  for (int i = 0; i < 10; ++i) round();
+  CHECK(test::open_descriptors() == before);
+}
+
+TEST_CASE("512 ranks meet") {
+  rlimit files{};
+  ::getrlimit(RLIMIT_NOFILE, &files);
+  files.rlim_cur = files.rlim_max;
+  ::setrlimit(RLIMIT_NOFILE, &files);
+  const int n = test::sanitized ? 64 : files.rlim_max < 4096 ? 200 : 512;
+  const Job job(n);
+  const auto began = std::chrono::steady_clock::now();
+  std::atomic<int> there{0};
+  on_ranks(n, [&](Rank r) { there += job.join(r)->size() == n; });
+  const auto took = std::chrono::steady_clock::now() - began;
+  CHECK(there == n);
+  std::printf("%d ranks met in %.0f ms\n", n, std::chrono::duration<double, std::milli>(took).count());
+}
+
+TEST_CASE("64 ranks on few cores, over TCP, round after round") {
+  const int n = test::sanitized ? 12 : 64;
+  everyone(n, [&](Communicator& comm) {
+    std::vector<int> data(1 << 18);
+    int descriptors = 0;
+    for (int i = 0; i < (test::sanitized ? 3 : 12); ++i) {
+      std::fill(data.begin(), data.end(), comm.rank());
+      comm.all_reduce<Ring>(std::span(data), sum);
+      expect(data.front() == n * (n - 1) / 2 && data.back() == data.front(), "sum");
+      comm.barrier();
+      if (comm.rank() == 0 && i == 1) descriptors = test::open_descriptors();
+      if (comm.rank() == 0 && i > 1) expect(test::open_descriptors() == descriptors, "no more descriptors than before");
+      comm.barrier();
+    }
+  });
+}
