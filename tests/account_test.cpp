@@ -74,6 +74,8 @@ struct Repetition {
   /// A machine that takes cores away makes others late, too: who is last for sure is last in the report.
   bool surely_last(Rank rank) const { return of(rank).earliest > latest_but(rank); }
   nanoseconds least_lateness(Rank of_rank, Rank to) const { return std::max(nanoseconds(of(of_rank).earliest - of(to).latest), 0ns); }
+  /// For how long this rank alone was missing.
+  nanoseconds alone(Rank rank) const { return std::max(nanoseconds(of(rank).earliest - latest_but(rank)), 0ns); }
   nanoseconds most_lateness(Rank of_rank, Rank to) const { return std::max(nanoseconds(of(of_rank).latest - of(to).earliest), 0ns); }
 };
 
@@ -149,20 +151,24 @@ void crowded_idle_truth(Communicator& comm, std::size_t count, bool print) {
     std::vector<float> data(count, 1.0f);
     late_once<A>(comm, late, 1ms, data);
     nanoseconds arrival{}, transfer{}, lateness_sum{};
+    int sure = 0;
     for (int i = 0; i < repetitions; ++i) {
       const Repetition r = late_once<A>(comm, late, 30ms, data);
       expect_exact(r.report, comm.rank());
-      expect(r.report.last_arrival == late, "last_arrival is the late rank, on every rank, with " + std::string(A::name));
+      sure += r.surely_last(late);
+      for (Rank rank = 0; rank < comm.size(); ++rank)
+        if (r.surely_last(rank)) expect(r.report.last_arrival == rank, "last_arrival is the late rank, on every rank, with " + std::string(A::name));
       arrival += r.report.wait_arrival;
       transfer += r.report.wait_transfer + r.report.wait_credit;
       lateness_sum += nanoseconds(r.of(late).earliest - r.of(comm.rank()).earliest);
       if (comm.rank() == late) continue;
-      // Nobody else is late by more than scheduling, so the waits can exceed the lateness only by the call's own length.
-      const nanoseconds lateness(r.of(late).earliest - r.of(comm.rank()).earliest);
+      // Who has no core does not wait meanwhile; and others may be late for want of one.
+      const nanoseconds lateness = r.least_lateness(late, comm.rank());
       expect(r.report.idle() + r.report.busy() >= lateness, "the call lasted at least as long as the rank was late");
-      expect(r.report.wait_arrival + r.report.wait_transfer + r.report.wait_credit >= lateness - 20ms, "most of the lateness was waited");
-      expect(blamed_arrival(r.report, late) >= lateness / 2, "blame goes to the late rank, not to a neighbour");
+      expect(r.report.wait_arrival + r.report.wait_transfer + r.report.wait_credit + r.queued >= lateness - 20ms, "most of the lateness was waited");
+      expect(blamed_arrival(r.report, late) + r.queued >= r.alone(late) / 2, "blame goes to the late rank, not to a neighbour");
     }
+    expect(sure >= repetitions / 2, "the rank that sleeps is the last one");
     if (print && comm.rank() == (late == 0 ? 1 : 0))
       std::cout << A::name << ", " << comm.size() << " ranks, " << count << " floats, rank " << late << " late by " << lateness_sum.count() / repetitions / 1000 << " us: arrival "
                 << arrival.count() / repetitions / 1000 << " us, transfer " << transfer.count() / repetitions / 1000 << " us\n";
@@ -190,8 +196,9 @@ TEST_CASE("I6: in a ring of threads, rank 3 waits for rank 2 but blames rank 0")
     for (int i = 0; i < 5; ++i) {
       const Repetition r = late_once<Ring>(comm, 0, 40ms, data);
       if (comm.rank() == 0) continue;
-      expect(blamed_arrival(r.report, 0) >= 20ms, "rank 0 is blamed by everyone");
-      for (Rank other = 1; other < 4; ++other) expect(blamed_arrival(r.report, other) < 20ms, "and nobody else is");
+      expect(blamed_arrival(r.report, 0) + r.queued >= r.alone(0) / 2, "rank 0 is blamed by everyone, for at least half of its 40 ms if all others are there");
+      const nanoseconds others_late = std::max(nanoseconds(r.latest_but(0) - r.of(comm.rank()).earliest), 0ns);
+      for (Rank other = 1; other < 4; ++other) expect(blamed_arrival(r.report, other) < 20ms + others_late, "and nobody else is");
     }
   }, threads);
 }
@@ -199,11 +206,14 @@ TEST_CASE("I6: in a ring of threads, rank 3 waits for rank 2 but blames rank 0")
 TEST_CASE("blame keeps the worst and lumps the rest") {
   launch(12, [](Communicator& comm) {
     std::vector<float> data(1, 1.0f);
-    comm.barrier();
-    std::this_thread::sleep_for(comm.rank() * 4ms + (comm.rank() == 11 ? 100ms : 0ms));
-    const Report r = comm.all_reduce<OneShot>(data, max);
-    expect_exact(r, comm.rank());
-    if (comm.rank() < 6) expect(r.blame().front().rank == 11, "the rank that was latest by far comes first");
+    bool sure = false;
+    for (int tries = 0; tries < 5 && !sure; ++tries) {  // where the machine takes the core of a rank, that one may be late by far
+      const Repetition r = late_once<OneShot>(comm, comm.rank(), comm.rank() * 4ms + (comm.rank() == 11 ? 100ms : 0ms), data);
+      expect_exact(r.report, comm.rank());
+      sure = r.alone(11) > 80ms;
+      if (sure && comm.rank() < 6) expect(r.report.blame().front().rank == 11, "the rank that was latest by far comes first");
+    }
+    expect(sure, "rank 11 is the latest by far in one of five");
   }, threads);
 }
 

@@ -68,7 +68,7 @@ void bad_environment(RankKind kind) {
       {"TALLY_MODEL_BUSY_WATTS", {"hot", "-1", "nan", "1e7", "5W"}},
       {"TALLY_MODEL_IDLE_WATTS", {"cold", "-0.5", "nan", "1e7", "5 "}},
       {"TALLY_ALGORITHM", {"rings", "Ring", "all_reduce=", "all_reduce=rings", "allreduce=ring", "ring,trees", "broadcast=recursive_doubling", "=", " ring", "ring;tree", "ring, tree"}},
-      {"TALLY_TRANSPORT", {"tcp", "SHM", "shm,thread", "threads"}},
+      {"TALLY_TRANSPORT", {"udp", "SHM", "shm,thread", "threads"}},
       {"TALLY_SLOTS", {"many", "0", "-16", "4097", "16.0", "99999999999999999999", "0x10", "16k"}},
       {"TALLY_SLOT_BYTES", {"big", "0", "127", "-1", "1e4", "99999999999999999999999"}},
       {"TALLY_SLOT_BUDGET", {"rich", "0", "4095", "-1", "64M", "99999999999999999999999"}},

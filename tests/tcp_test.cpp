@@ -26,8 +26,9 @@ SocketAddress loopback(int family) { return detail::resolve(family == 6 ? "::1" 
 
 /// A registry on loopback, and how to join it.
 struct Job {
-  explicit Job(int n, int family = 4, nanoseconds timeout = 20s) : limit(timeout) {
+  explicit Job(int n, int family = 4, nanoseconds timeout = 20s, bool accounting = false) : limit(timeout) {
     like.size = n;
+    like.accounting = accounting;
     auto listener = detail::listen_at(loopback(family));
     address = detail::own_address(listener);
     registry = std::make_unique<detail::Registry>(std::move(listener), like, timeout);
@@ -295,6 +296,19 @@ TEST_CASE("ranks that cannot make a job are told why") {
       CHECK(each.is(Errc::mismatch));
       CHECK_THAT(each.text, Catch::Contains("rank 0 says 3, rank 2 says 4"));
     }
+  }
+  SECTION("another host, whose clock is its own") {
+    const Job accounted(2, 4, 20s, true);
+    const Caught c = join(accounted, 1, [](detail::Join& me) { me.boot = 5; });
+    CHECK(c.is(Errc::unsupported));
+    CHECK_THAT(c.text, Catch::Contains("rank 1 is on another host") && Catch::Contains("TALLY_ACCOUNTING=off"));
+    const Job job(2);
+    on_ranks(2, [&](Rank r) {
+      detail::Join me = job.like;
+      me.rank = r;
+      me.boot = static_cast<std::uint64_t>(r);
+      detail::NetworkNode(std::vector{job.address}, me, 5s);
+    });
   }
   SECTION("twice the same") {
     const Job job(3);

@@ -33,13 +33,13 @@ struct JobInfo {
   int size = 1;
   std::string job;       // the same for all ranks, different from other jobs; empty if nothing says
   std::string launcher;  // which of the known ones; empty if none
-  std::string elsewhere;  // which ranks are on other hosts, as far as the launcher tells; empty if none are known to be
+  bool one_host = true;  // false if the launcher says that some ranks are on others
 };
 
 namespace detail {
 
 /// What all ranks are to choose algorithms by.
-inline CostModel model_for(std::string_view transport, int size, const Options& options) {
+[[gnu::cold]] inline CostModel model_for(std::string_view transport, int size, const Options& options) {
   CostModel model;
   const int online = static_cast<int>(::sysconf(_SC_NPROCESSORS_ONLN));
   const cpu_set_t allowed = own_cores();
@@ -61,7 +61,7 @@ inline void write_model(const SlotMemory& memory, const Options& options) { memo
 
 /// An engine over a transport.
 template <Transport T>
-Communicator make_communicator(std::unique_ptr<T> transport, const CostModel& model, const Options& options) {
+[[gnu::cold]] Communicator make_communicator(std::unique_ptr<T> transport, const CostModel& model, const Options& options) {
   ModelMeter meter = options.meter;
   meter.enabled = meter.enabled && options.accounting;
   meter.cores_per_rank = std::min(1.0, static_cast<double>(::sysconf(_SC_NPROCESSORS_ONLN)) / transport->size());
@@ -75,7 +75,7 @@ inline Communicator make_communicator(std::shared_ptr<SlotMemory> memory, Rank m
 }
 
 /// Launchers by the variables they set: rank, size, ranks on this host, job.
-inline JobInfo job_from_environment() {
+[[gnu::cold]] inline JobInfo job_from_environment() {
   struct Launcher {
     const char *name, *rank, *size, *local_size;
     std::initializer_list<const char*> job;
@@ -97,14 +97,14 @@ inline JobInfo job_from_environment() {
       if (l.rank == launchers[0].rank) throw Error(Errc::invalid_argument, "TALLY_RANK is set but TALLY_SIZE is not");
       continue;
     }
-    JobInfo info{*environment_number<int>(l.rank, 0, *size - 1), *size, "", l.name, ""};
+    JobInfo info{*environment_number<int>(l.rank, 0, *size - 1), *size, "", l.name};
     if (l.local_size)
       if (const auto local = environment_number<int>(l.local_size, 1, 1 << 15); local && *local != *size)
-        info.elsewhere = concat({l.name, " started ", *size, " ranks, ", *local, " of them on this host"});
+        info.one_host = false;
     for (const char* name : l.job)
       if (const auto part = environment(name)) info.job.append(info.job.empty() ? "" : ".").append(*part);
     if (const auto nodes = environment_number<int>("SLURM_NNODES", 1, 1 << 20); nodes && *nodes > 1 && info.launcher == std::string("Slurm"))
-      info.elsewhere = concat({"Slurm started ranks on ", *nodes, " hosts"});
+      info.one_host = false;
     return info;
   }
   return {};
@@ -158,7 +158,7 @@ class Rendezvous {
     return {};
   }
 
-  std::shared_ptr<ShmMemory> host() {
+  [[gnu::cold]] std::shared_ptr<ShmMemory> host() {
     FileDescriptor listener = local_socket();
     const auto [where, length] = local_address(name_);
     if (::bind(listener.get(), reinterpret_cast<const sockaddr*>(&where), length) != 0)
@@ -232,7 +232,7 @@ class Rendezvous {
     return memory;
   }
 
-  std::shared_ptr<ShmMemory> join() {
+  [[gnu::cold]] std::shared_ptr<ShmMemory> join() {
     const auto [where, length] = local_address(name_);
     Connection host;
     while (!host) {
@@ -295,7 +295,7 @@ inline Communicator init(const Options& defaults = {}) {
     return detail::make_communicator(memory, 0, options);
   }
   options.expect_transport("shm", "processes of one host");
-  if (!job.elsewhere.empty()) throw Error(Errc::unsupported, {job.elsewhere, "; shared memory connects one host only: include tally/tcp.hpp and call tally::init_tcp()"});
+  if (!job.one_host) throw Error(Errc::unsupported, {job.launcher, " started some of the ", job.size, " ranks on other hosts, which shared memory does not connect: include tally/tcp.hpp and call tally::init_tcp()"});
   return detail::make_communicator(detail::Rendezvous(job, options).meet(), job.rank, options);
 }
 

@@ -2,7 +2,10 @@
 // Everything that can be set about a communicator, from arguments or, once at init, from the environment.
 #pragma once
 
+#include <algorithm>
+#include <array>
 #include <chrono>
+#include <initializer_list>
 #include <memory>
 #include <optional>
 #include <string>
@@ -40,38 +43,24 @@ struct Options {
   /// `defaults`, changed by what the environment says: TALLY_TIMEOUT (seconds), TALLY_ACCOUNTING (on, off),
   /// TALLY_METER (auto: meters, else the model; model; none), TALLY_MODEL_BUSY_WATTS, TALLY_MODEL_IDLE_WATTS (per core), TALLY_ALGORITHM, TALLY_ORDER (any, fixed), TALLY_WAIT (latency, balanced, energy), TALLY_OBJECTIVE (time, energy, energy_delay), TALLY_MODEL (a file),
   /// TALLY_GROUP (ranks), TALLY_TRANSPORT (shm, thread, tcp), TALLY_SLOTS, TALLY_SLOT_BYTES, TALLY_SLOT_BUDGET (bytes).
-  static Options from_environment(Options defaults) {
+  [[gnu::cold]] static Options from_environment(Options defaults) {
     using detail::environment, detail::environment_number;
     Options o = std::move(defaults);
     if (const auto s = environment_number<double>("TALLY_TIMEOUT", 1e-6, 1e9)) o.timeout = nanoseconds(static_cast<std::int64_t>(*s * 1e9));
-    if (const auto v = environment("TALLY_ACCOUNTING")) o.accounting = one_of("TALLY_ACCOUNTING", *v, "off", "on");
-    if (const auto v = environment("TALLY_METER")) {
-      if (*v != "auto" && *v != "model" && *v != "none") throw Error(Errc::invalid_argument, {"TALLY_METER='", *v, "' is unknown; it may be auto, model or none"});
-      o.meter.enabled = *v != "none";
-      if (*v != "auto") o.meters = nullptr;
+    if (const auto i = one_of("TALLY_ACCOUNTING", {"off", "on"})) o.accounting = *i == 1;
+    if (const auto i = one_of("TALLY_METER", {"auto", "model", "none"})) {
+      o.meter.enabled = *i != 2;
+      if (*i != 0) o.meters = nullptr;
     }
     if (const auto w = environment_number<double>("TALLY_MODEL_BUSY_WATTS", 0, 1e6)) o.meter.busy_watts = *w;
     if (const auto w = environment_number<double>("TALLY_MODEL_IDLE_WATTS", 0, 1e6)) o.meter.idle_watts = *w;
-    if (const auto v = environment("TALLY_WAIT")) {
-      if (*v == "latency") o.wait = WaitPolicy::latency;
-      else if (*v == "balanced") o.wait = WaitPolicy::balanced;
-      else if (*v == "energy") o.wait = WaitPolicy::energy;
-      else throw Error(Errc::invalid_argument, {"TALLY_WAIT='", *v, "' is unknown; it may be latency, balanced or energy"});
-    }
-    if (const auto v = environment("TALLY_OBJECTIVE")) {
-      if (*v == "time") o.objective = Objective::time;
-      else if (*v == "energy") o.objective = Objective::energy;
-      else if (*v == "energy_delay") o.objective = Objective::energy_delay;
-      else throw Error(Errc::invalid_argument, {"TALLY_OBJECTIVE='", *v, "' is unknown; it may be time, energy or energy_delay"});
-    }
+    if (const auto i = one_of("TALLY_WAIT", {"latency", "balanced", "energy"})) o.wait = std::array{WaitPolicy::latency, WaitPolicy::balanced, WaitPolicy::energy}[*i];
+    if (const auto i = one_of("TALLY_OBJECTIVE", {"time", "energy", "energy_delay"})) o.objective = std::array{Objective::time, Objective::energy, Objective::energy_delay}[*i];
     if (const auto v = environment("TALLY_ALGORITHM")) o.algorithms = AlgorithmOverrides(*v);
-    if (const auto v = environment("TALLY_ORDER")) o.order = one_of("TALLY_ORDER", *v, "any", "fixed") ? Order::fixed : Order::any;
+    if (const auto i = one_of("TALLY_ORDER", {"any", "fixed"})) o.order = *i == 1 ? Order::fixed : Order::any;
     if (const auto v = environment("TALLY_MODEL")) o.model = *v;
     if (const auto n = environment_number<int>("TALLY_GROUP", 0, 1 << 15)) o.group = *n;
-    if (const auto v = environment("TALLY_TRANSPORT")) {
-      if (*v != "shm" && *v != "thread" && *v != "tcp") throw Error(Errc::invalid_argument, {"TALLY_TRANSPORT='", *v, "' is unknown; it may be shm, thread or tcp"});
-      o.transport = *v;
-    }
+    if (one_of("TALLY_TRANSPORT", {"shm", "thread", "tcp"})) o.transport = *environment("TALLY_TRANSPORT");
     if (const auto n = environment_number<int>("TALLY_SLOTS", 1, 4096)) o.slots.slots = *n;
     if (const auto n = environment_number<std::size_t>("TALLY_SLOT_BYTES", 128, std::size_t{1} << 30)) o.slots.slot_bytes = *n;
     if (const auto n = environment_number<std::size_t>("TALLY_SLOT_BUDGET", 4096, std::size_t{1} << 40)) o.slots.budget = *n;
@@ -91,10 +80,15 @@ struct Options {
   }
 
  private:
-  static bool one_of(const char* name, std::string_view value, std::string_view no, std::string_view yes) {
-    if (value == yes) return true;
-    if (value == no) return false;
-    throw Error(Errc::invalid_argument, {name, "='", value, "' is unknown; it may be ", no, " or ", yes});
+  /// Which of `words` the variable holds, if it is set.
+  [[gnu::noinline]] static std::optional<std::size_t> one_of(const char* name, std::initializer_list<std::string_view> words) {
+    const auto value = detail::environment(name);
+    if (!value) return std::nullopt;
+    const auto found = std::find(words.begin(), words.end(), *value);
+    if (found != words.end()) return static_cast<std::size_t>(found - words.begin());
+    std::string all;
+    for (auto word = words.begin(); word != words.end(); ++word) all += detail::concat({word == words.begin() ? "" : word + 1 == words.end() ? " or " : ", ", *word});
+    throw Error(Errc::invalid_argument, {name, "='", *value, "' is unknown; it may be ", all});
   }
 };
 

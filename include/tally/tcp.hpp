@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "bootstrap.hpp"
+#include "host.hpp"
 #include "network/node.hpp"
 #include "network/registry.hpp"
 #include "transport/tcp.hpp"
@@ -58,6 +59,7 @@ inline Communicator tcp_communicator(const JobInfo& job, const std::vector<Socke
   me.size = job.size;
   me.accounting = options.accounting;
   me.job = hash_text(job.job);
+  me.boot = hash_text(boot_id());
   me.settings = hash_text(concat({"tcp ", tcp.lanes, " ", tcp.window, " ", tcp.frame_bytes}));
   CostModel model = model_for("tcp", job.size, options);
   const auto node = NetworkJob::join(where, me, options.timeout, std::string(ControlStream::as_bytes(model)));

@@ -33,6 +33,7 @@ struct Join {
   std::uint32_t accounting = 0;
   std::uint64_t job = 0;  // a hash of its name
   std::uint64_t settings = 0;  // a hash of what must be the same everywhere
+  std::uint64_t boot = 0;  // a hash of the host's boot id
   SocketAddress listens;  // family 0: at the address that it connects from
 };
 struct CommunicatorStatus {

@@ -220,9 +220,14 @@ class Registry {
     else if (guests_of_[static_cast<std::size_t>(theirs.rank)]) problem = concat({"two processes say that they are ", them});
     else if (theirs.accounting != like_.accounting) problem = concat({"accounting is on at some ranks and off at others (rank 0: ", like_.accounting ? "on" : "off", ", ", them, " not)"});
     else if (theirs.settings != like_.settings) problem = concat({them, " and rank 0 have different settings of the network"});
+    Errc code = Errc::mismatch;
+    if (problem.empty() && like_.accounting && theirs.boot != like_.boot) {
+      problem = concat({them, " is on another host than rank 0, and clocks of several hosts are not compared yet, so nobody could say who waited for whom: set TALLY_ACCOUNTING=off on all ranks"});
+      code = Errc::unsupported;
+    }
     if (!problem.empty()) {
-      refuse(guest, Errc::mismatch, problem);
-      fail(Errc::mismatch, problem);
+      refuse(guest, code, problem);
+      fail(code, problem);
       return false;
     }
     guest.rank = theirs.rank;
