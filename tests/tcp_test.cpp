@@ -246,6 +246,49 @@ TEST_CASE("calls that do not match, an abort, a deadline and a rank that leaves 
   }
 }
 
+TEST_CASE("a rank that has left, and its process with it, is missed by who never had to do with it") {
+  for (const Rank leaver : {0, 1}) {
+    detail::Join like;
+    like.size = 3;
+    SocketAddress address;
+    const auto listener = [&] {
+      auto fd = detail::listen_at(loopback(4));
+      address = detail::own_address(fd);
+      return fd;
+    };
+    auto registry = std::make_unique<detail::Registry>(listener(), like, 20s);
+    std::vector<Caught> results(3);
+    const Happened left;
+    on_ranks(3, [&](Rank r) {
+      results[static_cast<std::size_t>(r)].record([&] {
+        detail::Join me = like;
+        me.rank = r;
+        auto node = std::make_shared<detail::NetworkNode>(std::vector{address}, me, 20s);
+        std::optional<Communicator> comm = detail::make_communicator(std::make_unique<TcpTransport>(std::move(node), TcpTransport::world, all(3)), detail::model_for("tcp", 3, {}), {});
+        int x = 1;
+        if (r == leaver) {
+          comm.reset();
+          if (r == 0) registry.reset();  // which goes with rank 0
+          left.now();
+        } else if (r == 2) {
+          left.await();
+          comm->receive(std::span(&x, 1), leaver);
+        } else {
+          left.await();
+          std::vector<int> much(10'000'000);
+          comm->send(std::span<const int>(much), leaver);
+        }
+      });
+    });
+    for (Rank r = 0; r < 3; ++r) {
+      if (r == leaver) continue;
+      INFO(leaver << " left; " << results[static_cast<std::size_t>(r)]);
+      CHECK((results[static_cast<std::size_t>(r)].is(Errc::peer_left) || results[static_cast<std::size_t>(r)].is(Errc::aborted)));
+      CHECK(has(results[static_cast<std::size_t>(r)].text, "rank " + std::to_string(leaver) + " left the communicator"));
+    }
+  }
+}
+
 TEST_CASE("a rank that is killed is missed, by who receives and by who sends", "[processes]") {
   const Job job(4);  // its registry is the test's own
   const test::Shared<std::array<Caught, 4>> results;

@@ -132,11 +132,13 @@ class NetworkNode {
   }
   Told told(const NetworkGroup& group, Rank r) {
     const std::lock_guard lock(mutex_);
-    return group.told[static_cast<std::size_t>(r)];
+    Told told = group.told[static_cast<std::size_t>(r)];
+    if (registry_left_ && group.members[static_cast<std::size_t>(r)] == 0) told.left = 1;
+    return told;
   }
   bool is_dead(Rank r) {
     const std::lock_guard lock(mutex_);
-    return dead_[static_cast<std::size_t>(r)];
+    return dead_[static_cast<std::size_t>(r)] || (r == 0 && registry_gone_ && !registry_left_);
   }
   bool registry_is_gone() {
     const std::lock_guard lock(mutex_);
@@ -245,6 +247,7 @@ class NetworkNode {
     if (!link_.write() || !link_.read([&](ControlKind kind, std::string_view record) { return heard(kind, record); })) registry_gone_ = true;
   }
   bool heard(ControlKind kind, std::string_view record) {
+    if (kind == ControlKind::goodbye) return registry_left_ = true;
     if (kind == ControlKind::dead) {
       std::int32_t rank = -1;
       if (!ControlStream::take(record, rank) || rank < 0 || rank >= size_) return false;
@@ -333,7 +336,7 @@ class NetworkNode {
   std::map<std::uint64_t, AbortNotice> early_aborts_;
   std::vector<bool> dead_;
   std::uint64_t communicators_ = 1;
-  bool registry_gone_ = false;
+  bool registry_gone_ = false, registry_left_ = false;  // left: with rank 0, in an orderly way
 };
 
 }  // namespace tally::inline v0::detail

@@ -86,7 +86,10 @@ class Registry {
       bury();
       if (joined_ < like_.size && !over_ && now > deadline_) fail(Errc::timeout, missing_text());
     }
-    for (const auto& guest : guests_) guest->stream.write();
+    for (const auto& guest : guests_) {
+      if (!over_ && joined_ == like_.size) guest->stream.put(ControlKind::goodbye, Goodbye{});  // so that rank 0 has left, and did not die
+      guest->stream.write();
+    }
   }
   void accept() {
     for (int i = 0; i < 256; ++i) {

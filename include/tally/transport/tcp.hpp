@@ -100,6 +100,7 @@ class TcpTransport {
       if (!out.sends.head) std::erase(sending_, &out);
     } else {
       In& in = ins_[index(t.lane, t.peer)];
+      if (in.receives.head == &t && in.framed && in.seen) (void)ended(in, 0);  // the rest of its frame would be taken for another one's
       in.receives.remove(t);
       if (!in.receives.head) std::erase(receiving_, &in);
     }
@@ -285,7 +286,6 @@ class TcpTransport {
   // Sending.
 
   void open_channel(Out& out) {
-    if (out.error != 0) return;
     int error = 0;
     out.fd = node_->connect_to(origin(out.peer), error);
     if (error != 0) return fail(out, error);
@@ -351,8 +351,8 @@ class TcpTransport {
   bool advance_send(Out& out, P& probe) {
     bool moved = false;
     for (int frames = 0; frames < 16; ++frames) {
+      if (!out.fd && out.error == 0) open_channel(out);
       if (out.error != 0) return moved;
-      if (!out.fd) open_channel(out);
       if (out.direct || !out.stage.empty()) {
         Transfer* const t = out.direct;
         const std::size_t before = t ? t->done : 0, staged = out.stage.size();
