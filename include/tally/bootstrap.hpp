@@ -61,11 +61,11 @@ inline void write_model(const SlotMemory& memory, const Options& options) { memo
 
 /// An engine over a transport.
 template <Transport T>
-[[gnu::cold]] Communicator make_communicator(std::unique_ptr<T> transport, const CostModel& model, const Options& options) {
+[[gnu::cold]] Communicator make_communicator(std::unique_ptr<T> transport, const CostModel& model, const Options& options, const Clock& clock = Clock::host()) {
   ModelMeter meter = options.meter;
   meter.enabled = meter.enabled && options.accounting;
   meter.cores_per_rank = std::min(1.0, static_cast<double>(::sysconf(_SC_NPROCESSORS_ONLN)) / transport->size());
-  return {std::make_unique<Engine<T>>(std::move(transport), Clock::host(), AccountSettings(meter, options.accounting ? options.meters : nullptr, options.carbon, options.on_slack, options.observer), options.wait_policy(), options.accounting), options.timeout, model, options.algorithms, options.order};
+  return {std::make_unique<Engine<T>>(std::move(transport), clock, AccountSettings(meter, options.accounting ? options.meters : nullptr, options.carbon, options.on_slack, options.observer), options.wait_policy(), options.accounting), options.timeout, model, options.algorithms, options.order};
 }
 
 inline Communicator make_communicator(std::shared_ptr<SlotMemory> memory, Rank me, const Options& options) {

@@ -19,7 +19,7 @@
 
 namespace tally::inline v0::detail {
 
-enum class ControlKind : std::uint32_t { join = 1, welcome, refusal, status, ask, told, goodbye, abort, dead };
+enum class ControlKind : std::uint32_t { join = 1, welcome, refusal, status, ask, told, goodbye, abort, dead, clock };
 
 struct ControlHeader {
   std::uint32_t bytes = 0;  // that follow
@@ -35,6 +35,16 @@ struct Join {
   std::uint64_t settings = 0;  // a hash of what must be the same everywhere
   std::uint64_t boot = 0;  // a hash of the host's boot id
   SocketAddress listens;  // family 0: at the address that it connects from
+};
+/// A question after the clock of rank 0's host, and the answer.
+struct ClockAnswer {
+  std::uint64_t asked = 0, there = 0;
+  double ticks_per_second = 0;  // there
+};
+/// Of each rank, to all.
+struct RankEntry {
+  SocketAddress listens;
+  std::uint64_t boot = 0;
 };
 struct CommunicatorStatus {
   std::uint64_t communicator = 0;

@@ -21,7 +21,9 @@
 #include <utility>
 #include <vector>
 
+#include "../clock.hpp"
 #include "../types.hpp"
+#include "clock_map.hpp"
 #include "control.hpp"
 
 namespace tally::inline v0::detail {
@@ -46,7 +48,7 @@ class NetworkNode {
 
   /// Joins the job whose registry listens at one of `registry`; me.listens says where this rank is to listen (family 0: where it
   /// reaches the registry from). Waits until all are there. Throws what the registry says, or Errc::timeout.
-  NetworkNode(const std::vector<SocketAddress>& registry, Join me, nanoseconds timeout) : me_(me.rank), size_(me.size), peer_limit_(std::chrono::duration_cast<std::chrono::milliseconds>(timeout)) {
+  NetworkNode(const std::vector<SocketAddress>& registry, Join me, nanoseconds timeout, const Clock& clock = Clock::host()) : clock_(clock), me_(me.rank), size_(me.size), peer_limit_(std::chrono::duration_cast<std::chrono::milliseconds>(timeout)) {
     const Instant deadline = std::chrono::steady_clock::now() + timeout;
     connect(registry, deadline, timeout);
     SocketAddress here = me.listens.is_valid() ? me.listens : own_address(link_.descriptor());
@@ -56,13 +58,14 @@ class NetworkNode {
     look_out_for(listener_.get());
     look_out_for(link_.fd());
     link_.put(ControlKind::join, me);
-    while (addresses_.empty()) {
+    ask_for_time();
+    while (entries_.empty() || (is_elsewhere(0) && !map_.is_settled())) {
       if (!link_.write() || !wait_for_events(link_.fd(), static_cast<short>(POLLIN | (link_.has_more() ? POLLOUT : 0)), deadline)) {
         if (std::chrono::steady_clock::now() >= deadline)
           throw Error(Errc::timeout, {"rank ", me_, " joined the job, but not all others did within ", timeout.count() / 1'000'000, " ms"}, {me_, -1, 0, {}});
         registry_gone("while it waited for the others");
       }
-      if (!link_.read([&](ControlKind kind, std::string_view record) { return welcome(kind, record); }) && addresses_.empty()) registry_gone("while it waited for the others");
+      if (!link_.read([&](ControlKind kind, std::string_view record) { return welcome(kind, record); })) registry_gone("while it waited for the others");
     }
   }
   ~NetworkNode() {
@@ -78,7 +81,14 @@ class NetworkNode {
   const JobKey& key() const { return key_; }
   /// What rank 0 has for all.
   const std::string& note() const { return note_; }
-  const SocketAddress& address(Rank r) const { return addresses_[static_cast<std::size_t>(r)]; }
+  const SocketAddress& address(Rank r) const { return entries_[static_cast<std::size_t>(r)].listens; }
+  /// Whether it is on another host than this one, so that its clock is another one.
+  bool is_elsewhere(Rank r) const { return entries_[static_cast<std::size_t>(r)].boot != entries_[static_cast<std::size_t>(me_)].boot; }
+  /// How this host's clock goes with that of rank 0's host, as known now.
+  ClockMap clock_map() {
+    const std::lock_guard lock(mutex_);
+    return map_;
+  }
   /// For who sleeps: an epoll descriptor, readable when somebody connects, or the registry says something.
   int door() const { return door_.get(); }
 
@@ -226,13 +236,13 @@ class NetworkNode {
       throw Error(static_cast<Errc>(notice.code), record, {me_, -1, 0, {}});
     }
     if (kind != ControlKind::welcome) return heard(kind, record);
-    if (!ControlStream::take(record, key_) || record.size() < static_cast<std::size_t>(size_) * sizeof(SocketAddress)) return false;
-    addresses_.resize(static_cast<std::size_t>(size_));
-    dead_.resize(addresses_.size());
-    for (SocketAddress& each : addresses_) (void)ControlStream::take(record, each);
+    if (!ControlStream::take(record, key_) || record.size() < static_cast<std::size_t>(size_) * sizeof(RankEntry)) return false;
+    entries_.resize(static_cast<std::size_t>(size_));
+    dead_.resize(entries_.size());
+    for (RankEntry& each : entries_) (void)ControlStream::take(record, each);
     note_ = record;
-    for (const SocketAddress& each : addresses_)
-      if (!each.is_valid()) throw Error(Errc::protocol, "the job's registry names an address that is none", {me_, 0, 0, {}});
+    for (const RankEntry& each : entries_)
+      if (!each.listens.is_valid()) throw Error(Errc::protocol, "the job's registry names an address that is none", {me_, 0, 0, {}});
     return true;
   }
 
@@ -241,13 +251,28 @@ class NetworkNode {
     event.events = EPOLLIN | EPOLLET;
     if (::epoll_ctl(door_.get(), EPOLL_CTL_ADD, fd, &event) != 0) throw Error(Errc::no_resources, {"cannot wait for connections: ", errno_text(errno)}, {me_, -1, 0, {}});
   }
+  void ask_for_time() {
+    asked_ = asked_at_ = clock_.now();
+    link_.put(ControlKind::clock, ClockAnswer{asked_, 0, 0});
+    (void)link_.write();
+  }
   /// Sends and hears. After the registry is gone ranks know of each other only by their connections.
   void exchange() {
     if (registry_gone_) return;
+    if (is_elsewhere(0) && clock_.now() - asked_at_ > clock_.to_ticks(std::chrono::seconds(1))) ask_for_time();
     if (!link_.write() || !link_.read([&](ControlKind kind, std::string_view record) { return heard(kind, record); })) registry_gone_ = true;
   }
   bool heard(ControlKind kind, std::string_view record) {
     if (kind == ControlKind::goodbye) return registry_left_ = true;
+    if (kind == ControlKind::clock) {
+      ClockAnswer answer;
+      if (!ControlStream::take(record, answer) || !(answer.ticks_per_second > 0)) return false;
+      const Ticks now = clock_.now();
+      if (answer.asked == asked_) map_.learn(answer.asked, answer.there, now, answer.ticks_per_second / static_cast<double>(clock_.to_ticks(std::chrono::seconds(1))));
+      asked_ = 0;
+      if (!map_.is_settled()) ask_for_time();
+      return true;
+    }
     if (kind == ControlKind::dead) {
       std::int32_t rank = -1;
       if (!ControlStream::take(record, rank) || rank < 0 || rank >= size_) return false;
@@ -320,12 +345,15 @@ class NetworkNode {
     }
   }
 
+  Clock clock_;
+  ClockMap map_;
+  Ticks asked_ = 0, asked_at_ = 0;
   Rank me_;
   int size_;
   std::chrono::milliseconds peer_limit_;
   JobKey key_{};
   std::string note_;
-  std::vector<SocketAddress> addresses_;
+  std::vector<RankEntry> entries_;
   FileDescriptor listener_, door_{::epoll_create1(EPOLL_CLOEXEC)};
   pid_t process_ = ::getpid();
   std::mutex mutex_;

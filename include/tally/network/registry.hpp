@@ -17,6 +17,7 @@
 #include <thread>
 #include <vector>
 
+#include "../clock.hpp"
 #include "../types.hpp"
 #include "control.hpp"
 
@@ -25,8 +26,8 @@ namespace tally::inline v0::detail {
 class Registry {
  public:
   /// `like`: what every rank has to say of itself, but for rank and address. `note`: from rank 0 to all.
-  Registry(FileDescriptor listener, const Join& like, nanoseconds timeout, std::string note = {})
-      : note_(std::move(note)), listener_(std::move(listener)), stop_(::eventfd(0, EFD_CLOEXEC)), like_(like), guests_of_(static_cast<std::size_t>(like.size)), deadline_(Clock::now() + timeout), timeout_(timeout) {
+  Registry(FileDescriptor listener, const Join& like, nanoseconds timeout, std::string note = {}, const Clock& clock = Clock::host())
+      : note_(std::move(note)), clock_(clock), listener_(std::move(listener)), stop_(::eventfd(0, EFD_CLOEXEC)), like_(like), guests_of_(static_cast<std::size_t>(like.size)), deadline_(Steady::now() + timeout), timeout_(timeout) {
     if (!stop_) throw Error(Errc::no_resources, {"no descriptor for the job's registry: ", errno_text(errno)});
     for (std::size_t have = 0; have < key_.size();) {
       const ssize_t got = ::getrandom(key_.data() + have, key_.size() - have, 0);
@@ -48,11 +49,11 @@ class Registry {
   Registry(const Registry&) = delete;
 
  private:
-  using Clock = std::chrono::steady_clock;
+  using Steady = std::chrono::steady_clock;
   struct Guest {
     ControlStream stream;
     SocketAddress from;
-    Clock::time_point since;
+    Steady::time_point since;
     Rank rank = -1;
     bool gone = false, ended = false;  // ended: it said goodbye to everything
   };
@@ -75,7 +76,7 @@ class Registry {
       const std::size_t known = guests_.size();
       crowded_ = false;
       if (events[1].revents || limit == 20) accept();
-      const Clock::time_point now = Clock::now();
+      const Steady::time_point now = Steady::now();
       for (std::size_t i = 0; i < known; ++i) {
         Guest& guest = *guests_[i];
         if (events[i + 2].revents & (POLLIN | POLLHUP | POLLERR)) guest.gone = !guest.stream.read([&](ControlKind kind, std::string_view record) { return handle(guest, kind, record); }) || guest.gone;
@@ -109,7 +110,7 @@ class Registry {
       auto guest = std::make_unique<Guest>();
       guest->stream = ControlStream(std::move(fd), 512);
       guest->from = SocketAddress::of(storage);
-      guest->since = Clock::now();
+      guest->since = Steady::now();
       guests_.push_back(std::move(guest));
     }
   }
@@ -162,7 +163,15 @@ class Registry {
 
   bool handle(Guest& guest, ControlKind kind, std::string_view record) {
     if (guest.rank < 0) return kind == ControlKind::join && join(guest, record);
-    if (joined_ < like_.size) return false;  // nobody has anything to say yet
+    if (kind == ControlKind::clock) {
+      ClockAnswer answer;
+      if (!ControlStream::take(record, answer)) return false;
+      answer.there = clock_.now();
+      answer.ticks_per_second = static_cast<double>(clock_.to_ticks(std::chrono::seconds(1)));
+      guest.stream.put(ControlKind::clock, answer);
+      return true;
+    }
+    if (joined_ < like_.size) return false;  // nobody has anything else to say yet
     switch (kind) {
       case ControlKind::status: {
         CommunicatorStatus status;
@@ -223,14 +232,9 @@ class Registry {
     else if (guests_of_[static_cast<std::size_t>(theirs.rank)]) problem = concat({"two processes say that they are ", them});
     else if (theirs.accounting != like_.accounting) problem = concat({"accounting is on at some ranks and off at others (rank 0: ", like_.accounting ? "on" : "off", ", ", them, " not)"});
     else if (theirs.settings != like_.settings) problem = concat({them, " and rank 0 have different settings of the network"});
-    Errc code = Errc::mismatch;
-    if (problem.empty() && like_.accounting && theirs.boot != like_.boot) {
-      problem = concat({them, " is on another host than rank 0, and clocks of several hosts are not compared yet, so nobody could say who waited for whom: set TALLY_ACCOUNTING=off on all ranks"});
-      code = Errc::unsupported;
-    }
     if (!problem.empty()) {
-      refuse(guest, code, problem);
-      fail(code, problem);
+      refuse(guest, Errc::mismatch, problem);
+      fail(Errc::mismatch, problem);
       return false;
     }
     guest.rank = theirs.rank;
@@ -241,10 +245,10 @@ class Registry {
       theirs.listens = guest.from;
       theirs.listens.port = port;
     }
-    addresses_[theirs.rank] = theirs.listens;
+    entries_[theirs.rank] = {theirs.listens, theirs.boot};
     if (++joined_ < like_.size) return true;
     std::string welcome(ControlStream::as_bytes(key_));
-    for (const auto& [rank, address] : addresses_) welcome += ControlStream::as_bytes(address);
+    for (const auto& [rank, entry] : entries_) welcome += ControlStream::as_bytes(entry);
     welcome += note_;
     for (const auto& each : guests_)
       if (each->rank >= 0) each->stream.put(ControlKind::welcome, welcome), each->stream.write();
@@ -252,17 +256,18 @@ class Registry {
   }
 
   std::string note_;
+  Clock clock_;
   FileDescriptor listener_, stop_;
   Join like_;
   JobKey key_{};
   std::vector<std::unique_ptr<Guest>> guests_;
   std::vector<Guest*> guests_of_;  // by rank
-  std::map<Rank, SocketAddress> addresses_;
+  std::map<Rank, RankEntry> entries_;
   std::map<std::uint64_t, std::map<Rank, Entry>> board_;  // of communicators
   std::set<std::uint64_t> aborted_;
   int joined_ = 0;
   bool over_ = false, crowded_ = false;
-  Clock::time_point deadline_;
+  Steady::time_point deadline_;
   nanoseconds timeout_;
   pid_t process_ = ::getpid();
   std::thread thread_;

@@ -51,7 +51,10 @@ class TcpTransport {
     if (!epoll_ || !wake_) throw Error(Errc::no_resources, {"no descriptor to wait with: ", detail::errno_text(errno)}, {me_, -1, 0, {}});
     for (const int fd : {node_->door(), wake_.get()}) watch(fd, EPOLLIN | EPOLLET);
     int here = 0;
-    for (const Rank r : group_->members) here += std::equal(node_->address(r).ip, node_->address(r).ip + 16, node_->address(node_->rank()).ip);
+    for (const Rank r : group_->members) {
+      elsewhere_ = elsewhere_ || node_->is_elsewhere(r);
+      here += std::equal(node_->address(r).ip, node_->address(r).ip + 16, node_->address(node_->rank()).ip);
+    }
     const cpu_set_t cores = own_cores();
     crowded_ = here > std::max(CPU_COUNT(&cores), 1);
     sending_.reserve(outs_.size());
@@ -61,6 +64,7 @@ class TcpTransport {
         const auto i = index(lane, r);
         outs_[i].peer = ins_[i].peer = r;
         outs_[i].lane = ins_[i].lane = lane;
+        outs_[i].elsewhere = ins_[i].elsewhere = node_->is_elsewhere(origin(r));
       }
   }
   TcpTransport(const TcpTransport&) = delete;
@@ -185,14 +189,14 @@ class TcpTransport {
     std::array<epoll_event, 16> events;
     const timespec time{static_cast<time_t>(limit.count() / 1'000'000'000), static_cast<long>(limit.count() % 1'000'000'000)};
     pollfd all{epoll_.get(), POLLIN, 0};  // epoll's own limits are milliseconds
-    if (::ppoll(&all, 1, &time, nullptr) <= 0) return node_->hear();
+    if (::ppoll(&all, 1, &time, nullptr) <= 0) return hear();
     const int count = ::epoll_wait(epoll_.get(), events.data(), static_cast<int>(events.size()), 0);
     for (int i = 0; i < count; ++i)
       if (events[static_cast<std::size_t>(i)].data.fd == wake_.get()) {
         std::uint64_t rung = 0;
         (void)!::read(wake_.get(), &rung, sizeof rung);
       }
-    node_->hear();
+    hear();
   }
   void interrupt() {
     const std::uint64_t one = 1;
@@ -243,6 +247,7 @@ class TcpTransport {
     std::uint64_t asked = 0;                       // up to where the peer was asked to say that it is consumed
     FrameTimes credit;                             // of the last credit
     std::uint32_t operation = 0;                   // of the last frame sent
+    bool elsewhere = false;                        // on another host
     bool any = false, starved = false, full = false;  // no room at the peer; none in the network
     int error = 0;
     detail::StreamBuffer back{256};  // credits
@@ -265,6 +270,7 @@ class TcpTransport {
     std::size_t begin = 0, taken = 0;  // of the frame: the message's bytes before it, and its own that are consumed
     std::uint64_t consumed = 0;
     std::uint64_t window = 0;
+    bool elsewhere = false;  // on another host
     bool framed = false, seen = false, goodbye = false, ended = false;
     int error = 0;
   };
@@ -431,7 +437,7 @@ class TcpTransport {
       h.flags |= detail::FrameHeader::asks;
       out.asked = out.sent;
     }
-    h.stamp(probe.stamp(t));
+    h.stamp(to_wire(out, probe.stamp(t)));
     out.stage.append(&h, sizeof h);
     ++counters_.frames_sent;
     counters_.messages_sent += t.done == 0;
@@ -470,7 +476,7 @@ class TcpTransport {
         if (!fault.empty()) malformed(out.peer, fault);
         out.consumed = h.total;
         out.asked = std::max(out.asked, out.consumed);
-        out.credit = h.times();
+        out.credit = from_wire(out, h.times());
       }
       if (got < 0) return;
     }
@@ -496,7 +502,8 @@ class TcpTransport {
       else in.framed = true, in.seen = false, in.taken = 0;
     }
     if (!in.seen) {
-      const FrameInfo info = in.header.info();
+      FrameInfo info = in.header.info();
+      info.times = from_wire(in, info.times);
       if (t->matching != Matching::order && info.first && !in.receives.match(info, probe)) return false;
       t = in.receives.head;
       probe.arrived(*t, info);
@@ -606,7 +613,7 @@ class TcpTransport {
     detail::FrameHeader h;
     h.kind = detail::FrameHeader::credit;
     h.total = in.consumed;
-    h.stamp(times);
+    h.stamp(to_wire(in, times));
     // The kernel always has room for the few that may be on their way; a sender that asks for more than it reads loses them.
     while (::send(in.fd.get(), &h, sizeof h, MSG_DONTWAIT | MSG_NOSIGNAL) < 0 && errno == EINTR) {}
   }
@@ -615,15 +622,29 @@ class TcpTransport {
     throw Error(Errc::protocol, {"rank ", peer, " (", node_->address(origin(peer)).text(), ") sent ", what}, {me_, peer, status_.sequence, {}});
   }
 
+  /// Between hosts times go by the clock of rank 0's host, within one by its own.
+  template <class E>
+  FrameTimes to_wire(const E& with, const FrameTimes& times) const {
+    return with.elsewhere ? map_.to_common(times) : times;
+  }
+  template <class E>
+  FrameTimes from_wire(const E& with, const FrameTimes& times) const {
+    return with.elsewhere ? map_.to_here(times) : times;
+  }
+
   // Slow matters.
 
   void publish() {
     published_ = status_;
     node_->publish(*group_, status_);
   }
+  void hear() {
+    node_->hear();
+    if (elsewhere_) map_ = node_->clock_map();
+  }
   /// Says what this rank is in and asks for the others, not too often.
   void inquire() {
-    node_->hear();
+    hear();
     const auto now = std::chrono::steady_clock::now();
     if (now - inquired_ < std::chrono::milliseconds(1) + std::chrono::microseconds(100) * size()) return;
     inquired_ = now;
@@ -645,7 +666,8 @@ class TcpTransport {
   RankStatus status_, published_;
   std::chrono::steady_clock::time_point inquired_{}, broken_since_{};
   mutable std::uint32_t looks_ = 0;
-  bool crowded_ = false;
+  bool crowded_ = false, elsewhere_ = false;  // elsewhere: some are on other hosts
+  detail::ClockMap map_ = node_->clock_map();
   TransportCounters counters_;
   pid_t process_ = ::getpid();
 };
