@@ -248,7 +248,7 @@ template <class F>
 }
 
 template <class F>
-void launch_processes(int n, F& f, const Options& options) {
+[[gnu::cold]] void launch_processes(int n, F& f, const Options& options) {
   options.expect_transport("shm", "processes of one host");
   // A thread that was joined may still be on its way out of the kernel.
   int count = running_threads();
