@@ -103,6 +103,14 @@ void everyone(int n, F&& f, const TcpOptions& tcp = {}) {
   }
 }
 
+/// How many this process may have, after it has asked for all.
+std::size_t most_descriptors() {
+  rlimit files{};
+  ::getrlimit(RLIMIT_NOFILE, &files);
+  files.rlim_cur = files.rlim_max;
+  ::setrlimit(RLIMIT_NOFILE, &files);
+  return files.rlim_max;
+}
 /// A connection of a stranger's.
 detail::FileDescriptor knock(const SocketAddress& at) {
   int error = 0;
@@ -119,6 +127,12 @@ TEST_CASE("TCP over IPv4 conforms") {
   conformance::conformance<TcpTransport>([](int n, const SlotOptions& options, const auto& body) { run(n, options, body); });
 }
 TEST_CASE("TCP over IPv6 conforms") {
+  try {
+    (void)detail::listen_at(loopback(6));
+  } catch (const Error& error) {
+    std::printf("skipped: no IPv6 here: %s\n", error.what());
+    return;
+  }
   conformance::conformance<TcpTransport>([](int n, const SlotOptions& options, const auto& body) { run(n, options, body, 6); });
 }
 
@@ -171,25 +185,6 @@ TEST_CASE("groups, duplicates and operations in the background go over TCP, too"
   });
 }
 
-TEST_CASE("who comes late is blamed over TCP, and a report adds up to the nanosecond") {
-  everyone(3, [](Communicator& comm) {
-    std::vector<float> data(100'000, 1);
-    comm.all_reduce(std::span(data), sum);
-    for (int i = 0; i < 5; ++i) {
-      comm.barrier();
-      if (comm.rank() == 1) std::this_thread::sleep_for(40ms);
-      const Report r = comm.all_reduce(std::span(data), max);
-      expect(r.busy() + r.idle() == r.elapsed, "the parts are the whole");
-      expect(r.transport_name() == "tcp", "its transport");
-      if (comm.rank() == 1) continue;
-      nanoseconds blamed{};
-      for (const Blame& blame : r.blame())
-        if (blame.rank == 1) blamed = blame.arrival;
-      expect(blamed >= 15ms && r.wait_arrival >= 15ms, "rank 1 is blamed for most of 40 ms: " + std::to_string(blamed.count()));
-    }
-  });
-}
-
 namespace {
 
 /// A host's clock that is wrong by an hour, and runs fast or slow.
@@ -200,7 +195,45 @@ struct OtherClock final : TimeSource {
   double rate;
 };
 
+/// Each rank comes late in turn, and all accounts say so, as far as the ranks' own clocks can tell.
+void late_ranks_are_blamed(Communicator& comm) {
+  const Rank r = comm.rank();
+  const int n = comm.size();
+  const auto now = [] { return std::chrono::steady_clock::now().time_since_epoch().count(); };
+  int sure = 0;
+  for (const std::size_t count : {1u, 300'000u})
+    for (int i = 0; i < 12; ++i) {
+      const Rank late = i % n;
+      std::vector<float> data(count, 1);
+      comm.barrier();
+      if (r == late) std::this_thread::sleep_for(30ms);
+      std::int64_t mine[2] = {now(), 0};
+      const Report report = comm.all_reduce(std::span(data), max);
+      mine[1] = now() - report.elapsed.count();  // it had called by then
+      std::vector<std::int64_t> posts(2 * static_cast<std::size_t>(n));
+      comm.all_gather(std::span<const std::int64_t>(mine), std::span(posts));
+      expect(report.busy() + report.idle() == report.elapsed, "the parts are the whole");
+      expect(report.transport_name() == "tcp", "its transport");
+      std::int64_t others = 0;
+      for (Rank other = 0; other < n; ++other)
+        if (other != late) others = std::max(others, posts[2 * static_cast<std::size_t>(other) + 1]);
+      const nanoseconds alone(posts[2 * static_cast<std::size_t>(late)] - others);  // for so long it alone was missing
+      if (alone < 15ms) continue;  // a machine that takes cores away
+      ++sure;
+      const std::string figures = detail::concat({" (rank ", r, ", late ", late, ", ", alone.count(), " ns, ", report.wait_arrival.count(), " ns)"});
+      expect(report.last_arrival == late, "the late rank came last, not " + std::to_string(report.last_arrival) + figures);
+      if (r == late) expect(report.wait_arrival <= 10ms, "who is late waits for nobody" + figures);
+      nanoseconds blamed{};
+      for (const Blame& blame : report.blame())
+        if (blame.rank == late) blamed = blame.arrival;
+      if (r != late) expect(blamed + report.busy() >= alone - 10ms, "the late one is blamed" + figures);
+    }
+  expect(sure > 0, "at least one of them was late for sure");
+}
+
 }  // namespace
+
+TEST_CASE("who comes late is blamed over TCP, and a report adds up to the nanosecond") { everyone(3, late_ranks_are_blamed); }
 
 TEST_CASE("ranks of several hosts, whose clocks differ by hours and by 50 ppm, know who waited for whom") {
   const Job job(4);
@@ -213,32 +246,7 @@ TEST_CASE("ranks of several hosts, whose clocks differ by hours and by 50 ppm, k
     me.boot = static_cast<std::uint64_t>(r % 3);
     auto node = std::make_shared<detail::NetworkNode>(std::vector{job.address}, me, job.limit, clock);
     Communicator comm = detail::make_communicator(std::make_unique<TcpTransport>(std::move(node), TcpTransport::world, all(4)), detail::model_for("tcp", 4, {}), {}, clock);
-    const auto now = [] { return std::chrono::steady_clock::now().time_since_epoch().count(); };
-    for (const std::size_t count : {1u, 300'000u})
-      for (int i = 0; i < 12; ++i) {
-        const Rank late = i % 4;
-        std::vector<float> data(count, 1);
-        comm.barrier();
-        if (r == late) std::this_thread::sleep_for(30ms);
-        std::int64_t mine[2] = {now(), 0};
-        const Report report = comm.all_reduce(std::span(data), max);
-        mine[1] = now() - report.elapsed.count();  // it had called by then
-        std::vector<std::int64_t> posts(8);
-        comm.all_gather(std::span<const std::int64_t>(mine), std::span(posts));
-        expect(report.busy() + report.idle() == report.elapsed, "the parts are the whole");
-        std::int64_t others = 0;
-        for (Rank other = 0; other < 4; ++other)
-          if (other != late) others = std::max(others, posts[2 * static_cast<std::size_t>(other) + 1]);
-        const nanoseconds alone(posts[2 * static_cast<std::size_t>(late)] - others);  // for so long it alone was missing
-        if (alone < 15ms) continue;  // a machine that takes cores away
-        const std::string figures = detail::concat({" (rank ", r, ", late ", late, ", ", alone.count(), " ns, ", report.wait_arrival.count(), " ns)"});
-        expect(report.last_arrival == late, "the late rank came last, not " + std::to_string(report.last_arrival) + figures);
-        if (r == late) expect(report.wait_arrival <= 5ms, "who is late waits for nobody" + figures);
-        nanoseconds blamed{};
-        for (const Blame& blame : report.blame())
-          if (blame.rank == late) blamed = blame.arrival;
-        if (r != late) expect(blamed + report.busy() >= alone - 5ms, "the late one is blamed" + figures);
-      }
+    late_ranks_are_blamed(comm);
   });
 }
 
@@ -546,11 +554,7 @@ TEST_CASE("jobs over TCP give back all that they used") {
 }
 
 TEST_CASE("512 ranks meet") {
-  rlimit files{};
-  ::getrlimit(RLIMIT_NOFILE, &files);
-  files.rlim_cur = files.rlim_max;
-  ::setrlimit(RLIMIT_NOFILE, &files);
-  const int n = test::sanitized ? 64 : files.rlim_max < 4096 ? 200 : 512;
+  const int n = test::sanitized ? 64 : most_descriptors() < 4096 ? 100 : 512;
   const Job job(n);
   const auto began = std::chrono::steady_clock::now();
   std::atomic<int> there{0};
@@ -561,7 +565,7 @@ TEST_CASE("512 ranks meet") {
 }
 
 TEST_CASE("64 ranks on few cores, over TCP, round after round") {
-  const int n = test::sanitized ? 12 : 64;
+  const int n = test::sanitized ? 12 : most_descriptors() < 12'000 ? 16 : 64;  // where all send to all, each pair has four of them
   everyone(n, [&](Communicator& comm) {
     std::vector<int> data(1 << 18);
     int descriptors = 0;
