@@ -2,9 +2,12 @@
 // TCP as a transport: everything that all transports must do, and what can go wrong between hosts.
 #include <catch2/catch.hpp>
 
+#include <fcntl.h>
+#include <sched.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
 
+#include <cstdlib>
 #include <exception>
 #include <numeric>
 #include <thread>
@@ -375,6 +378,77 @@ TEST_CASE("a rank that is killed is missed, by who receives and by who sends", "
     INFO((*results)[r]);
     CHECK(((*results)[r].is(Errc::peer_lost) || (*results)[r].is(Errc::aborted)));
     CHECK(has((*results)[r].text, "rank 3 died"));
+  }
+}
+
+namespace {
+
+/// Two hosts, as far as the network goes, and a cable between them: 10.213.0.1 and .2. They go with this object.
+class TwoHosts {
+ public:
+  TwoHosts() {
+    problem_ = run({"ip netns add ", name(0)}) && run({"ip netns add ", name(1)}) && run({"ip link add ", link(0), " netns ", name(0), " type veth peer name ", link(1), " netns ", name(1)}) ? "" : "no right to make network namespaces, or no ip command";
+    for (int host = 0; host < 2 && problem_.empty(); ++host)
+      if (!run({"ip -n ", name(host), " addr add 10.213.0.", host + 1, "/24 dev ", link(host)}) || !run({"ip -n ", name(host), " link set ", link(host), " up"}) || !run({"ip -n ", name(host), " link set lo up"})) problem_ = "no addresses in network namespaces";
+  }
+  ~TwoHosts() {
+    for (int host = 0; host < 2; ++host) run({"ip netns del ", name(host)});
+  }
+  const std::string& problem() const { return problem_; }
+  void cut() const { run({"ip -n ", name(0), " link set ", link(0), " down"}); }
+  /// This process is on that host from here on.
+  void enter(int host) const {
+    const detail::FileDescriptor fd(::open(("/run/netns/" + name(host)).c_str(), O_RDONLY | O_CLOEXEC));
+    if (!fd || ::setns(fd.get(), CLONE_NEWNET) != 0) throw std::runtime_error("cannot enter a network namespace");
+  }
+
+ private:
+  std::string name(int host) const { return detail::concat({"tally-test-", maker_, host ? "-b" : "-a"}); }
+  std::string link(int host) const { return detail::concat({host ? "tb" : "ta", maker_}); }
+  static bool run(std::initializer_list<detail::Piece> command) { return std::system((detail::concat(command) + " >/dev/null 2>&1").c_str()) == 0; }
+  const pid_t maker_ = ::getpid();
+  std::string problem_;
+};
+
+}  // namespace
+
+TEST_CASE("two hosts: a cut cable is noticed by the deadline, and nobody is accused of what nobody knows", "[processes]") {
+  const TwoHosts hosts;
+  if (!hosts.problem().empty()) return void(std::printf("skipped: %s\n", hosts.problem().c_str()));
+  const test::Shared<std::array<Caught, 2>> results;
+  const Happened ready;
+  std::vector<test::Process> ranks;
+  for (Rank r = 0; r < 2; ++r)
+    ranks.emplace_back([&, r] {
+      (*results)[static_cast<std::size_t>(r)].record([&] {
+        hosts.enter(r);
+        Options options;
+        options.timeout = 5s;
+        JobInfo job;
+        job.rank = r;
+        job.size = 2;
+        Communicator comm = detail::tcp_communicator(job, detail::resolve("10.213.0.1:29555"), options, {});
+        std::vector<float> data(100'000, 1);
+        comm.all_reduce(std::span(data), sum);
+        expect(data.back() == 2, "a sum between hosts");
+        comm.set_timeout(1s);
+        ready.now();
+        for (;;) comm.all_reduce(std::span(data).first(1), max);
+      });
+    });
+  const Caught met = caught([&] { ready.await(); });
+  INFO((*results)[0]);
+  INFO((*results)[1]);
+  REQUIRE(!met.foreign);
+  std::this_thread::sleep_for(100ms);
+  const auto began = std::chrono::steady_clock::now();
+  hosts.cut();
+  for (auto& rank : ranks) CHECK(rank.wait(20s));
+  CHECK(std::chrono::steady_clock::now() - began < 10s);
+  for (const Caught& c : *results) {
+    INFO(c);
+    CHECK(c.is(Errc::timeout));
+    CHECK_THAT(c.text, !Catch::Contains("has not called it"));
   }
 }
 

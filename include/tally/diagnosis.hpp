@@ -52,6 +52,8 @@ class Diagnosis {
     });
     return first;
   }
+  /// Ranks do not see each other's memory: what another one is in is known as far as it said so, and what it said arrived.
+  static constexpr bool by_hearsay = requires(const T& t, Rank r) { t.status_at(r, std::uint64_t{}); };
   /// Who is needed and is gone; -1 if nobody.
   [[gnu::cold]] Rank first_lost() const {
     Rank lost = -1;
@@ -86,7 +88,7 @@ class Diagnosis {
   }
   [[gnu::cold]] std::string describe_step(const Run& run, std::uint32_t i) const { return detail::concat({"step ", i, " of ", describe(run)}); }
   [[gnu::cold]] std::string last_seen() const {
-    std::string text = "last seen:";
+    std::string text = by_hearsay ? "last heard:" : "last seen:";
     for (Rank r = 0; r < transport_.size(); ++r) {
       const RankStatus s = transport_.status(r);
       text += detail::concat({r ? "; rank " : " rank ", r});
@@ -157,7 +159,7 @@ class Diagnosis {
  private:
   /// How many elements the peer says it called with; where ranks do not see each other's memory it may take a moment to.
   [[gnu::cold]] std::uint64_t count_of(Rank peer, std::uint64_t sequence) const {
-    if constexpr (requires { transport_.status_at(peer, sequence); }) return transport_.status_at(peer, sequence).count;
+    if constexpr (by_hearsay) return transport_.status_at(peer, sequence).count;
     else return transport_.status(peer).count;
   }
   struct Called {

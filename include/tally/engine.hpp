@@ -302,7 +302,7 @@ class Engine final : public AnyEngine {
     }
     const Rank late = diagnosis_.late_rank();
     raise(Errc::timeout, diagnosis_.stuck(), late >= 0 ? late : diagnosis_.first_missing(),
-          {diagnosis_.missing(), " after ", detail::time_text(waited), late >= 0 ? detail::concat({"; rank ", late, " has not called it; "}) : "; ", diagnosis_.last_seen()});
+          {diagnosis_.missing(), " after ", detail::time_text(waited), late >= 0 ? detail::concat({"; rank ", late, detail::Piece(diagnosis_.by_hearsay ? " has not said that it called it; " : " has not called it; ")}) : "; ", diagnosis_.last_seen()});
   }
   [[noreturn, gnu::cold]] void raise_abort() {
     const AbortNotice notice = transport_->abort_notice();

@@ -221,17 +221,16 @@ class TcpTransport {
       to.to = origin(out.peer);
       ++to.channels;
       if (!out.fd || out.direct) continue;
-      detail::FrameHeader bye;
+      detail::FrameHeader bye;  // where the network has no room for it, the registry's word has to do
       bye.kind = detail::FrameHeader::goodbye;
-      if (out.stage.room() >= sizeof bye) out.stage.append(&bye, sizeof bye);
-      (void)write_out(out);
+      if (out.stage.empty()) (void)!::send(out.fd.get(), &bye, sizeof bye, MSG_DONTWAIT | MSG_NOSIGNAL);
     }
     std::erase_if(opened, [](const detail::Opened& each) { return each.to < 0; });
     node_->leave(*group_, opened);
   }
 
  private:
-  static constexpr std::size_t stage_bytes = std::size_t{64} << 10, short_payload = std::size_t{8} << 10, buffer_bytes = std::size_t{64} << 10;
+  static constexpr std::size_t short_payload = std::size_t{8} << 10, stage_bytes = 2 * short_payload, buffer_bytes = std::size_t{64} << 10;
 
   /// What this rank sends to a peer on a lane.
   struct Out {
@@ -272,7 +271,6 @@ class TcpTransport {
     std::uint64_t window = 0;
     bool elsewhere = false;  // on another host
     bool framed = false, seen = false, goodbye = false, ended = false;
-    int error = 0;
   };
 
   std::size_t index(int lane, Rank r) const { return static_cast<std::size_t>(lane * size() + r); }
@@ -431,9 +429,10 @@ class TcpTransport {
       h.flags |= detail::FrameHeader::fingerprinted;
     }
     out.sent += detail::frame_cost + bytes;
-    // Enough of what is on its way is to be acknowledged for the rest of the message; never more, so that nothing comes back unread.
+    // So much of what is on its way is to be acknowledged as the rest of the message needs at least: what comes back unread would
+    // reset the connection when this rank leaves.
     const std::uint64_t rest = t.bytes - t.done - bytes, granted = window_ - (out.sent - std::max(out.asked, out.consumed));
-    if (rest > 0 && rest + (rest / frame_bytes_ + 1) * detail::frame_cost > granted && out.sent - std::max(out.asked, out.consumed) >= window_ / 4) {
+    if (rest > 0 && rest + (rest + frame_bytes_ - 1) / frame_bytes_ * detail::frame_cost > granted && out.sent - std::max(out.asked, out.consumed) >= window_ / 4) {
       h.flags |= detail::FrameHeader::asks;
       out.asked = out.sent;
     }
