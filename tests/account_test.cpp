@@ -51,13 +51,6 @@ void expect_exact(const Report& r, Rank me) {
 struct Post {
   std::int64_t earliest = 0, latest = 0;  // ns
 };
-/// What the kernel says this thread has spent waiting for a core; 0 where it does not say.
-std::int64_t queued_ns() {
-  std::ifstream file("/proc/thread-self/schedstat");
-  std::int64_t ran = 0, queued = 0;
-  file >> ran >> queued;
-  return queued;
-}
 struct Repetition {
   Report report;
   nanoseconds queued{};     // of its call, time in which this thread could have run but other programs had the cores
@@ -85,13 +78,13 @@ Repetition late_once(Communicator& comm, Rank late, nanoseconds sleep, std::vect
   comm.barrier();
   if (comm.rank() == late) std::this_thread::sleep_for(sleep);
   Repetition r;
-  const std::int64_t queued = queued_ns();
+  const std::int64_t queued = test::queued_ns();
   Post mine{now_ns(), 0};
   r.report = comm.all_reduce<A>(data, max);
   const std::int64_t ended = now_ns();
   expect(r.report.elapsed <= nanoseconds(ended - mine.earliest), "elapsed is within what the caller measured");
   mine.latest = ended - r.report.elapsed.count();
-  r.queued = nanoseconds(queued_ns() - queued);
+  r.queued = nanoseconds(test::queued_ns() - queued);
   r.posts.resize(static_cast<std::size_t>(comm.size()));
   comm.all_gather(std::span(&mine, 1), r.posts);
   return r;

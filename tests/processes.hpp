@@ -113,6 +113,14 @@ class Happened {
   Shared<std::atomic<bool>> flag_;
 };
 
+/// What the kernel says this thread has spent waiting for a core; 0 where it does not say.
+inline std::int64_t queued_ns() {
+  std::ifstream file("/proc/thread-self/schedstat");
+  std::int64_t ran = 0, queued = 0;
+  file >> ran >> queued;
+  return queued;
+}
+
 /// A variable of the environment, set for a while; null removes it.
 class Environment {
  public:

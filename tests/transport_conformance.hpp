@@ -313,11 +313,13 @@ void conformance(const std::type_identity_t<Run<T>>& run) {
   SECTION("status, goodbye and abort reach every rank") {
     run(3, small, [](auto& transport) {
       const Rank me = transport.rank();
+      expect(transport.liveness((me + 1) % 3) == Liveness::alive, "alive");  // it waits for this rank's status
       transport.enter({7, 100u + static_cast<unsigned>(me), 55, RankStatus::inside_operation, false});
       const auto eventually = [&](auto&& condition, const char* what) {
         const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(30);
         while (!condition()) {
           expect(std::chrono::steady_clock::now() < deadline, what);
+          (void)transport.liveness((me + 1) % 3);  // who waits looks after the others, and is heard of by them
           rest(transport);
         }
       };
@@ -326,7 +328,6 @@ void conformance(const std::type_identity_t<Run<T>>& run) {
         const RankStatus status = transport.status(r);
         expect(status.sequence == 7 && status.fingerprint == 100u + static_cast<unsigned>(r) && status.count == 55, "the status published");
       }
-      expect(transport.liveness((me + 1) % 3) == Liveness::alive, "alive");
       if (me == 1) transport.abort({Errc::mismatch, 1, 2, "first"});
       eventually([&] { return transport.aborted(); }, "the abort is seen");
       transport.abort({Errc::timeout, me, -1, "second"});

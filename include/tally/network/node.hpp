@@ -60,12 +60,15 @@ class NetworkNode {
     link_.put(ControlKind::join, me);
     ask_for_time();
     while (entries_.empty() || (is_elsewhere(0) && !map_.is_settled())) {
-      if (!link_.write() || !wait_for_events(link_.fd(), static_cast<short>(POLLIN | (link_.has_more() ? POLLOUT : 0)), deadline)) {
-        if (std::chrono::steady_clock::now() >= deadline)
-          throw Error(Errc::timeout, {"rank ", me_, " joined the job, but not all others did within ", timeout.count() / 1'000'000, " ms"}, {me_, -1, 0, {}});
-        registry_gone("while it waited for the others");
+      const bool whole = link_.write();
+      if (whole && !wait_for_events(link_.fd(), static_cast<short>(POLLIN | (link_.has_more() ? POLLOUT : 0)), deadline))
+        throw Error(Errc::timeout, {"rank ", me_, " joined the job, but not all others did within ", timeout.count() / 1'000'000, " ms"}, {me_, -1, 0, {}});
+      // A registry that is gone may have said all before.
+      if (!link_.read([&](ControlKind kind, std::string_view record) { return welcome(kind, record); }) || !whole) {
+        if (entries_.empty()) registry_gone("while it waited for the others");
+        registry_gone_ = true;
+        break;
       }
-      if (!link_.read([&](ControlKind kind, std::string_view record) { return welcome(kind, record); })) registry_gone("while it waited for the others");
     }
   }
   ~NetworkNode() {
@@ -260,7 +263,8 @@ class NetworkNode {
   void exchange() {
     if (registry_gone_) return;
     if (is_elsewhere(0) && clock_.now() - asked_at_ > clock_.to_ticks(std::chrono::seconds(1))) ask_for_time();
-    if (!link_.write() || !link_.read([&](ControlKind kind, std::string_view record) { return heard(kind, record); })) registry_gone_ = true;
+    const bool whole = link_.write();
+    if (!link_.read([&](ControlKind kind, std::string_view record) { return heard(kind, record); }) || !whole) registry_gone_ = true;
   }
   bool heard(ControlKind kind, std::string_view record) {
     if (kind == ControlKind::goodbye) return registry_left_ = true;
@@ -268,7 +272,7 @@ class NetworkNode {
       ClockAnswer answer;
       if (!ControlStream::take(record, answer) || !(answer.ticks_per_second > 0)) return false;
       const Ticks now = clock_.now();
-      if (answer.asked == asked_) map_.learn(answer.asked, answer.there, now, answer.ticks_per_second / static_cast<double>(clock_.to_ticks(std::chrono::seconds(1))));
+      if (answer.asked == asked_) map_.learn(answer.asked, answer.there, now, answer.ticks_per_second / static_cast<double>(clock_.to_ticks(std::chrono::seconds(1))), static_cast<Ticks>(answer.ticks_per_second * 1e-6));
       asked_ = 0;
       if (!map_.is_settled()) ask_for_time();
       return true;

@@ -15,6 +15,7 @@
 #include <set>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "../clock.hpp"
@@ -70,14 +71,11 @@ class Registry {
     while (!over_) {
       events.assign({{stop_.get(), POLLIN, 0}, {listener_.get(), static_cast<short>(crowded_ ? 0 : POLLIN), 0}});
       for (const auto& guest : guests_) events.push_back({guest->stream.fd(), static_cast<short>(POLLIN | (guest->stream.has_more() ? POLLOUT : 0)), 0});
-      int limit = crowded_ ? 20 : joined_ < like_.size || guests_.size() > guests_of_.size() ? 200 : -1;
+      const int limit = crowded_ ? 20 : joined_ < like_.size || guests_.size() > guests_of_.size() ? 200 : -1;
       if (::poll(events.data(), events.size(), limit) < 0 && errno != EINTR) return;
       if (events[0].revents) break;
-      const std::size_t known = guests_.size();
-      crowded_ = false;
-      if (events[1].revents || limit == 20) accept();
       const Steady::time_point now = Steady::now();
-      for (std::size_t i = 0; i < known; ++i) {
+      for (std::size_t i = 0; i < guests_.size(); ++i) {
         Guest& guest = *guests_[i];
         if (events[i + 2].revents & (POLLIN | POLLHUP | POLLERR)) guest.gone = !guest.stream.read([&](ControlKind kind, std::string_view record) { return handle(guest, kind, record); }) || guest.gone;
         if (guest.rank < 0 && now - guest.since > patience) guest.gone = true;
@@ -85,6 +83,7 @@ class Registry {
       for (const auto& guest : guests_)
         if (!guest->gone && guest->stream.has_more() && (!guest->stream.write() || guest->stream.waiting() > most_unread)) guest->gone = true;
       bury();
+      if (events[1].revents || std::exchange(crowded_, false)) accept();  // after all were heard who may have to go
       if (joined_ < like_.size && !over_ && now > deadline_) fail(Errc::timeout, missing_text());
     }
     for (const auto& guest : guests_) {
@@ -93,7 +92,7 @@ class Registry {
     }
   }
   void accept() {
-    for (int i = 0; i < 256; ++i) {
+    for (std::size_t i = 0; i < most_silent / 2; ++i) {
       sockaddr_storage storage{};
       socklen_t length = sizeof storage;
       FileDescriptor fd(::accept4(listener_.get(), reinterpret_cast<sockaddr*>(&storage), &length, SOCK_CLOEXEC | SOCK_NONBLOCK));
@@ -104,7 +103,7 @@ class Registry {
         return;
       }
       std::size_t silent = 0;
-      for (const auto& guest : guests_) silent += guest->rank < 0;
+      for (const auto& guest : guests_) silent += guest->rank < 0 && !guest->gone;
       if (silent >= most_silent + guests_of_.size()) drop_silent();
       tune(fd, std::chrono::seconds(30));
       auto guest = std::make_unique<Guest>();
@@ -114,12 +113,12 @@ class Registry {
       guests_.push_back(std::move(guest));
     }
   }
+  /// The one that has been silent for the longest time: a rank says who it is as soon as it is connected.
   void drop_silent() {
+    Guest* oldest = nullptr;
     for (const auto& guest : guests_)
-      if (guest->rank < 0 && !guest->gone) {
-        guest->gone = true;
-        return;
-      }
+      if (guest->rank < 0 && !guest->gone && (!oldest || guest->since < oldest->since)) oldest = guest.get();
+    if (oldest) oldest->gone = true;
   }
   void bury() {
     for (std::size_t i = 0; i < guests_.size(); ++i) {

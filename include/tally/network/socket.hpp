@@ -180,7 +180,7 @@ class StreamBuffer {
     if (begin_ == end_) begin_ = end_ = 0;
   }
   void append(const void* from, std::size_t n) {
-    std::memcpy(space(n), from, n);
+    if (n > 0) std::memcpy(space(n), from, n);
     end_ += n;
   }
   /// Where the next n bytes may be put, or all that there is room for; added() when they are there.
