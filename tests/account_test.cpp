@@ -7,7 +7,6 @@
 #include <array>
 #include <chrono>
 #include <cmath>
-#include <fstream>
 #include <iostream>
 #include <memory>
 #include <optional>
@@ -21,14 +20,14 @@
 #include <tally/account/merge.hpp>
 #include <tally/tally.hpp>
 
+#include "processes.hpp"
+
 using namespace tally;
 using namespace std::chrono_literals;
+using test::expect;
 
 namespace {
 
-void expect(bool ok, const std::string& what) {
-  if (!ok) throw std::runtime_error("expected: " + what);
-}
 std::int64_t now_ns() { return static_cast<std::int64_t>(Clock::monotonic()); }
 
 /// I1, I2, I3 of one report.
