@@ -89,13 +89,6 @@ Repetition late_once(Communicator& comm, Rank late, nanoseconds sleep, std::vect
   return r;
 }
 
-/// Whether all ranks have seen enough.
-bool everyone(Communicator& comm, bool mine) {
-  int all = mine;
-  comm.all_reduce(std::span(&all, 1), min);
-  return all != 0;
-}
-
 nanoseconds blamed_arrival(const Report& r, Rank rank) {
   for (const Blame& b : r.blame())
     if (b.rank == rank) return b.arrival;
@@ -112,9 +105,8 @@ void two_ranks_idle_truth(Communicator& comm, std::size_t count) {
     int sure = 0, good = 0;
     std::string seen;
     late_once<A>(comm, late, 1ms, data);  // first touch of data and slots
-    // A virtual machine's host takes cores away unseen, for some milliseconds: what that spoils is done again.
-    for (int i = 0; i < 4 * repetitions && !everyone(comm, good >= repetitions - 1 && sure >= repetitions - 1); ++i) {
-      const Repetition r = late_once<A>(comm, late, 4ms + i % repetitions * 2ms, data);
+    for (int i = 0; i < repetitions; ++i) {
+      const Repetition r = late_once<A>(comm, late, 4ms + i * 2ms, data);
       expect_exact(r.report, me);
       for (const Rank rank : {0, 1})
         if (r.surely_last(rank)) expect(r.report.last_arrival == rank, "last_arrival is the late rank, on every rank");
@@ -122,14 +114,15 @@ void two_ranks_idle_truth(Communicator& comm, std::size_t count) {
       const nanoseconds least = r.least_lateness(other, me), most = r.most_lateness(other, me), waited = r.report.wait_arrival;
       const std::string figures = detail::concat({A::name, ", ", count, " floats: waited ", waited.count(), " ns for a rank that was late by ", least.count(), " to ", most.count(), ", busy ", r.report.busy().count(), ", transfer ", r.report.wait_transfer.count(), ", credit ", r.report.wait_credit.count()});
       expect(waited <= most + tolerance, "wait_arrival is at most the lateness; " + figures);
+      expect(waited + r.report.busy() >= least - tolerance, "wait_arrival and what was done meanwhile are at least the lateness; " + figures);
       expect(blamed_arrival(r.report, other) == waited, "the other rank is blamed for all of it");
       const nanoseconds error = waited - least;
       good += std::abs(error.count()) < (tolerance + r.queued).count();
       seen += detail::concat({" ", error.count(), "(", r.queued.count(), ")"});
     }
     // Who is not given a core before he begins to wait, waits less; on a quiet machine nobody queues.
-    expect(good >= repetitions - 1, detail::concat({A::name, ", ", count, " floats: wait_arrival within 0.5 ms of the lateness 9 times; errors in ns (and time without a core):", seen}));
-    expect(sure >= repetitions - 1, "the rank that sleeps is the last one 9 times");
+    expect(good >= repetitions - 1, detail::concat({A::name, ", ", count, " floats: wait_arrival within 0.5 ms of the lateness in 9 of 10; errors in ns (and time without a core):", seen}));
+    expect(sure >= repetitions - 1, "the rank that sleeps is the last one in 9 of 10");
   }
 }
 
@@ -150,8 +143,8 @@ void crowded_idle_truth(Communicator& comm, std::size_t count, bool print) {
     std::vector<float> data(count, 1.0f);
     late_once<A>(comm, late, 1ms, data);
     nanoseconds arrival{}, transfer{}, lateness_sum{};
-    int sure = 0, good = 0, done = 0;
-    for (; done < 5 * repetitions && !everyone(comm, good >= repetitions && sure >= repetitions / 2); ++done) {
+    int sure = 0;
+    for (int i = 0; i < repetitions; ++i) {
       const Repetition r = late_once<A>(comm, late, 30ms, data);
       expect_exact(r.report, comm.rank());
       sure += r.surely_last(late);
@@ -160,21 +153,17 @@ void crowded_idle_truth(Communicator& comm, std::size_t count, bool print) {
       arrival += r.report.wait_arrival;
       transfer += r.report.wait_transfer + r.report.wait_credit;
       lateness_sum += nanoseconds(r.of(late).earliest - r.of(comm.rank()).earliest);
-      if (comm.rank() == late) {
-        ++good;
-        continue;
-      }
+      if (comm.rank() == late) continue;
       // Who has no core does not wait meanwhile; and others may be late for want of one.
       const nanoseconds lateness = r.least_lateness(late, comm.rank());
       expect(r.report.idle() + r.report.busy() >= lateness, "the call lasted at least as long as the rank was late");
-      const bool waited = r.report.wait_arrival + r.report.wait_transfer + r.report.wait_credit + r.queued >= lateness - 20ms;
-      good += waited && blamed_arrival(r.report, late) + r.queued >= r.alone(late) / 2;
+      expect(r.report.wait_arrival + r.report.wait_transfer + r.report.wait_credit + r.queued >= lateness - 20ms, "most of the lateness was waited");
+      expect(blamed_arrival(r.report, late) + r.queued >= r.alone(late) / 2, "blame goes to the late rank, not to a neighbour");
     }
-    expect(good >= repetitions, "most of the lateness was waited, and blame went to the late rank, not to a neighbour, 4 times");
     expect(sure >= repetitions / 2, "the rank that sleeps is the last one");
     if (print && comm.rank() == (late == 0 ? 1 : 0))
-      std::cout << A::name << ", " << comm.size() << " ranks, " << count << " floats, rank " << late << " late by " << lateness_sum.count() / done / 1000 << " us: arrival "
-                << arrival.count() / done / 1000 << " us, transfer " << transfer.count() / done / 1000 << " us\n";
+      std::cout << A::name << ", " << comm.size() << " ranks, " << count << " floats, rank " << late << " late by " << lateness_sum.count() / repetitions / 1000 << " us: arrival "
+                << arrival.count() / repetitions / 1000 << " us, transfer " << transfer.count() / repetitions / 1000 << " us\n";
   }
 }
 void crowded(Communicator& comm) {
