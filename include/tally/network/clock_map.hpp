@@ -37,7 +37,8 @@ class ClockMap {
   }
   /// The first answers are compared with each other; more of them where all were slow.
   bool is_settled() const { return answers_ >= burst && (known_.width < 200 * microsecond_ || answers_ >= 8 * burst); }
-  /// In ticks there, at the last answer: to_common() is wrong by half of it at most.
+  /// In ticks there, at the last answer: to_common() is wrong by half of it at most, if the clocks' rates are what they say to within
+  /// worst_drift. With clocks that differ by more it may be wrong by more until an answer contradicts what was known.
   Ticks width() const { return known_.width; }
 
   Ticks to_common(Ticks here) const { return known_.middle() + static_cast<Ticks>(static_cast<std::int64_t>(static_cast<double>(static_cast<std::int64_t>(here - known_.here)) * rate_)); }
