@@ -2,6 +2,7 @@
 // The hub in virtual time: windows, who is charged what, and totals that agree with the meter to the nanojoule.
 #include <catch2/catch.hpp>
 
+#include <atomic>
 #include <chrono>
 #include <memory>
 #include <random>
@@ -343,6 +344,35 @@ TEST_CASE("weights are learned from windows that differ, and the residual tells 
   const auto charged = [&](Activity a) { return static_cast<double>(after[0].net[static_cast<std::size_t>(a)] - before[0].net[static_cast<std::size_t>(a)]) * 1e-9; };
   CHECK(charged(Activity::copy) == Approx(0.16).epsilon(1e-3));
   CHECK(charged(Activity::spin) == Approx(0.18).epsilon(1e-3));
+}
+
+TEST_CASE("who reads what he is charged while windows close, finds it in the totals of the same windows") {
+  Bench bench;
+  bench.meter.add(Domain::cpu_package, "package-0");
+  bench.begin(1);
+  bench.hub->join(1, 10);
+  detail::BoardSlot& slot = bench.take(0, 1);
+  std::atomic<std::uint64_t> looked{0};
+  std::atomic<bool> whole{true};
+  std::jthread reader([&](std::stop_token stop) {
+    detail::BoardState state;
+    Charges charges;
+    while (!stop.stop_requested()) {
+      if (!bench.board->state.read(state, [&] { charges = slot.read_charges(); })) continue;
+      // Nobody else was there, and it copied throughout: of each window it has all.
+      if (charges[0].total() != state.kinds[0].total || charges[0].total() != state.windows * joule) whole = false;
+      ++looked;
+    }
+  });
+  for (int window = 0; window < 3000 || looked < 3000; ++window) {
+    bench.pass(100ms);
+    spend(slot, Activity::copy, 100ms);
+    bench.system.world->processes[10] += 100ms;
+    bench.system.world->host += 100ms;
+    bench.meter.world->totals[0] += joule;
+    bench.hub->step();
+  }
+  CHECK(whole);
 }
 
 TEST_CASE("a published value is read whole or not at all") {

@@ -37,28 +37,40 @@ template <class T>
   requires std::is_trivially_copyable_v<T>
 class Published {
  public:
-  void write(const T& value) {
+  /// Atomics that `also()` stores, by release, are whole together with it to who loads them, by acquire, in the `also()` of read().
+  template <class F>
+  void write(const T& value, F&& also) {
     std::uint64_t buffer[words] = {};
     std::memcpy(buffer, &value, sizeof value);
     const std::uint64_t sequence = sequence_.load(std::memory_order_relaxed);
     sequence_.store(sequence | 1, std::memory_order_relaxed);
     for (std::size_t i = 0; i < words; ++i) words_[i].store(buffer[i], std::memory_order_release);  // after the odd number
+    also();
     sequence_.store((sequence | 1) + 1, std::memory_order_release);
   }
+  void write(const T& value) {
+    write(value, [] {});
+  }
   /// False if it was never written, or its writer died in the middle, or would not let go.
-  bool read(T& value) const {
+  template <class F>
+  bool read(T& value, F&& also) const {
     for (int tries = 0; tries < 1000; ++tries) {
-      if (tries > 8) ::sched_yield();  // its writer may have been interrupted
+      if (tries > 64) ::usleep(50);  // its writer may have lost its core; all tries together take about 0.1 s
+      else if (tries > 8) ::sched_yield();
       const std::uint64_t before = sequence_.load(std::memory_order_acquire);
       if (before == 0) return false;
       if (before & 1) continue;
       std::uint64_t buffer[words];
       for (std::size_t i = 0; i < words; ++i) buffer[i] = words_[i].load(std::memory_order_acquire);
+      also();
       if (sequence_.load(std::memory_order_relaxed) != before) continue;
       std::memcpy(&value, buffer, sizeof value);
       return true;
     }
     return false;
+  }
+  bool read(T& value) const {
+    return read(value, [] {});
   }
 
  private:
@@ -73,7 +85,7 @@ struct BoardSlot {
   std::atomic<std::uint32_t> leaving{0};              // the hub charges what it still finds, and frees it
   std::atomic<std::uint32_t> device{0};               // 1 + index of the device it uses in the table of domains, 0: none
   std::atomic<std::int64_t> times[activity_count] = {};  // nanoseconds since it was taken
-  alignas(64) std::atomic<std::uint64_t> charged[power_kinds][activity_count + 1] = {};  // nanojoules; the last is the floor's
+  alignas(64) std::atomic<std::uint64_t> charged[power_kinds][activity_count + 1] = {};  // nanojoules, of the windows in the board's state; the last is the floor's
 
   ActivityTimes read_times() const {
     ActivityTimes result;
@@ -83,8 +95,8 @@ struct BoardSlot {
   Charges read_charges() const {
     Charges result;
     for (std::size_t k = 0; k < power_kinds; ++k) {
-      for (std::size_t a = 0; a < activity_count; ++a) result[k].net[a] = charged[k][a].load(std::memory_order_relaxed);
-      result[k].floor = charged[k][activity_count].load(std::memory_order_relaxed);
+      for (std::size_t a = 0; a < activity_count; ++a) result[k].net[a] = charged[k][a].load(std::memory_order_acquire);
+      result[k].floor = charged[k][activity_count].load(std::memory_order_acquire);
     }
     return result;
   }

@@ -127,10 +127,10 @@ class EnergyHub {
     look_at_slots();
     for (std::size_t g = 0; g < 2; ++g)
       if (due[g]) close(groups_[g], g == 1, now);
-    free_slots();
     state_.time = now.count();
     ++state_.windows;
     publish();
+    free_slots();
   }
 
  private:
@@ -245,7 +245,7 @@ class EnergyHub {
         residual += divided.residual * static_cast<double>(window.energy);
         residual_weight += static_cast<double>(window.energy);
       }
-      for (std::size_t i = 0; i < taken_.size(); ++i) charge(board_.slots[taken_[i].index], domain.kind, charges[i]);
+      for (std::size_t i = 0; i < taken_.size(); ++i) add(taken_[i].charges[static_cast<std::size_t>(domain.kind)], charges[i]);
     }
     if (!devices && options_.learn) learn(window);
     if (!devices) state_.residual = residual_weight > 0 ? residual / residual_weight : std::numeric_limits<double>::quiet_NaN();
@@ -306,11 +306,19 @@ class EnergyHub {
     weights.watts.fill(1);
     return divide(window, weights, charges);
   }
-  static void charge(detail::BoardSlot& slot, PowerKind kind, const Charge& charge) {
-    auto& to = slot.charged[static_cast<std::size_t>(kind)];
-    const auto add = [](std::atomic<std::uint64_t>& word, Nanojoules more) { word.store(word.load(std::memory_order_relaxed) + more, std::memory_order_relaxed); };  // nobody else writes
-    for (std::size_t a = 0; a < activity_count; ++a) add(to[a], charge.net[a]);
-    add(to[activity_count], charge.floor);
+  static void add(Charge& to, const Charge& more) {
+    for (std::size_t a = 0; a < activity_count; ++a) to.net[a] += more.net[a];
+    to.floor += more.floor;
+  }
+  /// Nobody else writes them.
+  static void charge(detail::BoardSlot& slot, const Charges& charges) {
+    const auto raise = [](std::atomic<std::uint64_t>& word, Nanojoules more) {
+      if (more > 0) word.store(word.load(std::memory_order_relaxed) + more, std::memory_order_release);  // readers wait meanwhile
+    };
+    for (std::size_t k = 0; k < power_kinds; ++k) {
+      for (std::size_t a = 0; a < activity_count; ++a) raise(slot.charged[k][a], charges[k].net[a]);
+      raise(slot.charged[k][activity_count], charges[k].floor);
+    }
   }
   void free_slots() {
     for (const Taken& taken : taken_) {
@@ -379,7 +387,9 @@ class EnergyHub {
     for (const AnyMeter& meter : meters_)
       for (const std::string& warning : meter.warnings()) text.append(warning).append("\n");
     detail::copy_text(state_.warnings, text);
-    board_.state.write(state_);
+    board_.state.write(state_, [&] {  // who reads his charges finds them in the totals, too
+      for (const Taken& slot : taken_) charge(board_.slots[slot.index], slot.charges);
+    });
     board_.windows.store(state_.windows, std::memory_order_release);
   }
   /// A guest's counter is a model of its host, and a sum of which nobody measured a part is no better. One that there is but cannot be read is none.
@@ -395,6 +405,7 @@ class EnergyHub {
     bool leaving;
     std::uint32_t device;
     ActivityTimes times;
+    Charges charges{};  // of the windows that close
   };
   std::vector<AnyMeter> meters_;
   HubOptions options_;

@@ -308,10 +308,11 @@ class HubSeat final : public EnergySource, private EnergyMember::Guest {
     const std::lock_guard lock(mutex_);
     const Place* const place = place_.load(std::memory_order_relaxed);
     detail::BoardState state;
-    if (!place || !place->seat.slot || !(*place->seat.board)->state.read(state)) return false;
+    Charges charges;
+    if (!place || !place->seat.slot || !(*place->seat.board)->state.read(state, [&] { charges = place->seat.slot->read_charges(); })) return false;
     reading.windows = place->windows_before + state.windows;
     reading.time = nanoseconds(state.time);
-    reading.charges = together(place->charged_before, place->seat.slot->read_charges());
+    reading.charges = together(place->charged_before, charges);
     std::copy(std::begin(state.kinds), std::end(state.kinds), reading.kinds.begin());
     for (std::size_t k = 0; k < power_kinds; ++k) reading.kinds[k].total += place->total_before[k];
     return true;
@@ -382,7 +383,7 @@ class HubSeat final : public EnergySource, private EnergyMember::Guest {
     auto place = std::make_unique<Place>();
     if (const Place* old = place_.load(std::memory_order_relaxed)) {
       detail::BoardState state{};
-      (*old->seat.board)->state.read(state);
+      (*old->seat.board)->state.read(state);  // its hub is gone: nothing changes any longer
       place->windows_before = old->windows_before + state.windows;
       place->charged_before = old->seat.slot ? together(old->charged_before, old->seat.slot->read_charges()) : old->charged_before;
       for (std::size_t k = 0; k < power_kinds; ++k) place->total_before[k] = old->total_before[k] + state.kinds[k].total;
