@@ -30,7 +30,7 @@ struct SlotOptions {
 namespace detail {
 
 inline constexpr std::size_t line = 64;
-inline constexpr std::uint32_t slot_protocol = 6;  // raise when anything below changes its meaning
+inline constexpr std::uint32_t slot_protocol = 7;  // raise when anything below changes its meaning
 
 struct alignas(2 * line) Slot {
   static constexpr std::size_t inline_bytes = 80;
@@ -57,6 +57,7 @@ static_assert(sizeof(Credit) == 32);
 struct alignas(line) RankLine {
   std::atomic<std::uint64_t> sequence, fingerprint, count;
   std::atomic<std::uint32_t> inside, left, pid, sharing;
+  std::atomic<std::uint64_t> opening_key, opening;  // see SlotTransport::open_by_key
   alignas(line) std::atomic<std::uint32_t> parked;  // loaded by every sender: never shares a line with what changes per call
   std::atomic<std::uint32_t> cores_known;
   alignas(line) std::atomic<std::uint64_t> cores[CPU_SETSIZE / 64];  // that the rank may run on

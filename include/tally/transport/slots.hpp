@@ -135,20 +135,36 @@ class SlotMemory {
   std::vector<Rank> origins_;
 };
 
+/// Wakes a rank that sleeps on a descriptor; see transport/doorbell.hpp.
+class Doorbell {
+ public:
+  virtual ~Doorbell() = default;
+  /// Readable once somebody rang.
+  virtual int fd() const = 0;
+  virtual void ring(Rank) const = 0;
+  virtual void ring_all() const = 0;
+  /// Forgets who rang.
+  virtual void answer() const = 0;
+  /// For `size` of these ranks, whose rank `me` this one is; no two of theirs have the same key.
+  virtual std::unique_ptr<Doorbell> another(std::uint64_t key, Rank me, int size) const = 0;
+};
+
 class SlotTransport {
  public:
-  /// `crowded`: other ranks want the same cores, however many these are.
-  SlotTransport(std::shared_ptr<SlotMemory> memory, Rank me, bool crowded = false)
-      : memory_(std::move(memory)), layout_(memory_->layout()), me_(me), mask_(layout_.slots() - 1), always_crowded_(crowded),
-        endpoints_(static_cast<std::size_t>(layout_.lanes() * layout_.size())), line_(&memory_->rank_line(me)), header_(&memory_->header()) {
+  /// `crowded`: other ranks want the same cores, however many these are. `numbers`: what transfers call these ranks, where that is
+  /// not what they are here, because they are but some of a communicator's.
+  SlotTransport(std::shared_ptr<SlotMemory> memory, Rank me, bool crowded = false, std::vector<Rank> numbers = {})
+      : memory_(std::move(memory)), layout_(memory_->layout()), me_(me), mask_(layout_.slots() - 1), always_crowded_(crowded), numbers_(std::move(numbers)),
+        width_(numbers_.empty() ? layout_.size() : *std::max_element(numbers_.begin(), numbers_.end()) + 1), endpoints_(static_cast<std::size_t>(layout_.lanes() * width_)), line_(&memory_->rank_line(me)), header_(&memory_->header()) {
     sending_.reserve(endpoints_.size());
     receiving_.reserve(endpoints_.size());
     for (int lane = 0; lane < lanes(); ++lane)
       for (Rank peer = 0; peer < size(); ++peer) {
         if (peer == me) continue;
-        Endpoint& e = endpoint(lane, peer);
+        Endpoint& e = endpoint(lane, numbers_.empty() ? peer : numbers_[static_cast<std::size_t>(peer)]);
         e.out = ring(lane, me, peer);
         e.in = ring(lane, peer, me);
+        e.peer = peer;
         e.peer_parked = &memory_->rank_line(peer).parked;
         e.peer_bit = bell_bit(peer);
       }
@@ -255,7 +271,10 @@ class SlotTransport {
     return memory_->runs(r) ? Liveness::alive : Liveness::dead;
   }
 
-  void abort(const AbortNotice& notice) { memory_->abort(notice); }
+  void abort(const AbortNotice& notice) {
+    memory_->abort(notice);
+    if (doorbell_) doorbell_->ring_all();
+  }
   bool aborted() const { return header_->abort.load(std::memory_order_relaxed) != 0; }
   AbortNotice abort_notice() const {
     // Who writes a notice may die over it: do not wait for ever.
@@ -269,24 +288,28 @@ class SlotTransport {
   /// the announcement and the sleep; true from it cancels the sleep.
   template <class Recheck>
   void park(nanoseconds limit, Recheck&& recheck) {
-    struct Announcement {
-      std::atomic<std::uint32_t>& parked;
-      explicit Announcement(std::atomic<std::uint32_t>& word) : parked(word) { parked.store(1, std::memory_order_relaxed); }
-      ~Announcement() { parked.store(0, std::memory_order_relaxed); }
-    } announcement(line_->parked);
-    const std::uint32_t bell = header_->bell.load(std::memory_order_acquire);
-    if (fences_) full_fence();  // and all senders fence, too
-    else AsymmetricBarrier::heavy();
-    // A peer may have taken the announcement, meaning an earlier one, before the bell was looked at: it will not ring again.
-    if (!recheck() && line_->parked.load(std::memory_order_relaxed) != 0) futex_wait_as(bell_bit(me_), header_->bell, bell, limit);
+    announce(by_bell, recheck, [&](std::uint32_t bell) { futex_wait_as(bell_bit(me_), header_->bell, bell, limit); });
   }
+  /// The same, with a sleep of the caller's own, which ends when doorbell() rings.
+  template <class Recheck, class Sleep>
+  void park_at_doorbell(Recheck&& recheck, Sleep&& sleep) {
+    announce(by_doorbell, recheck, [&](std::uint32_t) { sleep(); });
+    doorbell_->answer();
+  }
+  void hang(std::unique_ptr<Doorbell> doorbell) { doorbell_ = std::move(doorbell); }
+  const Doorbell& doorbell() const { return *doorbell_; }
 
   void interrupt() {
     full_fence();
-    if (line_->parked.exchange(0) == 0) return;
+    const std::uint32_t how = line_->parked.exchange(0);
+    if (how == 0) return;
+    if (how == by_doorbell) return doorbell_->ring(me_);
     header_->bell.fetch_add(1);
     futex_wake_those(bell_bit(me_), header_->bell);
   }
+
+  /// Whether nothing is to be moved.
+  bool idle() const { return sending_.empty() && receiving_.empty(); }
 
   /// The line whose change this rank waits for, if there is but one.
   const void* awaited() const {
@@ -312,6 +335,37 @@ class SlotTransport {
     return std::make_unique<SlotTransport>(memory_->open(token, members, me), me, crowded());
   }
   void release(std::uint64_t token) { memory_->release(token); }
+  /// The same without messages: all of `members` call it with the same `key`, which no two of their calls share. The first of them
+  /// reserves and says in its line what.
+  std::unique_ptr<SlotTransport> open_by_key(std::uint64_t key, std::span<const Rank> members, std::vector<Rank> numbers, nanoseconds timeout) {
+    if (opened_by_key_ != 0) memory_->release(std::exchange(opened_by_key_, 0));  // all have opened it, or there would be no next one
+    detail::RankLine& first = memory_->rank_line(members[0]);
+    std::uint64_t token = 0;
+    if (members[0] == me_) {
+      try {
+        token = memory_->reserve(members);
+      } catch (const Error&) {
+        first.opening.store(~std::uint64_t{0});
+        first.opening_key.store(key, std::memory_order_release);
+        throw;
+      }
+      opened_by_key_ = token;
+      first.opening.store(token);
+      first.opening_key.store(key, std::memory_order_release);
+    } else {
+      const auto deadline = std::chrono::steady_clock::now() + timeout;
+      while (first.opening_key.load(std::memory_order_acquire) != key) {
+        if (liveness(members[0]) != Liveness::alive || std::chrono::steady_clock::now() > deadline) throw Error(Errc::peer_lost, {"a rank of this host did not open its part of the communicator"}, {me_, members[0], 0, {}});
+        std::this_thread::sleep_for(std::chrono::microseconds(50));
+      }
+      token = first.opening.load();
+      if (token == ~std::uint64_t{0}) throw Error(Errc::no_resources, {"a rank of this host could not reserve memory for the communicator"}, {me_, members[0], 0, {}});
+    }
+    const auto me = static_cast<Rank>(std::find(members.begin(), members.end(), me_) - members.begin());
+    auto opened = std::make_unique<SlotTransport>(memory_->open(token, members, me), me, crowded(), std::move(numbers));
+    if (doorbell_) opened->hang(doorbell_->another(key, me, static_cast<int>(members.size())));
+    return opened;
+  }
   void discard(std::uint64_t token, std::span<const Rank> members) { memory_->discard(token, layout_.of(static_cast<int>(members.size())).bytes()); }
 
   /// Goodbye: peers that still need something of this rank get an error instead of waiting.
@@ -319,10 +373,12 @@ class SlotTransport {
     if (::getpid() != process_) return;  // a child that this rank forked: it never was a rank
     line_->left.store(1);
     memory_->wake_all();
+    if (doorbell_) doorbell_->ring_all();
   }
 
  private:
   static constexpr std::uint64_t changing = ~std::uint64_t{0};
+  static constexpr std::uint32_t by_bell = 1, by_doorbell = 2;  // how who is parked is to be woken
   struct Ring {
     detail::Slot* slots = nullptr;
     std::byte* payloads = nullptr;
@@ -333,6 +389,7 @@ class SlotTransport {
     Ring out, in;
     std::atomic<std::uint32_t>* peer_parked = nullptr;
     std::uint32_t peer_bit = 0;
+    Rank peer = -1;
     TransferQueue sends, receives;
     std::uint64_t sent = 0, credit = 0;  // frames sent, and known to be consumed
     std::uint64_t received = 0;
@@ -345,7 +402,7 @@ class SlotTransport {
 
   /// Ranks 32 apart share a bit: one of them may wake up for nothing.
   static std::uint32_t bell_bit(Rank r) { return 1u << (static_cast<unsigned>(r) % 32); }
-  Endpoint& endpoint(int lane, Rank peer) { return endpoints_[static_cast<std::size_t>(lane * size() + peer)]; }
+  Endpoint& endpoint(int lane, Rank peer) { return endpoints_[static_cast<std::size_t>(lane * width_ + peer)]; }
   Ring ring(int lane, Rank from, Rank to) const {
     std::byte* base = memory_->base() + layout_.ring(lane, from, to);
     return {reinterpret_cast<detail::Slot*>(base), base + layout_.payloads(), reinterpret_cast<std::atomic<std::uint64_t>*>(base + layout_.consumed()),
@@ -358,7 +415,25 @@ class SlotTransport {
   void wake(const Endpoint& e) {
     std::atomic_signal_fence(std::memory_order_seq_cst);  // not to be looked up before the frame is written
     if (fences_ || header_->fences.load(std::memory_order_relaxed) != 0) full_fence();
-    if (e.peer_parked->load(std::memory_order_relaxed) != 0 && e.peer_parked->exchange(0) != 0) to_wake_ |= e.peer_bit;
+    if (e.peer_parked->load(std::memory_order_relaxed) != 0) wake_parked(e);
+  }
+  [[gnu::cold, gnu::noinline]] void wake_parked(const Endpoint& e) {
+    const std::uint32_t how = e.peer_parked->exchange(0);
+    if (how == by_bell) to_wake_ |= e.peer_bit;
+    else if (how == by_doorbell && doorbell_) doorbell_->ring(e.peer);
+  }
+  template <class Recheck, class Sleep>
+  void announce(std::uint32_t how, Recheck&& recheck, Sleep&& sleep) {
+    struct Announcement {
+      std::atomic<std::uint32_t>& parked;
+      ~Announcement() { parked.store(0, std::memory_order_relaxed); }
+    } announcement{line_->parked};
+    line_->parked.store(how, std::memory_order_relaxed);
+    const std::uint32_t bell = header_->bell.load(std::memory_order_acquire);
+    if (fences_) full_fence();  // and all senders fence, too
+    else AsymmetricBarrier::heavy();
+    // A peer may have taken the announcement, meaning an earlier one, before the bell was looked at: it will not ring again.
+    if (!recheck() && line_->parked.load(std::memory_order_relaxed) != 0) sleep(bell);
   }
   void publish_cores() {
     cpu_set_t set = own_cores();
@@ -513,12 +588,16 @@ class SlotTransport {
   Rank me_;
   std::uint64_t mask_;
   bool always_crowded_;
+  std::vector<Rank> numbers_;
+  int width_;  // more than any number
   std::vector<Endpoint> endpoints_;
   std::vector<Endpoint*> sending_, receiving_;  // those with transfers pending
   detail::RankLine* line_;
   detail::SlotHeader* header_;
   TransportCounters counters_;
   std::uint32_t to_wake_ = 0;
+  std::unique_ptr<Doorbell> doorbell_;
+  std::uint64_t opened_by_key_ = 0;
   pid_t process_ = ::getpid();
   bool fences_ = false, crowded_ = false, cores_known_ = false;
 };

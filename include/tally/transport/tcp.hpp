@@ -128,6 +128,7 @@ class TcpTransport {
     return moved;
   }
   void flush() {}
+  bool idle() const { return sending_.empty() && receiving_.empty(); }
 
   void enter(const RankStatus& status) { status_ = status; }
   void exit() {
@@ -171,6 +172,21 @@ class TcpTransport {
     return node_->registry_is_gone() || now - broken_since_ > std::chrono::seconds(1) ? Liveness::dead : Liveness::alive;
   }
 
+  /// Hears what the others say about themselves.
+  void hear() {
+    node_->hear();
+    if (elsewhere_) map_ = node_->clock_map();
+  }
+  /// Says what this rank is in and asks for the others, not too often: who waits for long does.
+  void inquire() {
+    hear();
+    const auto now = std::chrono::steady_clock::now();
+    if (now - inquired_ < std::chrono::milliseconds(1) + std::chrono::microseconds(100) * size()) return;
+    inquired_ = now;
+    if (published_.sequence != status_.sequence || published_.fingerprint != status_.fingerprint || published_.inside != status_.inside) publish();
+    node_->ask(*group_);
+  }
+
   void abort(const AbortNotice& notice) {
     node_->abort(*group_, notice);
     interrupt();
@@ -185,11 +201,14 @@ class TcpTransport {
 
   template <class Recheck>
   void park(nanoseconds limit, Recheck&& recheck) {
-    if (recheck()) return;
+    if (!recheck()) sleep(limit);
+  }
+  /// The same once nothing is to be looked at any more; `other`: a descriptor that ends it, too, when it is readable.
+  void sleep(nanoseconds limit, int other = -1) {
     std::array<epoll_event, 16> events;
     const timespec time{static_cast<time_t>(limit.count() / 1'000'000'000), static_cast<long>(limit.count() % 1'000'000'000)};
-    pollfd all{epoll_.get(), POLLIN, 0};  // epoll's own limits are milliseconds
-    if (::ppoll(&all, 1, &time, nullptr) <= 0) return hear();
+    std::array<pollfd, 2> all{{{epoll_.get(), POLLIN, 0}, {other, POLLIN, 0}}};  // epoll's own limits are milliseconds
+    if (::ppoll(all.data(), all.size(), &time, nullptr) <= 0 || !all[0].revents) return hear();
     const int count = ::epoll_wait(epoll_.get(), events.data(), static_cast<int>(events.size()), 0);
     for (int i = 0; i < count; ++i)
       if (events[static_cast<std::size_t>(i)].data.fd == wake_.get()) {
@@ -637,19 +656,7 @@ class TcpTransport {
     published_ = status_;
     node_->publish(*group_, status_);
   }
-  void hear() {
-    node_->hear();
-    if (elsewhere_) map_ = node_->clock_map();
-  }
-  /// Says what this rank is in and asks for the others, not too often.
   void inquire() {
-    hear();
-    const auto now = std::chrono::steady_clock::now();
-    if (now - inquired_ < std::chrono::milliseconds(1) + std::chrono::microseconds(100) * size()) return;
-    inquired_ = now;
-    if (published_.sequence != status_.sequence || published_.fingerprint != status_.fingerprint || published_.inside != status_.inside) publish();
-    node_->ask(*group_);
-  }
 
   std::shared_ptr<detail::NetworkNode> node_;
   TcpOptions options_;
