@@ -35,6 +35,8 @@ exceptions=(
   "transport/thread: transport/slots"
   "transport/simulated: clock transport/concept transport/fiber transport/queue"
   "transport/tcp: topology transport/concept transport/queue network/node"
+  "transport/doorbell: local_socket transport/slots"
+  "transport/route: transport/concept transport/slots"
   "network/socket: file"
   "network/frame: transport/concept"
   "network/clock_map: clock transport/concept"

@@ -16,59 +16,16 @@
 #include <tally/tally.hpp>
 #include <tally/tcp.hpp>
 
-#include "processes.hpp"
+#include "network.hpp"
 #include "sanitized.hpp"
 #include "transport_conformance.hpp"
 
 using namespace tally;
 using namespace std::chrono_literals;
-using test::Caught, test::caught, test::expect, test::Happened, test::has;
+using test::all, test::Caught, test::caught, test::expect, test::Happened, test::has, test::Job, test::late_ranks_are_blamed, test::loopback, test::on_ranks;
 
 namespace {
 
-SocketAddress loopback(int family) { return detail::resolve(family == 6 ? "::1" : "127.0.0.1", 0).front(); }
-
-/// A registry on loopback, and how to join it.
-struct Job {
-  explicit Job(int n, int family = 4, nanoseconds timeout = 20s) : limit(timeout) {
-    like.size = n;
-    auto listener = detail::listen_at(loopback(family));
-    address = detail::own_address(listener);
-    registry = std::make_unique<detail::Registry>(std::move(listener), like, timeout);
-  }
-  std::shared_ptr<detail::NetworkNode> join(Rank r) const {
-    detail::Join me = like;
-    me.rank = r;
-    return std::make_shared<detail::NetworkNode>(std::vector{address}, me, limit);
-  }
-  detail::Join like;
-  nanoseconds limit;
-  SocketAddress address;
-  std::unique_ptr<detail::Registry> registry;
-};
-
-/// f(rank) in a thread each; throws what one of them threw first.
-template <class F>
-void on_ranks(int n, F&& f) {
-  std::vector<std::exception_ptr> errors(static_cast<std::size_t>(n));
-  std::vector<std::thread> threads;
-  for (Rank r = 0; r < n; ++r)
-    threads.emplace_back([&, r] {
-      try {
-        f(r);
-      } catch (...) {
-        errors[static_cast<std::size_t>(r)] = std::current_exception();
-      }
-    });
-  for (auto& thread : threads) thread.join();
-  for (const auto& error : errors)
-    if (error) std::rethrow_exception(error);
-}
-std::vector<Rank> all(int n) {
-  std::vector<Rank> ranks;
-  for (Rank r = 0; r < n; ++r) ranks.push_back(r);
-  return ranks;
-}
 void run(int n, const SlotOptions& options, const conformance::BodyOf<TcpTransport>& body, int family = 4) {
   const Job job(n, family);
   TcpOptions tcp;
@@ -82,26 +39,13 @@ void run(int n, const SlotOptions& options, const conformance::BodyOf<TcpTranspo
   });
 }
 
-/// A communicator over TCP of all ranks of the job.
-Communicator communicator(const Job& job, Rank r, const Options& options = {}, const TcpOptions& tcp = {}) {
-  return detail::make_communicator(std::make_unique<TcpTransport>(job.join(r), TcpTransport::world, all(job.like.size), tcp), detail::model_for("tcp", job.like.size, options), options);
-}
-/// f(comm) on n ranks that are threads; what each of them threw.
 template <class F>
-std::vector<Caught> outcomes(int n, F&& f, const Options& options = {}, const TcpOptions& tcp = {}) {
-  const Job job(n);
-  std::vector<Caught> results(static_cast<std::size_t>(n));
-  on_ranks(n, [&](Rank r) {
-    results[static_cast<std::size_t>(r)].record([&] {
-      Communicator comm = communicator(job, r, options, tcp);
-      f(comm);
-    });
-  });
-  return results;
+std::vector<Caught> outcomes(int n, F&& f, const TcpOptions& tcp = {}) {
+  return test::outcomes(std::vector<std::uint64_t>(static_cast<std::size_t>(n)), test::Way::network, f, {}, tcp);
 }
 template <class F>
 void everyone(int n, F&& f, const TcpOptions& tcp = {}) {
-  for (const Caught& c : outcomes(n, f, {}, tcp)) {
+  for (const Caught& c : outcomes(n, f, tcp)) {
     INFO(c);
     CHECK((c.ran && !c.error && !c.foreign));
   }
@@ -189,59 +133,6 @@ TEST_CASE("groups, duplicates and operations in the background go over TCP, too"
   });
 }
 
-namespace {
-
-/// A host's clock that is wrong by an hour, and runs fast or slow.
-struct OtherClock final : TimeSource {
-  OtherClock(double hours, double ppm) : offset(static_cast<Ticks>(3.6e12 * (hours + 2))), rate(1 + 1e-6 * ppm) {}
-  Ticks now() const override { return offset + static_cast<Ticks>(static_cast<double>(Clock::monotonic() - begin) * rate); }
-  Ticks offset, begin = Clock::monotonic();
-  double rate;
-};
-
-/// Each rank comes late in turn, and all accounts say so, as far as the ranks' own clocks can tell.
-void late_ranks_are_blamed(Communicator& comm) {
-  const Rank r = comm.rank();
-  const int n = comm.size();
-  const auto now = [] { return std::chrono::steady_clock::now().time_since_epoch().count(); };
-  int sure = 0;
-  for (const std::size_t count : {1u, 300'000u})
-    for (int i = 0; i < 12; ++i) {
-      const Rank late = i % n;
-      std::vector<float> data(count, 1);
-      comm.barrier();
-      if (r == late) std::this_thread::sleep_for(30ms);
-      const std::int64_t queued = test::queued_ns();
-      std::int64_t mine[3] = {now(), 0, 0};
-      const Report report = comm.all_reduce(std::span(data), max);
-      mine[1] = now() - report.elapsed.count();  // it had called by then
-      mine[2] = test::queued_ns() - queued;      // for so long other threads had the cores
-      std::vector<std::int64_t> posts(3 * static_cast<std::size_t>(n));
-      comm.all_gather(std::span<const std::int64_t>(mine), std::span(posts));
-      expect(report.busy() + report.idle() == report.elapsed, "the parts are the whole");
-      expect(report.transport_name() == "tcp", "its transport");
-      std::int64_t others = 0;
-      nanoseconds tolerance = 10ms;  // who has no core sends late, and is waited for, too
-      for (Rank other = 0; other < n; ++other) {
-        if (other != late) others = std::max(others, posts[3 * static_cast<std::size_t>(other) + 1]);
-        tolerance += nanoseconds(posts[3 * static_cast<std::size_t>(other) + 2]);
-      }
-      const nanoseconds alone(posts[3 * static_cast<std::size_t>(late)] - others);  // for so long it alone was missing
-      if (alone < 15ms) continue;  // a machine that takes cores away
-      ++sure;
-      const std::string figures = detail::concat({" (rank ", r, ", late ", late, ", ", alone.count(), " ns, ", report.wait_arrival.count(), " ns)"});
-      expect(report.last_arrival == late, "the late rank came last, not " + std::to_string(report.last_arrival) + figures);
-      if (r == late) expect(report.wait_arrival <= tolerance, "who is late waits for nobody" + figures);
-      nanoseconds blamed{};
-      for (const Blame& blame : report.blame())
-        if (blame.rank == late) blamed = blame.arrival;
-      if (r != late) expect(blamed + report.busy() >= alone - tolerance, "the late one is blamed" + figures);
-    }
-  expect(sure > 0, "at least one of them was late for sure");
-}
-
-}  // namespace
-
 TEST_CASE("who comes late is blamed over TCP, and a report adds up to the nanosecond") { everyone(3, late_ranks_are_blamed); }
 
 TEST_CASE("what is known of another host's clock is never further off than it says, whatever the network does") {
@@ -277,15 +168,11 @@ TEST_CASE("what is known of another host's clock is never further off than it sa
 
 TEST_CASE("ranks of several hosts, whose clocks differ by hours and by 50 ppm, know who waited for whom") {
   const Job job(4);
-  const OtherClock fast(1, 50), slow(-1, -50);
+  const test::OtherClock fast(1, 50), slow(-1, -50);
   on_ranks(4, [&](Rank r) {
     // Ranks 0 and 3 are on one host, 1 and 2 on one each.
     const Clock clock = r == 1 ? Clock(fast) : r == 2 ? Clock(slow) : Clock::host();
-    detail::Join me = job.like;
-    me.rank = r;
-    me.boot = static_cast<std::uint64_t>(r % 3);
-    auto node = std::make_shared<detail::NetworkNode>(std::vector{job.address}, me, job.limit, clock);
-    Communicator comm = detail::make_communicator(std::make_unique<TcpTransport>(std::move(node), TcpTransport::world, all(4)), detail::model_for("tcp", 4, {}), {}, clock);
+    Communicator comm = test::over_tcp(job.join(r, static_cast<std::uint64_t>(r % 3), clock), {}, {}, test::Way::network, clock);
     late_ranks_are_blamed(comm);
   });
 }
@@ -294,7 +181,7 @@ TEST_CASE("what was sent is there, however soon its sender goes") {
   const Job job(2);
   on_ranks(2, [&](Rank r) {
     std::vector<int> data(50'000, 0);
-    std::optional<Communicator> comm = communicator(job, r);
+    std::optional<Communicator> comm = test::over_tcp(job.join(r));
     if (r == 0) {
       std::iota(data.begin(), data.end(), 0);
       comm->send(std::span<const int>(data), 1);
@@ -363,7 +250,7 @@ TEST_CASE("a rank that has left, and its process with it, is missed by who never
         detail::Join me = like;
         me.rank = r;
         auto node = std::make_shared<detail::NetworkNode>(std::vector{address}, me, 20s);
-        std::optional<Communicator> comm = detail::make_communicator(std::make_unique<TcpTransport>(std::move(node), TcpTransport::world, all(3)), detail::model_for("tcp", 3, {}), {});
+        std::optional<Communicator> comm = test::over_tcp(std::move(node));
         int x = 1;
         if (r == leaver) {
           comm.reset();
@@ -396,7 +283,7 @@ TEST_CASE("a rank that is killed is missed, by who receives and by who sends", "
   for (Rank r = 0; r < 4; ++r)
     ranks.emplace_back([&, r] {
       (*results)[static_cast<std::size_t>(r)].record([&] {
-        Communicator comm = communicator(job, r);
+        Communicator comm = test::over_tcp(job.join(r));
         comm.barrier();
         std::vector<int> data(3'000'000);
         if (r == 3) ready.now(), std::this_thread::sleep_for(100s);
@@ -418,39 +305,8 @@ TEST_CASE("a rank that is killed is missed, by who receives and by who sends", "
   }
 }
 
-namespace {
-
-/// Two hosts, as far as the network goes, and a cable between them: 10.213.0.1 and .2. They go with this object.
-class TwoHosts {
- public:
-  TwoHosts() {
-    problem_ = run({"ip netns add ", name(0)}) && run({"ip netns add ", name(1)}) && run({"ip link add ", link(0), " netns ", name(0), " type veth peer name ", link(1), " netns ", name(1)}) ? "" : "no right to make network namespaces, or no ip command";
-    for (int host = 0; host < 2 && problem_.empty(); ++host)
-      if (!run({"ip -n ", name(host), " addr add 10.213.0.", host + 1, "/24 dev ", link(host)}) || !run({"ip -n ", name(host), " link set ", link(host), " up"}) || !run({"ip -n ", name(host), " link set lo up"})) problem_ = "no addresses in network namespaces";
-  }
-  ~TwoHosts() {
-    for (int host = 0; host < 2; ++host) run({"ip netns del ", name(host)});
-  }
-  const std::string& problem() const { return problem_; }
-  void cut() const { run({"ip -n ", name(0), " link set ", link(0), " down"}); }
-  /// This process is on that host from here on.
-  void enter(int host) const {
-    const detail::FileDescriptor fd(::open(("/run/netns/" + name(host)).c_str(), O_RDONLY | O_CLOEXEC));
-    if (!fd || ::setns(fd.get(), CLONE_NEWNET) != 0) throw std::runtime_error("cannot enter a network namespace");
-  }
-
- private:
-  std::string name(int host) const { return detail::concat({"tally-test-", maker_, host ? "-b" : "-a"}); }
-  std::string link(int host) const { return detail::concat({host ? "tb" : "ta", maker_}); }
-  static bool run(std::initializer_list<detail::Piece> command) { return std::system((detail::concat(command) + " >/dev/null 2>&1").c_str()) == 0; }
-  const pid_t maker_ = ::getpid();
-  std::string problem_;
-};
-
-}  // namespace
-
 TEST_CASE("two hosts: a cut cable is noticed by the deadline, and nobody is accused of what nobody knows", "[processes]") {
-  const TwoHosts hosts;
+  const test::TwoHosts hosts;
   if (!hosts.problem().empty()) return void(std::printf("skipped: %s\n", hosts.problem().c_str()));
   const test::Shared<std::array<Caught, 2>> results;
   const Happened ready;
@@ -576,8 +432,7 @@ TEST_CASE("strangers neither join nor stall nor crash a job, wherever they knock
   for (int i = 0; i < 200; ++i) crowd.push_back(knock(job.address));
   on_ranks(3, [&](Rank r) {
     const auto node = job.join(r);
-    TcpTransport* const raw = new TcpTransport(node, TcpTransport::world, all(3));
-    Communicator comm = detail::make_communicator(std::unique_ptr<TcpTransport>(raw), detail::model_for("tcp", 3, {}), {});
+    Communicator comm = test::over_tcp(node);
     std::vector<detail::FileDescriptor> visitors;
     for (int i = 0; i < 20; ++i)
       for (Rank other = 0; other < 3; ++other) {

@@ -125,9 +125,10 @@ struct Welcome {
 
 class Rendezvous {
  public:
-  Rendezvous(const JobInfo& job, const Options& options) : job_(job), options_(options), layout_(job.size, options.slots), deadline_(std::chrono::steady_clock::now() + options.timeout) {
+  /// `name`: of the place; none: after user and job.
+  Rendezvous(const JobInfo& job, const Options& options, std::string name = {}) : job_(job), options_(options), layout_(job.size, options.slots), deadline_(std::chrono::steady_clock::now() + options.timeout), name_(std::move(name)) {
     static std::atomic<unsigned> count{0};  // several init() in one process meet one after another
-    name_ = concat({"tally/", ::getuid(), "/", job.job, "/", count++});
+    if (name_.empty()) name_ = concat({"tally/", ::getuid(), "/", job.job, "/", count++});
     if (name_.size() > longest_local_name) name_ = concat({"tally/", ::getuid(), "/", hash_text(name_)});
   }
 
@@ -278,11 +279,20 @@ class Rendezvous {
 
 }  // namespace detail
 
+namespace detail {
+
+/// Makes a communicator of ranks on several hosts; whoever includes the header of a network has one.
+using InitNetwork = Communicator (*)(const JobInfo&, const Options&);
+inline InitNetwork init_network = nullptr;
+
+}  // namespace detail
+
 /// Who this process is, by what a launcher (mpirun, srun, torchrun, TALLY_RANK) left in its environment.
 inline JobInfo job_info() { return detail::job_from_environment(); }
 
 /// The communicator of all ranks that were started together: by mpirun, srun, torchrun, by hand with TALLY_RANK,
-/// TALLY_SIZE and TALLY_JOB, or one rank alone. Arguments are defaults that the environment overrides.
+/// TALLY_SIZE and TALLY_JOB, or one rank alone; of several hosts where tally/tcp.hpp is included. Arguments are defaults that the
+/// environment overrides.
 inline Communicator init(const Options& defaults = {}) {
   const Options options = Options::from_environment(defaults);
   JobInfo job = detail::job_from_environment();
@@ -294,8 +304,11 @@ inline Communicator init(const Options& defaults = {}) {
     detail::write_model(*memory, options);
     return detail::make_communicator(memory, 0, options);
   }
+  if (!job.one_host || options.transport == "tcp" || detail::environment("TALLY_ADDRESS")) {
+    if (detail::init_network) return detail::init_network(job, options);
+    throw Error(Errc::unsupported, {job.one_host ? "TALLY_ADDRESS or TALLY_TRANSPORT asks for a network" : job.launcher + " started some of the ranks on other hosts", ", and this program has none: include tally/tcp.hpp in it"});
+  }
   options.expect_transport("shm", "processes of one host");
-  if (!job.one_host) throw Error(Errc::unsupported, {job.launcher, " started some of the ", job.size, " ranks on other hosts, which shared memory does not connect: include tally/tcp.hpp and call tally::init_tcp()"});
   return detail::make_communicator(detail::Rendezvous(job, options).meet(), job.rank, options);
 }
 

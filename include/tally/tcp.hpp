@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// Ranks on several hosts, over TCP: they meet at rank 0, whose address the environment names, and each connects to those that it
-// has something to send to.
+// Ranks on several hosts: they meet at rank 0, whose address the environment names; those of one host share memory, and to the
+// others each connects by TCP when it has something to send.
 #pragma once
 
 #include <chrono>
 #include <cstring>
+#include <map>
 #include <memory>
 #include <string>
 #include <string_view>
@@ -15,6 +16,8 @@
 #include "host.hpp"
 #include "network/node.hpp"
 #include "network/registry.hpp"
+#include "transport/doorbell.hpp"
+#include "transport/route.hpp"
 #include "transport/tcp.hpp"
 
 namespace tally::inline v0 {
@@ -36,7 +39,7 @@ struct NetworkJob {
   std::unique_ptr<NetworkNode> node;
 
   /// The node, which keeps the rest.
-  static std::shared_ptr<NetworkNode> join(const std::vector<SocketAddress>& where, const Join& me, nanoseconds timeout, const std::string& note) {
+  static std::shared_ptr<NetworkNode> join(const std::vector<SocketAddress>& where, const Join& me, nanoseconds timeout, const Registry::MakeNote& note) {
     auto job = std::make_shared<NetworkJob>();
     if (me.rank == 0) job->registry = std::make_unique<Registry>(listen_at_one_of(where), me, timeout, note);
     job->node = std::make_unique<NetworkNode>(where, me, timeout);
@@ -53,32 +56,96 @@ struct NetworkJob {
   }
 };
 
+/// Which ranks of a job share memory with this one.
+struct Neighbourhood {
+  std::vector<std::uint64_t> places;  // by rank, the same for ranks that share memory
+  std::vector<Rank> numbers;          // this rank and those that it shares memory with: what they are in the job
+  Rank me = 0;                        // among them
+
+  /// `flat`: nobody is to, although some could.
+  explicit Neighbourhood(const NetworkNode& node, bool flat = false) {
+    for (Rank r = 0; r < node.size(); ++r) {
+      places.push_back(flat ? static_cast<std::uint64_t>(r) : node.place(r));
+      if (r == node.rank()) me = static_cast<Rank>(numbers.size());
+      if (r == node.rank() || (!flat && node.place(r) == node.place(node.rank()))) numbers.push_back(r);
+    }
+  }
+  int size() const { return static_cast<int>(numbers.size()); }
+};
+
+/// What all choose algorithms by, once it is known where they are: `at` by rank, the same for ranks that share memory.
+inline CostModel network_model(const std::vector<std::uint64_t>& at, const Options& options) {
+  std::vector<Place> places;
+  std::map<std::uint64_t, int> known;
+  for (const std::uint64_t place : at) {
+    const int number = known.emplace(place, static_cast<int>(known.size())).first->second;
+    places.push_back({number, number});
+  }
+  const bool shared = known.size() < at.size();
+  CostModel model = model_for(shared ? "shm+tcp" : "tcp", static_cast<int>(at.size()), options);
+  if (shared && options.group == 0) model.group = group_of(places);
+  return model;
+}
+
+inline std::string name_of_place(const NetworkNode& node) {
+  const std::string_view key(reinterpret_cast<const char*>(node.key().data()), node.key().size());
+  return concat({"tally/", ::getuid(), "/", hash_text(key), "/", node.place(node.rank()) % 1'000'000});  // the key itself is nobody else's business
+}
+/// Memory of the ranks of this host.
+inline std::shared_ptr<SlotMemory> local_memory(const NetworkNode& node, const Neighbourhood& here, Options options, int lanes) {
+  JobInfo those;
+  those.rank = here.me;
+  those.size = here.size();
+  those.job = "of this host";
+  options.slots.lanes = lanes;
+  return Rendezvous(those, options, name_of_place(node)).meet();
+}
+/// `memory`: of the ranks of this host, null where this one is alone.
+inline std::unique_ptr<RouteTransport<TcpTransport>> tcp_route(std::shared_ptr<NetworkNode> node, const Neighbourhood& here, std::shared_ptr<SlotMemory> memory, const TcpOptions& tcp) {
+  std::vector<Rank> all;
+  for (Rank r = 0; r < node->size(); ++r) all.push_back(r);
+  std::unique_ptr<SlotTransport> local;
+  if (memory) {
+    local = std::make_unique<SlotTransport>(std::move(memory), here.me, false, here.numbers);
+    local->hang(std::make_unique<DatagramDoorbell>(name_of_place(*node) + "/bell", here.me, here.size()));
+  }
+  return std::make_unique<RouteTransport<TcpTransport>>(std::make_unique<TcpTransport>(std::move(node), TcpTransport::world, std::move(all), tcp), std::move(local), here.places);
+}
+
 inline Communicator tcp_communicator(const JobInfo& job, const std::vector<SocketAddress>& where, const Options& options, const TcpOptions& tcp) {
+  const bool flat = options.transport == "tcp";
   Join me;
   me.rank = job.rank;
   me.size = job.size;
   me.accounting = options.accounting;
   me.job = hash_text(job.job);
   me.boot = hash_text(boot_id());
-  me.settings = hash_text(concat({"tcp ", tcp.lanes, " ", tcp.window, " ", tcp.frame_bytes}));
-  CostModel model = model_for("tcp", job.size, options);
-  const auto node = NetworkJob::join(where, me, options.timeout, std::string(ControlStream::as_bytes(model)));
+  me.place = hash_text(sharing_id());
+  me.settings = hash_text(concat({flat ? "tcp " : "shm+tcp ", tcp.lanes, " ", tcp.window, " ", tcp.frame_bytes}));
+  const auto node = NetworkJob::join(where, me, options.timeout, [&](const std::vector<RankEntry>& entries) {
+    std::vector<std::uint64_t> places;
+    for (const RankEntry& entry : entries) places.push_back(flat ? places.size() : entry.place);
+    return std::string(ControlStream::as_bytes(network_model(places, options)));
+  });
+  CostModel model;
   std::string_view note = node->note();
   if (!ControlStream::take(note, model)) throw Error(Errc::protocol, "rank 0 sent no model to choose algorithms by: were the ranks built with the same tally?", {job.rank, 0, 0, {}});
-  std::vector<Rank> all;
-  for (Rank r = 0; r < job.size; ++r) all.push_back(r);
-  return make_communicator(std::make_unique<TcpTransport>(node, TcpTransport::world, std::move(all), tcp), model, options);
+  const Neighbourhood here(*node, flat);
+  std::shared_ptr<SlotMemory> memory;
+  if (here.size() > 1) memory = local_memory(*node, here, options, tcp.lanes);
+  if (memory && here.size() == job.size) return make_communicator(std::move(memory), job.rank, options);  // there is but one host
+  return make_communicator(tcp_route(node, here, std::move(memory), tcp), model, options);
 }
+inline const bool tcp_is_a_network = (init_network = [](const JobInfo& job, const Options& options) { return tcp_communicator(job, registry_address(), options, {}); }, true);
 
 }  // namespace detail
 
-/// As init(), for ranks of any hosts, over TCP. They meet at TALLY_ADDRESS (HOST:PORT of rank 0), or at MASTER_ADDR and the port after
-/// MASTER_PORT. Throws Errc::timeout, naming who is missing, when not all are there in time.
+/// As init(), with the settings of TCP: for ranks of any hosts, which meet at TALLY_ADDRESS (HOST:PORT of rank 0), or at MASTER_ADDR and
+/// the port after MASTER_PORT. Those of one host share memory, unless TALLY_TRANSPORT=tcp. Throws Errc::timeout, naming who is missing,
+/// when not all are there in time.
 inline Communicator init_tcp(const Options& defaults = {}, const TcpOptions& tcp = {}) {
   const Options options = Options::from_environment(defaults);
-  const JobInfo job = detail::job_from_environment();
-  options.expect_transport("tcp", "of several hosts");
-  return detail::tcp_communicator(job, detail::registry_address(), options, tcp);
+  return detail::tcp_communicator(detail::job_from_environment(), detail::registry_address(), options, tcp);
 }
 
 }  // namespace tally::inline v0

@@ -33,7 +33,8 @@ struct Join {
   std::uint32_t accounting = 0;
   std::uint64_t job = 0;  // a hash of its name
   std::uint64_t settings = 0;  // a hash of what must be the same everywhere
-  std::uint64_t boot = 0;  // a hash of the host's boot id
+  std::uint64_t boot = 0;  // a hash of the host's boot id: the same where clocks are
+  std::uint64_t place = 0;  // the same for ranks that can share memory
   SocketAddress listens;  // family 0: at the address that it connects from
 };
 /// A question after the clock of rank 0's host, and the answer.
@@ -44,7 +45,7 @@ struct ClockAnswer {
 /// Of each rank, to all.
 struct RankEntry {
   SocketAddress listens;
-  std::uint64_t boot = 0;
+  std::uint64_t boot = 0, place = 0;
 };
 struct CommunicatorStatus {
   std::uint64_t communicator = 0;

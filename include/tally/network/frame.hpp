@@ -17,7 +17,7 @@ namespace tally::inline v0::detail {
 
 static_assert(std::endian::native == std::endian::little, "numbers go over the network as they lie in memory");
 
-inline constexpr std::uint32_t network_protocol = 1;  // raise when anything below changes its meaning
+inline constexpr std::uint32_t network_protocol = 2;  // raise when anything below changes its meaning
 
 /// What only ranks of a job know: drawn by rank 0, told to who joins.
 using JobKey = std::array<std::uint8_t, 16>;

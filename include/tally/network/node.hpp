@@ -87,6 +87,8 @@ class NetworkNode {
   const SocketAddress& address(Rank r) const { return entries_[static_cast<std::size_t>(r)].listens; }
   /// Whether it is on another host than this one, so that its clock is another one.
   bool is_elsewhere(Rank r) const { return entries_[static_cast<std::size_t>(r)].boot != entries_[static_cast<std::size_t>(me_)].boot; }
+  /// The same for ranks that can share memory.
+  std::uint64_t place(Rank r) const { return entries_[static_cast<std::size_t>(r)].place; }
   /// How this host's clock goes with that of rank 0's host, as known now.
   ClockMap clock_map() {
     const std::lock_guard lock(mutex_);

@@ -10,6 +10,7 @@
 
 #include <chrono>
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <memory>
 #include <set>
@@ -26,9 +27,11 @@ namespace tally::inline v0::detail {
 
 class Registry {
  public:
-  /// `like`: what every rank has to say of itself, but for rank and address. `note`: from rank 0 to all.
-  Registry(FileDescriptor listener, const Join& like, nanoseconds timeout, std::string note = {}, const Clock& clock = Clock::host())
-      : note_(std::move(note)), clock_(clock), listener_(std::move(listener)), stop_(::eventfd(0, EFD_CLOEXEC)), like_(like), guests_of_(static_cast<std::size_t>(like.size)), deadline_(Steady::now() + timeout), timeout_(timeout) {
+  /// What rank 0 has for all, once it is known where they are.
+  using MakeNote = std::function<std::string(const std::vector<RankEntry>&)>;
+  /// `like`: what every rank has to say of itself, but for rank and address.
+  Registry(FileDescriptor listener, const Join& like, nanoseconds timeout, MakeNote note = {}, const Clock& clock = Clock::host())
+      : note_(std::move(note)), clock_(clock), listener_(std::move(listener)), stop_(::eventfd(0, EFD_CLOEXEC)), like_(like), guests_of_(static_cast<std::size_t>(like.size)), entries_(guests_of_.size()), deadline_(Steady::now() + timeout), timeout_(timeout) {
     if (!stop_) throw Error(Errc::no_resources, {"no descriptor for the job's registry: ", errno_text(errno)});
     for (std::size_t have = 0; have < key_.size();) {
       const ssize_t got = ::getrandom(key_.data() + have, key_.size() - have, 0);
@@ -244,24 +247,29 @@ class Registry {
       theirs.listens = guest.from;
       theirs.listens.port = port;
     }
-    entries_[theirs.rank] = {theirs.listens, theirs.boot};
+    entries_[static_cast<std::size_t>(theirs.rank)] = {theirs.listens, theirs.boot, theirs.place};
     if (++joined_ < like_.size) return true;
     std::string welcome(ControlStream::as_bytes(key_));
-    for (const auto& [rank, entry] : entries_) welcome += ControlStream::as_bytes(entry);
-    welcome += note_;
+    for (const RankEntry& entry : entries_) welcome += ControlStream::as_bytes(entry);
+    try {
+      if (note_) welcome += note_(entries_);
+    } catch (const Error& error) {
+      fail(error.errc(), error.what());
+      return true;
+    }
     for (const auto& each : guests_)
       if (each->rank >= 0) each->stream.put(ControlKind::welcome, welcome), each->stream.write();
     return true;
   }
 
-  std::string note_;
+  MakeNote note_;
   Clock clock_;
   FileDescriptor listener_, stop_;
   Join like_;
   JobKey key_{};
   std::vector<std::unique_ptr<Guest>> guests_;
   std::vector<Guest*> guests_of_;  // by rank
-  std::map<Rank, RankEntry> entries_;
+  std::vector<RankEntry> entries_;
   std::map<std::uint64_t, std::map<Rank, Entry>> board_;  // of communicators
   std::set<std::uint64_t> aborted_;
   int joined_ = 0;

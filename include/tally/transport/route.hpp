@@ -30,11 +30,16 @@ concept Network = Transport<T> && requires(T& t, const T& c, nanoseconds limit) 
 template <Network Net>
 class RouteTransport {
  public:
-  /// `local` moves what goes to ranks of this host, and calls them as they are called here; null if there are none. `near`: by
-  /// rank, what it is in `local`'s memory, -1 for those on other hosts.
-  RouteTransport(std::unique_ptr<Net> net, std::unique_ptr<SlotTransport> local, std::vector<Rank> near)
-      : net_(std::move(net)), local_(std::move(local)), near_(std::move(near)), name_(local_ ? detail::concat({local_->name(), "+", net_->name()}) : std::string(net_->name())) {
-    if (!local_) std::fill(near_.begin(), near_.end(), -1);
+  /// `local` moves what goes to ranks of this host, and calls them as they are called here; null if there are none. `places`: by
+  /// rank, the same for ranks of one host.
+  RouteTransport(std::unique_ptr<Net> net, std::unique_ptr<SlotTransport> local, std::vector<std::uint64_t> places)
+      : net_(std::move(net)), local_(std::move(local)), places_(std::move(places)), near_(places_.size(), -1), name_(net_->name()) {
+    Rank count = 0;
+    for (std::size_t r = 0; local_ && r < places_.size(); ++r)
+      if (places_[r] == places_[static_cast<std::size_t>(rank())]) near_[r] = count++;
+    auto sorted = places_;
+    std::ranges::sort(sorted);
+    if (std::ranges::adjacent_find(sorted) != sorted.end()) name_.insert(0, "shm+");  // the same for all, also for who is alone
   }
 
   Rank rank() const { return net_->rank(); }
@@ -120,10 +125,11 @@ class RouteTransport {
 
   std::uint64_t reserve(std::span<const Rank> members) { return net_->reserve(members); }
   std::unique_ptr<RouteTransport> open(std::uint64_t token, std::span<const Rank> members) {
-    std::vector<Rank> locals, numbers, places(members.size(), -1);
+    std::vector<Rank> locals, numbers;
+    std::vector<std::uint64_t> places;
     for (std::size_t i = 0; i < members.size(); ++i) {
-      if (!is_near(members[i]) && members[i] != rank()) continue;
-      places[i] = static_cast<Rank>(locals.size());
+      places.push_back(places_[static_cast<std::size_t>(members[i])]);
+      if (!is_near(members[i])) continue;
       locals.push_back(near(members[i]));
       numbers.push_back(static_cast<Rank>(i));
     }
@@ -144,7 +150,8 @@ class RouteTransport {
 
   std::unique_ptr<Net> net_;
   std::unique_ptr<SlotTransport> local_;
-  std::vector<Rank> near_;
+  std::vector<std::uint64_t> places_;
+  std::vector<Rank> near_;  // by rank, what it is in the local memory; -1: on another host
   std::string name_;
 };
 

@@ -656,7 +656,6 @@ class TcpTransport {
     published_ = status_;
     node_->publish(*group_, status_);
   }
-  void inquire() {
 
   std::shared_ptr<detail::NetworkNode> node_;
   TcpOptions options_;

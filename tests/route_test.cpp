@@ -1,0 +1,236 @@
+// SPDX-License-Identifier: Apache-2.0
+// Shared memory to the ranks of one host and TCP to the others, at once. Ranks are threads; who is on which host is said, not so.
+#include <catch2/catch.hpp>
+
+#include <cstdint>
+#include <numeric>
+#include <optional>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include <tally/tally.hpp>
+#include <tally/tcp.hpp>
+
+#include "network.hpp"
+#include "sanitized.hpp"
+#include "transport_conformance.hpp"
+
+using namespace tally;
+using namespace std::chrono_literals;
+using test::Caught, test::expect, test::Happened, test::has, test::Job, test::late_ranks_are_blamed, test::on_ranks, test::Way;
+
+namespace {
+
+using Route = RouteTransport<TcpTransport>;
+using Places = std::vector<std::uint64_t>;
+
+Places places_of(int n, int hosts_of) {
+  Places places;
+  for (int r = 0; r < n; ++r) places.push_back(static_cast<std::uint64_t>(hosts_of > 0 ? r / hosts_of : r % -hosts_of) + 1);
+  return places;
+}
+/// `width`: ranks of a host that follow each other; negative: so many hosts, in turn.
+void run(int n, int width, const SlotOptions& slots, const conformance::BodyOf<Route>& body) {
+  const Job job(n);
+  const Places places = places_of(n, width);
+  Options options;
+  options.slots = slots;
+  TcpOptions tcp;
+  tcp.lanes = slots.lanes;
+  tcp.frame_bytes = slots.slot_bytes;
+  tcp.window = static_cast<std::size_t>(slots.slots) * (slots.slot_bytes + detail::frame_cost);
+  on_ranks(n, [&](Rank r) {
+    const auto node = job.join(r, places[static_cast<std::size_t>(r)]);
+    const detail::Neighbourhood here(*node);
+    const auto transport = detail::tcp_route(node, here, here.size() > 1 ? detail::local_memory(*node, here, options, tcp.lanes) : nullptr, tcp);
+    body(*transport);
+    transport->leave();
+  });
+}
+template <class F>
+void everyone(const Places& places, F&& f) {
+  for (const Caught& c : test::outcomes(places, Way::route, f)) {
+    INFO(c);
+    CHECK((c.ran && !c.error && !c.foreign));
+  }
+}
+
+}  // namespace
+
+TEST_CASE("two ranks a host conform") {
+  conformance::conformance<Route>([](int n, const SlotOptions& options, const auto& body) { run(n, 2, options, body); });
+}
+TEST_CASE("ranks dealt to two hosts in turn conform") {
+  conformance::conformance<Route>([](int n, const SlotOptions& options, const auto& body) { run(n, -2, options, body); });
+}
+
+TEST_CASE("all algorithms are right, however ranks are spread over hosts") {
+  for (const Places& places : {Places{1, 1, 2}, Places{1, 2, 1, 2}, Places{1, 1, 2, 2}, Places{1, 2, 2, 2, 1}, Places{1, 1, 1, 1}}) {
+    const int n = static_cast<int>(places.size());
+    everyone(places, [&](Communicator& comm) {
+      const int me = comm.rank();
+      for (const std::string_view name : algorithms_for(Collective::all_reduce)) {
+        if (!find_algorithm(Collective::all_reduce, name).generate) continue;  // these need memory that all reach
+        for (const std::size_t count : {0u, 1u, 1000u, 70'001u}) {
+          std::vector<int> data(count);
+          std::iota(data.begin(), data.end(), me);
+          const Report report = comm.all_reduce(std::span(data), sum, {.algorithm = name});
+          for (std::size_t i = 0; i < count; ++i) expect(data[i] == n * static_cast<int>(i) + n * (n - 1) / 2, std::string(name) + " of " + std::to_string(count));
+          expect(report.transport_name() == "shm+tcp" && comm.transport_name() == "shm+tcp", "both ways, not " + report.transport_name());
+          expect(report.busy() + report.idle() == report.elapsed, "the parts are the whole");
+        }
+      }
+      std::vector<int> mine(500, me), theirs(500 * static_cast<std::size_t>(n));
+      comm.all_gather(std::span<const int>(mine), std::span(theirs));
+      for (std::size_t i = 0; i < theirs.size(); ++i) expect(theirs[i] == static_cast<int>(i / 500), "all_gather");
+      comm.send_receive(std::span<const int>(mine), wrap(me + 1, n), std::span(theirs).first(500), wrap(me - 1, n), 3);
+      expect(theirs[499] == wrap(me - 1, n), "send_receive");
+      std::vector<int> root(20'000, me == n - 1 ? 7 : 0);
+      comm.broadcast(std::span(root), n - 1);
+      expect(root == std::vector<int>(20'000, 7), "broadcast");
+      int from = -1;
+      for (Rank r = 1; me == 0 && r < n; ++r) {
+        comm.receive(std::span(&from, 1), r, 5);
+        expect(from == r, "a message");
+      }
+      if (me > 0) comm.send(std::span<const int>(&me, 1), 0, 5);
+    });
+  }
+}
+
+TEST_CASE("communicators of some ranks share memory where these are on one host, and call ranks as they do") {
+  everyone({1, 2, 1, 2, 1, 3}, [](Communicator& comm) {
+    const int n = comm.size(), me = comm.rank();
+    for (int round = 0; round < 3; ++round) {
+      auto backwards = comm.split(0, -me);           // all, in another order
+      auto pair = comm.split(me / 2, me);            // of two hosts, or of hosts 1 and 3
+      auto odd = comm.split(me % 2, -me);            // of one host, but for rank 5
+      auto deeper = backwards->split(backwards->rank() % 3, 0);
+      std::vector<int> a(3000, me), b(100, 1 << me), c(70'000, 1), d(1, me);
+      auto first = backwards->async_all_reduce(std::span(a), sum);
+      pair->all_reduce(std::span(b), sum);
+      odd->all_reduce(std::span(c), sum);
+      deeper->all_reduce(std::span(d), sum);
+      first.wait();
+      expect(a == std::vector<int>(3000, n * (n - 1) / 2), "backwards");
+      expect(b == std::vector<int>(100, 3 << (me / 2 * 2)), "pairs");
+      expect(c == std::vector<int>(70'000, 3), "odd ones");
+      expect(d[0] == (n - 1 - backwards->rank() % 3) * 2 - 3, "deeper");
+      std::vector<int> order(static_cast<std::size_t>(n));
+      backwards->all_gather(std::span<const int>(&me, 1), std::span(order));
+      for (int i = 0; i < n; ++i) expect(order[static_cast<std::size_t>(i)] == n - 1 - i, "who is who");
+    }
+  });
+}
+
+TEST_CASE("who comes late is blamed, on this host and on others") {
+  everyone({1, 1, 2, 2}, late_ranks_are_blamed);
+}
+
+TEST_CASE("who waits for both ways is woken by either, at once") {
+  // Rank 0 sleeps for one rank of its host and one of the other.
+  everyone({1, 1, 2}, [](Communicator& comm) {
+    nanoseconds longest{};
+    for (int i = 0; i < 30; ++i) {
+      int x = 1, y = 0;
+      if (comm.rank() == 0) {
+        auto one = comm.async_receive(std::span(&x, 1), 1);
+        auto two = comm.async_receive(std::span(&y, 1), 2);
+        one.wait();
+        two.wait();
+        expect(x == i && y == -i, "what was sent");
+        comm.send(std::span<const int>(&x, 1), 1 + i % 2);
+      } else {
+        x = comm.rank() == 1 ? i : -i;
+        if (i % 2 == comm.rank() % 2) std::this_thread::sleep_for(3ms);
+        comm.send(std::span<const int>(&x, 1), 0);
+        if (1 + i % 2 == comm.rank()) comm.receive(std::span(&y, 1), 0);
+      }
+      const std::int64_t queued = test::queued_ns();
+      const auto began = std::chrono::steady_clock::now();
+      comm.barrier();
+      longest = std::max(longest, std::chrono::steady_clock::now() - began - nanoseconds(test::queued_ns() - queued));
+    }
+    expect(longest < 20ms, "no barrier waited for a look around, but " + std::to_string(longest.count()) + " ns");
+  });
+}
+
+TEST_CASE("an abort, a mismatch and a rank that leaves reach everyone by both ways") {
+  for (const Rank culprit : {0, 1, 2, 3}) {
+    for (const Caught& c : test::outcomes({1, 1, 2, 2}, Way::route, [&](Communicator& comm) {
+           if (comm.rank() == culprit) comm.abort("enough");
+           comm.barrier();
+         })) {
+      INFO(c);
+      CHECK(c.is(Errc::aborted));
+      CHECK_THAT(c.text, Catch::Contains("rank " + std::to_string(culprit) + " aborted the communicator: enough"));
+    }
+    for (const Caught& c : test::outcomes({1, 1, 2, 2}, Way::route, [&](Communicator& comm) {
+           std::vector<int> data(comm.rank() == culprit ? 7 : 8);
+           comm.all_reduce(std::span(data), sum);
+           comm.barrier();
+         })) {
+      INFO(c);
+      CHECK(c.is(Errc::mismatch));
+      CHECK_THAT(c.text, Catch::Contains("int32 x 7") && Catch::Contains("int32 x 8"));
+    }
+    const auto left = test::outcomes({1, 1, 2, 2}, Way::route, [&](Communicator& comm) {
+      comm.barrier();
+      if (comm.rank() != culprit) comm.barrier();
+    });
+    for (const Rank r : {0, 1, 2, 3}) {
+      if (r == culprit) continue;
+      const Caught& c = left[static_cast<std::size_t>(r)];
+      INFO(c);
+      CHECK((c.is(Errc::peer_left) || c.is(Errc::aborted)));
+      CHECK(has(c.text, "rank " + std::to_string(culprit) + " left the communicator"));
+    }
+  }
+}
+
+TEST_CASE("a rank that is killed is missed by its neighbours and by other hosts", "[processes]") {
+  for (const Rank victim : {1, 3}) {
+    const Job job(4);  // its registry is the test's own
+    const test::Shared<std::array<Caught, 4>> results;
+    const Happened ready;
+    std::vector<test::Process> ranks;
+    for (Rank r = 0; r < 4; ++r)
+      ranks.emplace_back([&, r] {
+        (*results)[static_cast<std::size_t>(r)].record([&] {
+          Communicator comm = test::over_tcp(job.join(r, static_cast<std::uint64_t>(r / 2 + 1)), {}, {}, Way::route);
+          comm.barrier();
+          if (r == victim) ready.now(), std::this_thread::sleep_for(100s);
+          std::vector<int> data(300'000);
+          comm.all_reduce(std::span(data), sum);
+        });
+      });
+    ready.await();
+    std::this_thread::sleep_for(50ms);
+    const auto began = std::chrono::steady_clock::now();
+    ::kill(ranks[static_cast<std::size_t>(victim)].pid(), SIGKILL);
+    for (Rank r = 0; r < 4; ++r)
+      if (r != victim) CHECK(ranks[static_cast<std::size_t>(r)].wait(20s));
+    CHECK(std::chrono::steady_clock::now() - began < 10s);
+    for (Rank r = 0; r < 4; ++r) {
+      if (r == victim) continue;
+      INFO((*results)[static_cast<std::size_t>(r)]);
+      CHECK(has((*results)[static_cast<std::size_t>(r)].text, "rank " + std::to_string(victim) + " died"));
+    }
+  }
+}
+
+TEST_CASE("jobs by both ways give back all that they used") {
+  const auto round = [] {
+    everyone({1, 1, 2}, [](Communicator& comm) {
+      auto other = comm.duplicate();
+      std::vector<int> data(10'000);
+      comm.all_reduce(std::span(data), sum);
+      other.all_reduce(std::span(data), sum);
+    });
+  };
+  round();
+  const int before = test::open_descriptors();
+  for (int i = 0; i < 10; ++i) round();
+  CHECK(test::open_descriptors() == before);
+}
