@@ -10,6 +10,7 @@
 #include <iostream>
 #include <nlohmann/json.hpp>
 #include <tally/tally.hpp>
+#include <tally/tcp.hpp>
 
 #include "exact.hpp"
 #include "measure.hpp"
@@ -442,7 +443,7 @@ void parse(int argc, char** argv, CLI::App& app, Settings& s) {
   app.option_defaults()->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);
   CLI::Option* ranks = app.add_option("-n,--ranks", s.ranks, "number of ranks to start [2]; a launcher's number under mpirun, torchrun or TALLY_RANK");
   app.add_option("--op", op, "all_reduce, reduce, broadcast, all_gather, reduce_scatter, barrier, gather, scatter, all_to_all, scan or exclusive_scan")->capture_default_str();
-  app.add_option("--transport", s.transport, "shm (ranks are processes) or thread")->capture_default_str();
+  CLI::Option* transport = app.add_option("--transport", s.transport, "shm (ranks are processes), thread, or tcp; under a launcher what connects its ranks, or tcp")->capture_default_str();
   app.add_option("--algorithm", s.algorithm, "auto, or one that --list names for the operation (zero_copy only where ranks are threads)")->capture_default_str();
   app.add_option("-b,--min", least, "smallest size in bytes")->capture_default_str();
   app.add_option("-e,--max", most, "largest size")->capture_default_str();
@@ -469,15 +470,16 @@ void parse(int argc, char** argv, CLI::App& app, Settings& s) {
     s.launcher = job.launcher;
     require(ranks->count() == 0 || s.ranks == job.size, "-n", job.launcher + " started " + std::to_string(job.size) + " ranks, not " + std::to_string(s.ranks));
     s.ranks = job.size;
-    if (job.size == 1 && s.transport == "shm") s.transport = "thread";  // what one rank alone gets
+    if (transport->count() == 0) s.transport = "";  // what fits
+    else if (job.size == 1 && s.transport == "shm") s.transport = "thread";  // what one rank alone gets
   }
   require(s.ranks >= 1 && s.ranks <= 1 << 15, "-n", "there must be 1 to 32768 ranks");
   const auto operation = std::find_if(std::begin(tally::all_operations), std::end(tally::all_operations), [&](Collective o) { return name_of(o) == op; });
   require(operation != std::end(tally::all_operations), "--op", "unknown operation '" + op + "'; there are all_reduce, reduce, broadcast, all_gather, reduce_scatter, barrier, gather, scatter, all_to_all, scan, exclusive_scan");
   require(!tally::sizes_differ(*operation), "--op", "blocks of " + op + " have sizes of their own, of which there are too many to measure");
   s.op = *operation;
-  require(s.transport == "shm" || s.transport == "thread", "--transport", "unknown transport '" + s.transport + "'; there are shm and thread");
-  require(s.launcher.empty() || job.size == 1 || s.transport == "shm", "--transport", "ranks started by " + s.launcher + " are processes; only shm connects them");
+  require(s.transport == "shm" || s.transport == "thread" || s.transport == "tcp" || transport->count() == 0, "--transport", "unknown transport '" + s.transport + "'; there are shm, thread and tcp");
+  require(s.launcher.empty() || job.size == 1 || s.transport != "thread", "--transport", "ranks started by " + s.launcher + " are processes, not threads");
   if (s.algorithm != "auto" && !tally::find_algorithm(s.op, s.algorithm)) {
     std::string offered;
     for (const std::string_view name : tally::algorithms_for(s.op)) offered += (offered.empty() ? "" : ", ") + std::string(name);
@@ -528,6 +530,18 @@ class SharedCount {
   std::uint64_t* value_;
 };
 
+template <class F>
+void on_ranks(const Settings& s, const tally::Options& options, F&& work) {
+  if (!s.launcher.empty()) {
+    tally::Communicator comm = tally::init(options);
+    work(comm);
+  } else if (s.transport == "tcp") {
+    tally::launch_tcp(s.ranks, work, tally::processes, options);
+  } else {
+    tally::launch(s.ranks, work, s.transport == "thread" ? tally::threads : tally::processes, options);
+  }
+}
+
 /// Writes the model; it appears only when it is complete.
 std::uint64_t tune(const Settings& s, const tally::Options& options) {
   const auto work = [&](tally::Communicator& comm) {
@@ -545,12 +559,7 @@ std::uint64_t tune(const Settings& s, const tally::Options& options) {
     if (!file || std::rename(unfinished.c_str(), s.tune.c_str()) != 0) throw tally::Error(tally::Errc::no_resources, "--tune: cannot write '" + s.tune + "'");
     std::cout << "wrote " << s.tune << "; TALLY_MODEL=" << s.tune << " makes programs choose by it (" << comm.transport_name() << ", " << comm.size() << " ranks)" << std::endl;
   };
-  if (s.launcher.empty()) {
-    tally::launch(s.ranks, work, s.transport == "thread" ? tally::threads : tally::processes, options);
-  } else {
-    tally::Communicator comm = tally::init(options);
-    work(comm);
-  }
+  on_ranks(s, options, work);
   return 0;
 }
 
@@ -560,21 +569,15 @@ std::uint64_t run(const Settings& s) {
   if (s.algorithm != "auto") options.algorithms = tally::AlgorithmOverrides(std::string(name_of(s.op)) + "=" + s.algorithm);
   if (!s.tune.empty()) return tune(s, options);
   const NamedType& type = *find_type(s.type);
-  if (!s.launcher.empty()) {
-    tally::Communicator comm = tally::init(options);
-    std::optional<Output> output;
-    if (comm.rank() == 0) output.emplace(s);
-    return type.measure(comm, s, output ? &*output : nullptr);
-  }
-  Output output(s);
+  Settings shown = s;
+  std::optional<Output> output;  // a launcher's ranks write only at rank 0
+  if (s.launcher.empty()) output.emplace(s);
   const SharedCount wrong;
-  tally::launch(
-      s.ranks,
-      [&](tally::Communicator& comm) {
-        const std::uint64_t mine = type.measure(comm, s, comm.rank() == 0 ? &output : nullptr);
-        if (comm.rank() == 0) *wrong = mine;
-      },
-      s.transport == "thread" ? tally::threads : tally::processes, options);
+  on_ranks(s, options, [&](tally::Communicator& comm) {
+    if (comm.rank() == 0 && !output) shown.transport = comm.transport_name(), output.emplace(shown);
+    const std::uint64_t mine = type.measure(comm, s, comm.rank() == 0 ? &*output : nullptr);
+    if (comm.rank() == 0 || !s.launcher.empty()) *wrong = mine;
+  });
   return *wrong;
 }
 

@@ -40,7 +40,9 @@ exceptions=(
   "network/socket: file"
   "network/frame: transport/concept"
   "network/clock_map: clock transport/concept"
-  "network/control: network/frame network/socket"
+  "network/control: clock network/frame network/hmac network/socket"
+  "network/interfaces: network/socket"
+  "network/meeting: environment file types network/interfaces network/socket"
   "network/node: clock network/clock_map network/control"
   "network/registry: clock network/control"
   "transport/shm: file transport/slots"
@@ -166,7 +168,7 @@ for header in "${headers[@]}"; do
     fi
   done < <(grep -oP '^\s*#\s*include\s*"\K[^"]+' "$header" || true)
 
-  folders="sys|linux|arpa|netinet"
+  folders="sys|linux|arpa|net|netinet"
   for line in "${third_party[@]}"; do
     [[ ${line%%:*} != "$name" ]] || folders+="|$(sed 's/^ *//; s/ \+/|/g' <<<"${line#*:}")"
   done

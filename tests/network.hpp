@@ -5,6 +5,8 @@
 
 #include <fcntl.h>
 #include <sched.h>
+#include <sys/resource.h>
+#include <sys/socket.h>
 
 #include <cstdint>
 #include <cstdlib>
@@ -26,7 +28,12 @@ namespace test {
 using namespace tally;
 using namespace std::chrono_literals;
 
-inline SocketAddress loopback(int family) { return detail::resolve(family == 6 ? "::1" : "127.0.0.1", 0).front(); }
+inline SocketAddress loopback(int family) { return detail::resolve(family == 6 ? "[::1]:0" : "127.0.0.1:0").front(); }
+
+/// For a node that is to find the registry there.
+inline detail::NetworkNode::FindRegistry at(const SocketAddress& address) {
+  return [address] { return detail::NetworkNode::Place{{address}, 0}; };
+}
 
 /// A registry on loopback, and how to join it.
 struct Job {
@@ -41,7 +48,7 @@ struct Job {
     detail::Join me = like;
     me.rank = r;
     me.place = me.boot = place;
-    return std::make_shared<detail::NetworkNode>(std::vector{address}, me, limit, clock);
+    return std::make_shared<detail::NetworkNode>(at(address), me, detail::NetworkSettings(limit, {}, clock));
   }
   detail::Join like;
   nanoseconds limit;
@@ -139,6 +146,24 @@ inline void late_ranks_are_blamed(Communicator& comm) {
     }
   expect(sure > 0, "at least one of them was late for sure");
 }
+
+/// How many this process may have, after it has asked for all.
+inline std::size_t most_descriptors() {
+  rlimit files{};
+  ::getrlimit(RLIMIT_NOFILE, &files);
+  files.rlim_cur = files.rlim_max;
+  ::setrlimit(RLIMIT_NOFILE, &files);
+  return files.rlim_max;
+}
+/// A connection of a stranger's.
+inline detail::FileDescriptor knock(const SocketAddress& at) {
+  int error = 0;
+  detail::FileDescriptor fd = detail::begin_connect(at, error);
+  expect(error == 0, "a socket");
+  expect(detail::wait_for_events(fd.get(), POLLOUT, std::chrono::steady_clock::now() + 5s), "a connection");
+  return fd;
+}
+inline void say(const detail::FileDescriptor& fd, std::string_view what) { (void)!::send(fd.get(), what.data(), what.size(), MSG_NOSIGNAL); }
 
 /// Two hosts, as far as the network goes, and a cable between them: 10.213.0.1 and .2. They go with this object.
 class TwoHosts {

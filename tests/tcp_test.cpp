@@ -4,7 +4,6 @@
 
 #include <fcntl.h>
 #include <sched.h>
-#include <sys/resource.h>
 #include <sys/socket.h>
 
 #include <cstdlib>
@@ -22,7 +21,7 @@
 
 using namespace tally;
 using namespace std::chrono_literals;
-using test::all, test::Caught, test::caught, test::expect, test::Happened, test::has, test::Job, test::late_ranks_are_blamed, test::loopback, test::on_ranks;
+using test::all, test::Caught, test::caught, test::expect, test::Happened, test::has, test::Job, test::late_ranks_are_blamed, test::knock, test::loopback, test::most_descriptors, test::on_ranks, test::say;
 
 namespace {
 
@@ -50,24 +49,6 @@ void everyone(int n, F&& f, const TcpOptions& tcp = {}) {
     CHECK((c.ran && !c.error && !c.foreign));
   }
 }
-
-/// How many this process may have, after it has asked for all.
-std::size_t most_descriptors() {
-  rlimit files{};
-  ::getrlimit(RLIMIT_NOFILE, &files);
-  files.rlim_cur = files.rlim_max;
-  ::setrlimit(RLIMIT_NOFILE, &files);
-  return files.rlim_max;
-}
-/// A connection of a stranger's.
-detail::FileDescriptor knock(const SocketAddress& at) {
-  int error = 0;
-  detail::FileDescriptor fd = detail::begin_connect(at, error);
-  REQUIRE(error == 0);
-  REQUIRE(detail::wait_for_events(fd.get(), POLLOUT, std::chrono::steady_clock::now() + 5s));
-  return fd;
-}
-void say(const detail::FileDescriptor& fd, std::string_view what) { (void)!::send(fd.get(), what.data(), what.size(), MSG_NOSIGNAL); }
 
 }  // namespace
 
@@ -134,37 +115,6 @@ TEST_CASE("groups, duplicates and operations in the background go over TCP, too"
 }
 
 TEST_CASE("who comes late is blamed over TCP, and a report adds up to the nanosecond") { everyone(3, late_ranks_are_blamed); }
-
-TEST_CASE("what is known of another host's clock is never further off than it says, whatever the network does") {
-  std::mt19937 random(5);
-  for (const double ppm : {-60.0, -1.0, 0.0, 40.0}) {
-    detail::ClockMap map;
-    const Ticks base = 1'000'000'000'000, offset = 7'000'000'000'000;  // ns
-    const auto there = [&](Ticks here) { return offset + here + static_cast<Ticks>(static_cast<std::int64_t>(1e-6 * ppm * static_cast<double>(here - base))); };
-    Ticks now = base, least = ~Ticks{0};
-    std::lognormal_distribution<double> delay(10.5, 1.5);  // median 36 us, often milliseconds
-    for (int i = 0; i < 600; ++i) {
-      const auto to = static_cast<Ticks>(delay(random)), back = static_cast<Ticks>(delay(random));
-      // For a minute every answer is slow, and only one way.
-      const Ticks asked = now, answered_there = there(asked + to + (i > 200 && i < 260 ? 80'000'000 : 0));
-      now += to + back + (i > 200 && i < 260 ? 80'000'000 : 0);
-      map.learn(asked, answered_there, now, 1.0, 1000);
-      if (i < 60) CHECK(map.is_settled() == (i >= 7 && (map.width() < 200'000 || i >= 63)));
-      const auto error = static_cast<std::int64_t>(map.to_common(now) - there(now));
-      REQUIRE(2 * std::abs(error) <= static_cast<std::int64_t>(map.width()) + 2);
-      REQUIRE(std::abs(static_cast<std::int64_t>(map.to_here(map.to_common(now)) - now)) <= 1);
-      least = std::min(least, map.width());
-      if (i > 300) REQUIRE(map.width() < 500'000);
-      now += i < 8 ? 1000 : 1'000'000'000;
-      const auto a_second_later = static_cast<std::int64_t>(map.to_common(now) - there(now));
-      if (i > 100) REQUIRE(std::abs(a_second_later) <= 500'000);
-    }
-    CHECK(least < 40'000);
-    // A clock that is set, or whose host slept: the next answer counts.
-    map.learn(now, there(now) + 3'600'000'000'000, now + 50'000, 1.0, 1000);
-    CHECK(std::abs(static_cast<std::int64_t>(map.to_common(now) - there(now) - 3'600'000'000'000)) <= 50'000);
-  }
-}
 
 TEST_CASE("ranks of several hosts, whose clocks differ by hours and by 50 ppm, know who waited for whom") {
   const Job job(4);
@@ -249,7 +199,7 @@ TEST_CASE("a rank that has left, and its process with it, is missed by who never
       results[static_cast<std::size_t>(r)].record([&] {
         detail::Join me = like;
         me.rank = r;
-        auto node = std::make_shared<detail::NetworkNode>(std::vector{address}, me, 20s);
+        auto node = std::make_shared<detail::NetworkNode>(test::at(address), me, 20s);
         std::optional<Communicator> comm = test::over_tcp(std::move(node));
         int x = 1;
         if (r == leaver) {
@@ -320,7 +270,7 @@ TEST_CASE("two hosts: a cut cable is noticed by the deadline, and nobody is accu
         JobInfo job;
         job.rank = r;
         job.size = 2;
-        Communicator comm = detail::tcp_communicator(job, detail::resolve("10.213.0.1:29555"), options, {});
+        Communicator comm = detail::tcp_communicator(job, detail::Meeting("10.213.0.1:29555"), options, {});
         std::vector<float> data(100'000, 1);
         comm.all_reduce(std::span(data), sum);
         expect(data.back() == 2, "a sum between hosts");
@@ -342,83 +292,6 @@ TEST_CASE("two hosts: a cut cable is noticed by the deadline, and nobody is accu
     INFO(c);
     CHECK(c.is(Errc::timeout));
     CHECK_THAT(c.text, !Catch::Contains("has not called it"));
-  }
-}
-
-TEST_CASE("ranks that cannot make a job are told why") {
-  const auto join = [](const Job& job, Rank r, auto&& change) {
-    detail::Join me = job.like;
-    me.rank = r;
-    change(me);
-    return caught([&] { detail::NetworkNode(std::vector{job.address}, me, 5s); });
-  };
-  const auto same = [](detail::Join&) {};
-  SECTION("another size") {
-    const Job job(3);
-    Caught first;
-    std::thread rank_1([&] { first = join(job, 1, same); });
-    std::this_thread::sleep_for(50ms);
-    const Caught c = join(job, 2, [](detail::Join& me) { me.size = 4; });
-    rank_1.join();
-    for (const Caught& each : {c, first}) {
-      INFO(each);
-      CHECK(each.is(Errc::mismatch));
-      CHECK_THAT(each.text, Catch::Contains("rank 0 says 3, rank 2 says 4"));
-    }
-  }
-  SECTION("twice the same") {
-    const Job job(3);
-    Caught first;
-    std::thread rank_1([&] { first = join(job, 1, same); });
-    std::this_thread::sleep_for(50ms);
-    const Caught c = join(job, 1, same);
-    rank_1.join();
-    CHECK_THAT(c.text, Catch::Contains("two processes say that they are rank 1"));
-    CHECK_THAT(first.text, Catch::Contains("two processes say that they are rank 1"));
-  }
-  SECTION("one that is none") {
-    const Job job(2);
-    CHECK_THAT(join(job, 2, same).text, Catch::Contains("rank 2 is not one of 2"));
-  }
-  SECTION("one of another job does not disturb") {
-    const Job job(2);
-    CHECK_THAT(join(job, 1, [](detail::Join& me) { me.job = 77; }).text, Catch::Contains("another job"));
-    on_ranks(2, [&](Rank r) { (void)job.join(r); });
-  }
-  SECTION("late") {
-    const Job job(2);
-    std::vector<std::shared_ptr<detail::NetworkNode>> nodes(2);
-    on_ranks(2, [&](Rank r) { nodes[static_cast<std::size_t>(r)] = job.join(r); });
-    CHECK_THAT(join(job, 1, same).text, Catch::Contains("rank 1 comes late"));
-  }
-  SECTION("not all there") {
-    const Job job(4, 4, 300ms);
-    Caught c;
-    std::thread rank_2([&] { c = join(job, 2, same); });
-    rank_2.join();
-    INFO(c);
-    CHECK(c.is(Errc::timeout));
-    CHECK_THAT(c.text, Catch::Contains("3 of 4 ranks did not appear: 0, 1, 3"));
-  }
-  SECTION("nobody listens") {
-    const auto bound = detail::stream_socket(loopback(4));  // but it does not listen
-    sockaddr_storage storage{};
-    const socklen_t length = loopback(4).fill(storage);
-    REQUIRE(::bind(bound.get(), reinterpret_cast<const sockaddr*>(&storage), length) == 0);
-    const SocketAddress nowhere = detail::own_address(bound);
-    detail::Join me;
-    me.rank = 1;
-    me.size = 2;
-    const Caught c = caught([&] { detail::NetworkNode(std::vector{nowhere}, me, 200ms); });
-    CHECK(c.is(Errc::timeout));
-    CHECK_THAT(c.text, Catch::Contains("cannot reach the job's registry at 127.0.0.1:") && Catch::Contains("refused"));
-  }
-  SECTION("the port is in use, or no address") {
-    const auto listener = detail::listen_at(loopback(4));
-    CHECK_THROWS_WITH(detail::listen_at(detail::own_address(listener)), Catch::Contains("another job may be using the port"));
-    CHECK_THROWS_WITH(detail::resolve("no.such.host.invalid:1"), Catch::Contains("'no.such.host.invalid' does not resolve"));
-    for (const char* odd : {"host", "host:", "host:x", "host:70000", "host:-1"}) CHECK_THROWS_WITH(detail::resolve(odd), Catch::Contains("is no address"));
-    CHECK(detail::resolve("[::1]:80").front().text() == "[::1]:80");
   }
 }
 
@@ -517,17 +390,6 @@ TEST_CASE("jobs over TCP give back all that they used") {
   const int before = test::open_descriptors();
   for (int i = 0; i < 10; ++i) round();
   CHECK(test::open_descriptors() == before);
-}
-
-TEST_CASE("512 ranks meet") {
-  const int n = test::sanitized ? 64 : most_descriptors() < 4096 ? 100 : 512;
-  const Job job(n);
-  const auto began = std::chrono::steady_clock::now();
-  std::atomic<int> there{0};
-  on_ranks(n, [&](Rank r) { there += job.join(r)->size() == n; });
-  const auto took = std::chrono::steady_clock::now() - began;
-  CHECK(there == n);
-  std::printf("%d ranks met in %.0f ms\n", n, std::chrono::duration<double, std::milli>(took).count());
 }
 
 TEST_CASE("64 ranks on few cores, over TCP, round after round") {

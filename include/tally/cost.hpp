@@ -32,6 +32,11 @@
 
 namespace tally::inline v0 {
 
+/// How many times as much it costs to cross from one group to another than to stay in one.
+struct Across {
+  float hop = 3, message = 1, byte = 3;  // between sockets; not measured: the machine had but one cache
+};
+
 /// What rank 0 knows about the machine. Plain data: it lies in memory that all ranks read.
 struct CostModel {
   static constexpr int classes = 32;  // sizes 8 << class bytes; a size between two is interpolated
@@ -44,7 +49,7 @@ struct CostModel {
   float far_byte = 0.00003f;    // a byte out of another core's cache
   float turn = 1.0f;           // where ranks outnumber cores: for one of them to give another its core
   std::int32_t cores = 1;      // that ranks share
-  float across = 3;            // so many times more what crosses between groups; not measured: that machine has but one cache
+  Across across;
   std::int32_t group = 1;      // see Shape
   std::int32_t ranks = 0;      // that `measured` is for
   Objective objective = Objective::time;
@@ -58,7 +63,7 @@ static_assert(std::is_trivially_copyable_v<CostModel>);
 namespace detail {
 
 /// What an algorithm does for an operation, whatever the size: of the busiest rank, in units of the operation's bytes.
-/// What crosses between groups counts `across` times in the chain and in what is received.
+/// What crosses between groups counts as often as `across` says.
 struct Profile {
   double chain = 0;     // messages that must follow each other
   double messages = 0;  // sent and received
@@ -69,13 +74,13 @@ struct Profile {
 };
 
 /// From the texts of all ranks, with a small count.
-[[gnu::cold]] inline Profile profile_of(const AlgorithmRef& algorithm, Collective operation, int n, int group = 1, double across = 1) {
+[[gnu::cold]] inline Profile profile_of(const AlgorithmRef& algorithm, Collective operation, int n, int group = 1, const Across& across = {1, 1, 1}) {
   operation = uniform(operation);
   const bool blocks = Layout{operation, 0, n, 0, 1}.items() > 1;
   const std::size_t count = operation == Collective::barrier ? 1 : static_cast<std::size_t>(blocks ? 4 : 4 * n);
   const Layout layout{operation == Collective::barrier ? Collective::all_reduce : operation, 0, n, 0, count, operation == Collective::barrier || operation == Collective::broadcast, group};
   const auto items = static_cast<double>(layout.items());
-  const auto distance = [&](Rank a, Rank b) { return group == 1 || a / group == b / group ? 1.0 : across; };
+  const auto distance = [&](Rank a, Rank b, float Across::* kind) { return group == 1 || a / group == b / group ? 1.0 : static_cast<double>(across.*kind); };
   Profile profile;
   if (algorithm.share) {  // two meetings, and its share of the data
     const double meeting = n <= direct_meeting_ranks ? n - 1 : std::bit_width(static_cast<unsigned>(n - 1));
@@ -105,8 +110,8 @@ struct Profile {
     }
     profile.mean = {profile.messages, profile.sent, profile.received, profile.local};  // shares are even
     if (group > 1 && group < n) {
-      profile.chain *= across;
-      for (double* bytes : {&profile.received, &profile.sent}) *bytes *= (group - 1 + across * (n - group)) / (n - 1);
+      profile.chain *= static_cast<double>(across.hop);
+      for (double* bytes : {&profile.received, &profile.sent}) *bytes *= (group - 1 + static_cast<double>(across.byte) * (n - group)) / (n - 1);
     }
     return profile;
   }
@@ -117,20 +122,21 @@ struct Profile {
     Layout mine = layout;
     mine.me = r;
     const Plan& plan = plans.emplace_back(algorithm.generate(mine.shape()), mine, 1);
-    double local = 0, received = 0;
+    double local = 0, received = 0, messages = 0;
     for (std::size_t i = 0; i < plan.steps().size(); ++i) {
       const PlannedStep& step = plan.steps()[i];
+      messages += step.peer < 0 ? 1 : distance(step.peer, r, &Across::message);
       if (step.peer < 0) local += static_cast<double>(step.count());
-      else if (step.verb != Verb::send) received += static_cast<double>(step.count()) * distance(step.peer, r);
+      else if (step.verb != Verb::send) received += static_cast<double>(step.count()) * distance(step.peer, r, &Across::byte);
       if (step.peer < 0) continue;
       (step.verb == Verb::send ? sends : receives)[static_cast<std::size_t>(step.verb == Verb::send ? r * n + step.peer : step.peer * n + r)].push_back(i);
     }
     done[static_cast<std::size_t>(r)].assign(plan.steps().size(), -1);
-    profile.messages = std::max(profile.messages, static_cast<double>(plan.steps().size()));
+    profile.messages = std::max(profile.messages, messages);
     profile.sent = std::max(profile.sent, static_cast<double>(plan.units_sent()) / items);
     profile.received = std::max(profile.received, received / items);
     profile.local = std::max(profile.local, local / items);
-    profile.mean.messages += static_cast<double>(plan.steps().size()) / n;
+    profile.mean.messages += messages / n;
     profile.mean.sent += static_cast<double>(plan.units_sent()) / items / n;
     profile.mean.received += received / items / n;
     profile.mean.local += local / items / n;
@@ -156,7 +162,7 @@ struct Profile {
           const auto k = static_cast<std::size_t>(std::find(receives[pair].begin(), receives[pair].end(), i) - receives[pair].begin());
           const double sent = k < sends[pair].size() ? done[static_cast<std::size_t>(step.peer)][sends[pair][k]] : 0;
           known = known && sent >= 0;
-          chain = std::max(chain, sent + distance(step.peer, r));
+          chain = std::max(chain, sent + distance(step.peer, r, &Across::hop));
         }
         if (!known) continue;
         mine[i] = chain;
@@ -288,7 +294,7 @@ class Chooser {
     constexpr int most_ranks = 32;
     const int ranks = std::min(n_, most_ranks);
     const int group = grouped() ? static_cast<int>(std::max<std::int64_t>(2, std::int64_t{model_.group} * ranks / n_)) : 1;
-    return known.emplace_back(algorithm.code, detail::profile_of(algorithm, operation, ranks, group, static_cast<double>(model_.across))).second;
+    return known.emplace_back(algorithm.code, detail::profile_of(algorithm, operation, ranks, group, model_.across)).second;
   }
 
   int n_;

@@ -81,8 +81,9 @@ class Mailbox {
 
   /// One that nobody has received yet, and that this receive matches.
   Run* find(const Message& m) const {
-    const auto match = std::find_if(unexpected_.begin(), unexpected_.end(), [&](const Run* r) { return !r->receiver && r->message.peer == m.peer && (m.tag < 0 || r->message.tag == m.tag); });
-    return match == unexpected_.end() ? nullptr : *match;
+    for (Run* const r : unexpected_)
+      if (!r->receiver && r->message.peer == m.peer && (m.tag < 0 || r->message.tag == m.tag)) return r;
+    return nullptr;
   }
   static std::uint32_t type_of(const Message& m) { return static_cast<std::uint32_t>(m.type) << 16 | m.grain; }
   /// The transfer of a message. Its type travels where collectives have the operation's number.

@@ -4,9 +4,13 @@
 #pragma once
 
 #include <chrono>
+#include <concepts>
 #include <cstring>
+#include <exception>
 #include <map>
 #include <memory>
+#include <optional>
+#include <span>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -14,6 +18,8 @@
 
 #include "bootstrap.hpp"
 #include "host.hpp"
+#include "launch.hpp"
+#include "network/meeting.hpp"
 #include "network/node.hpp"
 #include "network/registry.hpp"
 #include "transport/doorbell.hpp"
@@ -24,35 +30,24 @@ namespace tally::inline v0 {
 
 namespace detail {
 
-/// Where rank 0 listens: TALLY_ADDRESS, or beside the port that torchrun names.
-inline std::vector<SocketAddress> registry_address() {
-  if (const auto where = environment("TALLY_ADDRESS")) return resolve(*where);
-  const auto host = environment("MASTER_ADDR");
-  const auto port = environment_number<int>("MASTER_PORT", 1, 65534);
-  if (host && port) return resolve(*host, *port + 1);  // that port itself is the framework's
-  throw Error(Errc::invalid_argument, "ranks on several hosts need an address to meet at: set TALLY_ADDRESS=HOST:PORT, the same for all, to one of rank 0's host");
-}
-
 /// A rank's place in the network, and rank 0's registry.
 struct NetworkJob {
   std::unique_ptr<Registry> registry;  // outlives the node: others hear of its end through it
   std::unique_ptr<NetworkNode> node;
 
-  /// The node, which keeps the rest.
-  static std::shared_ptr<NetworkNode> join(const std::vector<SocketAddress>& where, const Join& me, nanoseconds timeout, const Registry::MakeNote& note) {
+  /// The node, which keeps the rest. `interface`: whose address this rank listens at; see choose_addresses(). Empty: where it reaches rank 0 from.
+  static std::shared_ptr<NetworkNode> join(Meeting& meeting, Join me, const NetworkSettings& settings, std::string_view interface, const Registry::MakeNote& note) {
     auto job = std::make_shared<NetworkJob>();
-    if (me.rank == 0) job->registry = std::make_unique<Registry>(listen_at_one_of(where), me, timeout, note);
-    job->node = std::make_unique<NetworkNode>(where, me, timeout);
+    if (me.rank == 0) {
+      FileDescriptor listener = meeting.listen(interface);
+      Join like = me;
+      like.job ^= meeting.nonce();
+      job->registry = std::make_unique<Registry>(std::move(listener), like, settings, note);
+    }
+    if (!interface.empty()) me.listens = choose_addresses(interface, own_interfaces()).front();
+    job->node = std::make_unique<NetworkNode>([&] { return NetworkNode::Place{meeting.addresses(), meeting.nonce()}; }, me, settings);
+    meeting.close();
     return {job, job->node.get()};
-  }
-
- private:
-  static FileDescriptor listen_at_one_of(const std::vector<SocketAddress>& where) {
-    for (std::size_t i = 0;; ++i) try {
-        return listen_at(where[i]);
-      } catch (const Error&) {
-        if (i + 1 == where.size()) throw;
-      }
   }
 };
 
@@ -83,7 +78,16 @@ inline CostModel network_model(const std::vector<std::uint64_t>& at, const Optio
   }
   const bool shared = known.size() < at.size();
   CostModel model = model_for(shared ? "shm+tcp" : "tcp", static_cast<int>(at.size()), options);
-  if (shared && options.group == 0) model.group = group_of(places);
+  if (shared) {
+    model.across = {70, 40, 13};  // what follows against what memory takes
+    if (options.group == 0) model.group = group_of(places);
+  } else {
+    // Measured on loopback of the machine that the others are from. Between hosts a hop takes longer, and a byte as long as the line says.
+    model.line = 7;
+    model.message = 2.5f;
+    model.far_byte = 0.0004f;
+    model.turn = 10;
+  }
   return model;
 }
 
@@ -112,7 +116,7 @@ inline std::unique_ptr<RouteTransport<TcpTransport>> tcp_route(std::shared_ptr<N
   return std::make_unique<RouteTransport<TcpTransport>>(std::make_unique<TcpTransport>(std::move(node), TcpTransport::world, std::move(all), tcp), std::move(local), here.places);
 }
 
-inline Communicator tcp_communicator(const JobInfo& job, const std::vector<SocketAddress>& where, const Options& options, const TcpOptions& tcp) {
+inline Communicator tcp_communicator(const JobInfo& job, Meeting meeting, const Options& options, const TcpOptions& tcp) {
   const bool flat = options.transport == "tcp";
   Join me;
   me.rank = job.rank;
@@ -122,7 +126,8 @@ inline Communicator tcp_communicator(const JobInfo& job, const std::vector<Socke
   me.boot = hash_text(boot_id());
   me.place = hash_text(sharing_id());
   me.settings = hash_text(concat({flat ? "tcp " : "shm+tcp ", tcp.lanes, " ", tcp.window, " ", tcp.frame_bytes}));
-  const auto node = NetworkJob::join(where, me, options.timeout, [&](const std::vector<RankEntry>& entries) {
+  const NetworkSettings settings(options.timeout, std::string(environment("TALLY_SECRET").value_or("")));
+  const auto node = NetworkJob::join(meeting, me, settings, environment("TALLY_INTERFACE").value_or(""), [&](const std::vector<RankEntry>& entries) {
     std::vector<std::uint64_t> places;
     for (const RankEntry& entry : entries) places.push_back(flat ? places.size() : entry.place);
     return std::string(ControlStream::as_bytes(network_model(places, options)));
@@ -136,7 +141,7 @@ inline Communicator tcp_communicator(const JobInfo& job, const std::vector<Socke
   if (memory && here.size() == job.size) return make_communicator(std::move(memory), job.rank, options);  // there is but one host
   return make_communicator(tcp_route(node, here, std::move(memory), tcp), model, options);
 }
-inline const bool tcp_is_a_network = (init_network = [](const JobInfo& job, const Options& options) { return tcp_communicator(job, registry_address(), options, {}); }, true);
+inline const bool tcp_is_a_network = (init_network = [](const JobInfo& job, const Options& options) { return tcp_communicator(job, Meeting::from_environment(), options, {}); }, true);
 
 }  // namespace detail
 
@@ -145,7 +150,41 @@ inline const bool tcp_is_a_network = (init_network = [](const JobInfo& job, cons
 /// when not all are there in time.
 inline Communicator init_tcp(const Options& defaults = {}, const TcpOptions& tcp = {}) {
   const Options options = Options::from_environment(defaults);
-  return detail::tcp_communicator(detail::job_from_environment(), detail::registry_address(), options, tcp);
+  return detail::tcp_communicator(detail::job_from_environment(), detail::Meeting::from_environment(), options, tcp);
+}
+
+/// As launch(), but the ranks talk over TCP on loopback, as if each were on a host of its own.
+template <std::invocable<Communicator&> F>
+void launch_tcp(int n, F f, RankKind kind = processes, const Options& defaults = {}, const TcpOptions& tcp = {}) {
+  Options options = Options::from_environment(defaults);
+  options.expect_transport("tcp", "to talk over TCP");
+  options.transport = "tcp";
+  const auto rank = [&](Communicator& here) {
+    char where[64] = {};
+    std::optional<detail::Meeting> meeting;
+    if (here.rank() == 0) {
+      meeting.emplace(detail::listen_at(detail::resolve("127.0.0.1:0").front()));
+      meeting->text().copy(where, sizeof where - 1);
+    }
+    here.broadcast(std::span(where), 0);
+    if (!meeting) meeting.emplace(std::string(where));
+    JobInfo job;
+    job.rank = here.rank();
+    job.size = n;
+    Communicator comm = detail::tcp_communicator(job, std::move(*meeting), options, tcp);
+    try {
+      f(comm);
+    } catch (const std::exception& error) {
+      comm.abort(error.what());  // before it says goodbye, which would hide why
+      throw;
+    }
+  };
+  Options local = options;
+  local.transport.clear();
+  local.accounting = false;  // of the meeting itself
+  local.meters = nullptr;
+  if (kind == RankKind::threads) detail::launch_threads(n, rank, local);
+  else detail::launch_processes(n, rank, local);
 }
 
 }  // namespace tally::inline v0

@@ -448,9 +448,10 @@ class Ledger final : public detail::ReportSource {
     }
   };
   std::uint8_t algorithm_index(std::string_view name) {
-    const auto it = std::find(algorithms_.begin(), algorithms_.end(), name);
-    if (it == algorithms_.end()) algorithms_.emplace_back(name);
-    return static_cast<std::uint8_t>(std::find(algorithms_.begin(), algorithms_.end(), name) - algorithms_.begin());
+    std::size_t i = 0;
+    while (i < algorithms_.size() && algorithms_[i] != name) ++i;
+    if (i == algorithms_.size()) algorithms_.emplace_back(name);
+    return static_cast<std::uint8_t>(i);
   }
 
   int n_;

@@ -3,9 +3,12 @@
 // they listen, what they are in, that they leave or give up. Records with a length, read here and nowhere else.
 #pragma once
 
+#include <sys/random.h>
 #include <sys/socket.h>
 
+#include <array>
 #include <cerrno>
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -14,16 +17,27 @@
 #include <type_traits>
 #include <vector>
 
+#include "../clock.hpp"
 #include "frame.hpp"
+#include "hmac.hpp"
 #include "socket.hpp"
 
 namespace tally::inline v0::detail {
 
-enum class ControlKind : std::uint32_t { join = 1, welcome, refusal, status, ask, told, goodbye, abort, dead, clock };
+enum class ControlKind : std::uint32_t { join = 1, welcome, refusal, status, ask, told, goodbye, abort, dead, clock, challenge };
 
 struct ControlHeader {
   std::uint32_t bytes = 0;  // that follow
   ControlKind kind{};
+};
+using Nonce = std::array<std::uint8_t, 16>;
+
+/// The first record of the registry's, to who connects.
+struct Challenge {
+  std::uint64_t magic = 0x6c616863796c6c61ull;  // "allychal"
+  std::uint32_t protocol = network_protocol;
+  std::uint32_t secured = 0;  // only who knows the secret may join
+  Nonce nonce{};
 };
 /// The first record of each rank. Its magic is the first that anybody reads, so a stranger's bytes are known at once.
 struct Join {
@@ -36,6 +50,31 @@ struct Join {
   std::uint64_t boot = 0;  // a hash of the host's boot id: the same where clocks are
   std::uint64_t place = 0;  // the same for ranks that can share memory
   SocketAddress listens;  // family 0: at the address that it connects from
+  Nonce nonce{};
+  Digest proof{};  // of the secret; see proof_of
+};
+inline std::string_view nonce_text(const Nonce& nonce) { return {reinterpret_cast<const char*>(nonce.data()), nonce.size()}; }
+inline Nonce random_nonce() {
+  Nonce nonce;
+  for (std::size_t have = 0; have < nonce.size();) {
+    const ssize_t got = ::getrandom(nonce.data() + have, nonce.size() - have, 0);
+    if (got < 0 && errno != EINTR) throw Error(Errc::no_resources, {"no random numbers: ", errno_text(errno)});
+    if (got > 0) have += static_cast<std::size_t>(got);
+  }
+  return nonce;
+}
+/// That who says `what` knows the secret, and says it in answer to that nonce; nothing where there is none.
+inline Digest proof_of(std::string_view secret, std::string_view role, const Nonce& nonce, std::string_view what) {
+  return secret.empty() ? Digest{} : hmac(secret, concat({role, nonce_text(nonce), what}));
+}
+
+/// How to join a job, or to be its registry.
+struct NetworkSettings {
+  template <class R, class P>
+  NetworkSettings(std::chrono::duration<R, P> limit, std::string known = {}, const Clock& of_host = Clock::host()) : timeout(limit), secret(std::move(known)), clock(of_host) {}  // NOLINT: often that is all
+  nanoseconds timeout;
+  std::string secret;  // that all ranks know and strangers do not; empty: anybody may join
+  Clock clock;
 };
 /// A question after the clock of rank 0's host, and the answer.
 struct ClockAnswer {

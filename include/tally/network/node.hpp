@@ -46,26 +46,36 @@ class NetworkNode {
  public:
   using Instant = std::chrono::steady_clock::time_point;
 
-  /// Joins the job whose registry listens at one of `registry`; me.listens says where this rank is to listen (family 0: where it
-  /// reaches the registry from). Waits until all are there. Throws what the registry says, or Errc::timeout.
-  NetworkNode(const std::vector<SocketAddress>& registry, Join me, nanoseconds timeout, const Clock& clock = Clock::host()) : clock_(clock), me_(me.rank), size_(me.size), peer_limit_(std::chrono::duration_cast<std::chrono::milliseconds>(timeout)) {
+  /// Where the registry may be reached, asked for until it is; `nonce` changes the job's number.
+  struct Place {
+    std::vector<SocketAddress> addresses;
+    std::uint64_t nonce = 0;
+  };
+  using FindRegistry = std::function<Place()>;
+
+  /// Joins a job; me.listens says where this rank is to listen (family 0: where it reaches the registry from). Waits until all
+  /// are there. Throws what the registry says, or Errc::timeout.
+  NetworkNode(const FindRegistry& find, Join me, const NetworkSettings& settings) : clock_(settings.clock), me_(me.rank), size_(me.size), peer_limit_(std::chrono::duration_cast<std::chrono::milliseconds>(settings.timeout)), secret_(settings.secret) {
+    const nanoseconds timeout = settings.timeout;
     const Instant deadline = std::chrono::steady_clock::now() + timeout;
-    connect(registry, deadline, timeout);
+    me.job ^= connect(find, deadline, timeout);
     SocketAddress here = me.listens.is_valid() ? me.listens : own_address(link_.descriptor());
     here.port = me.listens.port;
     listener_ = listen_at(here);
     me.listens.port = own_address(listener_).port;
+    me.nonce = random_nonce();
+    claim_ = me;
     look_out_for(listener_.get());
     look_out_for(link_.fd());
-    link_.put(ControlKind::join, me);
-    ask_for_time();
+    const Instant patience_ends = deadline + std::chrono::seconds(1);  // the registry knows better who is missing
     while (entries_.empty() || (is_elsewhere(0) && !map_.is_settled())) {
       const bool whole = link_.write();
-      if (whole && !wait_for_events(link_.fd(), static_cast<short>(POLLIN | (link_.has_more() ? POLLOUT : 0)), deadline))
-        throw Error(Errc::timeout, {"rank ", me_, " joined the job, but not all others did within ", timeout.count() / 1'000'000, " ms"}, {me_, -1, 0, {}});
+      if (whole && !wait_for_events(link_.fd(), static_cast<short>(POLLIN | (link_.has_more() ? POLLOUT : 0)), challenged_ ? patience_ends : deadline))
+        throw Error(Errc::timeout, {"rank ", me_, challenged_ ? " joined the job, but not all others did within " : " reached what listens at " + registry_.text() + ", but that did not speak as a job of tally within ", timeout.count() / 1'000'000, " ms"}, {me_, -1, 0, {}});
       // A registry that is gone may have said all before.
       if (!link_.read([&](ControlKind kind, std::string_view record) { return welcome(kind, record); }) || !whole) {
-        if (entries_.empty()) registry_gone("while it waited for the others");
+        if (entries_.empty() && !challenged_) throw Error(Errc::protocol, {"what listens at ", registry_.text(), " is no job of this version of tally: check the address, and that all ranks were built with the same"}, {me_, 0, 0, {}});
+        if (entries_.empty()) throw Error(Errc::peer_lost, "the job's registry, at rank 0, went away while it waited for the others", {me_, 0, 0, {}});
         registry_gone_ = true;
         break;
       }
@@ -210,37 +220,63 @@ class NetworkNode {
   static constexpr std::size_t longest_text = 8192, most_strangers = 256, most_unclaimed = 1 << 16;
   static constexpr auto patience = std::chrono::seconds(10);
 
-  void connect(const std::vector<SocketAddress>& registry, Instant deadline, nanoseconds timeout) {
-    std::string problem = "nobody answers";
-    for (std::size_t i = 0;; ++i) {
-      const SocketAddress& to = registry[i % registry.size()];
-      int error = 0;
-      FileDescriptor fd = begin_connect(to, error);
-      if (error == 0 && wait_for_events(fd.get(), POLLOUT, std::min(deadline, std::chrono::steady_clock::now() + std::chrono::seconds(3)))) {
-        error = error_of(fd);
-        // A port of this host that nobody listens at may connect to itself.
-        if (error == 0 && own_address(fd) != to) {
-          tune(fd, std::chrono::seconds(30));
-          link_ = ControlStream(std::move(fd));
-          return;
+  /// The nonce of where it did.
+  std::uint64_t connect(const FindRegistry& find, Instant deadline, nanoseconds timeout) {
+    std::string problem = "nobody says where it is";
+    Place place;
+    for (std::size_t i = 0, next = 0;; ++i) {
+      if (next == place.addresses.size()) {
+        next = 0;
+        place = {};
+        try {
+          place = find();
+        } catch (const Error& error) {  // a host that is starting has no name yet
+          problem = error.what();
         }
-      } else if (error == 0) {
-        error = ETIMEDOUT;
       }
-      if (error != 0) problem = errno_text(error);
+      if (!place.addresses.empty()) {
+        registry_ = place.addresses[next++];
+        int error = 0;
+        FileDescriptor fd = begin_connect(registry_, error);
+        if (error == 0 && wait_for_events(fd.get(), POLLOUT, std::min(deadline, std::chrono::steady_clock::now() + std::chrono::seconds(3)))) {
+          error = error_of(fd);
+          // A port of this host that nobody listens at may connect to itself.
+          if (error == 0 && own_address(fd) != registry_) {
+            tune(fd, std::chrono::seconds(30));
+            link_ = ControlStream(std::move(fd));
+            return place.nonce;
+          }
+        } else if (error == 0) {
+          error = ETIMEDOUT;
+        }
+        if (error != 0) problem = errno_text(error);
+      }
       if (std::chrono::steady_clock::now() >= deadline)
-        throw Error(Errc::timeout, {"rank ", me_, " cannot reach the job's registry at ", to.text(), " within ", timeout.count() / 1'000'000, " ms: ", problem, "; is rank 0 running there, and nothing between that drops connections?"}, {me_, 0, 0, {}});
+        throw Error(Errc::timeout, {"rank ", me_, " cannot reach the job's registry", registry_.is_valid() ? " at " + registry_.text() : "", " within ", timeout.count() / 1'000'000, " ms: ", problem, "; is rank 0 running there, and nothing between that drops connections?"}, {me_, 0, 0, {}});
       std::this_thread::sleep_for(std::chrono::milliseconds(i < 20 ? 5 : 50));
     }
   }
-  [[noreturn]] void registry_gone(const char* when) const { throw Error(Errc::peer_lost, {"the job's registry, at rank 0, went away ", when}, {me_, 0, 0, {}}); }
   bool welcome(ControlKind kind, std::string_view record) {
     if (kind == ControlKind::refusal) {
       Notice notice;
       if (!ControlStream::take(record, notice)) return false;
       throw Error(static_cast<Errc>(notice.code), record, {me_, -1, 0, {}});
     }
+    if (kind == ControlKind::challenge) {
+      Challenge challenge;
+      if (challenged_ || !ControlStream::take(record, challenge) || challenge.magic != Challenge{}.magic) return false;
+      challenged_ = true;
+      if (secret_.empty() != !challenge.secured)
+        throw Error(Errc::invalid_argument, {secret_.empty() ? "rank 0 asks for a secret, and this rank has none" : "this rank has a secret, and rank 0 has none", ": TALLY_SECRET must be the same for all ranks"}, {me_, 0, 0, {}});
+      claim_.proof = proof_of(secret_, "join", challenge.nonce, ControlStream::as_bytes(claim_));
+      link_.put(ControlKind::join, claim_);
+      ask_for_time();
+      return true;
+    }
     if (kind != ControlKind::welcome) return heard(kind, record);
+    Digest proof;
+    if (!ControlStream::take(record, proof)) return false;
+    if (!same(proof, proof_of(secret_, "welcome", claim_.nonce, record))) throw Error(Errc::protocol, {"what listens at ", registry_.text(), " does not know this job's secret"}, {me_, 0, 0, {}});
     if (!ControlStream::take(record, key_) || record.size() < static_cast<std::size_t>(size_) * sizeof(RankEntry)) return false;
     entries_.resize(static_cast<std::size_t>(size_));
     dead_.resize(entries_.size());
@@ -357,6 +393,10 @@ class NetworkNode {
   Rank me_;
   int size_;
   std::chrono::milliseconds peer_limit_;
+  std::string secret_;
+  SocketAddress registry_;
+  Join claim_;
+  bool challenged_ = false;
   JobKey key_{};
   std::string note_;
   std::vector<RankEntry> entries_;

@@ -5,7 +5,6 @@
 
 #include <poll.h>
 #include <sys/eventfd.h>
-#include <sys/random.h>
 #include <unistd.h>
 
 #include <chrono>
@@ -30,14 +29,9 @@ class Registry {
   /// What rank 0 has for all, once it is known where they are.
   using MakeNote = std::function<std::string(const std::vector<RankEntry>&)>;
   /// `like`: what every rank has to say of itself, but for rank and address.
-  Registry(FileDescriptor listener, const Join& like, nanoseconds timeout, MakeNote note = {}, const Clock& clock = Clock::host())
-      : note_(std::move(note)), clock_(clock), listener_(std::move(listener)), stop_(::eventfd(0, EFD_CLOEXEC)), like_(like), guests_of_(static_cast<std::size_t>(like.size)), entries_(guests_of_.size()), deadline_(Steady::now() + timeout), timeout_(timeout) {
+  Registry(FileDescriptor listener, const Join& like, const NetworkSettings& settings, MakeNote note = {})
+      : note_(std::move(note)), settings_(settings), listener_(std::move(listener)), stop_(::eventfd(0, EFD_CLOEXEC)), like_(like), guests_of_(static_cast<std::size_t>(like.size)), entries_(guests_of_.size()), deadline_(Steady::now() + settings.timeout) {
     if (!stop_) throw Error(Errc::no_resources, {"no descriptor for the job's registry: ", errno_text(errno)});
-    for (std::size_t have = 0; have < key_.size();) {
-      const ssize_t got = ::getrandom(key_.data() + have, key_.size() - have, 0);
-      if (got < 0 && errno != EINTR) throw Error(Errc::no_resources, {"no random numbers for the job's key: ", errno_text(errno)});
-      if (got > 0) have += static_cast<std::size_t>(got);
-    }
     set_option(listener_, SOL_SOCKET, SO_KEEPALIVE, 1);
     thread_ = std::thread([this] { work(); });
   }
@@ -58,6 +52,7 @@ class Registry {
     ControlStream stream;
     SocketAddress from;
     Steady::time_point since;
+    Nonce nonce{};
     Rank rank = -1;
     bool gone = false, ended = false;  // ended: it said goodbye to everything
   };
@@ -113,6 +108,9 @@ class Registry {
       guest->stream = ControlStream(std::move(fd), 512);
       guest->from = SocketAddress::of(storage);
       guest->since = Steady::now();
+      guest->nonce = random_nonce();
+      guest->stream.put(ControlKind::challenge, Challenge{.secured = !settings_.secret.empty(), .nonce = guest->nonce});
+      guest->gone = !guest->stream.write();
       guests_.push_back(std::move(guest));
     }
   }
@@ -148,7 +146,7 @@ class Registry {
     int count = 0;
     for (std::size_t r = 0; r < guests_of_.size(); ++r)
       if (!guests_of_[r] && ++count <= 16) missing += concat({missing.empty() ? "" : ", ", r});
-    return concat({"the job's registry waited ", timeout_.count() / 1'000'000, " ms, but ", count, " of ", like_.size, " ranks did not appear: ", missing, count > 16 ? ", ..." : ""});
+    return concat({"the job's registry waited ", settings_.timeout.count() / 1'000'000, " ms, but ", count, " of ", like_.size, " ranks did not appear: ", missing, count > 16 ? ", ..." : ""});
   }
   void refuse(Guest& guest, Errc code, const std::string& text) {
     Notice notice;
@@ -168,8 +166,8 @@ class Registry {
     if (kind == ControlKind::clock) {
       ClockAnswer answer;
       if (!ControlStream::take(record, answer)) return false;
-      answer.there = clock_.now();
-      answer.ticks_per_second = static_cast<double>(clock_.to_ticks(std::chrono::seconds(1)));
+      answer.there = settings_.clock.now();
+      answer.ticks_per_second = static_cast<double>(settings_.clock.to_ticks(std::chrono::seconds(1)));
       guest.stream.put(ControlKind::clock, answer);
       return true;
     }
@@ -228,6 +226,11 @@ class Registry {
     if (theirs.protocol != like_.protocol) return refuse(guest, Errc::mismatch, concat({them, " was built with another version of tally than rank 0"})), false;
     if (theirs.job != like_.job) return refuse(guest, Errc::invalid_argument, concat({them, " belongs to another job than the one that meets here: check address, port and TALLY_JOB"})), false;
     if (joined_ == like_.size) return refuse(guest, Errc::invalid_argument, concat({them, " comes late: all ", like_.size, " ranks of this job have joined already"})), false;
+    Join claim = theirs;
+    claim.proof = {};
+    if (!same(theirs.proof, proof_of(settings_.secret, "join", guest.nonce, ControlStream::as_bytes(claim))))
+      return refuse(guest, Errc::invalid_argument, concat({them, " has another secret than rank 0: TALLY_SECRET must be the same for all ranks"})), false;
+    guest.nonce = theirs.nonce;
     std::string problem;
     if (theirs.size != like_.size) problem = concat({"ranks disagree on size: rank 0 says ", like_.size, ", ", them, " says ", theirs.size});
     else if (theirs.rank < 0 || theirs.rank >= like_.size) problem = concat({them, " is not one of ", like_.size});
@@ -258,15 +261,15 @@ class Registry {
       return true;
     }
     for (const auto& each : guests_)
-      if (each->rank >= 0) each->stream.put(ControlKind::welcome, welcome), each->stream.write();
+      if (each->rank >= 0) each->stream.put(ControlKind::welcome, concat({as_text(proof_of(settings_.secret, "welcome", each->nonce, welcome)), welcome})), each->stream.write();
     return true;
   }
 
   MakeNote note_;
-  Clock clock_;
+  NetworkSettings settings_;
   FileDescriptor listener_, stop_;
   Join like_;
-  JobKey key_{};
+  const JobKey key_ = random_nonce();
   std::vector<std::unique_ptr<Guest>> guests_;
   std::vector<Guest*> guests_of_;  // by rank
   std::vector<RankEntry> entries_;
@@ -275,7 +278,6 @@ class Registry {
   int joined_ = 0;
   bool over_ = false, crowded_ = false;
   Steady::time_point deadline_;
-  nanoseconds timeout_;
   pid_t process_ = ::getpid();
   std::thread thread_;
 };

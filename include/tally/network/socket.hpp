@@ -18,6 +18,7 @@
 #include <memory>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "../error.hpp"
@@ -78,18 +79,20 @@ static_assert(sizeof(SocketAddress) == 24);
 
 namespace detail {
 
-/// "host:port", "[IPv6]:port" or "host" with the port given apart; all addresses of that name, or an error that says what is wrong with it.
-inline std::vector<SocketAddress> resolve(std::string_view where, int port = -1) {
-  std::string_view host = where;
-  if (port < 0) {
-    const std::size_t colon = where.rfind(':');
-    const std::string_view digits = colon == std::string_view::npos ? std::string_view{} : where.substr(colon + 1);
-    const auto [end, error] = std::from_chars(digits.data(), digits.data() + digits.size(), port);
-    if (digits.empty() || error != std::errc{} || end != digits.data() + digits.size() || port < 0 || port > 65535)
-      throw Error(Errc::invalid_argument, {"'", where, "' is no address: it should be HOST:PORT, or [IPV6]:PORT"});
-    host = where.substr(0, colon);
-  }
-  if (host.size() > 1 && host.front() == '[' && host.back() == ']') host = host.substr(1, host.size() - 2);
+/// Of "host:port" or "[IPv6]:port"; an error if it is neither.
+inline std::pair<std::string_view, int> split_address(std::string_view where) {
+  const std::size_t colon = where.rfind(':');
+  const std::string_view digits = colon == std::string_view::npos ? std::string_view{} : where.substr(colon + 1);
+  int port = -1;
+  const auto [end, error] = std::from_chars(digits.data(), digits.data() + digits.size(), port);
+  if (digits.empty() || error != std::errc{} || end != digits.data() + digits.size() || port < 0 || port > 65535 || colon == 0)
+    throw Error(Errc::invalid_argument, {"'", where, "' is no address: it should be HOST:PORT, or [IPV6]:PORT"});
+  const std::string_view host = where.substr(0, colon);
+  return {host.size() > 1 && host.front() == '[' && host.back() == ']' ? host.substr(1, host.size() - 2) : host, port};
+}
+/// All addresses of "host:port" or "[IPv6]:port", or an error that says what is wrong with it.
+inline std::vector<SocketAddress> resolve(std::string_view where) {
+  const auto [host, port] = split_address(where);
   addrinfo hints{}, *found = nullptr;
   hints.ai_socktype = SOCK_STREAM;
   hints.ai_flags = AI_NUMERICSERV;

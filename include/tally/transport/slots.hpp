@@ -423,7 +423,7 @@ class SlotTransport {
     else if (how == by_doorbell && doorbell_) doorbell_->ring(e.peer);
   }
   template <class Recheck, class Sleep>
-  void announce(std::uint32_t how, Recheck&& recheck, Sleep&& sleep) {
+  [[gnu::always_inline]] void announce(std::uint32_t how, Recheck&& recheck, Sleep&& sleep) {
     struct Announcement {
       std::atomic<std::uint32_t>& parked;
       ~Announcement() { parked.store(0, std::memory_order_relaxed); }
