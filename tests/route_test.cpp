@@ -2,7 +2,9 @@
 // Shared memory to the ranks of one host and TCP to the others, at once. Ranks are threads; who is on which host is said, not so.
 #include <catch2/catch.hpp>
 
+#include <array>
 #include <cstdint>
+#include <cstdio>
 #include <numeric>
 #include <optional>
 #include <string>
@@ -18,7 +20,7 @@
 
 using namespace tally;
 using namespace std::chrono_literals;
-using test::Caught, test::expect, test::Happened, test::has, test::Job, test::late_ranks_are_blamed, test::on_ranks, test::Way;
+using test::Caught, test::caught, test::expect, test::Happened, test::has, test::Job, test::late_ranks_are_blamed, test::on_ranks, test::Way;
 
 namespace {
 
@@ -233,4 +235,52 @@ TEST_CASE("jobs by both ways give back all that they used") {
   const int before = test::open_descriptors();
   for (int i = 0; i < 10; ++i) round();
   CHECK(test::open_descriptors() == before);
+}
+
+TEST_CASE("two hosts of two and of four ranks: memory within, a cable between, which is cut at last", "[processes]") {
+  for (const int width : {2, 4}) {
+    const test::TwoHosts hosts;
+    if (!hosts.problem().empty()) return void(std::printf("skipped: %s\n", hosts.problem().c_str()));
+    const int n = 2 * width;
+    const test::Shared<std::array<Caught, 8>> results;
+    const Happened ready;
+    std::vector<test::Process> ranks;
+    for (Rank r = 0; r < n; ++r)
+      ranks.emplace_back([&, r] {
+        (*results)[static_cast<std::size_t>(r)].record([&] {
+          hosts.enter(r / width);
+          Options options;
+          options.timeout = 10s;
+          JobInfo job;
+          job.rank = r;
+          job.size = n;
+          Communicator comm = detail::tcp_communicator(job, detail::Meeting("10.213.0.1:29556"), options, {});
+          expect(comm.transport_name() == "shm+tcp", "both ways");
+          for (const std::size_t count : {1u, 1000u, 300'000u}) {
+            std::vector<int> data(count, r);
+            const Report report = comm.all_reduce(std::span(data), sum);
+            expect(data.back() == n * (n - 1) / 2, "a sum between hosts");
+            if (count == 300'000) expect(report.algorithm_name() == "hierarchical", "what is made for this, not " + std::string(report.algorithm_name()));
+          }
+          if (width == 2) late_ranks_are_blamed(comm);
+          comm.set_timeout(1s);
+          comm.barrier();
+          if (r == 0) ready.now();
+          for (int x = 1;;) comm.all_reduce(std::span(&x, 1), max);
+        });
+      });
+    const Caught met = caught([&] { ready.await(); });
+    for (Rank r = 0; r < n; ++r) UNSCOPED_INFO((*results)[static_cast<std::size_t>(r)]);
+    REQUIRE(!met.foreign);
+    std::this_thread::sleep_for(100ms);
+    const auto began = std::chrono::steady_clock::now();
+    hosts.cut();
+    for (auto& rank : ranks) CHECK(rank.wait(20s));
+    CHECK(std::chrono::steady_clock::now() - began < 10s);
+    for (Rank r = 0; r < n; ++r) {
+      const Caught& c = (*results)[static_cast<std::size_t>(r)];
+      INFO(c);
+      CHECK((c.is(Errc::timeout) || c.is(Errc::aborted)));
+    }
+  }
 }
