@@ -39,13 +39,33 @@ const std::vector<bench::Entry>& all_entries() {
   return entries;
 }
 
+/// The same over TCP.
+const std::vector<bench::Entry>& tcp_entries() {
+  static const std::vector<bench::Entry> entries{
+      {"tcp", "tally over TCP", Kind::reference, "compare_tally", {}, "build the target comparison"},
+      {"open_mpi", "Open MPI over TCP", Kind::peer, "compare_open_mpi", {"mpirun.openmpi", "mpirun"}, "install openmpi-bin, libopenmpi-dev and pkg-config"},
+      {"mpich", "MPICH over TCP", Kind::peer, "compare_mpich", {"mpiexec.mpich", "mpiexec.hydra"}, "install mpich, libmpich-dev and pkg-config"},
+      {"gloo", "Gloo", Kind::peer, "compare_gloo", {}, "install libgloo-dev"},
+      {"tcp_unaccounted", "tally over TCP, accounting off", Kind::peer, "compare_tally", {}, "build the target comparison"},
+      {"ping", "as much there and back over one socket", Kind::limit, "compare_limits", {}, "build the target comparison"},
+      {"stream", "as much as must move, both ways over a socket each", Kind::limit, "compare_limits", {}, "build the target comparison"},
+  };
+  return entries;
+}
+/// Peers would use shared memory, too.
+void keep_peers_to_tcp() {
+  for (const auto& [name, value] : {std::pair("OMPI_MCA_pml", "ob1"), {"OMPI_MCA_btl", "tcp,self"}, {"OMPI_MCA_btl_tcp_if_include", "lo"}, {"MPIR_CVAR_NOLOCAL", "1"}, {"FI_PROVIDER", "tcp"}, {"FI_TCP_IFACE", "lo"}}) ::setenv(name, value, 1);
+}
+
 struct Settings {
+  bool tcp = false;
   int ranks = 2;
   std::vector<Op> ops{Op::all_reduce};
   std::vector<std::string> peers;
   std::size_t least = 8, most = std::size_t{64} << 20, factor = 4;
   bench::Limits limits;
   std::string json, svg;
+  const std::vector<bench::Entry>& entries() const { return tcp ? tcp_entries() : all_entries(); }
 };
 
 // ---- arguments ----
@@ -62,6 +82,7 @@ std::optional<int> parse(int argc, char** argv, Settings& s) {
   std::string ops = "all_reduce", peers = "open_mpi,mpich,gloo", least = "8", most = "64M";
   double block_ms = s.limits.block_s * 1e3;
   app.option_defaults()->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);
+  app.add_flag("--tcp", s.tcp, "all over TCP on loopback, instead of shared memory");
   app.add_option("-n,--ranks", s.ranks, "ranks of each library")->check(CLI::Range(2, bench::most_ranks))->capture_default_str();
   app.add_option("--ops", ops, "comma-separated: all_reduce, reduce, broadcast, all_gather, reduce_scatter, barrier, gather, scatter, all_to_all, scan, exclusive_scan, send_receive, or all")->capture_default_str();
   app.add_option("--peers", peers, "comma-separated: whom to race against (also: unaccounted, which is tally with its accounting off), or none")->capture_default_str();
@@ -88,8 +109,8 @@ std::optional<int> parse(int argc, char** argv, Settings& s) {
   }
   if (peers != "none")
     for (const std::string& word : words(peers)) {
-      const auto& entries = all_entries();
-      if (std::none_of(entries.begin(), entries.end(), [&](const bench::Entry& e) { return e.kind == Kind::peer && e.name == word; })) return refuse("--peers: unknown '" + word + "'; there are open_mpi, mpich, gloo, unaccounted (tally with its accounting off), none");
+      const auto& entries = s.entries();
+      if (std::none_of(entries.begin(), entries.end(), [&](const bench::Entry& e) { return e.kind == Kind::peer && e.name == word; })) return refuse("--peers: unknown '" + word + "'; there are open_mpi, mpich, gloo, " + (s.tcp ? "tcp_unaccounted" : "unaccounted") + " (tally with its accounting off), none");
       s.peers.push_back(word);
     }
   const auto low = bench::parse_size(least), high = bench::parse_size(most);
@@ -129,8 +150,9 @@ class Output {
     table_ << "# method   in each round every library has one block of calls (about " << bench::cell(settings_.limits.block_s * 1e3) << " ms) while the others sleep; us per call of the slowest rank, median over rounds\n"
            << "# ratio    its time / tally's, median over rounds: above 1 tally is faster\n"
            << "# idle     share of tally's calls in which ranks waited, by its own account\n"
-           << "# limits   trip: one cache line from rank 0 to rank 1 and back; copy: memcpy of as many bytes in a rank's own memory, all ranks at once;\n"
-           << "#          combine: an all_reduce of bare loops over buffers that all ranks share\n"
+           << (settings_.tcp ? "# limits   ping: as many bytes from rank 0 to rank 1 and back over one socket; stream: as many as must move, both ways at once\n"
+                             : "# limits   trip: one cache line from rank 0 to rank 1 and back; copy: memcpy of as many bytes in a rank's own memory, all ranks at once;\n"
+                               "#          combine: an all_reduce of bare loops over buffers that all ranks share\n")
            << "# op             bytes";
     for (const Contender& c : race_.contenders()) {
       if (c.entry().kind == Kind::reference) table_ << padded(c.entry().name + "_us", 11) << padded("idle%", 7);
@@ -267,9 +289,10 @@ int run(const Settings& settings) {
   std::ostream& table = settings.json == "-" ? std::cerr : std::cout;
   std::ostream* const json = settings.json.empty() ? nullptr : settings.json == "-" ? &std::cout : &file;
 
+  if (settings.tcp) keep_peers_to_tcp();
   const bench::Progress progress(true);
   bench::Race race(settings.ranks, settings.most, settings.limits);
-  for (const bench::Entry& entry : all_entries()) {
+  for (const bench::Entry& entry : settings.entries()) {
     if (entry.kind == Kind::peer && std::find(settings.peers.begin(), settings.peers.end(), entry.name) == settings.peers.end()) continue;
     progress.show("starting " + entry.title + " ...");
     const std::string why_not = race.admit(entry);

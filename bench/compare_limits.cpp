@@ -1,8 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // What the machine itself needs, as contestants of compare: a cache line's way there and back, a copy of as many
 // bytes, and an all_reduce by bare loops over buffers that all ranks share. The last one meets twice per call, so at
-// the smallest sizes a library whose values travel with the flag may need less.
+// the smallest sizes a library whose values travel with the flag may need less. For networks: as many bytes there and
+// back over one socket, and as many as an all_reduce needs both ways at once.
+#include <arpa/inet.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
 #include <sys/mman.h>
+#include <sys/socket.h>
 
 #include "contestant.hpp"
 
@@ -126,6 +131,89 @@ void start_combine(const bench::Seat& seat) {
   });
 }
 
+/// Connected sockets of loopback: rank r's to the rank after it and from the one before; made before ranks are forked.
+struct Ring {
+  explicit Ring(int n) {
+    const int listener = made(::socket(AF_INET, SOCK_STREAM, 0), "socket");
+    sockaddr_in where{};
+    where.sin_family = AF_INET;
+    where.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    socklen_t length = sizeof where;
+    made(::bind(listener, reinterpret_cast<const sockaddr*>(&where), length), "bind");
+    made(::listen(listener, n), "listen");
+    made(::getsockname(listener, reinterpret_cast<sockaddr*>(&where), &length), "getsockname");
+    for (int i = 0; i < n; ++i) {
+      to_next.push_back(made(::socket(AF_INET, SOCK_STREAM, 0), "socket"));
+      made(::connect(to_next.back(), reinterpret_cast<const sockaddr*>(&where), length), "connect");
+      from_previous.push_back(made(::accept(listener, nullptr, nullptr), "accept"));
+    }
+    ::close(listener);
+    std::rotate(from_previous.begin(), from_previous.end() - 1, from_previous.end());
+    for (const auto& ends : {to_next, from_previous})
+      for (const int fd : ends) {
+        const int one = 1;
+        ::setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
+      }
+  }
+  std::vector<int> to_next, from_previous;
+
+ private:
+  static int made(int result, const char* step) {
+    if (result < 0) throw std::system_error(errno, std::generic_category(), step);
+    return result;
+  }
+};
+/// What a call without waiting moved.
+std::size_t moved(ssize_t result) {
+  if (result > 0) return static_cast<std::size_t>(result);
+  if (result < 0 && (errno == EAGAIN || errno == EINTR)) return 0;
+  throw std::runtime_error("a connection is gone");
+}
+
+/// As many bytes from rank 0 to rank 1 and back.
+void start_ping(const bench::Seat& seat) {
+  const Ring ring(2);
+  seat.fork_ranks([&](int rank) {
+    seat.pin(rank);
+    bench::Library l;
+    l.checked = false;
+    l.prepare = [&](const bench::Work& w) -> bench::Call {
+      if (rank > 1) return [] {};
+      const std::size_t bytes = std::max<std::size_t>(w.count * sizeof(float), 1);
+      return [&, rank, bytes, data = bench::pages(bytes)] {
+        const auto out = static_cast<std::size_t>(rank);
+        const auto send = [&] { for (std::size_t at = 0; at < bytes;) at += moved(::send(ring.to_next[out], data.get() + at, bytes - at, MSG_DONTWAIT | MSG_NOSIGNAL)); };
+        if (rank == 0) send();
+        for (std::size_t at = 0; at < bytes;) at += moved(::recv(ring.from_previous[out], data.get() + at, bytes - at, MSG_DONTWAIT));
+        if (rank == 1) send();
+      };
+    };
+    seat.compete(rank, l);
+  });
+}
+/// As many bytes as an all_reduce has to move, to the next rank and from the previous one at once.
+void start_stream(const bench::Seat& seat) {
+  const Ring ring(seat.ranks());
+  seat.fork_ranks([&](int rank) {
+    seat.pin(rank);
+    bench::Library l;
+    l.checked = false;
+    l.prepare = [&](const bench::Work& w) -> bench::Call {
+      if (w.count == 0) return {};
+      const auto n = static_cast<std::size_t>(seat.ranks());
+      const std::size_t bytes = std::max<std::size_t>(2 * (n - 1) * w.count * sizeof(float) / n, 1);
+      return [&, rank, bytes, from = bench::pages(bytes), to = bench::pages(bytes)] {
+        const auto r = static_cast<std::size_t>(rank);
+        for (std::size_t sent = 0, received = 0; sent < bytes || received < bytes;) {
+          if (sent < bytes) sent += moved(::send(ring.to_next[r], from.get() + sent, std::min<std::size_t>(bytes - sent, 256 << 10), MSG_DONTWAIT | MSG_NOSIGNAL));
+          if (received < bytes) received += moved(::recv(ring.from_previous[r], to.get() + received, bytes - received, MSG_DONTWAIT));
+        }
+      };
+    };
+    seat.compete(rank, l);
+  });
+}
+
 }  // namespace
 
-int main(int argc, char** argv) { return bench::run_contestant(argc, argv, {{"trip", start_trip}, {"copy", start_copy}, {"combine", start_combine}}); }
+int main(int argc, char** argv) { return bench::run_contestant(argc, argv, {{"trip", start_trip}, {"copy", start_copy}, {"combine", start_combine}, {"ping", start_ping}, {"stream", start_stream}}); }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // tally as a contestant of compare.
 #include <tally/tally.hpp>
+#include <tally/tcp.hpp>
 
 #include "contestant.hpp"
 
@@ -50,6 +51,16 @@ void start_with(const bench::Seat& seat, bool accounting) {
     seat.compete(comm.rank(), library(comm, [](std::span<float> span) { return span; }));
   }, tally::processes, options);
 }
+void start_tcp_with(const bench::Seat& seat, bool accounting) {
+  tally::Options options;
+  options.accounting = accounting;
+  tally::launch_tcp(seat.ranks(), [&](tally::Communicator& comm) {
+    seat.pin(comm.rank());
+    seat.compete(comm.rank(), library(comm, [](std::span<float> span) { return span; }));
+  }, tally::processes, options);
+}
+void start_tcp(const bench::Seat& seat) { start_tcp_with(seat, true); }
+void start_tcp_unaccounted(const bench::Seat& seat) { start_tcp_with(seat, false); }
 void start(const bench::Seat& seat) { start_with(seat, true); }
 void start_unaccounted(const bench::Seat& seat) { start_with(seat, false); }
 
@@ -76,4 +87,4 @@ void start_symmetric(const bench::Seat& seat) {
 
 }  // namespace
 
-int main(int argc, char** argv) { return bench::run_contestant(argc, argv, {{"tally", start}, {"symmetric", start_symmetric}, {"unaccounted", start_unaccounted}}); }
+int main(int argc, char** argv) { return bench::run_contestant(argc, argv, {{"tally", start}, {"symmetric", start_symmetric}, {"unaccounted", start_unaccounted}, {"tcp", start_tcp}, {"tcp_unaccounted", start_tcp_unaccounted}}); }

@@ -116,7 +116,8 @@ inline std::unique_ptr<RouteTransport<TcpTransport>> tcp_route(std::shared_ptr<N
   return std::make_unique<RouteTransport<TcpTransport>>(std::make_unique<TcpTransport>(std::move(node), TcpTransport::world, std::move(all), tcp), std::move(local), here.places);
 }
 
-inline Communicator tcp_communicator(const JobInfo& job, Meeting meeting, const Options& options, const TcpOptions& tcp) {
+inline Communicator tcp_communicator(const JobInfo& job, Meeting meeting, const Options& options, const TcpOptions& defaults) {
+  const TcpOptions tcp = TcpOptions::from_environment(defaults);
   const bool flat = options.transport == "tcp";
   Join me;
   me.rank = job.rank;
@@ -125,7 +126,7 @@ inline Communicator tcp_communicator(const JobInfo& job, Meeting meeting, const 
   me.job = hash_text(job.job);
   me.boot = hash_text(boot_id());
   me.place = hash_text(sharing_id());
-  me.settings = hash_text(concat({flat ? "tcp " : "shm+tcp ", tcp.lanes, " ", tcp.window, " ", tcp.frame_bytes}));
+  me.settings = hash_text(concat({flat ? "tcp " : "shm+tcp ", tcp.lanes, " ", tcp.window, " ", tcp.frame_bytes, tcp.checksum ? " checked" : ""}));
   const NetworkSettings settings(options.timeout, std::string(environment("TALLY_SECRET").value_or("")));
   const auto node = NetworkJob::join(meeting, me, settings, environment("TALLY_INTERFACE").value_or(""), [&](const std::vector<RankEntry>& entries) {
     std::vector<std::uint64_t> places;

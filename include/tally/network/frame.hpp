@@ -12,6 +12,7 @@
 
 #include "../text.hpp"
 #include "../transport/concept.hpp"
+#include "crc32c.hpp"
 
 namespace tally::inline v0::detail {
 
@@ -45,9 +46,16 @@ struct FrameHeader {
   std::uint64_t sent_at = 0;
   std::uint32_t operation = 0, bytes = 0;  // bytes: of the payload that follows
   std::uint32_t arrive_age = 0, late_age = 0;
-  std::uint16_t called = 0, unused = 0;
-  std::uint32_t unused2 = 0;
+  std::uint16_t called = 0;
+  std::uint16_t seal = 0;      // of all of the header but this
+  std::uint32_t checksum = 0;  // CRC-32C of the payload
 
+  std::uint16_t own_seal() const {
+    FrameHeader open = *this;
+    open.seal = 0;
+    const std::uint32_t all = crc32c(0, &open, sizeof open);
+    return static_cast<std::uint16_t>(all ^ all >> 16);
+  }
   FrameTimes times() const { return {sent_at, arrive_age, late_age, culprit, called}; }
   void stamp(const FrameTimes& times) {
     sent_at = times.sent_at;

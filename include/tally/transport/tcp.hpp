@@ -30,15 +30,9 @@
 #include "../topology.hpp"
 #include "concept.hpp"
 #include "queue.hpp"
+#include "tcp_channel.hpp"
 
 namespace tally::inline v0 {
-
-/// The same on all ranks.
-struct TcpOptions {
-  int lanes = 2;  // one for collectives, one for messages
-  std::size_t window = std::size_t{4} << 20;  // bytes that a receiver has not read yet, at most
-  std::size_t frame_bytes = std::size_t{256} << 10;  // of a frame's payload, at most
-};
 
 class TcpTransport {
  public:
@@ -169,7 +163,10 @@ class TcpTransport {
     // A connection is gone; whether its rank left or died the registry hears at the same time.
     const auto now = std::chrono::steady_clock::now();
     if (broken_since_ == std::chrono::steady_clock::time_point{}) broken_since_ = now;
-    return node_->registry_is_gone() || now - broken_since_ > std::chrono::seconds(1) ? Liveness::dead : Liveness::alive;
+    if (node_->registry_is_gone()) return Liveness::dead;
+    if (now - broken_since_ > std::chrono::seconds(1))
+      throw Error(Errc::peer_lost, {"a connection between rank ", me_, " and rank ", r, " (", node_->address(origin(r)).text(), ") broke, though that rank is still there: something between them ends connections"}, {me_, r, status_.sequence, {}});
+    return Liveness::alive;
   }
 
   /// Hears what the others say about themselves.
@@ -242,6 +239,7 @@ class TcpTransport {
       if (!out.fd || out.direct) continue;
       detail::FrameHeader bye;  // where the network has no room for it, the registry's word has to do
       bye.kind = detail::FrameHeader::goodbye;
+      if (options_.checksum) bye.seal = bye.own_seal();
       if (out.stage.empty()) (void)!::send(out.fd.get(), &bye, sizeof bye, MSG_DONTWAIT | MSG_NOSIGNAL);
     }
     std::erase_if(opened, [](const detail::Opened& each) { return each.to < 0; });
@@ -249,48 +247,10 @@ class TcpTransport {
   }
 
  private:
+  using Out = detail::TcpOut;
+  using In = detail::TcpIn;
+  static constexpr const char* damaged = "a frame that was damaged on its way (its checksum differs)";
   static constexpr std::size_t short_payload = std::size_t{8} << 10, stage_bytes = 2 * short_payload, buffer_bytes = std::size_t{64} << 10;
-
-  /// What this rank sends to a peer on a lane.
-  struct Out {
-    detail::FileDescriptor fd;
-    Rank peer = -1;
-    int lane = 0;
-    TransferQueue sends;
-    Transfer* next = nullptr;          // the first that is not wholly in the stage: those before it are done when that is empty
-    detail::StreamBuffer stage;        // headers and short payloads on their way to the kernel
-    Transfer* direct = nullptr;        // whose payload follows the stage, from its own memory
-    std::size_t direct_from = 0, direct_left = 0;  // of it: where, and how much is still to go
-    std::uint64_t sent = 0, consumed = 0;          // in bytes of window, since the beginning
-    std::uint64_t asked = 0;                       // up to where the peer was asked to say that it is consumed
-    FrameTimes credit;                             // of the last credit
-    std::uint32_t operation = 0;                   // of the last frame sent
-    bool elsewhere = false;                        // on another host
-    bool any = false, starved = false, full = false;  // no room at the peer; none in the network
-    int error = 0;
-    detail::StreamBuffer back{256};  // credits
-
-    void give_up(int why) {
-      error = why;
-      direct = nullptr;
-      stage.take(stage.size());
-      fd = detail::FileDescriptor();
-    }
-  };
-  /// What this rank receives from a peer on a lane.
-  struct In {
-    detail::FileDescriptor fd;
-    Rank peer = -1;
-    int lane = 0;
-    TransferQueue receives;
-    detail::StreamBuffer buffer;
-    detail::FrameHeader header;
-    std::size_t begin = 0, taken = 0;  // of the frame: the message's bytes before it, and its own that are consumed
-    std::uint64_t consumed = 0;
-    std::uint64_t window = 0;
-    bool elsewhere = false;  // on another host
-    bool framed = false, seen = false, goodbye = false, ended = false;
-  };
 
   std::size_t index(int lane, Rank r) const { return static_cast<std::size_t>(lane * size() + r); }
   template <class E>
@@ -425,6 +385,7 @@ class TcpTransport {
         if (out.asked == out.consumed) {
           detail::FrameHeader ask;
           ask.kind = detail::FrameHeader::ask;
+          if (options_.checksum) ask.seal = ask.own_seal();
           out.stage.append(&ask, sizeof ask);
           out.asked = out.sent;
         }
@@ -456,6 +417,7 @@ class TcpTransport {
       out.asked = out.sent;
     }
     h.stamp(to_wire(out, probe.stamp(t)));
+    if (options_.checksum) h.checksum = detail::crc32c(0, t.from + t.done, bytes), h.seal = h.own_seal();
     out.stage.append(&h, sizeof h);
     ++counters_.frames_sent;
     counters_.messages_sent += t.done == 0;
@@ -489,7 +451,7 @@ class TcpTransport {
         detail::FrameHeader h;
         std::memcpy(&h, out.back.data(), sizeof h);
         out.back.take(sizeof h);
-        std::string fault = detail::fault_of(h, false, 0);
+        std::string fault = options_.checksum && h.seal != h.own_seal() ? damaged : detail::fault_of(h, false, 0);
         if (fault.empty() && (h.total > out.sent || h.total < out.consumed)) fault = detail::concat({"a credit for ", h.total, " bytes, of ", out.sent, " that were sent"});
         if (!fault.empty()) malformed(out.peer, fault);
         out.consumed = h.total;
@@ -513,11 +475,12 @@ class TcpTransport {
         continue;
       }
       std::memcpy(&in.header, in.buffer.data(), sizeof in.header);
+      if (options_.checksum && in.header.seal != in.header.own_seal()) malformed(in.peer, damaged);
       if (const std::string fault = detail::fault_of(in.header, true, frame_bytes_); !fault.empty()) malformed(in.peer, fault);
       in.buffer.take(sizeof in.header);
       if (in.header.kind == detail::FrameHeader::goodbye) in.goodbye = true;
       else if (in.header.kind == detail::FrameHeader::ask) send_credit(in, probe.credit_stamp(*t));
-      else in.framed = true, in.seen = false, in.taken = 0;
+      else in.framed = true, in.seen = false, in.taken = 0, in.checksum = 0;
     }
     if (!in.seen) {
       FrameInfo info = in.header.info();
@@ -539,6 +502,7 @@ class TcpTransport {
     if (t->done == before && !ended) return false;
     counters_.bytes_received += t->done - before;
     if (ended) {
+      if (options_.checksum && in.checksum != in.header.checksum) malformed(in.peer, damaged);
       in.framed = false;
       in.consumed += detail::frame_cost + bytes;
       if (in.header.flags & detail::FrameHeader::asks) send_credit(in, probe.credit_stamp(*t));
@@ -556,6 +520,7 @@ class TcpTransport {
     if (got > 0) {
       if (bytes > short_bytes) probe.copying(t);
       std::memcpy(to, in.buffer.data(), got);
+      if (options_.checksum) in.checksum = detail::crc32c(in.checksum, to, got);
       in.buffer.take(got);
     } else if (most < short_payload) {
       return fill(in);
@@ -571,6 +536,7 @@ class TcpTransport {
       while (read < 0 && errno == EINTR);
       if (read <= 0) return read == 0 || !again() ? ended(in, read == 0 ? 0 : errno) : false;
       got = std::min(static_cast<std::size_t>(read), most);
+      if (options_.checksum) in.checksum = detail::crc32c(in.checksum, to, got);
       in.buffer.added(static_cast<std::size_t>(read) - got);
     }
     in.taken += got;
@@ -589,6 +555,7 @@ class TcpTransport {
       return fill(in);
     }
     if (in.header.bytes > short_bytes) probe.reducing(t);
+    if (options_.checksum) in.checksum = detail::crc32c(in.checksum, in.buffer.data(), have);
     std::byte* const to = t.to + t.done;
     const std::byte* const acc = t.from + t.done;
     if (t.side == Side::right) (*t.fold)(to, acc, in.buffer.data(), have);
@@ -632,6 +599,7 @@ class TcpTransport {
     h.kind = detail::FrameHeader::credit;
     h.total = in.consumed;
     h.stamp(to_wire(in, times));
+    if (options_.checksum) h.seal = h.own_seal();
     // The kernel always has room for the few that may be on their way; a sender that asks for more than it reads loses them.
     while (::send(in.fd.get(), &h, sizeof h, MSG_DONTWAIT | MSG_NOSIGNAL) < 0 && errno == EINTR) {}
   }
