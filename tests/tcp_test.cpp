@@ -29,6 +29,7 @@ void run(int n, const SlotOptions& options, const conformance::BodyOf<TcpTranspo
   const Job job(n, family);
   TcpOptions tcp;
   tcp.lanes = options.lanes;
+  tcp.checksum = family == 6;
   tcp.frame_bytes = options.slot_bytes;
   tcp.window = static_cast<std::size_t>(options.slots) * (options.slot_bytes + detail::frame_cost);
   on_ranks(n, [&](Rank r) {
@@ -55,7 +56,7 @@ void everyone(int n, F&& f, const TcpOptions& tcp = {}) {
 TEST_CASE("TCP over IPv4 conforms") {
   conformance::conformance<TcpTransport>([](int n, const SlotOptions& options, const auto& body) { run(n, options, body); });
 }
-TEST_CASE("TCP over IPv6 conforms") {
+TEST_CASE("TCP over IPv6, with checksums, conforms") {
   try {
     (void)detail::listen_at(loopback(6));
   } catch (const Error& error) {
@@ -69,6 +70,7 @@ TEST_CASE("every algorithm is right over TCP, whatever the sizes, in a wide wind
   TcpOptions narrow;
   narrow.window = 3000;
   narrow.frame_bytes = 1000;
+  narrow.checksum = true;
   for (const TcpOptions& tcp : {TcpOptions{}, narrow})
     for (const int n : test::sanitized ? std::vector{1, 2, 5} : std::vector{1, 2, 3, 5, 8})
       everyone(n, [&](Communicator& comm) {

@@ -256,8 +256,11 @@ class AlgorithmOverrides {
     for (const Collective operation : all_operations) {
       if (!only.empty() && name_of(operation) != only) continue;
       operation_known = true;
-      for (const std::string_view each : algorithms_for(operation))
-        if (std::find(known.begin(), known.end(), each) == known.end()) known.push_back(each);
+      for (const std::string_view each : algorithms_for(operation)) {
+        bool is_new = true;
+        for (const std::string_view other : known) is_new = is_new && other != each;
+        if (is_new) known.push_back(each);
+      }
     }
     if (!operation_known) throw Error(Errc::invalid_argument, {"TALLY_ALGORITHM has '", item, "', but no operation is called '", only, "'"});
     std::string names;

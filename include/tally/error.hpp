@@ -18,7 +18,7 @@ enum class Errc {
   invalid_argument = 1,  // the caller's own mistake, found before anything was sent
   mismatch,              // ranks called different operations, counts, types, operators or roots
   timeout,               // the deadline passed
-  peer_lost,             // a peer's process died
+  peer_lost,             // a peer's process died, or no connection to it is left
   peer_left,             // a peer destroyed its communicator while something was still needed of it
   aborted,               // Communicator::abort, or an exception in another rank's operator
   no_resources,          // memory, descriptors or processes could not be had
@@ -32,7 +32,7 @@ inline const char* name_of(Errc code) {
     case Errc::invalid_argument: return "invalid argument";
     case Errc::mismatch: return "mismatched calls";
     case Errc::timeout: return "deadline passed";
-    case Errc::peer_lost: return "peer died";
+    case Errc::peer_lost: return "peer lost";
     case Errc::peer_left: return "peer left";
     case Errc::aborted: return "aborted";
     case Errc::no_resources: return "out of resources";

@@ -148,17 +148,19 @@ class TcpTransport {
     bool left = told.left != 0, broken = false, open = false;
     std::uint32_t opened = 0;
     for (int lane = 0; lane < lanes(); ++lane) {
-      const Out& out = outs_[index(lane, r)];
+      Out& out = outs_[index(lane, r)];
       In& in = ins_[index(lane, r)];
       if (told.left && !in.fd) find_channel(in);
+      if (pollfd end{out.fd.get(), POLLRDHUP, 0}; out.fd && ::poll(&end, 1, 0) > 0) out.give_up(ECONNRESET);  // what it has sent last may not have come
       left = left || in.goodbye;
       broken = broken || in.ended || out.error != 0;
       open = open || (in.fd && !in.ended && in.receives.head);
       opened += in.fd || in.ended;
     }
-    if (open || (told.left && opened < told.opened && !broken)) return Liveness::alive;  // what it sent may still be on its way
-    if (left) return Liveness::left;
-    if (node_->is_dead(origin(r))) return Liveness::dead;
+    if (const bool dead = node_->is_dead(origin(r)); left || dead) {
+      if (open || (told.left && opened < told.opened && !broken)) return Liveness::alive;  // what it sent may still be on its way
+      return left ? Liveness::left : Liveness::dead;
+    }
     if (!broken) return Liveness::alive;
     // A connection is gone; whether its rank left or died the registry hears at the same time.
     const auto now = std::chrono::steady_clock::now();
