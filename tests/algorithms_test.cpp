@@ -216,6 +216,8 @@ TEST_CASE("hierarchical is proven for every group") {
           // With groups of a power of two the brackets are the fixed ones.
           const Folding folding = (group & (group - 1)) == 0 ? Folding::fixed : Folding::cyclic;
           std::string problem = root == 0 ? check({{Collective::all_reduce, 0, n, 0, count, false, group}, folding}, Hierarchical::all_reduce) : "";
+          if (root == 0) problem += check({{Collective::all_gather, 0, n, 0, count, false, group}}, Hierarchical::all_gather);
+          if (root == 0) problem += check({{Collective::reduce_scatter, 0, n, 0, count, false, group}, folding}, Hierarchical::reduce_scatter);
           problem += check({{Collective::reduce, 0, n, root, count, false, group}, root == 0 ? folding : Folding::cyclic}, Hierarchical::reduce);
           problem += check({{Collective::broadcast, 0, n, root, count, true, group}}, Hierarchical::broadcast);
           if (!problem.empty()) FAIL(n << " ranks in groups of " << group << ", " << count << " elements, root " << root << ": " << problem);
@@ -236,6 +238,8 @@ TEST_CASE("what has to go far goes once") {
   CHECK(crossing(Collective::all_reduce, Hierarchical::all_reduce, 64, 8, count) == 8 * 3 * count);  // 8 groups, log2(8) exchanges
   CHECK(crossing(Collective::reduce, Hierarchical::reduce, 64, 8, count) == 7 * count);
   CHECK(crossing(Collective::broadcast, Hierarchical::broadcast, 64, 8, count) == 7 * count);
+  CHECK(crossing(Collective::all_gather, Hierarchical::all_gather, 64, 8, 10) == 64 * 7 * 10);        // each rank's block to each other group
+  CHECK(crossing(Collective::reduce_scatter, Hierarchical::reduce_scatter, 64, 8, 10) == 64 * 7 * 10);  // each group's sum of each block
   CHECK(crossing(Collective::all_reduce, RecursiveHalving::all_reduce, 64, 8, count) == 2 * 7 * count);  // neighbours first: the least there is
   CHECK(crossing(Collective::all_reduce, RecursiveDoubling::all_reduce, 64, 8, count) == 64 * 3 * count);
   CHECK(crossing(Collective::all_reduce, OneShot::all_reduce, 64, 8, count) == 64 * 56 * count);
@@ -295,6 +299,8 @@ const std::vector<Subject> subjects = {
     {"hierarchical all_reduce", Collective::all_reduce, Folding::fixed, Hierarchical::all_reduce, 4},
     {"hierarchical reduce", Collective::reduce, Folding::fixed, Hierarchical::reduce, 2},
     {"hierarchical broadcast", Collective::broadcast, Folding::fixed, Hierarchical::broadcast, 4},
+    {"hierarchical all_gather", Collective::all_gather, Folding::fixed, Hierarchical::all_gather, 2},
+    {"hierarchical reduce_scatter", Collective::reduce_scatter, Folding::fixed, Hierarchical::reduce_scatter, 2},
 };
 
 bool touches(const Step& a, const Step& b, const Layout& layout) {
@@ -416,16 +422,16 @@ TEST_CASE("a lost step, a wrong peer and a wrong range are caught") {
 
 TEST_CASE("dropping a class of conflicts is caught") {
   // Which classes an algorithm has at all, found by hand; each must be missed when it is dropped.
-  const auto problem = [](Collective operation, Folding folding, Steps (*generate)(Shape), unsigned dropped, int n, bool in_place) {
-    return check({{operation, 0, n, 0, static_cast<std::size_t>(2 * n + 1), in_place}, folding, all_conflicts & ~dropped}, generate);
+  const auto problem = [](Collective operation, Folding folding, Steps (*generate)(Shape), unsigned dropped, int n, bool in_place, int group = 1) {
+    return check({{operation, 0, n, 0, static_cast<std::size_t>(2 * n + 1), in_place, group}, folding, all_conflicts & ~dropped}, generate);
   };
   for (int n = 4; n <= 9; ++n) {
     CAPTURE(n);
     for (const Subject& subject : subjects) {
       CAPTURE(subject.name);
-      CHECK(problem(subject.operation, subject.folding, subject.generate, 0, n, true) == "");
+      CHECK(problem(subject.operation, subject.folding, subject.generate, 0, n, true, subject.group) == "");
       const bool gathers_directly = subject.name == "one-shot all_gather";  // sends its input, receives elsewhere: no conflicts
-      if (!gathers_directly) CHECK(problem(subject.operation, subject.folding, subject.generate, read_after_write, n, true) != "");
+      if (!gathers_directly) CHECK(problem(subject.operation, subject.folding, subject.generate, read_after_write, n, true, subject.group) != "");
     }
     CHECK(problem(Collective::all_reduce, Folding::cyclic, Ring::all_reduce, write_after_read, n, true) != "");
     CHECK(problem(Collective::all_reduce, Folding::fixed, RecursiveDoubling::all_reduce, write_after_read, n, true) != "");

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# What it costs to include the umbrella: a program with one all_reduce, at -O2, stays below 880 KiB of object code. The
+# What it costs to include the umbrella: a program with one all_reduce, at -O2, stays below 896 KiB of object code. The
 # time is printed; it depends on what else the machine does.
 # usage: run.sh INCLUDE COMPILER
 set -euo pipefail
@@ -11,4 +11,4 @@ TIMEFORMAT='%U s'
 time "$2" -std=c++20 -O2 -I"$1" -c "$here/program.cpp" -o "$object"
 bytes=$(stat -c %s "$object")
 echo "$bytes bytes"
-((bytes < 880 * 1024)) || { echo "more than 880 KiB"; exit 1; }
+((bytes < 896 * 1024)) || { echo "more than 896 KiB"; exit 1; }

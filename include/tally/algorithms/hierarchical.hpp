@@ -6,6 +6,8 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
+#include <cstddef>
 
 #include "../steps.hpp"
 #include "direct.hpp"
@@ -52,6 +54,60 @@ struct Hierarchical {
     }
     for (int block = 0; me == root && block < all.width; ++block)
       if (const Rank from = all.member(home, block); from != root) co_yield receive(from, folded[block]);
+  }
+
+  /// Each rank's block goes once to each other group, to the member that has the same number there, and members tell each other.
+  static Steps all_gather(Shape shape) {
+    const auto [me, n, root, in, out, group] = shape;
+    const Groups all(n, group);
+    const int mine = all.of(me), size = all.size(mine), number = me - all.first(mine);
+    for (int i = 1; i < all.count(); ++i) co_yield send(all.member(wrap(mine + i, all.count()), number), in.all());
+    co_yield copy(in.all(), out[me]);
+    for (int block = number; block < all.width; block += size)
+      for (int i = 1; i < all.count(); ++i)
+        if (const int from = wrap(mine - i, all.count()); block < all.size(from)) co_yield receive(all.first(from) + block, out[all.first(from) + block]);
+    const auto told = [&](int by, int i) { return all.first(wrap(mine - i, all.count())) + by; };  // the i-th that is told of a member's own number
+    for (int other = 1; other < size; ++other)
+      for (int block = number; block < all.width; block += size)
+        for (int i = 0; i < all.count(); ++i)
+          if (block < all.size(wrap(mine - i, all.count()))) co_yield send(all.first(mine) + wrap(number + other, size), out[told(block, i)]);
+    for (int other = 1; other < size; ++other) {
+      const int from = wrap(number - other, size);
+      for (int block = from; block < all.width; block += size)
+        for (int i = 0; i < all.count(); ++i)
+          if (block < all.size(wrap(mine - i, all.count()))) co_yield receive(all.first(mine) + from, out[told(block, i)]);
+    }
+  }
+
+  /// The other way round: members fold what their group has for those of their number in each group, who fold that.
+  static Steps reduce_scatter(Shape shape) {
+    const auto [me, n, root, in, out, group] = shape;
+    const Groups all(n, group);
+    const int mine = all.of(me), size = all.size(mine), number = me - all.first(mine);
+    std::size_t widest = 0;
+    for (int i = 0; i < n; ++i) widest = in[i].count > widest ? in[i].count : widest;
+    // In scratch each fold has its result and its own stack behind it.
+    const std::size_t apart = widest * (2 + static_cast<std::size_t>(std::bit_width(static_cast<unsigned>(n))));
+    const auto partial = [&](int block, int to) { return Range{Buffer::scratch, static_cast<std::size_t>(block / size * all.count() + to) * apart, in[all.first(to) + block].count}; };
+    for (int other = 1; other < size; ++other)
+      for (int block = wrap(number + other, size); block < all.width; block += size)
+        for (int to = 0; to < all.count(); ++to)
+          if (block < all.size(to)) co_yield send(all.first(mine) + wrap(number + other, size), in[all.first(to) + block]);
+    for (int block = number; block < all.width; block += size)
+      for (int to = 0; to < all.count(); ++to) {
+        if (block >= all.size(to)) continue;
+        const Range sum = partial(block, to);
+        Steps fold = detail::fold_all(number, size, in[all.first(to) + block], sum, all.first(mine), sum.first + widest);
+        while (const Step* step = fold.next()) co_yield *step;
+        if (to != mine) co_yield send(all.first(to) + block, sum);
+      }
+    const Range own = partial(number, mine);
+    Steps fold = detail::fold_all(mine, all.count(), own, out.all(), 0, own.first + widest);
+    while (const Step* step = fold.next()) {
+      Step placed = *step;
+      if (placed.peer >= 0) placed.peer = all.member(placed.peer, number);
+      co_yield placed;
+    }
   }
 
   /// The root gives each member of its group a block, these give it to the members of the other groups that look after
