@@ -54,7 +54,7 @@ const std::vector<bench::Entry>& tcp_entries() {
 }
 /// Peers would use shared memory, too.
 void keep_peers_to_tcp() {
-  for (const auto& [name, value] : {std::pair("OMPI_MCA_pml", "ob1"), {"OMPI_MCA_btl", "tcp,self"}, {"OMPI_MCA_btl_tcp_if_include", "lo"}, {"MPIR_CVAR_NOLOCAL", "1"}, {"FI_PROVIDER", "tcp"}, {"FI_TCP_IFACE", "lo"}}) ::setenv(name, value, 1);
+  for (const auto& [name, value] : {std::pair("OMPI_MCA_pml", "ob1"), {"OMPI_MCA_btl", "tcp,self"}, {"OMPI_MCA_btl_tcp_if_include", "lo"}, {"MPIR_CVAR_NOLOCAL", "1"}, {"UCX_TLS", "tcp,self"}, {"UCX_NET_DEVICES", "lo"}, {"FI_PROVIDER", "tcp"}, {"FI_TCP_IFACE", "lo"}}) ::setenv(name, value, 1);
 }
 
 struct Settings {

@@ -3,6 +3,7 @@
 // block of calls, in an order that rotates from round to round; whoever is too slow or hangs is left out.
 #pragma once
 
+#include <cstdlib>
 #include <signal.h>
 
 #include <deque>
@@ -223,7 +224,8 @@ class Race {
     const std::string n = std::to_string(hall_->ranks);
     if (mpi == "mpich") return {launcher, "-launcher", "fork", "-bind-to", "none", "-n", n};
     // What it would leave behind if it were killed lies in our directory.
-    std::vector<std::string> command{launcher, "--mca", "btl", "self,vader", "--mca", "orte_tmpdir_base", place_.path(), "--mca", "btl_vader_backing_directory", place_.path(), "--bind-to", "none", "-n", n};
+    const char* const btl = std::getenv("OMPI_MCA_btl");  // compare --tcp
+    std::vector<std::string> command{launcher, "--mca", "btl", btl ? btl : "self,vader", "--mca", "orte_tmpdir_base", place_.path(), "--mca", "btl_vader_backing_directory", place_.path(), "--bind-to", "none", "-n", n};
     if (!hall_->pinned) command.push_back("--oversubscribe");
     if (::geteuid() == 0) command.push_back("--allow-run-as-root");
     return command;

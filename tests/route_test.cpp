@@ -84,8 +84,18 @@ TEST_CASE("all algorithms are right, however ranks are spread over hosts") {
         }
       }
       std::vector<int> mine(500, me), theirs(500 * static_cast<std::size_t>(n));
-      comm.all_gather(std::span<const int>(mine), std::span(theirs));
-      for (std::size_t i = 0; i < theirs.size(); ++i) expect(theirs[i] == static_cast<int>(i / 500), "all_gather");
+      for (const std::string_view name : algorithms_for(Collective::all_gather)) {
+        if (!find_algorithm(Collective::all_gather, name).generate) continue;
+        comm.all_gather(std::span<const int>(mine), std::span(theirs), {.algorithm = name});
+        for (std::size_t i = 0; i < theirs.size(); ++i) expect(theirs[i] == static_cast<int>(i / 500), "all_gather by " + std::string(name));
+      }
+      for (const std::string_view name : algorithms_for(Collective::reduce_scatter)) {
+        if (!find_algorithm(Collective::reduce_scatter, name).generate) continue;
+        std::vector<int> whole(500 * static_cast<std::size_t>(n)), part(500);
+        for (std::size_t i = 0; i < whole.size(); ++i) whole[i] = me + static_cast<int>(i);
+        comm.reduce_scatter(std::span<const int>(whole), std::span(part), sum, {.algorithm = name});
+        for (std::size_t i = 0; i < part.size(); ++i) expect(part[i] == n * (n - 1) / 2 + n * (500 * me + static_cast<int>(i)), "reduce_scatter by " + std::string(name));
+      }
       comm.send_receive(std::span<const int>(mine), wrap(me + 1, n), std::span(theirs).first(500), wrap(me - 1, n), 3);
       expect(theirs[499] == wrap(me - 1, n), "send_receive");
       std::vector<int> root(20'000, me == n - 1 ? 7 : 0);

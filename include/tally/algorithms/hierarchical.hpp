@@ -96,10 +96,10 @@ struct Hierarchical {
     for (int block = number; block < all.width; block += size)
       for (int to = 0; to < all.count(); ++to) {
         if (block >= all.size(to)) continue;
-        const Range sum = partial(block, to);
-        Steps fold = detail::fold_all(number, size, in[all.first(to) + block], sum, all.first(mine), sum.first + widest);
+        const Range folded = partial(block, to);
+        Steps fold = detail::fold_all(number, size, in[all.first(to) + block], folded, all.first(mine), folded.first + widest);
         while (const Step* step = fold.next()) co_yield *step;
-        if (to != mine) co_yield send(all.first(to) + block, sum);
+        if (to != mine) co_yield send(all.first(to) + block, folded);
       }
     const Range own = partial(number, mine);
     Steps fold = detail::fold_all(mine, all.count(), own, out.all(), 0, own.first + widest);
