@@ -111,6 +111,18 @@ TEST_CASE("all algorithms are right, however ranks are spread over hosts") {
   }
 }
 
+TEST_CASE("explain says which way goes to whom") {
+  std::vector<std::string> texts(5);
+  everyone({1, 1, 2, 1, 2}, [&](Communicator& comm) { texts[static_cast<std::size_t>(comm.rank())] = comm.explain(Collective::all_reduce, 8); });
+  CHECK_THAT(texts[0], Catch::Contains("rank 0 goes by shm to 1,3, tcp to 2,4"));
+  CHECK_THAT(texts[1], Catch::Contains("rank 1 goes by shm to 0,3, tcp to 2,4"));
+  CHECK_THAT(texts[2], Catch::Contains("rank 2 goes by shm to 4, tcp to 0-1,3"));
+  everyone({1, 1, 2, 2, 3, 3}, [&](Communicator& comm) { if (comm.rank() == 2) texts[2] = comm.explain(Collective::all_reduce, 8); });
+  CHECK_THAT(texts[2], Catch::Contains("share a host in groups of 2") && Catch::Contains("rank 2 goes by shm to 3, tcp to 0-1,4-5"));
+  everyone({1, 2}, [&](Communicator& comm) { texts[static_cast<std::size_t>(comm.rank())] = comm.explain(Collective::all_reduce, 8); });
+  CHECK_THAT(texts[1], Catch::Contains("rank 1 goes by tcp to 0"));
+}
+
 TEST_CASE("communicators of some ranks share memory where these are on one host, and call ranks as they do") {
   everyone({1, 2, 1, 2, 1, 3}, [](Communicator& comm) {
     const int n = comm.size(), me = comm.rank();

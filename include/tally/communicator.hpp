@@ -491,7 +491,9 @@ class Communicator {
       if (objective != Objective::time) std::snprintf(row, sizeof row, "  energy %12.3f, relative", candidate.estimate.energy), text += row;
       text += '\n';
     }
-    if (group() > 1 && group() < size()) text += detail::concat({"  ranks that follow each other share a cache or a socket in groups of ", group(), "\n"});
+    const std::string ways = engine().ways();
+    if (group() > 1 && group() < size()) text += detail::concat({"  ranks that follow each other share ", ways.empty() ? "a cache or a socket" : "a host", " in groups of ", group(), "\n"});
+    if (!ways.empty()) text += detail::concat({"  rank ", rank(), " goes by ", ways, "\n"});
     if (const AlgorithmRef kernel = find_algorithm(operation, SingleCopy::name)) {
       if (const std::string problem = engine().kernel_problem(); !problem.empty()) text += detail::concat({"  single_copy is done as staged: ", problem, "\n"});
       else if (engine().stages() && !chooser.has_measured(kernel, operation, bytes)) text += "  single_copy is not measured: the kernel's copies are chosen by measurement alone (tally_perf --tune)\n";
@@ -510,7 +512,7 @@ class Communicator {
     account.members = in_job_;
     return account;
   }
-  std::string_view transport_name() const { return engine().transport_name(); }
+  std::string_view transport_name() const { return ledger().transport_name(); }
   /// What the transport has moved since the communicator was made.
   TransportCounters counters() const { return engine().counters(); }
 

@@ -228,7 +228,7 @@ class Engine final : public AnyEngine {
     const Held held(const_cast<Engine&>(*this));
     return transport_->counters();
   }
-  std::string_view transport_name() const override { return transport_->name(); }
+  std::string ways() const override { if constexpr (requires { transport_->ways(); }) return transport_->ways(); else return {}; }
   std::uint64_t reserve(std::span<const Rank> members) override { return transport_->reserve(members); }
   std::unique_ptr<AnyEngine> open(std::uint64_t token, std::span<const Rank> members) override { return std::make_unique<Engine>(transport_->open(token, members), clock_, ledger_.settings(), wait_, accounting_); }
   void release(std::uint64_t token) override { transport_->release(token); }

@@ -48,6 +48,21 @@ class RouteTransport {
   Rank origin(Rank r) const { return net_->origin(r); }
   std::size_t frame_bytes() const { return local_ ? std::min(local_->frame_bytes(), net_->frame_bytes()) : net_->frame_bytes(); }
   std::string_view name() const { return name_; }
+  /// Which way goes to whom: "shm to 1, tcp to 2-3".
+  std::string ways() const {
+    const auto list = [this](bool nearby) {
+      std::string text;
+      for (Rank r = 0, first = 0; r < size(); first = ++r) {
+        if (r == rank() || is_near(r) != nearby) continue;
+        while (r + 1 < size() && r + 1 != rank() && is_near(r + 1) == nearby) ++r;
+        text += detail::concat({text.empty() ? "" : ",", first});
+        if (r > first) text += detail::concat({"-", r});
+      }
+      return text;
+    };
+    const std::string here = list(true), there = list(false);
+    return detail::concat({here.empty() ? "" : detail::concat({local_->name(), " to ", here, there.empty() ? "" : ", "}), there.empty() ? "" : detail::concat({net_->name(), " to ", there})});
+  }
   TransportCounters counters() const {
     TransportCounters all = net_->counters();
     if (!local_) return all;
