@@ -49,7 +49,7 @@ struct CostModel {
   float far_byte = 0.00003f;    // a byte out of another core's cache
   float turn = 1.0f;           // where ranks outnumber cores: for one of them to give another its core
   std::int32_t cores = 1;      // that ranks share
-  Across across;
+  Across across = {};
   std::int32_t group = 1;      // see Shape
   std::int32_t ranks = 0;      // that `measured` is for
   Objective objective = Objective::time;

@@ -88,7 +88,7 @@ struct Hierarchical {
     for (int i = 0; i < n; ++i) widest = in[i].count > widest ? in[i].count : widest;
     // In scratch each fold has its result and its own stack behind it.
     const std::size_t apart = widest * (2 + static_cast<std::size_t>(std::bit_width(static_cast<unsigned>(n))));
-    const auto partial = [&](int block, int to) { return Range{Buffer::scratch, static_cast<std::size_t>(block / size * all.count() + to) * apart, in[all.first(to) + block].count}; };
+    const auto partial = [&, &in = in](int block, int to) { return Range{Buffer::scratch, static_cast<std::size_t>(block / size * all.count() + to) * apart, in[all.first(to) + block].count}; };
     for (int other = 1; other < size; ++other)
       for (int block = wrap(number + other, size); block < all.width; block += size)
         for (int to = 0; to < all.count(); ++to)

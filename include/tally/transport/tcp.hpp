@@ -26,31 +26,20 @@
 #include <utility>
 #include <vector>
 
-#include "../network/node.hpp"
-#include "../topology.hpp"
 #include "concept.hpp"
+#include "networked.hpp"
 #include "queue.hpp"
 #include "tcp_channel.hpp"
 
 namespace tally::inline v0 {
 
-class TcpTransport {
+class TcpTransport : public NetworkedTransport {
  public:
-  static constexpr std::uint64_t world = 1;
-
-  /// `members`: the job's ranks that these are, this one among them.
   TcpTransport(std::shared_ptr<detail::NetworkNode> node, std::uint64_t communicator, std::vector<Rank> members, const TcpOptions& options = {})
-      : node_(std::move(node)), options_(options), frame_bytes_(std::max<std::size_t>(options.frame_bytes, 64)), window_(std::max(options.window, frame_bytes_ + detail::frame_cost)), group_(node_->join(communicator, std::move(members))),
-        me_(static_cast<Rank>(std::find(group_->members.begin(), group_->members.end(), node_->rank()) - group_->members.begin())), outs_(static_cast<std::size_t>(options.lanes * size())), ins_(outs_.size()), epoll_(::epoll_create1(EPOLL_CLOEXEC)), wake_(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) {
+      : NetworkedTransport(std::move(node), communicator, std::move(members)), options_(options), frame_bytes_(std::max<std::size_t>(options.frame_bytes, 64)), window_(std::max(options.window, frame_bytes_ + detail::frame_cost)), outs_(static_cast<std::size_t>(options.lanes * size())),
+        ins_(outs_.size()), epoll_(::epoll_create1(EPOLL_CLOEXEC)), wake_(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) {
     if (!epoll_ || !wake_) throw Error(Errc::no_resources, {"no descriptor to wait with: ", detail::errno_text(errno)}, {me_, -1, 0, {}});
     for (const int fd : {node_->door(), wake_.get()}) watch(fd, EPOLLIN | EPOLLET);
-    int here = 0;
-    for (const Rank r : group_->members) {
-      elsewhere_ = elsewhere_ || node_->is_elsewhere(r);
-      here += std::equal(node_->address(r).ip, node_->address(r).ip + 16, node_->address(node_->rank()).ip);
-    }
-    const cpu_set_t cores = own_cores();
-    crowded_ = here > std::max(CPU_COUNT(&cores), 1);
     sending_.reserve(outs_.size());
     receiving_.reserve(ins_.size());
     for (int lane = 0; lane < lanes(); ++lane)
@@ -61,17 +50,10 @@ class TcpTransport {
         outs_[i].elsewhere = ins_[i].elsewhere = node_->is_elsewhere(origin(r));
       }
   }
-  TcpTransport(const TcpTransport&) = delete;
-  TcpTransport& operator=(const TcpTransport&) = delete;
 
-  Rank rank() const { return me_; }
-  int size() const { return static_cast<int>(group_->members.size()); }
   int lanes() const { return options_.lanes; }
-  Rank origin(Rank r) const { return group_->members[static_cast<std::size_t>(r)]; }
   std::size_t frame_bytes() const { return frame_bytes_; }
   std::string_view name() const { return "tcp"; }
-  const TransportCounters& counters() const { return counters_; }
-  bool crowded() const { return crowded_; }
 
   template <Probe P>
   void post(Transfer& t, P& probe) {
@@ -124,23 +106,6 @@ class TcpTransport {
   void flush() {}
   bool idle() const { return sending_.empty() && receiving_.empty(); }
 
-  void enter(const RankStatus& status) { status_ = status; }
-  void exit() {
-    status_.inside = RankStatus::outside;
-    if (published_.inside != RankStatus::outside) publish();  // others were told that this rank is inside
-  }
-  RankStatus status(Rank r) const {
-    if (r == me_) return status_;
-    auto& self = const_cast<TcpTransport&>(*this);
-    self.inquire();
-    const detail::Told told = node_->told(*group_, r);
-    return {told.status.sequence, told.status.fingerprint, told.status.count, static_cast<RankStatus::Place>(std::min<std::uint32_t>(told.status.inside, RankStatus::inside_message)), told.left != 0};
-  }
-  /// The same once r says that it has come that far, which it does while it waits or fails itself; for an error's text.
-  RankStatus status_at(Rank r, std::uint64_t sequence) const {
-    for (int tries = 0; tries < 100 && status(r).sequence < sequence; ++tries) std::this_thread::sleep_for(std::chrono::milliseconds(1));
-    return status(r);
-  }
   Liveness liveness(Rank r) {
     if (r == me_) return Liveness::alive;
     inquire();
@@ -167,36 +132,14 @@ class TcpTransport {
     if (broken_since_ == std::chrono::steady_clock::time_point{}) broken_since_ = now;
     if (node_->registry_is_gone()) return Liveness::dead;
     if (now - broken_since_ > std::chrono::seconds(1))
-      throw Error(Errc::peer_lost, {"a connection between rank ", me_, " and rank ", r, " (", node_->address(origin(r)).text(), ") broke, though that rank is still there: something between them ends connections"}, {me_, r, status_.sequence, {}});
+      throw Error(Errc::peer_lost, {"a connection between rank ", me_, " and rank ", r, " (", address_of(r), ") broke, though that rank is still there: something between them ends connections"}, {me_, r, status_.sequence, {}});
     return Liveness::alive;
-  }
-
-  /// Hears what the others say about themselves.
-  void hear() {
-    node_->hear();
-    if (elsewhere_) map_ = node_->clock_map();
-  }
-  /// Says what this rank is in and asks for the others, not too often: who waits for long does.
-  void inquire() {
-    hear();
-    const auto now = std::chrono::steady_clock::now();
-    if (now - inquired_ < std::chrono::milliseconds(1) + std::chrono::microseconds(100) * size()) return;
-    inquired_ = now;
-    if (published_.sequence != status_.sequence || published_.fingerprint != status_.fingerprint || published_.inside != status_.inside) publish();
-    node_->ask(*group_);
   }
 
   void abort(const AbortNotice& notice) {
     node_->abort(*group_, notice);
     interrupt();
   }
-  bool aborted() const {
-    if (group_->aborted.load(std::memory_order_relaxed)) return true;
-    if (++looks_ % 256 != 0) return false;  // who sleeps is woken by it, and who looks after others hears it, too
-    node_->hear();
-    return group_->aborted.load(std::memory_order_relaxed);
-  }
-  AbortNotice abort_notice() const { return node_->notice(*group_); }
 
   template <class Recheck>
   void park(nanoseconds limit, Recheck&& recheck) {
@@ -221,14 +164,7 @@ class TcpTransport {
     (void)!::write(wake_.get(), &one, sizeof one);
   }
 
-  std::uint64_t reserve(std::span<const Rank>) { return node_->new_communicator(); }
-  std::unique_ptr<TcpTransport> open(std::uint64_t token, std::span<const Rank> members) {
-    std::vector<Rank> origins;
-    for (const Rank r : members) origins.push_back(origin(r));
-    return std::make_unique<TcpTransport>(node_, token, std::move(origins), options_);
-  }
-  void release(std::uint64_t) {}
-  void discard(std::uint64_t, std::span<const Rank>) {}
+  std::unique_ptr<TcpTransport> open(std::uint64_t token, std::span<const Rank> members) { return std::make_unique<TcpTransport>(node_, token, origins_of(members), options_); }
 
   void leave() {
     if (::getpid() != process_) return;  // a child that this rank forked: it never was a rank
@@ -293,7 +229,7 @@ class TcpTransport {
   void throw_if_cut(Rank peer, int error) const {
     if (error == EPIPE || error == ECONNRESET || error == ECONNREFUSED || error == ECONNABORTED || error == EBADF) return;
     throw Error(error == EMFILE || error == ENFILE || error == ENOMEM || error == ENOBUFS ? Errc::no_resources : Errc::peer_lost,
-                {"the connection from rank ", me_, " to rank ", peer, " (", node_->address(origin(peer)).text(), ") is cut: ", detail::errno_text(error)}, {me_, peer, status_.sequence, {}});
+                {"the connection from rank ", me_, " to rank ", peer, " (", address_of(peer), ") is cut: ", detail::errno_text(error)}, {me_, peer, status_.sequence, {}});
   }
 
   static ssize_t send_both(const Out& out) {
@@ -418,7 +354,7 @@ class TcpTransport {
       h.flags |= detail::FrameHeader::asks;
       out.asked = out.sent;
     }
-    h.stamp(to_wire(out, probe.stamp(t)));
+    h.stamp(to_wire(out.elsewhere, probe.stamp(t)));
     if (options_.checksum) h.checksum = detail::crc32c(0, t.from + t.done, bytes), h.seal = h.own_seal();
     out.stage.append(&h, sizeof h);
     ++counters_.frames_sent;
@@ -458,7 +394,7 @@ class TcpTransport {
         if (!fault.empty()) malformed(out.peer, fault);
         out.consumed = h.total;
         out.asked = std::max(out.asked, out.consumed);
-        out.credit = from_wire(out, h.times());
+        out.credit = from_wire(out.elsewhere, h.times());
       }
       if (got < 0) return;
     }
@@ -486,7 +422,7 @@ class TcpTransport {
     }
     if (!in.seen) {
       FrameInfo info = in.header.info();
-      info.times = from_wire(in, info.times);
+      info.times = from_wire(in.elsewhere, info.times);
       if (t->matching != Matching::order && info.first && !in.receives.match(info, probe)) return false;
       t = in.receives.head;
       probe.arrived(*t, info);
@@ -602,51 +538,21 @@ class TcpTransport {
     detail::FrameHeader h;
     h.kind = detail::FrameHeader::credit;
     h.total = in.consumed;
-    h.stamp(to_wire(in, times));
+    h.stamp(to_wire(in.elsewhere, times));
     if (options_.checksum) h.seal = h.own_seal();
     // The kernel always has room for the few that may be on their way; a sender that asks for more than it reads loses them.
     while (::send(in.fd.get(), &h, sizeof h, MSG_DONTWAIT | MSG_NOSIGNAL) < 0 && errno == EINTR) {}
   }
 
-  [[noreturn, gnu::cold]] void malformed(Rank peer, const std::string& what) const {
-    throw Error(Errc::protocol, {"rank ", peer, " (", node_->address(origin(peer)).text(), ") sent ", what}, {me_, peer, status_.sequence, {}});
-  }
-
-  /// Between hosts times go by the clock of rank 0's host, within one by its own.
-  template <class E>
-  FrameTimes to_wire(const E& with, const FrameTimes& times) const {
-    return with.elsewhere ? map_.to_common(times) : times;
-  }
-  template <class E>
-  FrameTimes from_wire(const E& with, const FrameTimes& times) const {
-    return with.elsewhere ? map_.to_here(times) : times;
-  }
-
-  // Slow matters.
-
-  void publish() {
-    published_ = status_;
-    node_->publish(*group_, status_);
-  }
-
-  std::shared_ptr<detail::NetworkNode> node_;
   TcpOptions options_;
   std::size_t frame_bytes_;
   std::uint64_t window_;
-  std::shared_ptr<detail::NetworkGroup> group_;
-  Rank me_;
   std::vector<Out> outs_;
   std::vector<In> ins_;
   std::vector<Out*> sending_;  // those with something to do
   std::vector<In*> receiving_;
   detail::FileDescriptor epoll_, wake_;
-  RankStatus status_, published_;
-  std::chrono::steady_clock::time_point inquired_{}, broken_since_{};
-  mutable std::uint32_t looks_ = 0;
-  bool crowded_ = false, elsewhere_ = false;  // elsewhere: some are on other hosts
-  detail::ClockMap map_ = node_->clock_map();
-  TransportCounters counters_;
-  pid_t process_ = ::getpid();
+  std::chrono::steady_clock::time_point broken_since_{};
 };
 
 }  // namespace tally::inline v0
