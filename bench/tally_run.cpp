@@ -244,7 +244,8 @@ class Job {
  private:
   void start() {
     const std::string job = random_word(), secret = random_word();
-    std::string address = settings_.address;
+    const char* const known = std::getenv("TALLY_ADDRESS");
+    std::string address = !settings_.address.empty() ? settings_.address : known ? known : "";
     if (address.empty() && !settings_.hosts_file.empty()) {
       const auto number = static_cast<std::uint32_t>(std::stoul(job.substr(0, 7), nullptr, 16));
       address = concat({hosts_[0].name, ":", 20'000 + number % 12'000});  // below those that systems give away
@@ -253,7 +254,8 @@ class Job {
     for (int rank = 0; rank < settings_.ranks; ++rank) {
       std::vector<std::pair<std::string, std::string>> variables{{"TALLY_RANK", std::to_string(rank)}, {"TALLY_SIZE", std::to_string(settings_.ranks)}, {"TALLY_JOB", job}};
       if (!address.empty()) variables.emplace_back("TALLY_ADDRESS", address);
-      if (!address.empty() && !std::getenv("TALLY_SECRET")) variables.emplace_back("TALLY_SECRET", secret);
+      const char* const own = std::getenv("TALLY_SECRET");
+      if (!address.empty() && !(own && *own)) variables.emplace_back("TALLY_SECRET", secret);
       std::string number = std::to_string(rank);
       number.insert(0, static_cast<std::size_t>(width) - number.size(), ' ');
       start(rank, hosts_[static_cast<std::size_t>(rank)], variables, settings_.plain ? "" : concat({"[", number, "] "}));
@@ -284,7 +286,7 @@ class Job {
         words.push_back("exec sh -s");
       } else {
         for (const auto& [name, value] : variables) ::setenv(name.c_str(), value.c_str(), 1);
-        if (rank > 0) ::dup2(FileDescriptor(::open("/dev/null", O_RDONLY)).get(), 0);
+        if (rank > 0 || ::isatty(0)) ::dup2(FileDescriptor(::open("/dev/null", O_RDONLY)).get(), 0);
       }
       std::vector<char*> argv;
       for (std::string& word : words) argv.push_back(word.data());

@@ -5,6 +5,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <filesystem>
@@ -96,21 +97,22 @@ TEST_CASE("a place to meet is found as launchers say it") {
 
 namespace {
 
-/// Rank r of a job that meets there; `settings` as its own.
-std::shared_ptr<detail::NetworkNode> meet(Rank r, int n, const std::string& where, const std::string& secret = {}, nanoseconds timeout = 20s, std::string_view interface = "lo") {
-  detail::Meeting meeting(where);
+/// Rank r of a job that meets there.
+std::shared_ptr<detail::NetworkNode> meet(Rank r, int n, detail::Meeting meeting, const std::string& secret = {}, nanoseconds timeout = 20s, std::string_view interface = "lo") {
   detail::Join me;
   me.rank = r;
   me.size = n;
   return detail::NetworkJob::join(meeting, me, detail::NetworkSettings(timeout, secret), interface, {});
 }
+std::shared_ptr<detail::NetworkNode> meet(Rank r, int n, const std::string& where, const std::string& secret = {}, nanoseconds timeout = 20s) { return meet(r, n, detail::Meeting(where), secret, timeout); }
 
 }  // namespace
 
 TEST_CASE("ranks meet by a file, whatever an earlier job left in it") {
   const std::string path = (std::filesystem::temp_directory_path() / ("tally-meeting-" + std::to_string(::getpid()))).string();
-  for (const char* left : {"", "tally 77\n127.0.0.1:1\n", "tally 5\n"}) {
-    if (*left) std::ofstream(path) << left;
+  const auto silent = detail::listen_at(loopback(4));  // somebody else by now
+  for (const std::string& left : {std::string(), std::string("tally 77\n127.0.0.1:1\n"), std::string("tally 5\n"), "tally 6\n" + detail::own_address(silent).text() + "\n"}) {
+    if (!left.empty()) std::ofstream(path) << left;
     std::vector<std::shared_ptr<detail::NetworkNode>> nodes(3);
     on_ranks(3, [&](Rank r) {
       if (r == 0) std::this_thread::sleep_for(100ms);  // the others look into what is left
@@ -130,9 +132,15 @@ TEST_CASE("ranks meet by a file, whatever an earlier job left in it") {
 
 TEST_CASE("who does not know the secret neither joins nor is joined") {
   const auto joined = [](const std::string& at_0, const std::string& at_1) {
-    const std::string where = detail::own_address(detail::listen_at(loopback(4))).text();
+    auto listener = detail::listen_at(loopback(4));
+    const std::string where = detail::own_address(listener).text();
     std::vector<Caught> results(2);
-    on_ranks(2, [&](Rank r) { results[static_cast<std::size_t>(r)] = caught([&] { meet(r, 2, where, r == 0 ? at_0 : at_1, r == 0 ? 1s : 5s); }); });
+    on_ranks(2, [&](Rank r) {
+      results[static_cast<std::size_t>(r)] = caught([&] {
+        if (r == 0) meet(0, 2, detail::Meeting(std::move(listener)), at_0, 1s);
+        else meet(1, 2, where, at_1, 5s);
+      });
+    });
     return results;
   };
   const auto fine = joined("swordfish", "swordfish");
@@ -152,22 +160,82 @@ TEST_CASE("who does not know the secret neither joins nor is joined") {
   auto listener = detail::listen_at(loopback(4));
   const SocketAddress address = detail::own_address(listener);
   const detail::Registry registry(std::move(listener), job.like, detail::NetworkSettings(2s, "swordfish"));
+  detail::Challenge asked;
+  bool refused = false, challenged = false;
+  const auto listen = [&](detail::ControlStream& to, nanoseconds until) {
+    const auto deadline = std::chrono::steady_clock::now() + until;
+    refused = challenged = false;
+    while (std::chrono::steady_clock::now() < deadline && !refused && !challenged) {
+      to.write();
+      if (!to.read([&](detail::ControlKind kind, std::string_view record) {
+            if (kind == detail::ControlKind::challenge) challenged = detail::ControlStream::take(record, asked);
+            if (kind == detail::ControlKind::refusal) refused = record.find("another secret") != std::string_view::npos;
+            return true;
+          })) break;
+      std::this_thread::sleep_for(1ms);
+    }
+  };
+  detail::ControlStream rank_1(knock(address)), stranger(knock(address));
+  listen(rank_1, 5s);
+  REQUIRE(challenged);
   detail::Join words = job.like;
   words.rank = 1;
-  words.proof = detail::proof_of("swordfish", "join", detail::Nonce{}, detail::ControlStream::as_bytes(words));
-  detail::ControlStream stranger(knock(address));
+  words.proof = detail::proof_of("swordfish", "join", asked.nonce, detail::ControlStream::as_bytes(words));
+  listen(stranger, 5s);
+  REQUIRE(challenged);
   stranger.put(detail::ControlKind::join, words);
-  bool refused = false;
-  const auto deadline = std::chrono::steady_clock::now() + 5s;
-  while (!refused && std::chrono::steady_clock::now() < deadline) {
-    stranger.write();
-    if (!stranger.read([&](detail::ControlKind kind, std::string_view record) {
-          if (kind == detail::ControlKind::refusal) refused = record.find("another secret") != std::string_view::npos;
-          return true;
-        })) break;
-    std::this_thread::sleep_for(1ms);
-  }
+  listen(stranger, 5s);
   CHECK(refused);
+  rank_1.put(detail::ControlKind::join, words);
+  listen(rank_1, 300ms);
+  CHECK_FALSE(refused);
+}
+
+TEST_CASE("who has not shown that it is the registry is not listened to") {
+  for (const auto kind : {detail::ControlKind::dead, detail::ControlKind::gone, detail::ControlKind::goodbye, detail::ControlKind::abort, detail::ControlKind::told}) {
+    const auto listener = detail::listen_at(loopback(4));
+    std::thread server([&] {
+      detail::wait_for_events(listener.get(), POLLIN, std::chrono::steady_clock::now() + 5s);
+      detail::ControlStream guest(detail::FileDescriptor(::accept4(listener.get(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK)));
+      guest.put(detail::ControlKind::challenge, detail::Challenge{.secured = 1});
+      guest.put(kind, std::string(64, '\0'));
+      guest.write();
+      std::this_thread::sleep_for(300ms);
+    });
+    const Caught c = caught([&] { meet(1, 2, detail::own_address(listener).text(), "swordfish", 5s); });
+    server.join();
+    INFO(c);
+    CHECK(c.is(Errc::peer_lost));
+  }
+}
+
+TEST_CASE("ranks of rank 0's host are told to others as these reach that host, whatever its name means there", "[processes]") {
+  const test::TwoHosts hosts;
+  if (!hosts.problem().empty()) return void(std::printf("skipped: %s\n", hosts.problem().c_str()));
+  const test::Shared<std::array<Caught, 3>> results;
+  std::vector<test::Process> ranks;
+  for (Rank r = 0; r < 3; ++r)
+    ranks.emplace_back([&, r] {
+      (*results)[static_cast<std::size_t>(r)].record([&] {
+        hosts.enter(r == 2);
+        detail::Join me;
+        me.rank = r;
+        me.size = 3;
+        me.place = me.boot = static_cast<std::uint64_t>(r == 2);
+        std::unique_ptr<detail::Registry> registry;
+        if (r == 0) registry = std::make_unique<detail::Registry>(detail::listen_anywhere(29'557), me, 10s);
+        const auto find = [&] { return detail::NetworkNode::Place{detail::resolve(r == 2 ? "10.213.0.1:29557" : "127.0.1.1:29557"), 0, false, false}; };
+        Communicator comm = test::over_tcp(std::make_shared<detail::NetworkNode>(find, me, 10s));
+        int x = r;
+        comm.all_reduce<OneShot>(std::span(&x, 1), sum);  // all send to all
+        test::expect(x == 3, "a sum");
+      });
+    });
+  for (auto& rank : ranks) CHECK(rank.wait(20s));
+  for (Rank r = 0; r < 3; ++r) {
+    INFO((*results)[static_cast<std::size_t>(r)]);
+    CHECK(((*results)[static_cast<std::size_t>(r)].ran && !(*results)[static_cast<std::size_t>(r)].error && !(*results)[static_cast<std::size_t>(r)].foreign));
+  }
 }
 
 TEST_CASE("what is no job of tally is not taken for one") {

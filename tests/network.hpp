@@ -32,7 +32,7 @@ inline SocketAddress loopback(int family) { return detail::resolve(family == 6 ?
 
 /// For a node that is to find the registry there.
 inline detail::NetworkNode::FindRegistry at(const SocketAddress& address) {
-  return [address] { return detail::NetworkNode::Place{{address}, 0}; };
+  return [address] { return detail::NetworkNode::Place{{address}, 0, false, true}; };
 }
 
 /// A registry on loopback, and how to join it.
@@ -82,7 +82,7 @@ enum class Way { network, route };  // for all; or only between hosts
 inline Communicator over_tcp(const std::shared_ptr<detail::NetworkNode>& node, const Options& options = {}, const TcpOptions& tcp = {}, Way way = Way::network, const Clock& clock = Clock::host()) {
   const detail::Neighbourhood here(*node, way == Way::network);
   const CostModel model = detail::network_model(here.places, options);
-  return detail::make_communicator(detail::tcp_route(node, here, here.size() > 1 ? detail::local_memory(*node, here, options, tcp.lanes) : nullptr, tcp), model, options, clock);
+  return detail::make_communicator(detail::tcp_route(node, here, here.size() > 1 ? detail::local_memory(*node, here, options, tcp.lanes) : nullptr, options.slots, tcp), model, options, clock);
 }
 /// f(comm) on ranks that are threads, rank r at places[r]; what each of them threw.
 template <class F>

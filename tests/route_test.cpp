@@ -45,7 +45,7 @@ void run(int n, int width, const SlotOptions& slots, const conformance::BodyOf<R
   on_ranks(n, [&](Rank r) {
     const auto node = job.join(r, places[static_cast<std::size_t>(r)]);
     const detail::Neighbourhood here(*node);
-    const auto transport = detail::tcp_route(node, here, here.size() > 1 ? detail::local_memory(*node, here, options, tcp.lanes) : nullptr, tcp);
+    const auto transport = detail::tcp_route(node, here, here.size() > 1 ? detail::local_memory(*node, here, options, tcp.lanes) : nullptr, slots, tcp);
     body(*transport);
     transport->leave();
   });
@@ -144,6 +144,18 @@ TEST_CASE("communicators of some ranks share memory where these are on one host,
       std::vector<int> order(static_cast<std::size_t>(n));
       backwards->all_gather(std::span<const int>(&me, 1), std::span(order));
       for (int i = 0; i < n; ++i) expect(order[static_cast<std::size_t>(i)] == n - 1 - i, "who is who");
+    }
+  });
+}
+
+TEST_CASE("communicators are made of communicators, ten deep") {
+  everyone({1, 1, 2, 2}, [](Communicator& comm) {
+    std::vector<Communicator> all;
+    for (int i = 0; i < 10; ++i) all.push_back((i == 0 ? comm : all.back()).duplicate());
+    for (Communicator& each : all) {
+      int x = 1;
+      each.all_reduce(std::span(&x, 1), sum);
+      expect(x == 4, "a sum");
     }
   });
 }

@@ -147,6 +147,56 @@ TEST_CASE("what was sent is there, however soon its sender goes") {
   });
 }
 
+TEST_CASE("who does not receive for longer than any deadline loses nothing and is not given up") {
+  Job job(2);
+  job.limit = 1s;  // by which peers are given up
+  on_ranks(2, [&](Rank r) {
+    Communicator comm = test::over_tcp(job.join(r));
+    std::vector<int> data(900'000);  // more than the kernel holds, less than the window
+    if (r == 0) {
+      std::iota(data.begin(), data.end(), 0);
+      comm.send(std::span<const int>(data), 1);
+    } else {
+      std::this_thread::sleep_for(3s);
+      comm.receive(std::span(data), 0);
+      for (std::size_t i = 0; i < data.size(); ++i) expect(data[i] == static_cast<int>(i), "all of it");
+    }
+    comm.barrier();
+  });
+}
+
+TEST_CASE("a rank that joined and went before it had a communicator has left it") {
+  const Job job(3);
+  std::vector<Caught> results(3);
+  on_ranks(3, [&](Rank r) {
+    results[static_cast<std::size_t>(r)].record([&] {
+      auto node = job.join(r);
+      if (r == 2) return;  // something else failed
+      Communicator comm = test::over_tcp(std::move(node));
+      comm.barrier();
+    });
+  });
+  for (const Rank r : {0, 1}) {
+    const Caught& c = results[static_cast<std::size_t>(r)];
+    INFO(c);
+    CHECK((c.is(Errc::peer_left) || c.is(Errc::aborted)));
+    CHECK(has(c.text, "rank 2 left the communicator"));
+  }
+}
+
+TEST_CASE("there may be many communicators") {
+  const int many = test::sanitized ? 60 : most_descriptors() < 8192 ? 100 : 600;
+  everyone(2, [&](Communicator& comm) {
+    std::vector<Communicator> all;
+    for (int i = 0; i < many; ++i) all.push_back(comm.duplicate());
+    for (Communicator& each : {std::ref(all.front()), std::ref(all.back())}) {
+      int x = 1;
+      each.all_reduce(std::span(&x, 1), sum);
+      expect(x == 2, "a sum");
+    }
+  });
+}
+
 TEST_CASE("calls that do not match, an abort, a deadline and a rank that leaves are named over TCP") {
   for (const Caught& c : outcomes(3, [](Communicator& comm) {
          std::vector<int> data(comm.rank() == 2 ? 7 : 8);

@@ -296,19 +296,20 @@ inline JobInfo job_info() { return detail::job_from_environment(); }
 inline Communicator init(const Options& defaults = {}) {
   const Options options = Options::from_environment(defaults);
   JobInfo job = detail::job_from_environment();
-  // Without a name of the job, ranks of one job share their parent: the launcher's daemon, or a shell.
-  if (job.job.empty()) job.job = detail::concat({"parent", ::getppid()});
   if (job.size == 1) {
-    options.expect_transport("thread", "alone in their process");
+    if (options.transport != "tcp") options.expect_transport("thread", "alone in their process");
     const auto memory = std::make_shared<ThreadMemory>(SlotLayout(1, options.slots));
     detail::write_model(*memory, options);
     return detail::make_communicator(memory, 0, options);
   }
-  if (!job.one_host || options.transport == "tcp" || detail::environment("TALLY_ADDRESS")) {
+  if (!job.one_host || options.transport == "tcp" || (options.transport.empty() && detail::environment("TALLY_ADDRESS"))) {
+    options.expect_transport("tcp", "on several hosts");
     if (detail::init_network) return detail::init_network(job, options);
     throw Error(Errc::unsupported, {job.one_host ? "TALLY_ADDRESS or TALLY_TRANSPORT asks for a network" : job.launcher + " started some of the ranks on other hosts", ", and this program has none: include tally/tcp.hpp in it"});
   }
   options.expect_transport("shm", "processes of one host");
+  // Without a name of the job, ranks of one job share their parent: the launcher's daemon, or a shell.
+  if (job.job.empty()) job.job = detail::concat({"parent", ::getppid()});
   return detail::make_communicator(detail::Rendezvous(job, options).meet(), job.rank, options);
 }
 

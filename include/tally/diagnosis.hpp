@@ -119,13 +119,16 @@ class Diagnosis {
       if (buffers.clashes(Buffers(*run))) throw Error(Errc::invalid_argument, {what, " of ", std::max(buffers.in.size(), buffers.out.size()), " bytes overlaps in memory with ", describe(*run), ", which is still in flight: wait for that first"});
   }
 
-  /// In a handler: what was thrown, as an error of this rank in that operation. `found`: by the engine, not by an operator.
-  [[gnu::cold]] Error error_of(const Run& run, bool found) const {
+  /// In a handler: what was thrown, as an error of this rank in that operation. `found`: by the engine or the transport, not by an operator.
+  [[gnu::cold]] Error error_of(const Run& run, bool& found) const {
     std::string what;
     try {
       throw;
+    } catch (const TransportError& error) {
+      found = true;
+      return error;
     } catch (const Error& error) {
-      if (found || error.errc() == Errc::protocol) return error;  // the transport says that, who knows the rank
+      if (found) return error;
       what = detail::concat({": ", error.text()});
     } catch (const std::exception& error) {
       what = detail::concat({": ", error.what()});

@@ -693,7 +693,7 @@ class Engine final : public AnyEngine {
   std::uint64_t sequence_ = 0, moves_ = 0;
   bool limit_is_error_ = true, out_of_time_ = false;
   std::optional<Error> failed_;
-  bool detected_ = false;  // failed_ was found here or told by another rank, not thrown by a user's operator
+  bool detected_ = false;  // failed_ was found here, by the transport or told by another rank, not thrown by a user's operator
   Gate gate_;
 };
 

@@ -86,6 +86,12 @@ class Error : public std::system_error {
   std::string what_;
 };
 
+/// Thrown by transports, who know whose fault it is.
+class TransportError : public Error {
+ public:
+  using Error::Error;
+};
+
 }  // namespace tally::inline v0
 
 template <>

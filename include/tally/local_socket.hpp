@@ -31,10 +31,11 @@ inline FileDescriptor local_socket() {
 }
 inline constexpr std::size_t longest_local_name = sizeof(sockaddr_un::sun_path) - 2;
 inline std::pair<sockaddr_un, socklen_t> local_address(std::string_view name) {
+  if (name.size() > longest_local_name) throw Error(Errc::invalid_argument, {"'", name, "' is too long a name for a local socket"});
   sockaddr_un address{};
   address.sun_family = AF_UNIX;
-  std::memcpy(address.sun_path + 1, name.data(), std::min(name.size(), longest_local_name));  // a leading 0: abstract
-  return {address, static_cast<socklen_t>(offsetof(sockaddr_un, sun_path) + 1 + std::min(name.size(), longest_local_name))};
+  std::memcpy(address.sun_path + 1, name.data(), name.size());  // a leading 0: abstract
+  return {address, static_cast<socklen_t>(offsetof(sockaddr_un, sun_path) + 1 + name.size())};
 }
 
 /// A connected Unix socket, or none, that moves whole records and one descriptor, up to a deadline.

@@ -45,7 +45,12 @@ struct NetworkJob {
       job->registry = std::make_unique<Registry>(std::move(listener), like, settings, note);
     }
     if (!interface.empty()) me.listens = choose_addresses(interface, own_interfaces()).front();
-    job->node = std::make_unique<NetworkNode>([&] { return NetworkNode::Place{meeting.addresses(), meeting.nonce()}; }, me, settings);
+    const auto find = [&] {
+      NetworkNode::Place place{meeting.addresses(), 0, meeting.is_file() && me.rank != 0, meeting.is_here_only()};
+      place.nonce = meeting.nonce();
+      return place;
+    };
+    job->node = std::make_unique<NetworkNode>(find, me, settings);
     meeting.close();
     return {job, job->node.get()};
   }
@@ -105,7 +110,8 @@ inline std::shared_ptr<SlotMemory> local_memory(const NetworkNode& node, const N
   return Rendezvous(those, options, name_of_place(node)).meet();
 }
 /// `memory`: of the ranks of this host, null where this one is alone.
-inline std::unique_ptr<RouteTransport<TcpTransport>> tcp_route(std::shared_ptr<NetworkNode> node, const Neighbourhood& here, std::shared_ptr<SlotMemory> memory, const TcpOptions& tcp) {
+inline std::unique_ptr<RouteTransport<TcpTransport>> tcp_route(std::shared_ptr<NetworkNode> node, const Neighbourhood& here, std::shared_ptr<SlotMemory> memory, SlotOptions slots, const TcpOptions& tcp) {
+  slots.lanes = tcp.lanes;
   std::vector<Rank> all;
   for (Rank r = 0; r < node->size(); ++r) all.push_back(r);
   std::unique_ptr<SlotTransport> local;
@@ -113,7 +119,7 @@ inline std::unique_ptr<RouteTransport<TcpTransport>> tcp_route(std::shared_ptr<N
     local = std::make_unique<SlotTransport>(std::move(memory), here.me, false, here.numbers);
     local->hang(std::make_unique<DatagramDoorbell>(name_of_place(*node) + "/bell", here.me, here.size()));
   }
-  return std::make_unique<RouteTransport<TcpTransport>>(std::make_unique<TcpTransport>(std::move(node), TcpTransport::world, std::move(all), tcp), std::move(local), here.places);
+  return std::make_unique<RouteTransport<TcpTransport>>(std::make_unique<TcpTransport>(std::move(node), TcpTransport::world, std::move(all), tcp), std::move(local), here.places, slots);
 }
 
 inline Communicator tcp_communicator(const JobInfo& job, Meeting meeting, const Options& options, const TcpOptions& defaults) {
@@ -126,7 +132,7 @@ inline Communicator tcp_communicator(const JobInfo& job, Meeting meeting, const 
   me.job = hash_text(job.job);
   me.boot = hash_text(boot_id());
   me.place = hash_text(sharing_id());
-  me.settings = hash_text(concat({flat ? "tcp " : "shm+tcp ", tcp.lanes, " ", tcp.window, " ", tcp.frame_bytes, tcp.checksum ? " checked" : ""}));
+  me.settings = hash_text(concat({flat ? "tcp " : "shm+tcp ", tcp.lanes, " ", tcp.window, " ", tcp.frame_bytes, tcp.checksum ? " checked " : " ", options.slots.slots, " ", options.slots.slot_bytes, " ", options.slots.budget}));
   const NetworkSettings settings(options.timeout, std::string(environment("TALLY_SECRET").value_or("")));
   const auto node = NetworkJob::join(meeting, me, settings, environment("TALLY_INTERFACE").value_or(""), [&](const std::vector<RankEntry>& entries) {
     std::vector<std::uint64_t> places;
@@ -140,7 +146,7 @@ inline Communicator tcp_communicator(const JobInfo& job, Meeting meeting, const 
   std::shared_ptr<SlotMemory> memory;
   if (here.size() > 1) memory = local_memory(*node, here, options, tcp.lanes);
   if (memory && here.size() == job.size) return make_communicator(std::move(memory), job.rank, options);  // there is but one host
-  return make_communicator(tcp_route(node, here, std::move(memory), tcp), model, options);
+  return make_communicator(tcp_route(node, here, std::move(memory), options.slots, tcp), model, options);
 }
 inline const bool tcp_is_a_network = (init_network = [](const JobInfo& job, const Options& options) { return tcp_communicator(job, Meeting::from_environment(), options, {}); }, true);
 

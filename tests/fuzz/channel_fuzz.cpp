@@ -44,7 +44,7 @@ struct Job {
     me.size = 2;
     me.rank = 0;
     registry.emplace(std::move(listener), me, 20s);
-    const auto find = [at] { return detail::NetworkNode::Place{{at}, 0}; };
+    const auto find = [at] { return detail::NetworkNode::Place{{at}, 0, false, true}; };
     std::thread other([&] {
       detail::Join liar = me;
       liar.rank = 1;

@@ -69,7 +69,7 @@ void to_rank(std::string_view bytes) {
     hear_out(guest.get());
   });
   try {
-    detail::NetworkNode node([&] { return detail::NetworkNode::Place{{at}, 0}; }, join_of(1), 200ms);
+    detail::NetworkNode node([&] { return detail::NetworkNode::Place{{at}, 0, false, true}; }, join_of(1), 200ms);
     const auto group = node.join(1, {0, 1});
     node.ask(*group);
     node.hear();

@@ -41,8 +41,9 @@ class ClockMap {
   /// worst_drift. With clocks that differ by more it may be wrong by more until an answer contradicts what was known.
   Ticks width() const { return known_.width; }
 
-  Ticks to_common(Ticks here) const { return known_.middle() + static_cast<Ticks>(static_cast<std::int64_t>(static_cast<double>(static_cast<std::int64_t>(here - known_.here)) * rate_)); }
-  Ticks to_here(Ticks common) const { return known_.here + static_cast<Ticks>(static_cast<std::int64_t>(static_cast<double>(static_cast<std::int64_t>(common - known_.middle())) / rate_)); }
+  /// As it was here where nothing was learnt.
+  Ticks to_common(Ticks here) const { return answers_ == 0 ? here : known_.middle() + static_cast<Ticks>(static_cast<std::int64_t>(static_cast<double>(static_cast<std::int64_t>(here - known_.here)) * rate_)); }
+  Ticks to_here(Ticks common) const { return answers_ == 0 ? common : known_.here + static_cast<Ticks>(static_cast<std::int64_t>(static_cast<double>(static_cast<std::int64_t>(common - known_.middle())) / rate_)); }
   FrameTimes to_common(FrameTimes times) const {
     times.sent_at = to_common(times.sent_at);
     times.arrive_age = scaled(times.arrive_age, rate_);

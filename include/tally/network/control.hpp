@@ -24,7 +24,7 @@
 
 namespace tally::inline v0::detail {
 
-enum class ControlKind : std::uint32_t { join = 1, welcome, refusal, status, ask, told, goodbye, abort, dead, clock, challenge };
+enum class ControlKind : std::uint32_t { join = 1, welcome, refusal, status, ask, told, goodbye, abort, dead, clock, challenge, gone };
 
 struct ControlHeader {
   std::uint32_t bytes = 0;  // that follow

@@ -62,32 +62,28 @@ class Meeting {
   /// Rank 0: listens there, and says so to those that look into the file. `interface`: see choose_addresses().
   FileDescriptor listen(std::string_view interface) {
     if (listener_) return std::move(listener_);
+    std::vector<SocketAddress> mine;
+    if (!interface.empty() || is_file()) mine = choose_addresses(interface, own_interfaces());
+    if (!interface.empty()) mine.resize(1);
     if (!is_file()) {
-      const auto addresses = resolve(where_);
-      for (std::size_t i = 0;; ++i) try {
-          return listen_at(addresses[i]);
-        } catch (const Error&) {
-          if (i + 1 == addresses.size()) throw;
-        }
-    }
-    std::vector<SocketAddress> mine = choose_addresses(interface, own_interfaces());
-    SocketAddress any;
-    if (interface.empty()) any.family = 6;  // and IPv4, too
-    else any = mine.front(), mine.resize(1);
-    FileDescriptor fd = [&] {
-      try {
-        return listen_at(any);
-      } catch (const Error&) {
-        if (!interface.empty()) throw;
-        any.family = 4;  // a host without IPv6
-        return listen_at(any);
+      const auto [host, port] = split_address(where_);
+      if (!mine.empty()) {
+        mine[0].port = static_cast<std::uint16_t>(port);
+        return listen_at(mine[0]);
       }
-    }();
+      // A host's own name is often one of loopback to itself.
+      SocketAddress ip;
+      int bits = 0;
+      const bool literal = host == "localhost" || (host.find('/') == std::string_view::npos && parse_range(host, ip, bits));
+      return literal ? listen_at(resolve(where_).front()) : listen_anywhere(static_cast<std::uint16_t>(port));
+    }
+    FileDescriptor fd = interface.empty() ? listen_anywhere(0) : listen_at(mine[0]);
+    const bool both = own_address(fd).family == 6;
     nonce_ = static_cast<std::uint64_t>(std::chrono::system_clock::now().time_since_epoch().count()) ^ static_cast<std::uint64_t>(::getpid()) << 40;
     std::string text = concat({"tally ", nonce_, "\n"});
     for (SocketAddress& each : mine) {
       each.port = own_address(fd).port;
-      if (each.family == any.family || any.family == 6) text += each.text() + "\n";
+      if (both || !interface.empty() || each.family == 4) text += each.text() + "\n";
     }
     write_file_atomically(path_, text);
     wrote_ = true;
@@ -116,13 +112,18 @@ class Meeting {
   ~Meeting() { close(); }
   Meeting(Meeting&& other) noexcept : where_(std::move(other.where_)), path_(std::move(other.path_)), listener_(std::move(other.listener_)), nonce_(other.nonce_), wrote_(std::exchange(other.wrote_, false)) {}
 
+  /// Whether nobody of another host can be meant.
+  bool is_here_only() const {
+    if (is_file()) return false;
+    const std::string_view host = split_address(where_).first;
+    return host == "localhost" || host == "::1" || host.starts_with("127.");
+  }
+  bool is_file() const { return where_.starts_with("file:"); }
   /// Tells this job from an earlier one that met in the same file.
   std::uint64_t nonce() const { return nonce_; }
   const std::string& text() const { return where_; }
 
  private:
-  bool is_file() const { return where_.starts_with("file:"); }
-
   std::string where_, path_;
   FileDescriptor listener_;
   std::uint64_t nonce_ = 0;

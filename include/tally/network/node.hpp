@@ -5,6 +5,7 @@
 #pragma once
 
 #include <sys/epoll.h>
+#include <sys/eventfd.h>
 #include <unistd.h>
 
 #include <array>
@@ -15,6 +16,8 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
+#include <set>
 #include <string>
 #include <thread>
 #include <tuple>
@@ -31,50 +34,74 @@ namespace tally::inline v0::detail {
 /// What is known of a communicator's other ranks. Ranks are the communicator's.
 class NetworkGroup {
  public:
-  NetworkGroup(std::uint64_t of, std::vector<Rank> ranks) : communicator(of), members(std::move(ranks)), told(members.size()) {}
+  NetworkGroup(std::uint64_t of, std::vector<Rank> ranks) : communicator(of), members(std::move(ranks)), told(members.size()) {
+    if (!bell_) throw Error(Errc::no_resources, {"no descriptor to be woken by: ", errno_text(errno)});
+  }
   const std::uint64_t communicator;
   const std::vector<Rank> members;  // the job's ranks
   std::atomic<bool> aborted{false};
 
+  /// For who sleeps: readable once something came for this communicator that another thread may have fetched, or somebody rang.
+  int bell() const { return bell_.get(); }
+  void ring() const {
+    const std::uint64_t one = 1;
+    (void)!::write(bell_.get(), &one, sizeof one);
+  }
+  void answer() const {
+    std::uint64_t rung = 0;
+    (void)!::read(bell_.get(), &rung, sizeof rung);
+  }
+
   // Under the node's lock.
   std::vector<Told> told;
+  bool asking = false;  // the answer is on its way
   AbortNotice notice;
   bool notice_is_first = false;
+
+ private:
+  FileDescriptor bell_{::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)};
 };
 
 class NetworkNode {
  public:
   using Instant = std::chrono::steady_clock::time_point;
 
-  /// Where the registry may be reached, asked for until it is; `nonce` changes the job's number.
+  /// Where the registry may be reached, asked for until it is.
   struct Place {
     std::vector<SocketAddress> addresses;
-    std::uint64_t nonce = 0;
+    std::uint64_t nonce = 0;    // changes the job's number
+    bool may_be_stale = false;  // somebody else may listen there by now
+    bool is_here_only = false;  // nobody of another host is in the job
   };
   using FindRegistry = std::function<Place()>;
 
-  /// Joins a job; me.listens says where this rank is to listen (family 0: where it reaches the registry from). Waits until all
-  /// are there. Throws what the registry says, or Errc::timeout.
+  /// Joins a job; me.listens says where this rank is to listen (family 0: where it reaches the registry from, and anywhere on the
+  /// registry's own host). Waits until all are there. Throws what the registry says, or Errc::timeout.
   NetworkNode(const FindRegistry& find, Join me, const NetworkSettings& settings) : clock_(settings.clock), me_(me.rank), size_(me.size), peer_limit_(std::chrono::duration_cast<std::chrono::milliseconds>(settings.timeout)), secret_(settings.secret) {
     const nanoseconds timeout = settings.timeout;
     const Instant deadline = std::chrono::steady_clock::now() + timeout;
-    me.job ^= connect(find, deadline, timeout);
+    dead_.resize(static_cast<std::size_t>(size_));
+    gone_.resize(dead_.size());
+    const Place place = connect(find, deadline, timeout);
+    me.job ^= place.nonce;
     SocketAddress here = me.listens.is_valid() ? me.listens : own_address(link_.descriptor());
     here.port = me.listens.port;
-    listener_ = listen_at(here);
+    const bool anywhere = !me.listens.is_valid() && !place.is_here_only && (here.is_loopback() || here.same_host_as(registry_));
+    listener_ = anywhere ? listen_anywhere(here.port) : listen_at(here);
     me.listens.port = own_address(listener_).port;
     me.nonce = random_nonce();
     claim_ = me;
+    if (challenge_) answer_challenge();
     look_out_for(listener_.get());
     look_out_for(link_.fd());
     const Instant patience_ends = deadline + std::chrono::seconds(1);  // the registry knows better who is missing
     while (entries_.empty() || (is_elsewhere(0) && !map_.is_settled())) {
       const bool whole = link_.write();
-      if (whole && !wait_for_events(link_.fd(), static_cast<short>(POLLIN | (link_.has_more() ? POLLOUT : 0)), challenged_ ? patience_ends : deadline))
-        throw Error(Errc::timeout, {"rank ", me_, challenged_ ? " joined the job, but not all others did within " : " reached what listens at " + registry_.text() + ", but that did not speak as a job of tally within ", timeout.count() / 1'000'000, " ms"}, {me_, -1, 0, {}});
+      if (whole && !wait_for_events(link_.fd(), static_cast<short>(POLLIN | (link_.has_more() ? POLLOUT : 0)), challenge_ ? patience_ends : deadline))
+        throw Error(Errc::timeout, {"rank ", me_, challenge_ ? " joined the job, but not all others did within " : " reached what listens at " + registry_.text() + ", but that did not speak as a job of tally within ", timeout.count() / 1'000'000, " ms"}, {me_, -1, 0, {}});
       // A registry that is gone may have said all before.
       if (!link_.read([&](ControlKind kind, std::string_view record) { return welcome(kind, record); }) || !whole) {
-        if (entries_.empty() && !challenged_) throw Error(Errc::protocol, {"what listens at ", registry_.text(), " is no job of this version of tally: check the address, and that all ranks were built with the same"}, {me_, 0, 0, {}});
+        if (entries_.empty() && !challenge_) throw Error(Errc::protocol, {"what listens at ", registry_.text(), " is no job of this version of tally: check the address, and that all ranks were built with the same"}, {me_, 0, 0, {}});
         if (entries_.empty()) throw Error(Errc::peer_lost, "the job's registry, at rank 0, went away while it waited for the others", {me_, 0, 0, {}});
         registry_gone_ = true;
         break;
@@ -104,7 +131,9 @@ class NetworkNode {
     const std::lock_guard lock(mutex_);
     return map_;
   }
-  /// For who sleeps: an epoll descriptor, readable when somebody connects, or the registry says something.
+  /// For so long a peer's kernel may say nothing.
+  std::chrono::milliseconds patience_with_peers() const { return std::clamp(peer_limit_, std::chrono::milliseconds(1000), std::chrono::milliseconds(30'000)); }
+  /// For who sleeps: an epoll descriptor, readable when somebody connects, or the registry says something; then attend().
   int door() const { return door_.get(); }
 
   std::uint64_t new_communicator() {
@@ -115,6 +144,7 @@ class NetworkNode {
     const std::lock_guard lock(mutex_);
     auto group = std::make_shared<NetworkGroup>(communicator, std::move(members));
     groups_[communicator] = group;
+    left_.erase(communicator);
     if (const auto early = early_aborts_.find(communicator); early != early_aborts_.end()) {
       take_notice(*group, early->second);
       early_aborts_.erase(early);
@@ -146,19 +176,27 @@ class NetworkNode {
     link_.put(ControlKind::status, CommunicatorStatus{group.communicator, me_, status.inside, status.sequence, status.fingerprint, status.count});
     exchange();
   }
-  void ask(const NetworkGroup& group) {
+  /// One question at a time: a registry that does not answer is not buried in them.
+  void ask(NetworkGroup& group) {
     const std::lock_guard lock(mutex_);
-    link_.put(ControlKind::ask, ControlStream::as_bytes(group.communicator));
+    if (!std::exchange(group.asking, true)) link_.put(ControlKind::ask, ControlStream::as_bytes(group.communicator));
     exchange();
   }
-  /// Hears what is there; does nothing while another thread does.
+  /// Hears what is there; does nothing while another thread does, which rings for whom it concerns.
   void hear() {
     if (const std::unique_lock lock(mutex_, std::try_to_lock); lock) exchange();
+  }
+  /// The same, and lets in who has come: the door's events are over then.
+  void attend() {
+    const std::lock_guard lock(mutex_);
+    accept();
+    exchange();
   }
   Told told(const NetworkGroup& group, Rank r) {
     const std::lock_guard lock(mutex_);
     Told told = group.told[static_cast<std::size_t>(r)];
-    if (registry_left_ && group.members[static_cast<std::size_t>(r)] == 0) told.left = 1;
+    const Rank member = group.members[static_cast<std::size_t>(r)];
+    if (gone_[static_cast<std::size_t>(member)] || (registry_left_ && member == 0)) told.left = 1;
     return told;
   }
   bool is_dead(Rank r) {
@@ -195,6 +233,8 @@ class NetworkNode {
   void leave(const NetworkGroup& group, const std::vector<Opened>& opened) {
     const std::lock_guard lock(mutex_);
     groups_.erase(group.communicator);
+    left_.insert(group.communicator);
+    early_aborts_.erase(group.communicator);
     std::erase_if(arrived_, [&](const auto& each) { return std::get<0>(each.first) == group.communicator; });
     Goodbye goodbye;
     goodbye.communicator = group.communicator;
@@ -220,8 +260,7 @@ class NetworkNode {
   static constexpr std::size_t longest_text = 8192, most_strangers = 256, most_unclaimed = 1 << 16;
   static constexpr auto patience = std::chrono::seconds(10);
 
-  /// The nonce of where it did.
-  std::uint64_t connect(const FindRegistry& find, Instant deadline, nanoseconds timeout) {
+  Place connect(const FindRegistry& find, Instant deadline, nanoseconds timeout) {
     std::string problem = "nobody says where it is";
     Place place;
     for (std::size_t i = 0, next = 0;; ++i) {
@@ -244,7 +283,8 @@ class NetworkNode {
           if (error == 0 && own_address(fd) != registry_) {
             tune(fd, std::chrono::seconds(30));
             link_ = ControlStream(std::move(fd));
-            return place.nonce;
+            if (!place.may_be_stale || is_challenged(std::min(deadline, std::chrono::steady_clock::now() + std::chrono::seconds(3)))) return place;
+            problem = "what listens there now is no job of tally";
           }
         } else if (error == 0) {
           error = ETIMEDOUT;
@@ -263,28 +303,44 @@ class NetworkNode {
       throw Error(static_cast<Errc>(notice.code), record, {me_, -1, 0, {}});
     }
     if (kind == ControlKind::challenge) {
-      Challenge challenge;
-      if (challenged_ || !ControlStream::take(record, challenge) || challenge.magic != Challenge{}.magic) return false;
-      challenged_ = true;
-      if (secret_.empty() != !challenge.secured)
-        throw Error(Errc::invalid_argument, {secret_.empty() ? "rank 0 asks for a secret, and this rank has none" : "this rank has a secret, and rank 0 has none", ": TALLY_SECRET must be the same for all ranks"}, {me_, 0, 0, {}});
-      claim_.proof = proof_of(secret_, "join", challenge.nonce, ControlStream::as_bytes(claim_));
-      link_.put(ControlKind::join, claim_);
-      ask_for_time();
+      if (!take_challenge(record)) return false;
+      answer_challenge();
       return true;
     }
-    if (kind != ControlKind::welcome) return heard(kind, record);
+    // Nobody who has not shown that it is the registry says anything else.
+    if (kind != ControlKind::welcome) return (kind == ControlKind::clock || !entries_.empty()) && heard(kind, record);
+    if (!entries_.empty()) return false;
     Digest proof;
     if (!ControlStream::take(record, proof)) return false;
     if (!same(proof, proof_of(secret_, "welcome", claim_.nonce, record))) throw Error(Errc::protocol, {"what listens at ", registry_.text(), " does not know this job's secret"}, {me_, 0, 0, {}});
     if (!ControlStream::take(record, key_) || record.size() < static_cast<std::size_t>(size_) * sizeof(RankEntry)) return false;
     entries_.resize(static_cast<std::size_t>(size_));
-    dead_.resize(entries_.size());
     for (RankEntry& each : entries_) (void)ControlStream::take(record, each);
     note_ = record;
+    if (!is_elsewhere(0)) map_ = ClockMap();  // there is but one clock
     for (const RankEntry& each : entries_)
       if (!each.listens.is_valid()) throw Error(Errc::protocol, "the job's registry names an address that is none", {me_, 0, 0, {}});
     return true;
+  }
+
+  bool take_challenge(std::string_view record) {
+    Challenge challenge;
+    if (challenge_ || !ControlStream::take(record, challenge) || challenge.magic != Challenge{}.magic) return false;
+    challenge_ = challenge;
+    return true;
+  }
+  void answer_challenge() {
+    if (secret_.empty() != !challenge_->secured)
+      throw Error(Errc::invalid_argument, {secret_.empty() ? "rank 0 asks for a secret, and this rank has none" : "this rank has a secret, and rank 0 has none", ": TALLY_SECRET must be the same for all ranks"}, {me_, 0, 0, {}});
+    claim_.proof = proof_of(secret_, "join", challenge_->nonce, ControlStream::as_bytes(claim_));
+    link_.put(ControlKind::join, claim_);
+    ask_for_time();
+  }
+  /// Whether what was reached speaks as a registry does.
+  bool is_challenged(Instant until) {
+    bool fine = true;
+    while (fine && !challenge_ && wait_for_events(link_.fd(), POLLIN, until)) fine = link_.read([&](ControlKind kind, std::string_view record) { return kind == ControlKind::challenge && take_challenge(record); });
+    return fine && challenge_;
   }
 
   void look_out_for(int fd) {
@@ -300,7 +356,7 @@ class NetworkNode {
   /// Sends and hears. After the registry is gone ranks know of each other only by their connections.
   void exchange() {
     if (registry_gone_) return;
-    if (is_elsewhere(0) && clock_.now() - asked_at_ > clock_.to_ticks(std::chrono::seconds(1))) ask_for_time();
+    if (!entries_.empty() && is_elsewhere(0) && clock_.now() - asked_at_ > clock_.to_ticks(std::chrono::seconds(1))) ask_for_time();
     const bool whole = link_.write();
     if (!link_.read([&](ControlKind kind, std::string_view record) { return heard(kind, record); }) || !whole) registry_gone_ = true;
   }
@@ -308,11 +364,12 @@ class NetworkNode {
     if (kind == ControlKind::goodbye) return registry_left_ = true;
     if (kind == ControlKind::clock) {
       ClockAnswer answer;
-      if (!ControlStream::take(record, answer) || !(answer.ticks_per_second > 0)) return false;
+      if (!ControlStream::take(record, answer) || !(answer.ticks_per_second > 1e3 && answer.ticks_per_second < 1e12)) return false;
       const Ticks now = clock_.now();
-      if (answer.asked == asked_) map_.learn(answer.asked, answer.there, now, answer.ticks_per_second / static_cast<double>(clock_.to_ticks(std::chrono::seconds(1))), static_cast<Ticks>(answer.ticks_per_second * 1e-6));
+      const bool is_other = entries_.empty() || is_elsewhere(0);
+      if (answer.asked == asked_ && is_other) map_.learn(answer.asked, answer.there, now, answer.ticks_per_second / static_cast<double>(clock_.to_ticks(std::chrono::seconds(1))), static_cast<Ticks>(answer.ticks_per_second * 1e-6));
       asked_ = 0;
-      if (!map_.is_settled()) ask_for_time();
+      if (is_other && !map_.is_settled()) ask_for_time();
       return true;
     }
     if (kind == ControlKind::dead) {
@@ -321,13 +378,19 @@ class NetworkNode {
       dead_[static_cast<std::size_t>(rank)] = true;
       return true;
     }
+    if (kind == ControlKind::gone) {
+      std::int32_t rank = -1;
+      if (!ControlStream::take(record, rank) || rank < 0 || rank >= size_) return false;
+      gone_[static_cast<std::size_t>(rank)] = true;
+      return true;
+    }
     if (kind == ControlKind::abort) {
       Notice header;
       if (!ControlStream::take(record, header)) return false;
       const AbortNotice notice{static_cast<Errc>(header.code), header.rank, header.peer, std::string(record)};
       if (const auto found = groups_.find(header.communicator); found != groups_.end()) {
         if (const auto group = found->second.lock()) take_notice(*group, notice);
-      } else if (early_aborts_.size() < 1024) {
+      } else if (early_aborts_.size() < 1024 && !left_.contains(header.communicator)) {
         early_aborts_[header.communicator] = notice;  // of a communicator that this rank has yet to open
       }
       return true;
@@ -338,6 +401,7 @@ class NetworkNode {
     const auto found = groups_.find(communicator);
     const auto group = found == groups_.end() ? nullptr : found->second.lock();
     if (!group) return true;
+    group->asking = false;
     for (Told told; ControlStream::take(record, told);)
       for (std::size_t r = 0; r < group->members.size(); ++r)
         if (group->members[r] == told.status.rank) group->told[r] = told;
@@ -347,6 +411,7 @@ class NetworkNode {
     group.notice = notice;
     group.notice_is_first = true;
     group.aborted.store(true);
+    group.ring();
   }
 
   /// Lets in who knows the job's key, and drops who does not or takes too long to say.
@@ -358,7 +423,7 @@ class NetworkNode {
       FileDescriptor fd(::accept4(listener_.get(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK));
       if (!fd && (errno == ECONNABORTED || errno == EINTR)) continue;
       if (!fd && (errno == EMFILE || errno == ENFILE) && strangers_.empty())
-        throw Error(Errc::no_resources, {"rank ", me_, " has no descriptor for a rank that connects: ", errno_text(errno), "; raise the limit (ulimit -n)"}, {me_, -1, 0, {}});
+        throw TransportError(Errc::no_resources, {"rank ", me_, " has no descriptor for a rank that connects: ", errno_text(errno), "; raise the limit (ulimit -n)"}, {me_, -1, 0, {}});
       if (!fd) break;
       if (strangers_.size() >= most_strangers) strangers_.erase(strangers_.begin());
       tune(fd, peer_limit_);
@@ -377,7 +442,9 @@ class NetworkNode {
         for (std::size_t k = 0; k < key_.size(); ++k) differ |= static_cast<unsigned>(h.key[k] ^ key_[k]);
         if (h.magic == like.magic && h.protocol == like.protocol && differ == 0 && arrived_.size() < most_unclaimed) {
           ::epoll_ctl(door_.get(), EPOLL_CTL_DEL, stranger.fd.get(), nullptr);
-          arrived_.insert_or_assign(std::tuple(h.communicator, static_cast<int>(h.lane), h.from), Arrived{std::move(stranger.fd), h.to, h.window});
+          if (!left_.contains(h.communicator)) arrived_.insert_or_assign(std::tuple(h.communicator, static_cast<int>(h.lane), h.from), Arrived{std::move(stranger.fd), h.to, h.window});
+          if (const auto found = groups_.find(h.communicator); found != groups_.end())
+            if (const auto group = found->second.lock()) group->ring();
         }
       } else if ((waits || got > 0) && now - stranger.since < patience) {
         ++i;
@@ -396,7 +463,7 @@ class NetworkNode {
   std::string secret_;
   SocketAddress registry_;
   Join claim_;
-  bool challenged_ = false;
+  std::optional<Challenge> challenge_;
   JobKey key_{};
   std::string note_;
   std::vector<RankEntry> entries_;
@@ -408,7 +475,8 @@ class NetworkNode {
   std::map<std::tuple<std::uint64_t, int, Rank>, Arrived> arrived_;
   std::map<std::uint64_t, std::weak_ptr<NetworkGroup>> groups_;
   std::map<std::uint64_t, AbortNotice> early_aborts_;
-  std::vector<bool> dead_;
+  std::vector<bool> dead_, gone_;
+  std::set<std::uint64_t> left_;  // communicators that this rank has left
   std::uint64_t communicators_ = 1;
   bool registry_gone_ = false, registry_left_ = false;  // left: with rank 0, in an orderly way
 };

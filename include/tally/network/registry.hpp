@@ -55,6 +55,7 @@ class Registry {
     Nonce nonce{};
     Rank rank = -1;
     bool gone = false, ended = false;  // ended: it said goodbye to everything
+    bool is_here = false;              // on this host, and did not say by which address others reach it
   };
   struct Entry {
     CommunicatorStatus status;
@@ -65,6 +66,19 @@ class Registry {
   static constexpr auto patience = std::chrono::seconds(10);  // with a guest that says nothing
 
   void work() {
+    try {
+      serve();
+    } catch (const std::exception& error) {  // out of memory, most likely: the job goes on without, as when rank 0 is gone
+      over_ = true;
+    }
+    for (const auto& guest : guests_) {
+      if (!over_ && joined_ == like_.size) guest->stream.put(ControlKind::goodbye, Goodbye{});  // so that rank 0 has left, and did not die
+      guest->stream.write();
+      (void)guest->stream.read([](ControlKind, std::string_view) { return true; });  // what lies unread when it is closed would take back what was said
+      ::shutdown(guest->stream.fd(), SHUT_WR);
+    }
+  }
+  void serve() {
     std::vector<pollfd> events;
     while (!over_) {
       events.assign({{stop_.get(), POLLIN, 0}, {listener_.get(), static_cast<short>(crowded_ ? 0 : POLLIN), 0}});
@@ -83,10 +97,6 @@ class Registry {
       bury();
       if (events[1].revents || std::exchange(crowded_, false)) accept();  // after all were heard who may have to go
       if (joined_ < like_.size && !over_ && now > deadline_) fail(Errc::timeout, missing_text());
-    }
-    for (const auto& guest : guests_) {
-      if (!over_ && joined_ == like_.size) guest->stream.put(ControlKind::goodbye, Goodbye{});  // so that rank 0 has left, and did not die
-      guest->stream.write();
     }
   }
   void accept() {
@@ -128,10 +138,10 @@ class Registry {
       if (guest.rank >= 0) {
         if (joined_ < like_.size) {  // it may be started again, as long as not all are here
           --joined_;
-        } else if (!guest.ended) {
+        } else {  // who ended in an orderly way has left all there is, also what it never came to join
           const std::int32_t rank = guest.rank;
           for (const auto& other : guests_)
-            if (other.get() != &guest && other->rank >= 0) other->stream.put(ControlKind::dead, ControlStream::as_bytes(rank)), other->stream.write();
+            if (other.get() != &guest && other->rank >= 0) other->stream.put(guest.ended ? ControlKind::gone : ControlKind::dead, ControlStream::as_bytes(rank)), other->stream.write();
         }
         guests_of_[static_cast<std::size_t>(guest.rank)] = nullptr;
       }
@@ -141,6 +151,13 @@ class Registry {
     }
   }
 
+  /// Before all have joined: its rank may be started again.
+  void leave_early(Guest& guest) {
+    guest.gone = true;
+    guests_of_[static_cast<std::size_t>(guest.rank)] = nullptr;
+    guest.rank = -1;
+    --joined_;
+  }
   std::string missing_text() const {
     std::string missing;
     int count = 0;
@@ -223,6 +240,10 @@ class Registry {
     Join theirs;
     if (!ControlStream::take(record, theirs) || theirs.magic != like_.magic) return false;  // a stranger
     const std::string them = concat({"rank ", theirs.rank});
+    // One that was started again may be here before its first connection's end was looked at.
+    if (theirs.rank >= 0 && theirs.rank < like_.size && joined_ < like_.size)
+      if (Guest* const before = guests_of_[static_cast<std::size_t>(theirs.rank)]; before && !before->gone)
+        if (!before->stream.read([&](ControlKind kind, std::string_view words) { return handle(*before, kind, words); })) leave_early(*before);
     if (theirs.protocol != like_.protocol) return refuse(guest, Errc::mismatch, concat({them, " was built with another version of tally than rank 0"})), false;
     if (theirs.job != like_.job) return refuse(guest, Errc::invalid_argument, concat({them, " belongs to another job than the one that meets here: check address, port and TALLY_JOB"})), false;
     if (joined_ == like_.size) return refuse(guest, Errc::invalid_argument, concat({them, " comes late: all ", like_.size, " ranks of this job have joined already"})), false;
@@ -246,22 +267,37 @@ class Registry {
     guest.stream.trust();
     guests_of_[static_cast<std::size_t>(theirs.rank)] = &guest;
     if (!theirs.listens.is_valid()) {
+      guest.is_here = guest.from.is_loopback() || guest.from.same_host_as(own_address(guest.stream.descriptor()));
       const std::uint16_t port = theirs.listens.port;
       theirs.listens = guest.from;
       theirs.listens.port = port;
     }
     entries_[static_cast<std::size_t>(theirs.rank)] = {theirs.listens, theirs.boot, theirs.place};
     if (++joined_ < like_.size) return true;
-    std::string welcome(ControlStream::as_bytes(key_));
-    for (const RankEntry& entry : entries_) welcome += ControlStream::as_bytes(entry);
+    std::string note;
     try {
-      if (note_) welcome += note_(entries_);
+      if (note_) note = note_(entries_);
     } catch (const Error& error) {
-      fail(error.errc(), error.what());
+      fail(error.errc(), std::string(error.text()));
       return true;
     }
-    for (const auto& each : guests_)
-      if (each->rank >= 0) each->stream.put(ControlKind::welcome, concat({as_text(proof_of(settings_.secret, "welcome", each->nonce, welcome)), welcome})), each->stream.write();
+    for (const auto& each : guests_) {
+      if (each->rank < 0) continue;
+      std::string welcome(ControlStream::as_bytes(key_));
+      for (std::size_t r = 0; r < entries_.size(); ++r) {
+        RankEntry entry = entries_[r];
+        // Ranks of this host said so by an address that means nothing to others: those reach them where they reached this registry.
+        if (guests_of_[r]->is_here && !each->is_here) {
+          const SocketAddress here = own_address(each->stream.descriptor());
+          entry.listens = here;
+          entry.listens.port = entries_[r].listens.port;
+        }
+        welcome += ControlStream::as_bytes(entry);
+      }
+      welcome += note;
+      each->stream.put(ControlKind::welcome, concat({as_text(proof_of(settings_.secret, "welcome", each->nonce, welcome)), welcome}));
+      each->stream.write();
+    }
     return true;
   }
 

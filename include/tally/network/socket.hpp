@@ -35,6 +35,15 @@ struct SocketAddress {
 
   bool is_valid() const { return family == 4 || family == 6; }
   bool operator==(const SocketAddress&) const = default;
+  bool is_loopback() const { return family == 4 ? ip[0] == 127 : family == 6 && std::all_of(ip, ip + 15, [](std::uint8_t byte) { return byte == 0; }) && ip[15] == 1; }
+  bool same_host_as(const SocketAddress& other) const { return family == other.family && std::equal(ip, ip + 16, other.ip); }
+  /// Any address of this host's.
+  static SocketAddress wildcard(std::uint16_t of_family, std::uint16_t at_port = 0) {
+    SocketAddress a;
+    a.family = of_family;
+    a.port = at_port;
+    return a;
+  }
 
   static SocketAddress of(const sockaddr_storage& from) {
     SocketAddress a;
@@ -45,8 +54,13 @@ struct SocketAddress {
       std::memcpy(a.ip, &v4.sin_addr, 4);
     } else if (from.ss_family == AF_INET6) {
       const auto& v6 = reinterpret_cast<const sockaddr_in6&>(from);
-      a.family = 6;
       a.port = ntohs(v6.sin6_port);
+      if (IN6_IS_ADDR_V4MAPPED(&v6.sin6_addr)) {  // of IPv4, at a socket for both
+        a.family = 4;
+        std::memcpy(a.ip, v6.sin6_addr.s6_addr + 12, 4);
+        return a;
+      }
+      a.family = 6;
       a.scope = v6.sin6_scope_id;
       std::memcpy(a.ip, &v6.sin6_addr, 16);
     }
@@ -112,20 +126,27 @@ inline std::vector<SocketAddress> resolve(std::string_view where) {
 
 inline FileDescriptor stream_socket(const SocketAddress& address) {
   FileDescriptor fd(::socket(address.family == 4 ? AF_INET : AF_INET6, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
-  if (!fd) throw Error(Errc::no_resources, {"no descriptor for a socket: ", errno_text(errno)});
+  if (!fd) throw Error(Errc::no_resources, {"cannot make a socket: ", errno_text(errno)});
   return fd;
 }
 inline void set_option(const FileDescriptor& fd, int level, int option, int value) { ::setsockopt(fd.get(), level, option, &value, sizeof value); }
-/// What goes out is sent at once, and a peer that is cut off is given up after `limit`: by the kernel's probes where this side only waits,
-/// too. A peer that is stopped answers those; for it there are deadlines.
+/// What goes out is sent at once, and a peer that is cut off while this side only waits is given up after about `limit`, by the kernel's
+/// probes; see is_cut_off() for the rest. No TCP_USER_TIMEOUT: it would end a connection to a peer that is well, but does not read for long.
 inline void tune(const FileDescriptor& fd, std::chrono::milliseconds limit) {
   const int ms = static_cast<int>(std::clamp<std::int64_t>(limit.count(), 1000, 1 << 30)), probe = std::clamp(ms / 4000, 1, 30);
   set_option(fd, IPPROTO_TCP, TCP_NODELAY, 1);
-  set_option(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, ms);
   set_option(fd, SOL_SOCKET, SO_KEEPALIVE, 1);
   set_option(fd, IPPROTO_TCP, TCP_KEEPIDLE, probe);
   set_option(fd, IPPROTO_TCP, TCP_KEEPINTVL, probe);
   set_option(fd, IPPROTO_TCP, TCP_KEEPCNT, 3);
+}
+
+/// Whether the other side's kernel has said nothing for so long, although it was asked again and again.
+inline bool is_cut_off(const FileDescriptor& fd, std::chrono::milliseconds limit) {
+  tcp_info info{};
+  socklen_t length = sizeof info;
+  if (::getsockopt(fd.get(), IPPROTO_TCP, TCP_INFO, &info, &length) != 0) return false;
+  return (info.tcpi_retransmits >= 3 || info.tcpi_probes >= 3) && info.tcpi_last_ack_recv > limit.count();
 }
 
 /// Listens there; port 0: at any that is free.
@@ -139,6 +160,15 @@ inline FileDescriptor listen_at(const SocketAddress& address) {
     throw Error(errno == EADDRINUSE || errno == EADDRNOTAVAIL || errno == EACCES ? Errc::invalid_argument : Errc::no_resources,
                 {"cannot listen at ", address.text(), ": ", errno_text(errno), errno == EADDRINUSE ? "; another job may be using the port" : ""});
   return fd;
+}
+/// At all of this host's addresses, of both families where it has both.
+inline FileDescriptor listen_anywhere(std::uint16_t port) {
+  try {
+    return listen_at(SocketAddress::wildcard(6, port));
+  } catch (const Error& error) {
+    if (error.errc() == Errc::invalid_argument) throw;  // the port is in use
+  }
+  return listen_at(SocketAddress::wildcard(4, port));  // a host without IPv6
 }
 inline SocketAddress own_address(const FileDescriptor& fd) {
   sockaddr_storage storage{};

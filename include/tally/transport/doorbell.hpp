@@ -19,14 +19,14 @@ namespace tally::inline v0 {
 
 class DatagramDoorbell final : public Doorbell {
  public:
-  /// `name`: the same for all ranks of one group, and nobody else's.
-  DatagramDoorbell(std::string name, Rank me, int size) : name_(std::move(name)), fd_(::socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0)) {
+  /// `name`: the job's ranks' of this host and nobody else's; `key`: of them, this communicator's.
+  DatagramDoorbell(std::string name, Rank me, int size, std::uint64_t key = 0) : name_(std::move(name)), fd_(::socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0)) {
     if (!fd_) throw Error(Errc::no_resources, {"no descriptor to be woken by: ", detail::errno_text(errno)}, {me, -1, 0, {}});
-    for (Rank r = 0; r < size; ++r) doors_.push_back(detail::local_address(detail::concat({name_, "/", r})));
+    for (Rank r = 0; r < size; ++r) doors_.push_back(detail::local_address(detail::concat({name_, "/", key, "/", r})));
     const auto& [address, length] = doors_[static_cast<std::size_t>(me)];
     if (::bind(fd_.get(), reinterpret_cast<const sockaddr*>(&address), length) != 0) throw Error(Errc::no_resources, {"cannot be woken by other processes of this host: ", detail::errno_text(errno)}, {me, -1, 0, {}});
   }
-  std::unique_ptr<Doorbell> another(std::uint64_t key, Rank me, int size) const override { return std::make_unique<DatagramDoorbell>(detail::concat({name_, ".", key}), me, size); }
+  std::unique_ptr<Doorbell> another(std::uint64_t key, Rank me, int size) const override { return std::make_unique<DatagramDoorbell>(name_, me, size, key); }
   int fd() const override { return fd_.get(); }
   /// Where there is no room for it, the sleeper is going to wake up anyway.
   void ring(Rank r) const override {

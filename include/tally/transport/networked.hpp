@@ -98,7 +98,7 @@ class NetworkedTransport {
   }
   std::string address_of(Rank r) const { return node_->address(origin(r)).text(); }
   [[noreturn, gnu::cold]] void malformed(Rank peer, const std::string& what) const {
-    throw Error(Errc::protocol, {"rank ", peer, " (", address_of(peer), ") sent ", what}, {me_, peer, status_.sequence, {}});
+    throw TransportError(Errc::protocol, {"rank ", peer, " (", address_of(peer), ") sent ", what}, {me_, peer, status_.sequence, {}});
   }
   /// Between hosts times go by the clock of rank 0's host, within one by its own.
   FrameTimes to_wire(bool elsewhere, const FrameTimes& times) const { return elsewhere ? map_.to_common(times) : times; }

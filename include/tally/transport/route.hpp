@@ -4,6 +4,7 @@
 #pragma once
 
 #include <algorithm>
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -32,21 +33,30 @@ class RouteTransport {
  public:
   /// `local` moves what goes to ranks of this host, and calls them as they are called here; null if there are none. `places`: by
   /// rank, the same for ranks of one host.
-  RouteTransport(std::unique_ptr<Net> net, std::unique_ptr<SlotTransport> local, std::vector<std::uint64_t> places)
-      : net_(std::move(net)), local_(std::move(local)), places_(std::move(places)), near_(places_.size(), -1), name_(net_->name()) {
+  /// `slots`: of all ranks, for what all must agree on.
+  RouteTransport(std::unique_ptr<Net> net, std::unique_ptr<SlotTransport> local, std::vector<std::uint64_t> places, const SlotOptions& slots)
+      : net_(std::move(net)), local_(std::move(local)), slots_(slots), places_(std::move(places)), near_(places_.size(), -1), name_(net_->name()), frame_bytes_(net_->frame_bytes()) {
     Rank count = 0;
     for (std::size_t r = 0; local_ && r < places_.size(); ++r)
       if (places_[r] == places_[static_cast<std::size_t>(rank())]) near_[r] = count++;
     auto sorted = places_;
     std::ranges::sort(sorted);
-    if (std::ranges::adjacent_find(sorted) != sorted.end()) name_.insert(0, "shm+");  // the same for all, also for who is alone
+    std::ptrdiff_t most = 1;  // ranks of a host
+    for (auto first = sorted.begin(); first != sorted.end();) {
+      const auto next = std::upper_bound(first, sorted.end(), *first);
+      most = std::max(most, next - first);
+      first = next;
+    }
+    if (most == 1) return;
+    name_.insert(0, "shm+");  // the same for all, also for who is alone
+    frame_bytes_ = std::min(frame_bytes_, SlotLayout(static_cast<int>(most), slots_).slot_bytes());
   }
 
   Rank rank() const { return net_->rank(); }
   int size() const { return net_->size(); }
   int lanes() const { return net_->lanes(); }
   Rank origin(Rank r) const { return net_->origin(r); }
-  std::size_t frame_bytes() const { return local_ ? std::min(local_->frame_bytes(), net_->frame_bytes()) : net_->frame_bytes(); }
+  std::size_t frame_bytes() const { return frame_bytes_; }
   std::string_view name() const { return name_; }
   /// Which way goes to whom: "shm to 1, tcp to 2-3".
   std::string ways() const {
@@ -148,8 +158,10 @@ class RouteTransport {
       locals.push_back(near(members[i]));
       numbers.push_back(static_cast<Rank>(i));
     }
-    auto local = locals.size() > 1 ? local_->open_by_key(token, locals, std::move(numbers), std::chrono::seconds(10)) : nullptr;
-    return std::make_unique<RouteTransport>(net_->open(token, members), std::move(local), std::move(places));
+    // All were told the number before any came here, so that one that does not come has died, or the communicator was given up.
+    const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(60);
+    auto local = locals.size() > 1 ? local_->open_by_key(token, locals, std::move(numbers), [&] { return aborted() || std::chrono::steady_clock::now() > deadline; }) : nullptr;
+    return std::make_unique<RouteTransport>(net_->open(token, members), std::move(local), std::move(places), slots_);
   }
   void release(std::uint64_t token) { net_->release(token); }
   void discard(std::uint64_t token, std::span<const Rank> members) { net_->discard(token, members); }
@@ -165,9 +177,11 @@ class RouteTransport {
 
   std::unique_ptr<Net> net_;
   std::unique_ptr<SlotTransport> local_;
+  SlotOptions slots_;
   std::vector<std::uint64_t> places_;
   std::vector<Rank> near_;  // by rank, what it is in the local memory; -1: on another host
   std::string name_;
+  std::size_t frame_bytes_;
 };
 
 }  // namespace tally::inline v0

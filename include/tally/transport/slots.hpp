@@ -336,8 +336,9 @@ class SlotTransport {
   }
   void release(std::uint64_t token) { memory_->release(token); }
   /// The same without messages: all of `members` call it with the same `key`, which no two of their calls share. The first of them
-  /// reserves and says in its line what.
-  std::unique_ptr<SlotTransport> open_by_key(std::uint64_t key, std::span<const Rank> members, std::vector<Rank> numbers, nanoseconds timeout) {
+  /// reserves and says in its line what; the others wait for that until is_over() says that it will not.
+  template <class F>
+  std::unique_ptr<SlotTransport> open_by_key(std::uint64_t key, std::span<const Rank> members, std::vector<Rank> numbers, F&& is_over) {
     if (opened_by_key_ != 0) memory_->release(std::exchange(opened_by_key_, 0));  // all have opened it, or there would be no next one
     detail::RankLine& first = memory_->rank_line(members[0]);
     std::uint64_t token = 0;
@@ -353,9 +354,8 @@ class SlotTransport {
       first.opening.store(token);
       first.opening_key.store(key, std::memory_order_release);
     } else {
-      const auto deadline = std::chrono::steady_clock::now() + timeout;
       while (first.opening_key.load(std::memory_order_acquire) != key) {
-        if (liveness(members[0]) != Liveness::alive || std::chrono::steady_clock::now() > deadline) throw Error(Errc::peer_lost, {"a rank of this host did not open its part of the communicator"}, {me_, members[0], 0, {}});
+        if (liveness(members[0]) != Liveness::alive || is_over()) throw TransportError(Errc::peer_lost, {"a rank of this host did not open its part of the communicator"}, {me_, members[0], 0, {}});
         std::this_thread::sleep_for(std::chrono::microseconds(50));
       }
       token = first.opening.load();
@@ -579,7 +579,7 @@ class SlotTransport {
     else if (bytes > 0) std::memcpy(to, from, bytes);
   }
   [[noreturn]] void broken(const Transfer& t, std::size_t bytes) const {
-    throw Error(Errc::protocol, {"rank ", t.peer, " announced a frame of ", bytes, " bytes, slots hold ", layout_.slot_bytes()},
+    throw TransportError(Errc::protocol, {"rank ", t.peer, " announced a frame of ", bytes, " bytes, slots hold ", layout_.slot_bytes()},
                 {me_, t.peer, t.operation, {}});
   }
 

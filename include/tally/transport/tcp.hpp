@@ -6,7 +6,6 @@
 
 #include <sched.h>
 #include <sys/epoll.h>
-#include <sys/eventfd.h>
 #include <sys/socket.h>
 #include <sys/uio.h>
 #include <unistd.h>
@@ -37,9 +36,9 @@ class TcpTransport : public NetworkedTransport {
  public:
   TcpTransport(std::shared_ptr<detail::NetworkNode> node, std::uint64_t communicator, std::vector<Rank> members, const TcpOptions& options = {})
       : NetworkedTransport(std::move(node), communicator, std::move(members)), options_(options), frame_bytes_(std::max<std::size_t>(options.frame_bytes, 64)), window_(std::max(options.window, frame_bytes_ + detail::frame_cost)), outs_(static_cast<std::size_t>(options.lanes * size())),
-        ins_(outs_.size()), epoll_(::epoll_create1(EPOLL_CLOEXEC)), wake_(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) {
-    if (!epoll_ || !wake_) throw Error(Errc::no_resources, {"no descriptor to wait with: ", detail::errno_text(errno)}, {me_, -1, 0, {}});
-    for (const int fd : {node_->door(), wake_.get()}) watch(fd, EPOLLIN | EPOLLET);
+        ins_(outs_.size()), broken_since_(outs_.size()), epoll_(::epoll_create1(EPOLL_CLOEXEC)) {
+    if (!epoll_) throw TransportError(Errc::no_resources, {"no descriptor to wait with: ", detail::errno_text(errno)}, {me_, -1, 0, {}});
+    watch(group_->bell(), EPOLLIN | EPOLLET);
     sending_.reserve(outs_.size());
     receiving_.reserve(ins_.size());
     for (int lane = 0; lane < lanes(); ++lane)
@@ -117,6 +116,7 @@ class TcpTransport : public NetworkedTransport {
       In& in = ins_[index(lane, r)];
       if (told.left && !in.fd) find_channel(in);
       if (pollfd end{out.fd.get(), POLLRDHUP, 0}; out.fd && ::poll(&end, 1, 0) > 0) out.give_up(ECONNRESET);  // what it has sent last may not have come
+      if (out.fd && detail::is_cut_off(out.fd, node_->patience_with_peers())) out.give_up(ETIMEDOUT);
       left = left || in.goodbye;
       broken = broken || in.ended || out.error != 0;
       open = open || (in.fd && !in.ended && in.receives.head);
@@ -129,10 +129,11 @@ class TcpTransport : public NetworkedTransport {
     if (!broken) return Liveness::alive;
     // A connection is gone; whether its rank left or died the registry hears at the same time.
     const auto now = std::chrono::steady_clock::now();
-    if (broken_since_ == std::chrono::steady_clock::time_point{}) broken_since_ = now;
+    auto& since = broken_since_[static_cast<std::size_t>(r)];
+    if (since == std::chrono::steady_clock::time_point{}) since = now;
     if (node_->registry_is_gone()) return Liveness::dead;
-    if (now - broken_since_ > std::chrono::seconds(1))
-      throw Error(Errc::peer_lost, {"a connection between rank ", me_, " and rank ", r, " (", address_of(r), ") broke, though that rank is still there: something between them ends connections"}, {me_, r, status_.sequence, {}});
+    if (now - since > std::chrono::seconds(1))
+      throw TransportError(Errc::peer_lost, {"a connection between rank ", me_, " and rank ", r, " (", address_of(r), ") broke, though that rank is still there: something between them ends connections, or lets nothing pass"}, {me_, r, status_.sequence, {}});
     return Liveness::alive;
   }
 
@@ -145,24 +146,22 @@ class TcpTransport : public NetworkedTransport {
   void park(nanoseconds limit, Recheck&& recheck) {
     if (!recheck()) sleep(limit);
   }
-  /// The same once nothing is to be looked at any more; `other`: a descriptor that ends it, too, when it is readable.
+  /// The same once nothing is to be looked at any more; `other`: a descriptor that ends it, too, when it is readable. The node's door is
+  /// everybody's: who opens it rings for whom it concerns.
   void sleep(nanoseconds limit, int other = -1) {
     std::array<epoll_event, 16> events;
     const timespec time{static_cast<time_t>(limit.count() / 1'000'000'000), static_cast<long>(limit.count() % 1'000'000'000)};
-    std::array<pollfd, 2> all{{{epoll_.get(), POLLIN, 0}, {other, POLLIN, 0}}};  // epoll's own limits are milliseconds
-    if (::ppoll(all.data(), all.size(), &time, nullptr) <= 0 || !all[0].revents) return hear();
-    const int count = ::epoll_wait(epoll_.get(), events.data(), static_cast<int>(events.size()), 0);
-    for (int i = 0; i < count; ++i)
-      if (events[static_cast<std::size_t>(i)].data.fd == wake_.get()) {
-        std::uint64_t rung = 0;
-        (void)!::read(wake_.get(), &rung, sizeof rung);
-      }
+    std::array<pollfd, 3> all{{{epoll_.get(), POLLIN, 0}, {node_->door(), POLLIN, 0}, {other, POLLIN, 0}}};  // epoll's own limits are milliseconds
+    const int ready = ::ppoll(all.data(), all.size(), &time, nullptr);
+    if (ready > 0 && all[0].revents) {
+      const int count = ::epoll_wait(epoll_.get(), events.data(), static_cast<int>(events.size()), 0);
+      for (int i = 0; i < count; ++i)
+        if (events[static_cast<std::size_t>(i)].data.fd == group_->bell()) group_->answer();
+    }
+    if (ready > 0 && all[1].revents) node_->attend();
     hear();
   }
-  void interrupt() {
-    const std::uint64_t one = 1;
-    (void)!::write(wake_.get(), &one, sizeof one);
-  }
+  void interrupt() { group_->ring(); }
 
   std::unique_ptr<TcpTransport> open(std::uint64_t token, std::span<const Rank> members) { return std::make_unique<TcpTransport>(node_, token, origins_of(members), options_); }
 
@@ -170,7 +169,7 @@ class TcpTransport : public NetworkedTransport {
     if (::getpid() != process_) return;  // a child that this rank forked: it never was a rank
     std::vector<detail::Opened> opened(static_cast<std::size_t>(size()));
     for (Out& out : outs_) {
-      if (!out.fd && out.error == 0) continue;
+      if (!out.greeted) continue;  // nobody knows of it
       auto& to = opened[static_cast<std::size_t>(out.peer)];
       to.to = origin(out.peer);
       ++to.channels;
@@ -200,7 +199,7 @@ class TcpTransport : public NetworkedTransport {
     epoll_event event{};
     event.events = what;
     event.data.fd = fd;
-    if (::epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, fd, &event) != 0) throw Error(Errc::no_resources, {"cannot wait for a connection: ", detail::errno_text(errno)}, {me_, -1, 0, {}});
+    if (::epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, fd, &event) != 0) throw TransportError(Errc::no_resources, {"cannot wait for a connection: ", detail::errno_text(errno)}, {me_, -1, 0, {}});
   }
   static bool again() { return errno == EAGAIN || errno == EWOULDBLOCK; }
 
@@ -228,7 +227,7 @@ class TcpTransport : public NetworkedTransport {
   }
   void throw_if_cut(Rank peer, int error) const {
     if (error == EPIPE || error == ECONNRESET || error == ECONNREFUSED || error == ECONNABORTED || error == EBADF) return;
-    throw Error(error == EMFILE || error == ENFILE || error == ENOMEM || error == ENOBUFS ? Errc::no_resources : Errc::peer_lost,
+    throw TransportError(error == EMFILE || error == ENFILE || error == ENOMEM || error == ENOBUFS || error == EADDRNOTAVAIL ? Errc::no_resources : Errc::peer_lost,
                 {"the connection from rank ", me_, " to rank ", peer, " (", address_of(peer), ") is cut: ", detail::errno_text(error)}, {me_, peer, status_.sequence, {}});
   }
 
@@ -250,6 +249,7 @@ class TcpTransport : public NetworkedTransport {
         return true;
       }
       auto left = static_cast<std::size_t>(sent);
+      out.greeted = true;  // the first of them, and short
       const std::size_t staged = std::min(left, out.stage.size());
       out.stage.take(staged);
       left -= staged;
@@ -551,8 +551,8 @@ class TcpTransport : public NetworkedTransport {
   std::vector<In> ins_;
   std::vector<Out*> sending_;  // those with something to do
   std::vector<In*> receiving_;
-  detail::FileDescriptor epoll_, wake_;
-  std::chrono::steady_clock::time_point broken_since_{};
+  std::vector<std::chrono::steady_clock::time_point> broken_since_;  // by rank
+  detail::FileDescriptor epoll_;
 };
 
 }  // namespace tally::inline v0

@@ -48,6 +48,7 @@ struct TcpOut {
   FrameTimes credit;                             // of the last credit
   std::uint32_t operation = 0;                   // of the last frame sent
   bool elsewhere = false;                        // on another host
+  bool greeted = false;                          // its first bytes, which say whose it is, are on their way
   bool any = false, starved = false, full = false;  // no room at the peer; none in the network
   int error = 0;
   StreamBuffer back{256};  // credits
