@@ -93,6 +93,7 @@ class RouteTransport {
     else net_->post(t, probe);
   }
   void cancel(Transfer& t) {
+    if (!t.pending) return;  // then it may name no peer
     if (is_near(t.peer)) local_->cancel(t);
     else net_->cancel(t);
   }
