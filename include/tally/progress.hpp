@@ -29,17 +29,23 @@ struct OperationAccount {
   Lateness latest;
   bool heard = false;
   /// It was waiting when it was left alone.
-  bool was_waiting() const { return !open.empty() && open.back().second == watch.mark(); }
-  std::vector<std::pair<Ticks, Ticks>> open;  // waits that ended otherwise than by a frame of its own: whose they are the next own one tells
-  void leave_open(Ticks begin, Ticks end) {
+  bool was_waiting() const { return !open.empty() && open.back().peer < 0 && open.back().end == watch.mark(); }
+  /// A wait that ended otherwise than by a frame of its own: whose it is the next own one tells. `peer`: to whom the network took nothing,
+  /// because it was slow or because that rank was not there to read: this its own next one tells.
+  struct Open {
+    Ticks begin = 0, end = 0;
+    Rank peer = -1;
+  };
+  std::vector<Open> open;
+  void leave_open(Ticks begin, Ticks end, Rank peer = -1) {
     if (open.size() == most_open) {  // each two become one that ends where the later one did: together as long as before
       for (std::size_t i = 0; i < most_open / 2; ++i) {
-        const auto before = open[2 * i], after = open[2 * i + 1];
-        open[i] = {after.first - (before.second - before.first), after.second};
+        const Open before = open[2 * i], after = open[2 * i + 1];
+        open[i] = {after.begin - (before.end - before.begin), after.end, after.peer};
       }
       open.resize(most_open / 2);
     }
-    open.emplace_back(begin, end);
+    open.push_back({begin, end, peer});
   }
   static constexpr std::size_t most_open = 16;
 };
@@ -238,7 +244,7 @@ class Progress {
       if (!moved && looks_ > 0 && account.was_waiting()) {  // nothing came meanwhile: the same wait goes on, and the thread slept for all of them
         account.watch.slept(away / looks_);
         account.watch.unpaid(away - away / looks_);
-        account.watch.resume(State::wait_local, account.open.back().first);
+        account.watch.resume(State::wait_local, account.open.back().begin);
         account.open.pop_back();
       } else {
         account.watch.resume(State::protocol, now_, away - std::min(away, driven() - account.driven));
@@ -259,7 +265,10 @@ class Progress {
     waiting_ = false;
   }
   Report close(OperationAccount& account) {
-    for (const auto& [begin, end] : account.open) account.watch.book(State::wait_local, end - begin);  // what it waited for was its own doing
+    for (const auto& [begin, end, peer] : account.open) {
+      if (peer < 0) account.watch.book(State::wait_local, end - begin);  // what it waited for was its own doing
+      else account.watch.blame(peer, State::wait_transfer, end - begin);
+    }
     account.open.clear();
     current_ = nullptr;  // what is driven next is not its time
     return detail::report_of(account.watch, clock_, account.heard || transport_.size() == 1 ? account.latest.culprit : -1);
@@ -288,8 +297,19 @@ class Progress {
       else account.watch.blame(t.peer, State::wait_transfer, ready - came);
       account.watch.blame(t.peer, rest, end - ready);
     };
-    for (const auto& [begin, end] : account.open) split(begin, end);
-    account.open.clear();
+    std::size_t left = 0;
+    for (const OperationAccount::Open each : account.open) {
+      if (each.peer < 0 || each.peer == t.peer) {
+        split(each.begin, each.end);
+      } else if (each.peer == culprit) {  // when that one came, another one tells
+        const Ticks came = std::clamp(late_until, each.begin, each.end);
+        account.watch.blame(culprit, State::wait_arrival, came - each.begin);
+        account.watch.blame(culprit, State::wait_transfer, each.end - came);
+      } else {
+        account.open[left++] = each;
+      }
+    }
+    account.open.resize(left);
     if (waiting_) {
       split(account.watch.mark(), now_);
       account.watch.resume(State::protocol, now_);
@@ -305,7 +325,7 @@ class Progress {
     }
   }
 
-  /// The network takes t's bytes again: what was waited was for others on their way.
+  /// The network takes t's bytes again. Whether it was slow, or t's peer was not there to read, that one's next frame tells.
   void drained(OperationAccount& account, const Transfer& t) {
     if (waiting_) ladder_.learn(now_ - wait_began_);
     if (!timed_) {
@@ -315,7 +335,7 @@ class Progress {
     }
     serve(account);
     if (!waiting_) return;
-    account.watch.blame(t.peer, State::wait_transfer, now_ - account.watch.mark());
+    account.leave_open(account.watch.mark(), now_, t.peer);
     account.watch.resume(State::protocol, now_);
     waiting_ = false;
   }
