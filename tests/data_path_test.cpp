@@ -101,6 +101,7 @@ struct Listener {
   void arrived(Transfer&, const FrameInfo& frame) { heard.push_back(frame.times); }
   Transfer* unexpected(Rank, const FrameInfo&) { return nullptr; }
   void credited(Transfer&, const FrameTimes&) {}
+  void fetched(Transfer&, const FrameTimes&) {}
   void drained(Transfer&) {}
   void copying(Transfer&) {}
   void reducing(Transfer&) {}

@@ -214,6 +214,10 @@ class RecordedTransport : public SimulatedTransport {
       recording.credited(me, t);
       probe.credited(t, times);
     }
+    void fetched(Transfer& t, const FrameTimes& times) {
+      recording.credited(me, t);
+      probe.fetched(t, times);
+    }
     void drained(Transfer& t) { probe.drained(t); }
     void copying(Transfer& t) { probe.copying(t); }
     void reducing(Transfer& t) { probe.reducing(t); }

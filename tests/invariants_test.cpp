@@ -537,6 +537,7 @@ class Counted : public SimulatedTransport {
     void arrived(Transfer& t, const FrameInfo& frame) { probe.arrived(t, frame); }
     Transfer* unexpected(Rank peer, const FrameInfo& frame) { return probe.unexpected(peer, frame); }
     void credited(Transfer& t, const FrameTimes& times) { probe.credited(t, times); }
+    void fetched(Transfer& t, const FrameTimes& times) { probe.fetched(t, times); }
     void drained(Transfer& t) { probe.drained(t); }
     void copying(Transfer& t) {
       turn('c');

@@ -79,23 +79,29 @@ inline std::vector<Rank> all(int n) {
   return ranks;
 }
 enum class Way { network, route };  // for all; or only between hosts
-inline Communicator over_tcp(const std::shared_ptr<detail::NetworkNode>& node, const Options& options = {}, const TcpOptions& tcp = {}, Way way = Way::network, const Clock& clock = Clock::host()) {
+template <Network Net>
+Communicator over(const detail::NetworkKind<Net>& kind, const std::shared_ptr<detail::NetworkNode>& node, const Options& options = {}, Way way = Way::network, const Clock& clock = Clock::host()) {
   const detail::Neighbourhood here(*node, way == Way::network);
   const CostModel model = detail::network_model(here.places, options);
-  return detail::make_communicator(detail::tcp_route(node, here, here.size() > 1 ? detail::local_memory(*node, here, options, tcp.lanes) : nullptr, options.slots, tcp), model, options, clock);
+  return detail::make_communicator(detail::network_route(node, here, here.size() > 1 ? detail::local_memory(*node, here, options, kind.lanes) : nullptr, options.slots, kind), model, options, clock);
 }
+inline Communicator over_tcp(const std::shared_ptr<detail::NetworkNode>& node, const Options& options = {}, const TcpOptions& tcp = {}, Way way = Way::network, const Clock& clock = Clock::host()) { return over(detail::tcp_kind(tcp), node, options, way, clock); }
 /// f(comm) on ranks that are threads, rank r at places[r]; what each of them threw.
-template <class F>
-std::vector<Caught> outcomes(const std::vector<std::uint64_t>& places, Way way, F&& f, const Options& options = {}, const TcpOptions& tcp = {}) {
+template <Network Net, class F>
+std::vector<Caught> outcomes(const detail::NetworkKind<Net>& kind, const std::vector<std::uint64_t>& places, Way way, F&& f, const Options& options = {}) {
   const Job job(static_cast<int>(places.size()));
   std::vector<Caught> results(places.size());
   on_ranks(job.like.size, [&](Rank r) {
     results[static_cast<std::size_t>(r)].record([&] {
-      Communicator comm = over_tcp(job.join(r, places[static_cast<std::size_t>(r)]), options, tcp, way);
+      Communicator comm = over(kind, job.join(r, places[static_cast<std::size_t>(r)]), options, way);
       f(comm);
     });
   });
   return results;
+}
+template <class F>
+std::vector<Caught> outcomes(const std::vector<std::uint64_t>& places, Way way, F&& f, const Options& options = {}, const TcpOptions& tcp = {}) {
+  return outcomes(detail::tcp_kind(tcp), places, way, std::forward<F>(f), options);
 }
 
 /// A host's clock that is wrong by an hour, and runs fast or slow.

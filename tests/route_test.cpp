@@ -45,7 +45,7 @@ void run(int n, int width, const SlotOptions& slots, const conformance::BodyOf<R
   on_ranks(n, [&](Rank r) {
     const auto node = job.join(r, places[static_cast<std::size_t>(r)]);
     const detail::Neighbourhood here(*node);
-    const auto transport = detail::tcp_route(node, here, here.size() > 1 ? detail::local_memory(*node, here, options, tcp.lanes) : nullptr, slots, tcp);
+    const auto transport = detail::network_route(node, here, here.size() > 1 ? detail::local_memory(*node, here, options, tcp.lanes) : nullptr, slots, detail::tcp_kind(tcp));
     body(*transport);
     transport->leave();
   });

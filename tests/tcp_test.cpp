@@ -15,7 +15,7 @@
 #include <tally/tally.hpp>
 #include <tally/tcp.hpp>
 
-#include "network.hpp"
+#include "network_suite.hpp"
 #include "sanitized.hpp"
 #include "transport_conformance.hpp"
 
@@ -71,52 +71,13 @@ TEST_CASE("every algorithm is right over TCP, whatever the sizes, in a wide wind
   narrow.window = 3000;
   narrow.frame_bytes = 1000;
   narrow.checksum = true;
-  for (const TcpOptions& tcp : {TcpOptions{}, narrow})
-    for (const int n : test::sanitized ? std::vector{1, 2, 5} : std::vector{1, 2, 3, 5, 8})
-      everyone(n, [&](Communicator& comm) {
-        const int me = comm.rank();
-        for (const std::string_view name : algorithms_for(Collective::all_reduce)) {
-          if (!find_algorithm(Collective::all_reduce, name).generate) continue;  // these need memory that all reach
-          for (const std::size_t count : {0u, 1u, 7u, 1000u, 70'001u}) {
-            std::vector<int> data(count);
-            std::iota(data.begin(), data.end(), me);
-            comm.all_reduce(std::span(data), sum, {.algorithm = name});
-            for (std::size_t i = 0; i < count; ++i) expect(data[i] == n * static_cast<int>(i) + n * (n - 1) / 2, std::string(name) + " of " + std::to_string(count));
-          }
-        }
-        std::vector<int> mine(500, me), theirs(500 * static_cast<std::size_t>(n));
-        comm.all_gather(std::span<const int>(mine), std::span(theirs));
-        for (std::size_t i = 0; i < theirs.size(); ++i) expect(theirs[i] == static_cast<int>(i / 500), "all_gather");
-        std::vector<int> out(theirs.size());
-        for (std::size_t i = 0; i < out.size(); ++i) out[i] = me * 1000 + static_cast<int>(i / 500);
-        comm.all_to_all(std::span<const int>(out), std::span(theirs));
-        for (std::size_t i = 0; i < theirs.size(); ++i) expect(theirs[i] == static_cast<int>(i / 500) * 1000 + me, "all_to_all");
-        std::vector<int> root(20'000, me == n - 1 ? 7 : 0);
-        comm.broadcast(std::span(root), n - 1);
-        expect(root == std::vector<int>(20'000, 7), "broadcast");
-        if (n > 1) {
-          comm.send_receive(std::span<const int>(mine), wrap(me + 1, n), std::span(theirs).first(500), wrap(me - 1, n), 3);
-          expect(theirs[499] == wrap(me - 1, n), "send_receive");
-        }
-        comm.barrier();
-      }, tcp);
+  for (const TcpOptions& tcp : {TcpOptions{}, narrow}) test::every_algorithm_is_right(detail::tcp_kind(tcp));
 }
-
-TEST_CASE("groups, duplicates and operations in the background go over TCP, too") {
-  everyone(5, [](Communicator& comm) {
-    auto half = comm.split(comm.rank() % 2, comm.rank());
-    auto again = comm.duplicate();
-    std::vector<int> a(3000, 1), b(100, 2), c(10, 3);
-    auto first = comm.async_all_reduce(std::span(a), sum);
-    auto second = again.async_all_reduce(std::span(b), sum);
-    half->all_reduce(std::span(c), sum);
-    second.wait();
-    first.wait();
-    expect(a == std::vector<int>(3000, 5) && b == std::vector<int>(100, 10) && c == std::vector<int>(10, comm.rank() % 2 ? 6 : 9), "sums");
-  });
-}
-
+TEST_CASE("groups, duplicates and operations in the background go over TCP, too") { test::groups_are_right(detail::tcp_kind({})); }
 TEST_CASE("who comes late is blamed over TCP, and a report adds up to the nanosecond") { everyone(3, late_ranks_are_blamed); }
+TEST_CASE("what was sent over TCP is there, however soon its sender goes") { test::what_was_sent_is_there(detail::tcp_kind({})); }
+TEST_CASE("calls that do not match, an abort, a deadline and a rank that leaves are named over TCP") { test::faults_are_named(detail::tcp_kind({})); }
+TEST_CASE("a rank that is killed is missed, by who receives and by who sends over TCP", "[processes]") { test::who_is_killed_is_missed(detail::tcp_kind({})); }
 
 TEST_CASE("ranks of several hosts, whose clocks differ by hours and by 50 ppm, know who waited for whom") {
   const Job job(4);
@@ -126,24 +87,6 @@ TEST_CASE("ranks of several hosts, whose clocks differ by hours and by 50 ppm, k
     const Clock clock = r == 1 ? Clock(fast) : r == 2 ? Clock(slow) : Clock::host();
     Communicator comm = test::over_tcp(job.join(r, static_cast<std::uint64_t>(r % 3), clock), {}, {}, test::Way::network, clock);
     late_ranks_are_blamed(comm);
-  });
-}
-
-TEST_CASE("what was sent is there, however soon its sender goes") {
-  const Job job(2);
-  on_ranks(2, [&](Rank r) {
-    std::vector<int> data(50'000, 0);
-    std::optional<Communicator> comm = test::over_tcp(job.join(r));
-    if (r == 0) {
-      std::iota(data.begin(), data.end(), 0);
-      comm->send(std::span<const int>(data), 1);
-      comm.reset();
-    } else {
-      std::this_thread::sleep_for(100ms);
-      comm->receive(std::span(data), 0);
-      for (std::size_t i = 0; i < data.size(); ++i) expect(data[i] == static_cast<int>(i), "all of it");
-      expect(caught([&] { comm->receive(std::span(data), 0); }).is(Errc::peer_left), "and no more");
-    }
   });
 }
 
@@ -197,43 +140,6 @@ TEST_CASE("there may be many communicators") {
   });
 }
 
-TEST_CASE("calls that do not match, an abort, a deadline and a rank that leaves are named over TCP") {
-  for (const Caught& c : outcomes(3, [](Communicator& comm) {
-         std::vector<int> data(comm.rank() == 2 ? 7 : 8);
-         comm.all_reduce(std::span(data), sum);
-         comm.barrier();
-       })) {
-    INFO(c);
-    CHECK(c.is(Errc::mismatch));
-    CHECK_THAT(c.text, Catch::Contains("int32 x 7") && Catch::Contains("int32 x 8"));
-  }
-  for (const Caught& c : outcomes(3, [](Communicator& comm) {
-         if (comm.rank() == 1) comm.abort("enough");
-         comm.barrier();
-       })) {
-    INFO(c);
-    CHECK(c.is(Errc::aborted));
-    CHECK_THAT(c.text, Catch::Contains("rank 1 aborted the communicator: enough"));
-  }
-  const Happened over;
-  const auto late = outcomes(2, [&](Communicator& comm) {
-    if (comm.rank() == 0) return over.await();
-    over.after([&] { comm.barrier({.timeout = 200ms}); });
-  });
-  INFO(late[1]);
-  CHECK(late[1].is(Errc::timeout));
-  CHECK_THAT(late[1].text, Catch::Contains("waits for data from rank 0"));
-  const auto left = outcomes(3, [&](Communicator& comm) {
-    comm.barrier();
-    if (comm.rank() != 2) comm.barrier();
-  });
-  for (const Rank r : {0, 1}) {
-    INFO(left[static_cast<std::size_t>(r)]);
-    CHECK((left[static_cast<std::size_t>(r)].is(Errc::peer_left) || left[static_cast<std::size_t>(r)].is(Errc::aborted)));
-    CHECK(has(left[static_cast<std::size_t>(r)].text, "rank 2 left the communicator"));
-  }
-}
-
 TEST_CASE("a rank that has left, and its process with it, is missed by who never had to do with it") {
   for (const Rank leaver : {0, 1}) {
     detail::Join like;
@@ -274,36 +180,6 @@ TEST_CASE("a rank that has left, and its process with it, is missed by who never
       CHECK((results[static_cast<std::size_t>(r)].is(Errc::peer_left) || results[static_cast<std::size_t>(r)].is(Errc::aborted)));
       CHECK(has(results[static_cast<std::size_t>(r)].text, "rank " + std::to_string(leaver) + " left the communicator"));
     }
-  }
-}
-
-TEST_CASE("a rank that is killed is missed, by who receives and by who sends", "[processes]") {
-  const Job job(4);  // its registry is the test's own
-  const test::Shared<std::array<Caught, 4>> results;
-  const Happened ready;
-  std::vector<test::Process> ranks;
-  for (Rank r = 0; r < 4; ++r)
-    ranks.emplace_back([&, r] {
-      (*results)[static_cast<std::size_t>(r)].record([&] {
-        Communicator comm = test::over_tcp(job.join(r));
-        comm.barrier();
-        std::vector<int> data(3'000'000);
-        if (r == 3) ready.now(), std::this_thread::sleep_for(100s);
-        if (r == 2) comm.send(std::span<const int>(data), 3);
-        else if (r == 1) comm.receive(std::span(data), 3);
-        else comm.all_reduce(std::span(data), sum);
-      });
-    });
-  ready.await();
-  std::this_thread::sleep_for(50ms);
-  const auto began = std::chrono::steady_clock::now();
-  ::kill(ranks[3].pid(), SIGKILL);
-  for (std::size_t r = 0; r < 3; ++r) CHECK(ranks[r].wait(20s));
-  CHECK(std::chrono::steady_clock::now() - began < 10s);
-  for (std::size_t r = 0; r < 3; ++r) {
-    INFO((*results)[r]);
-    CHECK(((*results)[r].is(Errc::peer_lost) || (*results)[r].is(Errc::aborted)));
-    CHECK(has((*results)[r].text, "rank 3 died"));
   }
 }
 

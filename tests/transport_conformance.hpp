@@ -56,6 +56,7 @@ struct Driver {
     ++credits;
     expect(times.culprit == 100 + t.peer, "the receiver's credit stamp");
   }
+  void fetched(Transfer& t, const FrameTimes& times) { credited(t, times); }
   void drained(Transfer&) {}
   void copying(Transfer&) {}
   void reducing(Transfer&) {}

@@ -13,6 +13,7 @@
 #include <chrono>
 #include <cstdint>
 #include <cstring>
+#include <map>
 #include <memory>
 #include <string>
 #include <thread>
@@ -281,9 +282,13 @@ class Rendezvous {
 
 namespace detail {
 
-/// Makes a communicator of ranks on several hosts; whoever includes the header of a network has one.
+/// Makes a communicator of ranks on several hosts.
 using InitNetwork = Communicator (*)(const JobInfo&, const Options&);
-inline InitNetwork init_network = nullptr;
+/// Those of this program, by name: the header of each adds itself.
+inline std::map<std::string_view, InitNetwork>& networks() {
+  static std::map<std::string_view, InitNetwork> all;
+  return all;
+}
 
 }  // namespace detail
 
@@ -297,15 +302,16 @@ inline Communicator init(const Options& defaults = {}) {
   const Options options = Options::from_environment(defaults);
   JobInfo job = detail::job_from_environment();
   if (job.size == 1) {
-    if (options.transport != "tcp") options.expect_transport("thread", "alone in their process");
+    if (!options.is_flat()) options.expect_transport("thread", "alone in their process");
     const auto memory = std::make_shared<ThreadMemory>(SlotLayout(1, options.slots));
     detail::write_model(*memory, options);
     return detail::make_communicator(memory, 0, options);
   }
-  if (!job.one_host || options.transport == "tcp" || (options.transport.empty() && detail::environment("TALLY_ADDRESS"))) {
-    options.expect_transport("tcp", "on several hosts");
-    if (detail::init_network) return detail::init_network(job, options);
-    throw Error(Errc::unsupported, {job.one_host ? "TALLY_ADDRESS or TALLY_TRANSPORT asks for a network" : job.launcher + " started some of the ranks on other hosts", ", and this program has none: include tally/tcp.hpp in it"});
+  if (!job.one_host || options.is_flat() || (options.transport.empty() && detail::environment("TALLY_ADDRESS"))) {
+    const std::string_view name = options.network_name();
+    if (!options.is_flat()) options.expect_transport(name, "on several hosts");
+    if (const auto found = detail::networks().find(name); found != detail::networks().end()) return found->second(job, options);
+    throw Error(Errc::unsupported, {job.one_host ? "TALLY_ADDRESS or TALLY_TRANSPORT asks for a network" : detail::concat({job.launcher, " started some of the ", job.size, " ranks on other hosts"}), ", and this program has no '", name, "': include tally/", name, ".hpp in it"});
   }
   options.expect_transport("shm", "processes of one host");
   // Without a name of the job, ranks of one job share their parent: the launcher's daemon, or a shell.

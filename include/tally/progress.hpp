@@ -202,6 +202,7 @@ class Progress {
       const bool is_early = t.matching == Matching::order && static_cast<std::int16_t>(times.called - static_cast<std::uint16_t>(t.operation)) < 0;
       progress.heard(client.account_of(t), t, is_early ? FrameTimes{times.sent_at, 0, 0, static_cast<std::uint16_t>(t.peer), 0} : times, State::wait_credit);
     }
+    void fetched(Transfer& t, const FrameTimes& times) { progress.heard(client.account_of(t), t, times, State::wait_transfer); }
     void drained(Transfer& t) { progress.drained(client.account_of(t), t); }
     void copying(Transfer& t) {
       progress.serve(client.account_of(t));

@@ -7,6 +7,7 @@
 #include <concepts>
 #include <cstring>
 #include <exception>
+#include <functional>
 #include <map>
 #include <memory>
 #include <optional>
@@ -109,9 +110,21 @@ inline std::shared_ptr<SlotMemory> local_memory(const NetworkNode& node, const N
   options.slots.lanes = lanes;
   return Rendezvous(those, options, name_of_place(node)).meet();
 }
+/// Between hosts.
+template <Network Net>
+struct NetworkKind {
+  std::string name, settings;  // settings: the same on all ranks
+  int lanes = 2;
+  std::function<std::unique_ptr<Net>(std::shared_ptr<NetworkNode> node, std::vector<Rank> members)> make;
+};
+inline NetworkKind<TcpTransport> tcp_kind(const TcpOptions& tcp) {
+  return {"tcp", concat({tcp.window, " ", tcp.frame_bytes, tcp.checksum ? " checked" : ""}), tcp.lanes, [tcp](std::shared_ptr<NetworkNode> node, std::vector<Rank> members) { return std::make_unique<TcpTransport>(std::move(node), TcpTransport::world, std::move(members), tcp); }};
+}
+
 /// `memory`: of the ranks of this host, null where this one is alone.
-inline std::unique_ptr<RouteTransport<TcpTransport>> tcp_route(std::shared_ptr<NetworkNode> node, const Neighbourhood& here, std::shared_ptr<SlotMemory> memory, SlotOptions slots, const TcpOptions& tcp) {
-  slots.lanes = tcp.lanes;
+template <Network Net>
+std::unique_ptr<RouteTransport<Net>> network_route(std::shared_ptr<NetworkNode> node, const Neighbourhood& here, std::shared_ptr<SlotMemory> memory, SlotOptions slots, const NetworkKind<Net>& kind) {
+  slots.lanes = kind.lanes;
   std::vector<Rank> all;
   for (Rank r = 0; r < node->size(); ++r) all.push_back(r);
   std::unique_ptr<SlotTransport> local;
@@ -119,12 +132,12 @@ inline std::unique_ptr<RouteTransport<TcpTransport>> tcp_route(std::shared_ptr<N
     local = std::make_unique<SlotTransport>(std::move(memory), here.me, false, here.numbers);
     local->hang(std::make_unique<DatagramDoorbell>(name_of_place(*node) + "/bell", here.me, here.size()));
   }
-  return std::make_unique<RouteTransport<TcpTransport>>(std::make_unique<TcpTransport>(std::move(node), TcpTransport::world, std::move(all), tcp), std::move(local), here.places, slots);
+  return std::make_unique<RouteTransport<Net>>(kind.make(std::move(node), std::move(all)), std::move(local), here.places, slots);
 }
 
-inline Communicator tcp_communicator(const JobInfo& job, Meeting meeting, const Options& options, const TcpOptions& defaults) {
-  const TcpOptions tcp = TcpOptions::from_environment(defaults);
-  const bool flat = options.transport == "tcp";
+template <Network Net>
+Communicator network_communicator(const JobInfo& job, Meeting meeting, const Options& options, const NetworkKind<Net>& kind) {
+  const bool flat = options.is_flat();
   Join me;
   me.rank = job.rank;
   me.size = job.size;
@@ -132,7 +145,7 @@ inline Communicator tcp_communicator(const JobInfo& job, Meeting meeting, const 
   me.job = hash_text(job.job);
   me.boot = hash_text(boot_id());
   me.place = hash_text(sharing_id());
-  me.settings = hash_text(concat({flat ? "tcp " : "shm+tcp ", tcp.lanes, " ", tcp.window, " ", tcp.frame_bytes, tcp.checksum ? " checked " : " ", options.slots.slots, " ", options.slots.slot_bytes, " ", options.slots.budget}));
+  me.settings = hash_text(concat({flat ? "" : "shm+", kind.name, " ", kind.lanes, " ", kind.settings, " ", options.slots.slots, " ", options.slots.slot_bytes, " ", options.slots.budget}));
   const NetworkSettings settings(options.timeout, std::string(environment("TALLY_SECRET").value_or("")));
   const auto node = NetworkJob::join(meeting, me, settings, environment("TALLY_INTERFACE").value_or(""), [&](const std::vector<RankEntry>& entries) {
     std::vector<std::uint64_t> places;
@@ -144,11 +157,48 @@ inline Communicator tcp_communicator(const JobInfo& job, Meeting meeting, const 
   if (!ControlStream::take(note, model)) throw Error(Errc::protocol, "rank 0 sent no model to choose algorithms by: were the ranks built with the same tally?", {job.rank, 0, 0, {}});
   const Neighbourhood here(*node, flat);
   std::shared_ptr<SlotMemory> memory;
-  if (here.size() > 1) memory = local_memory(*node, here, options, tcp.lanes);
+  if (here.size() > 1) memory = local_memory(*node, here, options, kind.lanes);
   if (memory && here.size() == job.size) return make_communicator(std::move(memory), job.rank, options);  // there is but one host
-  return make_communicator(tcp_route(node, here, std::move(memory), options.slots, tcp), model, options);
+  return make_communicator(network_route(node, here, std::move(memory), options.slots, kind), model, options);
 }
-inline const bool tcp_is_a_network = (init_network = [](const JobInfo& job, const Options& options) { return tcp_communicator(job, Meeting::from_environment(), options, {}); }, true);
+inline Communicator tcp_communicator(const JobInfo& job, Meeting meeting, const Options& options, const TcpOptions& defaults) {
+  return network_communicator(job, std::move(meeting), options, tcp_kind(TcpOptions::from_environment(defaults)));
+}
+inline const bool tcp_is_a_network = networks().emplace("tcp", [](const JobInfo& job, const Options& options) { return tcp_communicator(job, Meeting::from_environment(), options, {}); }).second;
+
+/// f(comm) on n ranks of this host that talk over a network all the same.
+template <Network Net, std::invocable<Communicator&> F>
+void launch_network(int n, F f, RankKind kind, const Options& defaults, const NetworkKind<Net>& network) {
+  Options options = Options::from_environment(defaults);
+  options.expect_transport(network.name, "to talk over a network");
+  options.transport = network.name;
+  const auto rank = [&](Communicator& here) {
+    char where[64] = {};
+    std::optional<Meeting> meeting;
+    if (here.rank() == 0) {
+      meeting.emplace(listen_at(resolve("127.0.0.1:0").front()));
+      meeting->text().copy(where, sizeof where - 1);
+    }
+    here.broadcast(std::span(where), 0);
+    if (!meeting) meeting.emplace(std::string(where));
+    JobInfo job;
+    job.rank = here.rank();
+    job.size = n;
+    Communicator comm = network_communicator(job, std::move(*meeting), options, network);
+    try {
+      f(comm);
+    } catch (const std::exception& error) {
+      comm.abort(error.what());  // before it says goodbye, which would hide why
+      throw;
+    }
+  };
+  Options local = options;
+  local.transport.clear();
+  local.accounting = false;  // of the meeting itself
+  local.meters = nullptr;
+  if (kind == RankKind::threads) launch_threads(n, rank, local);
+  else launch_processes(n, rank, local);
+}
 
 }  // namespace detail
 
@@ -163,35 +213,7 @@ inline Communicator init_tcp(const Options& defaults = {}, const TcpOptions& tcp
 /// As launch(), but the ranks talk over TCP on loopback, as if each were on a host of its own.
 template <std::invocable<Communicator&> F>
 void launch_tcp(int n, F f, RankKind kind = processes, const Options& defaults = {}, const TcpOptions& tcp = {}) {
-  Options options = Options::from_environment(defaults);
-  options.expect_transport("tcp", "to talk over TCP");
-  options.transport = "tcp";
-  const auto rank = [&](Communicator& here) {
-    char where[64] = {};
-    std::optional<detail::Meeting> meeting;
-    if (here.rank() == 0) {
-      meeting.emplace(detail::listen_at(detail::resolve("127.0.0.1:0").front()));
-      meeting->text().copy(where, sizeof where - 1);
-    }
-    here.broadcast(std::span(where), 0);
-    if (!meeting) meeting.emplace(std::string(where));
-    JobInfo job;
-    job.rank = here.rank();
-    job.size = n;
-    Communicator comm = detail::tcp_communicator(job, std::move(*meeting), options, tcp);
-    try {
-      f(comm);
-    } catch (const std::exception& error) {
-      comm.abort(error.what());  // before it says goodbye, which would hide why
-      throw;
-    }
-  };
-  Options local = options;
-  local.transport.clear();
-  local.accounting = false;  // of the meeting itself
-  local.meters = nullptr;
-  if (kind == RankKind::threads) detail::launch_threads(n, rank, local);
-  else detail::launch_processes(n, rank, local);
+  detail::launch_network(n, std::move(f), kind, defaults, detail::tcp_kind(TcpOptions::from_environment(tcp)));
 }
 
 }  // namespace tally::inline v0

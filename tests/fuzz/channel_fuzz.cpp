@@ -27,6 +27,7 @@ struct Taking {
   }
   Transfer* unexpected(Rank, const FrameInfo&) { return nullptr; }
   void credited(Transfer&, const FrameTimes&) {}
+  void fetched(Transfer&, const FrameTimes&) {}
   void drained(Transfer&) {}
   void copying(Transfer&) {}
   void reducing(Transfer&) {}

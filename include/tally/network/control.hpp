@@ -24,7 +24,7 @@
 
 namespace tally::inline v0::detail {
 
-enum class ControlKind : std::uint32_t { join = 1, welcome, refusal, status, ask, told, goodbye, abort, dead, clock, challenge, gone };
+enum class ControlKind : std::uint32_t { join = 1, welcome, refusal, status, ask, told, goodbye, abort, dead, clock, challenge, gone, offer, want, offered };
 
 struct ControlHeader {
   std::uint32_t bytes = 0;  // that follow
@@ -111,6 +111,14 @@ struct Goodbye {  // an Opened for each rank that it opened channels to follows
 struct Opened {
   std::int32_t to = -1;  // in the job
   std::uint32_t channels = 0;
+};
+/// Where a rank's part of a communicator is to be reached, by a network that has addresses of its own: those follow. Offered to the
+/// registry, wanted from it, and offered by it to who wanted.
+struct Offer {
+  std::uint64_t communicator = 0;
+  std::int32_t rank = -1;  // in the job
+  std::uint32_t unused = 0;
+  static constexpr std::size_t longest = 16384;
 };
 
 /// A stream of control records: parts in, whole records out. Never blocks; false once the other side is gone or talks nonsense.

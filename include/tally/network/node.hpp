@@ -34,7 +34,7 @@ namespace tally::inline v0::detail {
 /// What is known of a communicator's other ranks. Ranks are the communicator's.
 class NetworkGroup {
  public:
-  NetworkGroup(std::uint64_t of, std::vector<Rank> ranks) : communicator(of), members(std::move(ranks)), told(members.size()) {
+  NetworkGroup(std::uint64_t of, std::vector<Rank> ranks) : communicator(of), members(std::move(ranks)), told(members.size()), offers(members.size()) {
     if (!bell_) throw Error(Errc::no_resources, {"no descriptor to be woken by: ", errno_text(errno)});
   }
   const std::uint64_t communicator;
@@ -54,6 +54,7 @@ class NetworkGroup {
 
   // Under the node's lock.
   std::vector<Told> told;
+  std::vector<std::string> offers;  // what others offered of what this rank wanted
   bool asking = false;  // the answer is on its way
   AbortNotice notice;
   bool notice_is_first = false;
@@ -181,6 +182,22 @@ class NetworkNode {
     const std::lock_guard lock(mutex_);
     if (!std::exchange(group.asking, true)) link_.put(ControlKind::ask, ControlStream::as_bytes(group.communicator));
     exchange();
+  }
+  /// Where this rank is to be reached in this communicator; where r is, once it said so: empty until then.
+  void offer(const NetworkGroup& group, std::string_view address) {
+    const std::lock_guard lock(mutex_);
+    link_.put(ControlKind::offer, std::string(ControlStream::as_bytes(Offer{group.communicator, me_, 0})).append(address));
+    exchange();
+  }
+  void want(const NetworkGroup& group, Rank r) {
+    const std::lock_guard lock(mutex_);
+    link_.put(ControlKind::want, Offer{group.communicator, group.members[static_cast<std::size_t>(r)], 0});
+    exchange();
+  }
+  std::string offered(const NetworkGroup& group, Rank r) {
+    const std::lock_guard lock(mutex_);
+    exchange();
+    return group.offers[static_cast<std::size_t>(r)];
   }
   /// Hears what is there; does nothing while another thread does, which rings for whom it concerns.
   void hear() {
@@ -392,6 +409,17 @@ class NetworkNode {
         if (const auto group = found->second.lock()) take_notice(*group, notice);
       } else if (early_aborts_.size() < 1024 && !left_.contains(header.communicator)) {
         early_aborts_[header.communicator] = notice;  // of a communicator that this rank has yet to open
+      }
+      return true;
+    }
+    if (kind == ControlKind::offered) {
+      Offer offer;
+      if (!ControlStream::take(record, offer)) return false;
+      const auto found = groups_.find(offer.communicator);
+      if (const auto group = found == groups_.end() ? nullptr : found->second.lock()) {
+        for (std::size_t r = 0; r < group->members.size(); ++r)
+          if (group->members[r] == offer.rank) group->offers[r] = record;
+        group->ring();
       }
       return true;
     }

@@ -61,6 +61,8 @@ class Registry {
     CommunicatorStatus status;
     bool left = false;
     std::map<Rank, std::uint32_t> opened;
+    std::string offer;            // empty: none yet
+    std::set<Rank> wanted_by;
   };
   static constexpr std::size_t most_silent = 128, most_unread = std::size_t{64} << 20;
   static constexpr auto patience = std::chrono::seconds(10);  // with a guest that says nothing
@@ -211,6 +213,24 @@ class Registry {
         guest.stream.put(ControlKind::told, answer);
         return true;
       }
+      case ControlKind::offer: {
+        std::string_view address = record;
+        Offer offer;
+        if (!ControlStream::take(address, offer) || address.empty() || address.size() > Offer::longest) return false;
+        Entry& entry = board_[offer.communicator][guest.rank];
+        entry.offer = address;
+        for (const Rank r : entry.wanted_by) tell_offer(r, offer.communicator, guest.rank, entry.offer);
+        entry.wanted_by.clear();
+        return true;
+      }
+      case ControlKind::want: {
+        Offer offer;
+        if (!ControlStream::take(record, offer) || offer.rank < 0 || offer.rank >= like_.size) return false;
+        Entry& entry = board_[offer.communicator][offer.rank];
+        if (entry.offer.empty()) entry.wanted_by.insert(guest.rank);
+        else tell_offer(guest.rank, offer.communicator, offer.rank, entry.offer);
+        return true;
+      }
       case ControlKind::goodbye: {
         Goodbye goodbye;
         if (!ControlStream::take(record, goodbye)) return false;
@@ -235,6 +255,12 @@ class Registry {
       }
       default: return false;
     }
+  }
+  void tell_offer(Rank to, std::uint64_t communicator, Rank of, const std::string& address) {
+    Guest* const guest = guests_of_[static_cast<std::size_t>(to)];
+    if (!guest) return;
+    guest->stream.put(ControlKind::offered, std::string(ControlStream::as_bytes(Offer{communicator, of, 0})) + address);
+    guest->stream.write();
   }
   bool join(Guest& guest, std::string_view record) {
     Join theirs;

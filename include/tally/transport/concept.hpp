@@ -105,6 +105,7 @@ concept Probe = requires(P& probe, Transfer& transfer, const FrameInfo& frame, c
   // probe.unexpected(peer, frame): a message that no receive waits for. Where to put it, or null: it stays where it is
   { probe.unexpected(Rank{}, frame) } -> std::same_as<Transfer*>;
   probe.credited(transfer, times);                               // a send that had no room has room again
+  probe.fetched(transfer, times);                                // the peer has taken what was kept for it
   probe.drained(transfer);                                       // a send that the network was too slow for goes on
   probe.copying(transfer);                                       // from here on, until told otherwise, bytes are copied
   probe.reducing(transfer);                                      // ... or combined

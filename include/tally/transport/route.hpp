@@ -123,10 +123,11 @@ class RouteTransport {
     return local_->liveness(near(r));
   }
 
-  /// By both ways, so that who sleeps at one of them wakes up.
+  /// By both ways, so that who sleeps at one of them wakes up. A host says the notice that was its first: what its others say in answer
+  /// must not come before that.
   void abort(const AbortNotice& notice) {
-    net_->abort(notice);
     if (local_) local_->abort(notice);
+    net_->abort(local_ ? local_->abort_notice() : notice);
   }
   bool aborted() const { return (local_ && local_->aborted()) || net_->aborted(); }
   /// The network's is the first one of all hosts.

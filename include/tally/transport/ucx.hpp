@@ -1,0 +1,214 @@
+// SPDX-License-Identifier: Apache-2.0
+// UCX (libucp) as a fabric: messages are active messages, short ones sent at once, long ones by UCX's rendezvous. One worker per
+// communicator, so nothing is locked; one context per process.
+#pragma once
+
+#include <ucp/api/ucp.h>
+
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "fabric.hpp"
+
+namespace tally::inline v0 {
+
+namespace detail {
+
+/// The process's one.
+class UcxContext {
+ public:
+  static std::shared_ptr<UcxContext> get() {
+    static std::mutex mutex;
+    static std::weak_ptr<UcxContext> known;
+    const std::lock_guard lock(mutex);
+    auto context = known.lock();
+    if (!context) known = context = std::make_shared<UcxContext>();
+    return context;
+  }
+  UcxContext() {
+    ucp_config_t* config = nullptr;
+    if (const ucs_status_t status = ::ucp_config_read(nullptr, nullptr, &config); status != UCS_OK) throw Error(Errc::unsupported, {"UCX cannot be set up: ", ::ucs_status_string(status)});
+    ucp_params_t params{};
+    params.field_mask = UCP_PARAM_FIELD_FEATURES;
+    params.features = UCP_FEATURE_AM | UCP_FEATURE_WAKEUP;
+    const ucs_status_t status = ::ucp_init(&params, config, &context_);
+    ::ucp_config_release(config);
+    if (status != UCS_OK) throw Error(Errc::unsupported, {"UCX cannot be used: ", ::ucs_status_string(status), "; see UCX_TLS and UCX_NET_DEVICES"});
+  }
+  ~UcxContext() { ::ucp_cleanup(context_); }
+  UcxContext(const UcxContext&) = delete;
+  ucp_context_h handle() const { return context_; }
+
+ private:
+  ucp_context_h context_ = nullptr;
+};
+
+class UcxFabric {
+ public:
+  static constexpr std::string_view name = "ucx";
+  /// Something under way.
+  struct Flight {
+    void* request = nullptr;
+    bool failed = false;
+  };
+  /// Payload that UCX keeps.
+  struct Held {
+    void* data = nullptr;
+  };
+  struct Message {
+    FabricHeader header;
+    Held held;
+    const std::byte* data = nullptr;  // null: to be fetched
+    std::size_t bytes = 0;
+  };
+
+  explicit UcxFabric(std::size_t size) : ends_(size) {
+    ucp_worker_params_t params{};
+    params.field_mask = UCP_WORKER_PARAM_FIELD_THREAD_MODE;
+    params.thread_mode = UCS_THREAD_MODE_SERIALIZED;
+    expect(::ucp_worker_create(context_->handle(), &params, &worker_), "make a worker");
+    ucp_am_handler_param_t handler{};
+    handler.field_mask = UCP_AM_HANDLER_PARAM_FIELD_ID | UCP_AM_HANDLER_PARAM_FIELD_FLAGS | UCP_AM_HANDLER_PARAM_FIELD_CB | UCP_AM_HANDLER_PARAM_FIELD_ARG;
+    handler.id = messages;
+    handler.flags = UCP_AM_FLAG_WHOLE_MSG | UCP_AM_FLAG_PERSISTENT_DATA;
+    handler.cb = &UcxFabric::came;
+    handler.arg = this;
+    expect(::ucp_worker_set_am_recv_handler(worker_, &handler), "hear of messages");
+    expect(::ucp_worker_get_efd(worker_, &event_), "be woken");
+  }
+  ~UcxFabric() {
+    for (End& each : ends_) drop(each.hello);
+    for (Message& message : inbox_) give_back(message.held);
+    ::ucp_worker_destroy(worker_);
+  }
+  UcxFabric(const UcxFabric&) = delete;
+
+  std::string address() const {
+    ucp_address_t* address = nullptr;
+    std::size_t bytes = 0;
+    expect(::ucp_worker_get_address(worker_, &address, &bytes), "say where it is");
+    std::string text(reinterpret_cast<const char*>(address), bytes);
+    ::ucp_worker_release_address(worker_, address);
+    return text;
+  }
+  bool knows(Rank r) const { return end(r).handle != nullptr; }
+  void meet(Rank r, std::string_view address) {
+    ucp_ep_params_t params{};
+    params.field_mask = UCP_EP_PARAM_FIELD_REMOTE_ADDRESS | UCP_EP_PARAM_FIELD_ERR_HANDLING_MODE | UCP_EP_PARAM_FIELD_ERR_HANDLER;
+    params.address = reinterpret_cast<const ucp_address_t*>(address.data());
+    params.err_mode = UCP_ERR_HANDLING_MODE_PEER;
+    params.err_handler.cb = [](void* of, ucp_ep_h, ucs_status_t status) { static_cast<End*>(of)->error = status; };
+    params.err_handler.arg = &end(r);
+    if (const ucs_status_t status = ::ucp_ep_create(worker_, &params, &end(r).handle); status != UCS_OK) return void(end(r).error = status);
+    // No memory of anybody's is handed over before the way stands: UCX gives none back without closing it, and stumbles over closing
+    // one that does not stand yet.
+    static const char hello = 0;
+    ucp_request_param_t param{};
+    end(r).hello = begun(r, ::ucp_am_send_nbx(end(r).handle, messages, &hello, sizeof hello, nullptr, 0, &param));
+  }
+  bool reaches(Rank r) { return end(r).error == UCS_OK && is_over(end(r).hello); }
+  const char* error(Rank r) const { return end(r).error == UCS_OK ? nullptr : ::ucs_status_string(end(r).error); }
+  std::size_t most_at_once() const { return std::size_t{64} << 10; }
+
+  bool send(Rank r, const FabricHeader& header, const std::byte* from, std::size_t bytes, Flight& flight) {
+    ucp_request_param_t param{};
+    param.op_attr_mask = UCP_OP_ATTR_FIELD_FLAGS;
+    param.flags = header.fetched ? UCP_AM_SEND_FLAG_RNDV : UCP_AM_SEND_FLAG_EAGER;
+    flight = begun(r, ::ucp_am_send_nbx(end(r).handle, messages, &header, sizeof header, from, bytes, &param));
+    return true;
+  }
+  bool is_over(Flight& flight) {
+    if (flight.request) {
+      const ucs_status_t status = ::ucp_request_check_status(flight.request);
+      if (status == UCS_INPROGRESS) return false;
+      ::ucp_request_free(std::exchange(flight.request, nullptr));
+      flight.failed = status != UCS_OK;
+    }
+    return !flight.failed;
+  }
+  void drop(Flight& flight) {
+    if (flight.request) ::ucp_request_free(std::exchange(flight.request, nullptr));  // which UCX does once it is over
+  }
+  bool touches(Flight& flight) { return !is_over(flight) && flight.request; }
+  void fetch(Rank r, Held& held, std::byte* to, std::size_t bytes, Flight& flight) {
+    ucp_request_param_t param{};
+    flight = begun(r, ::ucp_am_recv_data_nbx(worker_, std::exchange(held.data, nullptr), to, bytes, &param));
+  }
+  void give_back(Held& held) {
+    if (held.data) ::ucp_am_data_release(worker_, std::exchange(held.data, nullptr));
+  }
+  void progress() {
+    for (int i = 0; i < 8 && ::ucp_worker_progress(worker_) != 0; ++i) {}
+  }
+  std::deque<Message>& inbox() { return inbox_; }
+  int event() const { return event_; }
+  bool arm() { return inbox_.empty() && ::ucp_worker_arm(worker_) == UCS_OK; }
+  void flush(nanoseconds limit) {
+    ucp_request_param_t none{};
+    wait(::ucp_worker_flush_nbx(worker_, &none), limit);
+  }
+  void give_up(Rank r) {
+    ucp_request_param_t how{};
+    how.op_attr_mask = UCP_OP_ATTR_FIELD_FLAGS;
+    how.flags = UCP_EP_CLOSE_FLAG_FORCE;
+    if (end(r).handle) wait(::ucp_ep_close_nbx(std::exchange(end(r).handle, nullptr), &how), std::chrono::seconds(1));
+    if (end(r).error == UCS_OK) end(r).error = UCS_ERR_CONNECTION_RESET;
+  }
+
+ private:
+  static constexpr unsigned messages = 7;
+  struct End {
+    ucp_ep_h handle = nullptr;
+    Flight hello;
+    ucs_status_t error = UCS_OK;
+  };
+  End& end(Rank r) { return ends_[static_cast<std::size_t>(r)]; }
+  const End& end(Rank r) const { return ends_[static_cast<std::size_t>(r)]; }
+  static void expect(ucs_status_t status, const char* what) {
+    if (status != UCS_OK) throw Error(Errc::no_resources, {"UCX cannot ", what, ": ", ::ucs_status_string(status)});
+  }
+  Flight begun(Rank r, ucs_status_ptr_t result) {
+    if (!UCS_PTR_IS_ERR(result)) return {result, false};
+    if (end(r).error == UCS_OK) end(r).error = UCS_PTR_STATUS(result);
+    return {nullptr, true};
+  }
+  void wait(ucs_status_ptr_t request, nanoseconds limit) {
+    if (!request || UCS_PTR_IS_ERR(request)) return;
+    const auto deadline = std::chrono::steady_clock::now() + limit;
+    while (::ucp_request_check_status(request) == UCS_INPROGRESS && std::chrono::steady_clock::now() < deadline) ::ucp_worker_progress(worker_);
+    ::ucp_request_free(request);
+  }
+  static ucs_status_t came(void* self, const void* header, std::size_t header_bytes, void* data, std::size_t bytes, const ucp_am_recv_param_t* param) noexcept {
+    if (header_bytes != sizeof(FabricHeader)) return UCS_OK;  // a stranger's
+    Message message;
+    std::memcpy(&message.header, header, sizeof message.header);
+    message.bytes = bytes;
+    const bool is_here = !(param->recv_attr & UCP_AM_RECV_ATTR_FLAG_RNDV);
+    if (is_here) message.data = static_cast<const std::byte*>(data);
+    if (!is_here || (param->recv_attr & UCP_AM_RECV_ATTR_FLAG_DATA)) message.held.data = data;
+    static_cast<UcxFabric*>(self)->inbox_.push_back(message);
+    return message.held.data ? UCS_INPROGRESS : UCS_OK;
+  }
+
+  std::shared_ptr<UcxContext> context_ = UcxContext::get();
+  ucp_worker_h worker_ = nullptr;
+  int event_ = -1;
+  std::vector<End> ends_;
+  std::deque<Message> inbox_;
+};
+static_assert(Fabric<UcxFabric>);
+
+}  // namespace detail
+
+using UcxTransport = FabricTransport<detail::UcxFabric>;
+
+}  // namespace tally::inline v0
