@@ -52,20 +52,38 @@ const std::vector<bench::Entry>& tcp_entries() {
   };
   return entries;
 }
-/// Peers would use shared memory, too.
-void keep_peers_to_tcp() {
-  for (const auto& [name, value] : {std::pair("OMPI_MCA_pml", "ob1"), {"OMPI_MCA_btl", "tcp,self"}, {"OMPI_MCA_btl_tcp_if_include", "lo"}, {"MPIR_CVAR_NOLOCAL", "1"}, {"UCX_TLS", "tcp,self"}, {"UCX_NET_DEVICES", "lo"}, {"FI_PROVIDER", "tcp"}, {"FI_TCP_IFACE", "lo"}}) ::setenv(name, value, 1);
+/// The same over UCX.
+const std::vector<bench::Entry>& ucx_entries() {
+  static const std::vector<bench::Entry> entries{
+      {"ucx", "tally over UCX", Kind::reference, "compare_ucx", {}, "install libucx-dev and build the target comparison"},
+      {"open_mpi", "Open MPI over UCX", Kind::peer, "compare_open_mpi", {"mpirun.openmpi", "mpirun"}, "install openmpi-bin, libopenmpi-dev and pkg-config"},
+      {"mpich", "MPICH over UCX", Kind::peer, "compare_mpich", {"mpiexec.mpich", "mpiexec.hydra"}, "install mpich, libmpich-dev and pkg-config"},
+      {"ucx_unaccounted", "tally over UCX, accounting off", Kind::peer, "compare_ucx", {}, "build the target comparison"},
+  };
+  return entries;
+}
+/// Peers would use shared memory of their own, too.
+void keep_peers_to(const std::string& over) {
+  using Variables = std::initializer_list<std::pair<const char*, const char*>>;
+  const auto set = [](const Variables& variables) {
+    for (const auto& [name, value] : variables) ::setenv(name, value, 1);
+  };
+  set({{"MPIR_CVAR_NOLOCAL", "1"}});
+  if (over == "tcp") set({{"OMPI_MCA_pml", "ob1"}, {"OMPI_MCA_btl", "tcp,self"}, {"OMPI_MCA_btl_tcp_if_include", "lo"}, {"FI_PROVIDER", "tcp"}, {"FI_TCP_IFACE", "lo"}});
+  else set({{"OMPI_MCA_pml", "ucx"}, {"OMPI_MCA_opal_common_ucx_tls", "any"}, {"OMPI_MCA_opal_common_ucx_devices", "any"}});
+  if (over == "ucx") set({{"UCX_TLS", "sm,self"}, {"TALLY_UCX_SHARED_MEMORY", "on"}});
+  else set({{"UCX_TLS", "tcp,self"}, {"UCX_NET_DEVICES", "lo"}});
 }
 
 struct Settings {
-  bool tcp = false;
+  std::string over = "shm";
   int ranks = 2;
   std::vector<Op> ops{Op::all_reduce};
   std::vector<std::string> peers;
   std::size_t least = 8, most = std::size_t{64} << 20, factor = 4;
   bench::Limits limits;
   std::string json, svg;
-  const std::vector<bench::Entry>& entries() const { return tcp ? tcp_entries() : all_entries(); }
+  const std::vector<bench::Entry>& entries() const { return over == "shm" ? all_entries() : over == "tcp" ? tcp_entries() : ucx_entries(); }
 };
 
 // ---- arguments ----
@@ -82,7 +100,7 @@ std::optional<int> parse(int argc, char** argv, Settings& s) {
   std::string ops = "all_reduce", peers = "open_mpi,mpich,gloo", least = "8", most = "64M";
   double block_ms = s.limits.block_s * 1e3;
   app.option_defaults()->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);
-  app.add_flag("--tcp", s.tcp, "all over TCP on loopback, instead of shared memory");
+  app.add_option("--over", s.over, "what connects all ranks: shm (shared memory), tcp (on loopback), ucx (its shared memory), ucx_tcp (its TCP)")->check(CLI::IsMember({"shm", "tcp", "ucx", "ucx_tcp"}))->capture_default_str();
   app.add_option("-n,--ranks", s.ranks, "ranks of each library")->check(CLI::Range(2, bench::most_ranks))->capture_default_str();
   app.add_option("--ops", ops, "comma-separated: all_reduce, reduce, broadcast, all_gather, reduce_scatter, barrier, gather, scatter, all_to_all, scan, exclusive_scan, send_receive, or all")->capture_default_str();
   app.add_option("--peers", peers, "comma-separated: whom to race against (also: unaccounted, which is tally with its accounting off), or none")->capture_default_str();
@@ -110,7 +128,13 @@ std::optional<int> parse(int argc, char** argv, Settings& s) {
   if (peers != "none")
     for (const std::string& word : words(peers)) {
       const auto& entries = s.entries();
-      if (std::none_of(entries.begin(), entries.end(), [&](const bench::Entry& e) { return e.kind == Kind::peer && e.name == word; })) return refuse("--peers: unknown '" + word + "'; there are open_mpi, mpich, gloo, " + (s.tcp ? "tcp_unaccounted" : "unaccounted") + " (tally with its accounting off), none");
+      if (std::none_of(entries.begin(), entries.end(), [&](const bench::Entry& e) { return e.kind == Kind::peer && e.name == word; })) {
+        if (s.over.starts_with("ucx") && word == "gloo" && !app.count("--peers")) continue;  // it does not know UCX
+        std::string there;
+        for (const bench::Entry& e : entries)
+          if (e.kind == Kind::peer) there += e.name + ", ";
+        return refuse("--peers: unknown '" + word + "'; there are " + there + "none");
+      }
       s.peers.push_back(word);
     }
   const auto low = bench::parse_size(least), high = bench::parse_size(most);
@@ -150,7 +174,7 @@ class Output {
     table_ << "# method   in each round every library has one block of calls (about " << bench::cell(settings_.limits.block_s * 1e3) << " ms) while the others sleep; us per call of the slowest rank, median over rounds\n"
            << "# ratio    its time / tally's, median over rounds: above 1 tally is faster\n"
            << "# idle     share of tally's calls in which ranks waited, by its own account\n"
-           << (settings_.tcp ? "# limits   ping: as many bytes from rank 0 to rank 1 and back over one socket; stream: as many as must move, both ways at once\n"
+           << (settings_.over.starts_with("ucx") ? "" : settings_.over == "tcp" ? "# limits   ping: as many bytes from rank 0 to rank 1 and back over one socket; stream: as many as must move, both ways at once\n"
                              : "# limits   trip: one cache line from rank 0 to rank 1 and back; copy: memcpy of as many bytes in a rank's own memory, all ranks at once;\n"
                                "#          combine: an all_reduce of bare loops over buffers that all ranks share\n")
            << "# op             bytes";
@@ -289,7 +313,7 @@ int run(const Settings& settings) {
   std::ostream& table = settings.json == "-" ? std::cerr : std::cout;
   std::ostream* const json = settings.json.empty() ? nullptr : settings.json == "-" ? &std::cout : &file;
 
-  if (settings.tcp) keep_peers_to_tcp();
+  if (settings.over != "shm") keep_peers_to(settings.over);
   const bench::Progress progress(true);
   bench::Race race(settings.ranks, settings.most, settings.limits);
   for (const bench::Entry& entry : settings.entries()) {

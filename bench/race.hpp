@@ -224,7 +224,7 @@ class Race {
     const std::string n = std::to_string(hall_->ranks);
     if (mpi == "mpich") return {launcher, "-launcher", "fork", "-bind-to", "none", "-n", n};
     // What it would leave behind if it were killed lies in our directory.
-    const char* const btl = std::getenv("OMPI_MCA_btl");  // compare --tcp
+    const char* const btl = std::getenv("OMPI_MCA_btl");  // compare --over tcp
     std::vector<std::string> command{launcher, "--mca", "btl", btl ? btl : "self,vader", "--mca", "orte_tmpdir_base", place_.path(), "--mca", "btl_vader_backing_directory", place_.path(), "--bind-to", "none", "-n", n};
     if (!hall_->pinned) command.push_back("--oversubscribe");
     if (::geteuid() == 0) command.push_back("--allow-run-as-root");

@@ -12,7 +12,7 @@ layers=(
   "clock wait thread_rule file local_socket figures host memory topology copy operators reduce share kernel_copy objective network/* transport/* energy/* account/*"
   "call staging gate prepared progress run neighbours diagnosis local_steps mailbox share_work engine choose cost group options"
   "calls operation progress_thread fusion communicator mesh bootstrap launch"
-  "tally carbon_files energy job_account nvtx tcp"
+  "tally carbon_files energy job_account nvtx tcp ucx"
 )
 # Header: what it may include of its own layer. Siblings in algorithms/, transport/ and energy/ stay apart.
 exceptions=(
@@ -37,6 +37,8 @@ exceptions=(
   "transport/networked: topology transport/concept network/node"
   "transport/tcp: transport/concept transport/networked transport/queue transport/tcp_channel"
   "transport/tcp_channel: environment transport/concept transport/queue network/frame network/socket"
+  "transport/fabric: transport/concept transport/networked transport/queue"
+  "transport/ucx: environment transport/fabric"
   "transport/doorbell: local_socket transport/slots"
   "transport/route: transport/concept transport/slots"
   "network/socket: file"
@@ -110,11 +112,13 @@ exceptions=(
   "bootstrap: communicator"
   "mesh: communicator"
   "launch: bootstrap"
+  "ucx: tcp"
 )
 # Header: the libraries it may include besides the standard one and Linux's. Each has a CMake target of its own; the rest of the
 # tree does without.
 third_party=(
   "carbon_files: nlohmann"
+  "transport/ucx: ucp"
   "nvtx: nvtx3"
 )
 longest=700

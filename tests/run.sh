@@ -26,6 +26,7 @@ done
 [[ -e /usr/include/catch2/catch.hpp ]] || missing+=(catch2)
 [[ -e /usr/include/CLI/CLI.hpp ]] || missing+=(libcli11-dev)
 [[ -e /usr/include/nlohmann/json.hpp ]] || missing+=(nlohmann-json3-dev)
+[[ -e /usr/include/ucp/api/ucp.h ]] || missing+=(libucx-dev)
 # What checks the exporters; a test whose tool is missing says so and is skipped.
 command -v promtool >/dev/null || missing+=(prometheus)
 command -v chromium >/dev/null || missing+=(chromium)

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// UCX as a transport: everything that all transports and all networks must do. Runs twice: over what UCX chooses within a host, which is
-// shared memory, and over its TCP.
+// UCX as a transport: everything that all transports and all networks must do, over its TCP; and what goes with its shared memory.
 #include <catch2/catch.hpp>
 
 #include <tally/tally.hpp>
@@ -14,17 +13,18 @@ using namespace std::chrono_literals;
 
 namespace {
 
-detail::NetworkKind<UcxTransport> ucx(std::size_t window, std::size_t frame_bytes, std::size_t at_once, int lanes = 2) {
-  FabricOptions options;
+detail::NetworkKind<UcxTransport> ucx(std::size_t window, std::size_t frame_bytes, std::size_t at_once, int lanes = 2, bool shared_memory = false) {
+  UcxOptions options;
+  options.shared_memory = shared_memory;
   options.lanes = lanes;
   options.window = window;
   options.frame_bytes = frame_bytes;
   options.at_once = at_once;
   return detail::ucx_kind(options);
 }
-void run(int n, const SlotOptions& options, std::size_t at_once, const conformance::BodyOf<UcxTransport>& body) {
+void run(int n, const SlotOptions& options, std::size_t at_once, const conformance::BodyOf<UcxTransport>& body, bool shared_memory = false) {
   const test::Job job(n);
-  const auto kind = ucx(static_cast<std::size_t>(options.slots) * (options.slot_bytes + detail::frame_cost), options.slot_bytes, at_once, options.lanes);
+  const auto kind = ucx(static_cast<std::size_t>(options.slots) * (options.slot_bytes + detail::frame_cost), options.slot_bytes, at_once, options.lanes, shared_memory);
   test::on_ranks(n, [&](Rank r) {
     const auto transport = kind.make(job.join(r), test::all(n));
     body(*transport);
@@ -40,6 +40,11 @@ TEST_CASE("UCX conforms, payloads going with their headers") {
 TEST_CASE("UCX conforms, payloads being fetched") {
   conformance::conformance<UcxTransport>([](int n, const SlotOptions& options, const auto& body) { run(n, options, 64, body); });
 }
+// TSan does not see how uninstrumented code shares memory.
+TEST_CASE("UCX conforms in its shared memory, payloads being fetched", "[processes]") {
+  conformance::conformance<UcxTransport>([](int n, const SlotOptions& options, const auto& body) { run(n, options, 64, body, true); });
+}
+TEST_CASE("every algorithm is right in UCX's shared memory", "[processes]") { test::every_algorithm_is_right(ucx(8 << 20, 2 << 20, 64 << 10, 2, true)); }
 TEST_CASE("every algorithm is right over UCX, whatever the sizes, in a wide window and a narrow one") {
   test::every_algorithm_is_right(detail::ucx_kind({}));
   test::every_algorithm_is_right(ucx(3000, 1000, 300));

@@ -16,19 +16,19 @@ namespace tally::inline v0 {
 
 namespace detail {
 
-inline NetworkKind<UcxTransport> ucx_kind(const FabricOptions& options) {
+inline NetworkKind<UcxTransport> ucx_kind(const UcxOptions& options) {
   return {"ucx", options.text(), options.lanes, [options](std::shared_ptr<NetworkNode> node, std::vector<Rank> members) {
-            return std::make_unique<UcxTransport>(std::move(node), UcxTransport::world, std::move(members), options, [](const std::vector<Rank>& of, const FabricOptions&) { return std::make_unique<UcxFabric>(of.size()); });
+            return std::make_unique<UcxTransport>(std::move(node), UcxTransport::world, std::move(members), options, [in_memory = options.shared_memory](const FabricMembers& who) { return std::make_unique<UcxFabric>(who, in_memory); });
           }};
 }
-inline const bool ucx_is_a_network = networks().emplace("ucx", [](const JobInfo& job, const Options& options) { return network_communicator(job, Meeting::from_environment(), options, ucx_kind({})); }).second;
+inline const bool ucx_is_a_network = networks().emplace("ucx", [](const JobInfo& job, const Options& options) { return network_communicator(job, Meeting::from_environment(), options, ucx_kind(UcxOptions::from_environment({}))); }).second;
 
 }  // namespace detail
 
 /// As launch(), but the ranks talk by UCX, as if each were on a host of its own.
 template <std::invocable<Communicator&> F>
-void launch_ucx(int n, F f, RankKind kind = processes, const Options& defaults = {}, const FabricOptions& ucx = {}) {
-  detail::launch_network(n, std::move(f), kind, defaults, detail::ucx_kind(ucx));
+void launch_ucx(int n, F f, RankKind kind = processes, const Options& defaults = {}, const UcxOptions& ucx = {}) {
+  detail::launch_network(n, std::move(f), kind, defaults, detail::ucx_kind(UcxOptions::from_environment(ucx)));
 }
 
 }  // namespace tally::inline v0

@@ -34,11 +34,18 @@ namespace tally::inline v0 {
 /// The same on all ranks.
 struct FabricOptions {
   int lanes = 2;                                     // one for collectives, one for messages
-  std::size_t window = std::size_t{4} << 20;         // bytes that a receiver has not taken yet, at most
-  std::size_t frame_bytes = std::size_t{512} << 10;  // of a frame's payload, at most
-  std::size_t at_once = std::size_t{8} << 10;        // a payload of so much goes with its header, at most; a fabric may have less
+  std::size_t window = std::size_t{8} << 20;         // bytes that a receiver has not taken yet, at most
+  std::size_t frame_bytes = std::size_t{2} << 20;    // of a frame's payload, at most
+  std::size_t at_once = std::size_t{64} << 10;       // a payload of so much goes with its header, at most; a fabric may have less
 
   std::string text() const { return detail::concat({lanes, " ", window, " ", frame_bytes, " ", at_once}); }
+};
+
+/// Whom a fabric connects: the job's ranks that its ranks are, and whether they are on other hosts than this one.
+struct FabricMembers {
+  Rank me = 0;  // the place of this one
+  std::vector<Rank> ranks;
+  std::vector<bool> elsewhere;
 };
 
 namespace detail {
@@ -84,11 +91,11 @@ concept Fabric = requires(F& f, const F& c, Rank peer, typename F::Flight& fligh
 template <detail::Fabric F>
 class FabricTransport : public NetworkedTransport {
  public:
-  /// `make()`: this communicator's fabric.
-  using Make = std::function<std::unique_ptr<F>(const std::vector<Rank>& members, const FabricOptions& options)>;
+  /// A communicator's fabric.
+  using Make = std::function<std::unique_ptr<F>(const FabricMembers& members)>;
 
   FabricTransport(std::shared_ptr<detail::NetworkNode> node, std::uint64_t communicator, std::vector<Rank> members, const FabricOptions& options, Make make)
-      : NetworkedTransport(std::move(node), communicator, std::move(members)), options_(options), make_(std::move(make)), fabric_(make_(group_->members, options_)), frame_bytes_(std::max<std::size_t>(options.frame_bytes, 64)),
+      : NetworkedTransport(std::move(node), communicator, std::move(members)), options_(options), make_(std::move(make)), fabric_(make_(who())), frame_bytes_(std::max<std::size_t>(options.frame_bytes, 64)),
         window_(std::max(options.window, frame_bytes_ + detail::frame_cost)), at_once_(std::min({options.at_once, fabric_->most_at_once(), frame_bytes_})), outs_(static_cast<std::size_t>(options.lanes * size())), ins_(outs_.size()), peers_(static_cast<std::size_t>(size())) {
     std::memcpy(&key_, node_->key().data(), sizeof key_);
     key_ ^= communicator * 0x9e3779b97f4a7c15u;
@@ -288,6 +295,11 @@ class FabricTransport : public NetworkedTransport {
       if (all[2].revents) node_->attend();
     }
     hear();
+  }
+  FabricMembers who() const {
+    FabricMembers members{me_, group_->members, {}};
+    for (const Rank r : members.ranks) members.elsewhere.push_back(node_->is_elsewhere(r));
+    return members;
   }
   static Sent& flight(Out& out, std::uint64_t i) { return (*out.flights)[i % most_flights]; }
   static bool reads(Out& out, const Transfer& t) {

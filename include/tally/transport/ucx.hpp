@@ -17,9 +17,27 @@
 #include <utility>
 #include <vector>
 
+#include "../environment.hpp"
 #include "fabric.hpp"
 
 namespace tally::inline v0 {
+
+/// The same on all ranks.
+struct UcxOptions : FabricOptions {
+  /// Within a host UCX's own shared memory, which it has only where it does not look after its peers: faster than its TCP, but UCX may
+  /// end this process with a rank that dies. Between ranks of a host tally has shared memory of its own, unless told not to.
+  bool shared_memory = false;
+
+  /// `defaults`, changed by TALLY_UCX_SHARED_MEMORY (on, off).
+  [[gnu::cold]] static UcxOptions from_environment(UcxOptions defaults) {
+    if (const auto word = detail::environment("TALLY_UCX_SHARED_MEMORY")) {
+      if (*word != "on" && *word != "off") throw Error(Errc::invalid_argument, {"TALLY_UCX_SHARED_MEMORY='", *word, "' is unknown; it may be on or off"});
+      defaults.shared_memory = *word == "on";
+    }
+    return defaults;
+  }
+  std::string text() const { return detail::concat({FabricOptions::text(), shared_memory ? " in memory" : ""}); }
+};
 
 namespace detail {
 
@@ -71,7 +89,8 @@ class UcxFabric {
     std::size_t bytes = 0;
   };
 
-  explicit UcxFabric(std::size_t size) : ends_(size) {
+  UcxFabric(const FabricMembers& members, bool shared_memory) : ends_(members.ranks.size()) {
+    for (std::size_t r = 0; r < ends_.size(); ++r) ends_[r].is_looked_after = !shared_memory || members.elsewhere[r];
     ucp_worker_params_t params{};
     params.field_mask = UCP_WORKER_PARAM_FIELD_THREAD_MODE;
     params.thread_mode = UCS_THREAD_MODE_SERIALIZED;
@@ -105,7 +124,7 @@ class UcxFabric {
     ucp_ep_params_t params{};
     params.field_mask = UCP_EP_PARAM_FIELD_REMOTE_ADDRESS | UCP_EP_PARAM_FIELD_ERR_HANDLING_MODE | UCP_EP_PARAM_FIELD_ERR_HANDLER;
     params.address = reinterpret_cast<const ucp_address_t*>(address.data());
-    params.err_mode = UCP_ERR_HANDLING_MODE_PEER;
+    params.err_mode = end(r).is_looked_after ? UCP_ERR_HANDLING_MODE_PEER : UCP_ERR_HANDLING_MODE_NONE;
     params.err_handler.cb = [](void* of, ucp_ep_h, ucs_status_t status) { static_cast<End*>(of)->error = status; };
     params.err_handler.arg = &end(r);
     if (const ucs_status_t status = ::ucp_ep_create(worker_, &params, &end(r).handle); status != UCS_OK) return void(end(r).error = status);
@@ -117,7 +136,7 @@ class UcxFabric {
   }
   bool reaches(Rank r) { return end(r).error == UCS_OK && is_over(end(r).hello); }
   const char* error(Rank r) const { return end(r).error == UCS_OK ? nullptr : ::ucs_status_string(end(r).error); }
-  std::size_t most_at_once() const { return std::size_t{64} << 10; }
+  std::size_t most_at_once() const { return std::size_t{4} << 20; }
 
   bool send(Rank r, const FabricHeader& header, const std::byte* from, std::size_t bytes, Flight& flight) {
     ucp_request_param_t param{};
@@ -138,7 +157,7 @@ class UcxFabric {
   void drop(Flight& flight) {
     if (flight.request) ::ucp_request_free(std::exchange(flight.request, nullptr));  // which UCX does once it is over
   }
-  bool touches(Flight& flight) { return !is_over(flight) && flight.request; }
+  bool touches(Flight& flight) { return !is_over(flight) && flight.request && !halted_; }
   void fetch(Rank r, Held& held, std::byte* to, std::size_t bytes, Flight& flight) {
     ucp_request_param_t param{};
     flight = begun(r, ::ucp_am_recv_data_nbx(worker_, std::exchange(held.data, nullptr), to, bytes, &param));
@@ -147,7 +166,7 @@ class UcxFabric {
     if (held.data) ::ucp_am_data_release(worker_, std::exchange(held.data, nullptr));
   }
   void progress() {
-    for (int i = 0; i < 8 && ::ucp_worker_progress(worker_) != 0; ++i) {}
+    for (int i = 0; i < 8 && !halted_ && ::ucp_worker_progress(worker_) != 0; ++i) {}
   }
   std::deque<Message>& inbox() { return inbox_; }
   int event() const { return event_; }
@@ -159,8 +178,10 @@ class UcxFabric {
   void give_up(Rank r) {
     ucp_request_param_t how{};
     how.op_attr_mask = UCP_OP_ATTR_FIELD_FLAGS;
-    how.flags = UCP_EP_CLOSE_FLAG_FORCE;
-    if (end(r).handle) wait(::ucp_ep_close_nbx(std::exchange(end(r).handle, nullptr), &how), std::chrono::seconds(1));
+    const bool by_force = end(r).is_looked_after;
+    if (by_force) how.flags = UCP_EP_CLOSE_FLAG_FORCE;
+    // Without force what is under way comes to its end, or the peer does not: then nothing of this worker moves any more.
+    if (end(r).handle && !wait(::ucp_ep_close_nbx(std::exchange(end(r).handle, nullptr), &how), std::chrono::seconds(1)) && !by_force) halted_ = true;
     if (end(r).error == UCS_OK) end(r).error = UCS_ERR_CONNECTION_RESET;
   }
 
@@ -169,6 +190,7 @@ class UcxFabric {
   struct End {
     ucp_ep_h handle = nullptr;
     Flight hello;
+    bool is_looked_after = true;
     ucs_status_t error = UCS_OK;
   };
   End& end(Rank r) { return ends_[static_cast<std::size_t>(r)]; }
@@ -181,11 +203,14 @@ class UcxFabric {
     if (end(r).error == UCS_OK) end(r).error = UCS_PTR_STATUS(result);
     return {nullptr, true};
   }
-  void wait(ucs_status_ptr_t request, nanoseconds limit) {
-    if (!request || UCS_PTR_IS_ERR(request)) return;
+  /// True once it is over.
+  bool wait(ucs_status_ptr_t request, nanoseconds limit) {
+    if (!request || UCS_PTR_IS_ERR(request)) return true;
     const auto deadline = std::chrono::steady_clock::now() + limit;
-    while (::ucp_request_check_status(request) == UCS_INPROGRESS && std::chrono::steady_clock::now() < deadline) ::ucp_worker_progress(worker_);
+    while (::ucp_request_check_status(request) == UCS_INPROGRESS && !halted_ && std::chrono::steady_clock::now() < deadline) ::ucp_worker_progress(worker_);
+    const bool over = ::ucp_request_check_status(request) != UCS_INPROGRESS;
     ::ucp_request_free(request);
+    return over;
   }
   static ucs_status_t came(void* self, const void* header, std::size_t header_bytes, void* data, std::size_t bytes, const ucp_am_recv_param_t* param) noexcept {
     if (header_bytes != sizeof(FabricHeader)) return UCS_OK;  // a stranger's
@@ -203,6 +228,7 @@ class UcxFabric {
   ucp_worker_h worker_ = nullptr;
   int event_ = -1;
   std::vector<End> ends_;
+  bool halted_ = false;
   std::deque<Message> inbox_;
 };
 static_assert(Fabric<UcxFabric>);
