@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 # Builds and runs all tests, from any folder and on a bare Debian 12: installs what is missing, then runs three
-# configurations in build/: all with GCC, all with Clang 14 under ASan and UBSan, the tests with GCC under TSan.
+# configurations in build/: all with GCC, the tests with Clang 14 under ASan and UBSan (with TALLY_TEST_LONG=1 examples and bench, too),
+# the tests with GCC under TSan.
 # usage: tests/run.sh [--fast] [arguments of ctest]     --fast: the first configuration only
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 if [[ ${1:-} == --help || ${1:-} == -h ]]; then
-  sed -n '3,6s/^# //p' "${BASH_SOURCE[0]}"
+  sed -n '3,7s/^# //p' "${BASH_SOURCE[0]}"
   exit 0
 fi
 fast=
@@ -73,9 +74,11 @@ run=()
 configuration tests "everything" -DCMAKE_BUILD_TYPE=Release
 if [[ -z $fast ]]; then
   # With ASan and UBSan Clang takes four times as long to compile at -O1, and GCC twice as long as Clang. What only compiles was
-  # compiled above; Clang has everything that is built.
+  # compiled above.
   run=("${fixed_addresses[@]}")
-  configuration tests-clang "everything with Clang 14, ASan and UBSan" -DCMAKE_BUILD_TYPE=Debug "-DCMAKE_CXX_FLAGS_DEBUG=-O0 -g1" -DTALLY_SANITIZE=address -DCMAKE_CXX_COMPILER=clang++-14 -- -E "^(layers|headers_compile|compile_fail|object_size|two_units|consumer|export_|report_page_in)"
+  programs=(-DTALLY_BUILD_EXAMPLES=OFF -DTALLY_BUILD_BENCH=OFF) without='|tally_'
+  [[ -z ${TALLY_TEST_LONG:-} ]] || programs=() without=
+  configuration tests-clang "the tests with Clang 14, ASan and UBSan" "${programs[@]}" -DCMAKE_BUILD_TYPE=Debug "-DCMAKE_CXX_FLAGS_DEBUG=-O0 -g1" -DTALLY_SANITIZE=address -DCMAKE_CXX_COMPILER=clang++-14 -- -E "^(layers|headers_compile|compile_fail|object_size|two_units|consumer|export_|report_page_in$without)"
   configuration tests-thread "the tests with TSan" -DCMAKE_BUILD_TYPE=Debug "-DCMAKE_CXX_FLAGS_DEBUG=-O1 -g1" -DTALLY_SANITIZE=thread -DTALLY_BUILD_EXAMPLES=OFF -DTALLY_BUILD_BENCH=OFF -- -LE build
 fi
 

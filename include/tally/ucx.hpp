@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // UCX between hosts: init() has it as the network "ucx" (TALLY_NETWORK=ucx, or TALLY_TRANSPORT=ucx for all ranks) where this header is
 // included and libucp is linked (CMake target tally::ucx). Ranks meet as for TCP. Which devices UCX uses is its own settings' business:
-// UCX_TLS, UCX_NET_DEVICES.
+// UCX_TLS, UCX_NET_DEVICES. New, and not to be relied on yet where ranks fail: UCX 1.13 may end a process that closes a way to a peer with
+// something under way on it.
 #pragma once
 
 #include <concepts>
