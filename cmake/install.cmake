@@ -12,7 +12,7 @@ foreach(component ${components})
 endforeach()
 configure_package_config_file(${PROJECT_SOURCE_DIR}/cmake/tally-config.cmake.in ${PROJECT_BINARY_DIR}/tally-config.cmake INSTALL_DESTINATION ${package})
 write_basic_package_version_file(${PROJECT_BINARY_DIR}/tally-config-version.cmake COMPATIBILITY SameMinorVersion ARCH_INDEPENDENT)
-install(FILES ${PROJECT_BINARY_DIR}/tally-config.cmake ${PROJECT_BINARY_DIR}/tally-config-version.cmake DESTINATION ${package})
+install(FILES ${PROJECT_BINARY_DIR}/tally-config.cmake ${PROJECT_BINARY_DIR}/tally-config-version.cmake ${PROJECT_SOURCE_DIR}/cmake/Findpmix.cmake ${PROJECT_SOURCE_DIR}/cmake/Findrdma.cmake DESTINATION ${package})
 
 foreach(program tally_perf tally_calibrate tally_report)
   if(TARGET ${program})

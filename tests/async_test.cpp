@@ -723,7 +723,7 @@ TEST_CASE("who is late to a blocking call is blamed by it, whatever else is in f
   });
 }
 
-TEST_CASE("who asks again and again waits while he asks") {
+TEST_CASE("who asks again and again waits while he asks", "[quiet]") {
   on_ranks(2, threads, [](Communicator& comm) {
     comm.barrier();
     for (const bool tests : {true, false}) {
@@ -742,7 +742,7 @@ TEST_CASE("who asks again and again waits while he asks") {
   });
 }
 
-TEST_CASE("one thread that waits for many communicators pays once") {
+TEST_CASE("one thread that waits for many communicators pays once", "[quiet]") {
   on_ranks(2, threads, [](Communicator& comm) {
     std::vector<Communicator> many;
     for (int i = 0; i < 8; ++i) many.push_back(comm.duplicate());

@@ -595,20 +595,6 @@ void at_once(RankKind kind) {
 }
 TALLY_TEST_BOTH("duplicates are used by several threads at once", "[bootstrap]", at_once)
 
-/// Bytes of the job's file that are in memory.
-std::int64_t resident_shared() {
-  std::int64_t bytes = 0;
-  DIR* directory = ::opendir("/proc/self/fd");
-  while (const dirent* entry = ::readdir(directory)) {
-    char target[256] = {};
-    struct stat info {};
-    if (entry->d_name[0] == '.' || ::readlinkat(::dirfd(directory), entry->d_name, target, sizeof target - 1) < 0 || !has(target, "memfd:tally")) continue;
-    if (::fstat(std::atoi(entry->d_name), &info) == 0) bytes += info.st_blocks * 512;
-  }
-  ::closedir(directory);
-  return bytes;
-}
-
 TEST_CASE("duplicates give back what they used", "[bootstrap][processes]") {
   tally::launch(2, [](Communicator& comm) {
     std::vector<float> data(200'000, 1);
@@ -632,14 +618,6 @@ TEST_CASE("duplicates give back what they used", "[bootstrap][processes]") {
 }
 
 TEST_CASE("duplicates of threads give back what they used", "[bootstrap]") {
-  const auto resident = [] {
-    long pages = 0, ignored = 0;
-    if (FILE* file = std::fopen("/proc/self/statm", "re")) {
-      if (std::fscanf(file, "%ld %ld", &ignored, &pages) != 2) pages = 0;
-      std::fclose(file);
-    }
-    return pages * ::sysconf(_SC_PAGESIZE);
-  };
   tally::launch(
       2,
       [&](Communicator& comm) {
@@ -651,9 +629,9 @@ TEST_CASE("duplicates of threads give back what they used", "[bootstrap]") {
           comm.barrier();
         };
         use(10);
-        const long before = resident();
+        const long before = test::resident_bytes();
         use(200);  // 106 MB of slots
-        if (!sanitized) expect(resident() < before + (20 << 20), "memory is given back, not " + std::to_string((resident() - before) >> 20) + " MiB kept");
+        if (!sanitized) expect(test::resident_bytes() < before + (20 << 20), "memory is given back, not " + std::to_string((test::resident_bytes() - before) >> 20) + " MiB kept");
       },
       tally::threads);
 }

@@ -88,7 +88,7 @@ TEST_CASE("a far and a narrow network change no result, with and without checksu
   }
 }
 
-TEST_CASE("a far network's time is transfer, and nobody's arrival") {
+TEST_CASE("a far network's time is transfer, and nobody's arrival", "[quiet]") {
   everyone({.delay = 20ms}, [](Communicator& comm) {
     sums(comm, 1);
     int sure = 0;

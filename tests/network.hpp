@@ -41,15 +41,21 @@ struct Job {
     like.size = n;
     auto listener = detail::listen_at(loopback(family));
     address = detail::own_address(listener);
-    registry = std::make_unique<detail::Registry>(std::move(listener), like, timeout);
+    registry = std::make_unique<detail::Registry>(std::move(listener), like, settings());
   }
   /// `place`: the same for ranks that are on one host; so is their clock.
   std::shared_ptr<detail::NetworkNode> join(Rank r, std::uint64_t place = 0, const Clock& clock = Clock::host()) const {
     detail::Join me = like;
     me.rank = r;
     me.place = me.boot = place;
-    return std::make_shared<detail::NetworkNode>(at(address), me, detail::NetworkSettings(limit, {}, clock));
+    return std::make_shared<detail::NetworkNode>(at(address), me, settings(clock));
   }
+  detail::NetworkSettings settings(const Clock& clock = Clock::host()) const {
+    detail::NetworkSettings settings(limit, {}, clock);
+    settings.encrypt = encrypt;
+    return settings;
+  }
+  static inline detail::MakeCipher encrypt;  // of all jobs of this program
   detail::Join like;
   nanoseconds limit;
   SocketAddress address;
@@ -83,7 +89,7 @@ template <Network Net>
 Communicator over(const detail::NetworkKind<Net>& kind, const std::shared_ptr<detail::NetworkNode>& node, const Options& options = {}, Way way = Way::network, const Clock& clock = Clock::host()) {
   const detail::Neighbourhood here(*node, way == Way::network);
   const CostModel model = detail::network_model(here.places, options);
-  return detail::make_communicator(detail::network_route(node, here, here.size() > 1 ? detail::local_memory(*node, here, options, kind.lanes) : nullptr, options.slots, kind), model, options, clock);
+  return detail::make_communicator(detail::network_route(node, here, options, kind), model, options, clock);
 }
 inline Communicator over_tcp(const std::shared_ptr<detail::NetworkNode>& node, const Options& options = {}, const TcpOptions& tcp = {}, Way way = Way::network, const Clock& clock = Clock::host()) { return over(detail::tcp_kind(tcp), node, options, way, clock); }
 /// f(comm) on ranks that are threads, rank r at places[r]; what each of them threw.

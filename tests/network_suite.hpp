@@ -33,8 +33,8 @@ void everyone(const detail::NetworkKind<Net>& kind, int n, F&& f) {
 }
 
 template <Network Net>
-void every_algorithm_is_right(const detail::NetworkKind<Net>& kind) {
-  for (const int n : sanitized ? std::vector{1, 2, 5} : std::vector{1, 2, 3, 5, 8})
+void every_algorithm_is_right(const detail::NetworkKind<Net>& kind, const std::vector<int>& sizes = sanitized ? std::vector{1, 2, 5} : std::vector{1, 2, 3, 5, 8}) {
+  for (const int n : sizes)
     everyone(kind, n, [&](Communicator& comm) {
       const int me = comm.rank();
       for (const std::string_view name : algorithms_for(Collective::all_reduce)) {
@@ -137,16 +137,132 @@ void faults_are_named(const detail::NetworkKind<Net>& kind) {
   }
 }
 
+/// The registry goes with rank 0, where that one leaves.
+template <Network Net>
+void who_left_is_missed(const detail::NetworkKind<Net>& kind) {
+  for (const Rank leaver : {0, 1}) {
+    detail::Join like;
+    like.size = 3;
+    SocketAddress address;
+    const auto listener = [&] {
+      auto fd = detail::listen_at(loopback(4));
+      address = detail::own_address(fd);
+      return fd;
+    };
+    detail::NetworkSettings settings(20s);
+    settings.encrypt = Job::encrypt;
+    auto registry = std::make_unique<detail::Registry>(listener(), like, settings);
+    std::vector<Caught> results(3);
+    const Happened left;
+    on_ranks(3, [&](Rank r) {
+      results[static_cast<std::size_t>(r)].record([&] {
+        detail::Join me = like;
+        me.rank = r;
+        auto node = std::make_shared<detail::NetworkNode>(at(address), me, settings);
+        std::optional<Communicator> comm = over(kind, std::move(node));
+        int x = 1;
+        if (r == leaver) {
+          comm.reset();
+          if (r == 0) registry.reset();  // which goes with rank 0
+          left.now();
+        } else if (r == 2) {
+          left.await();
+          comm->receive(std::span(&x, 1), leaver);
+        } else {
+          left.await();
+          std::vector<int> much(10'000'000);
+          comm->send(std::span<const int>(much), leaver);
+        }
+      });
+    });
+    for (Rank r = 0; r < 3; ++r) {
+      if (r == leaver) continue;
+      INFO(leaver << " left; " << results[static_cast<std::size_t>(r)]);
+      CHECK((results[static_cast<std::size_t>(r)].is(Errc::peer_left) || results[static_cast<std::size_t>(r)].is(Errc::aborted)));
+      CHECK(has(results[static_cast<std::size_t>(r)].text, "rank " + std::to_string(leaver) + " left the communicator"));
+    }
+  }
+}
+
+/// Long messages that are on their way, and have to be given up.
+template <Network Net>
+void faults_end_what_is_under_way(const detail::NetworkKind<Net>& kind) {
+  constexpr std::size_t many = 3'000'000;
+  const auto in_time = [began = std::chrono::steady_clock::now()] { return std::chrono::steady_clock::now() - began < 60s; };
+  for (const Caught& c : outcomes(kind, 3, [](Communicator& comm) {
+         std::vector<int> data(comm.rank() == 2 ? many - 1 : many);
+         comm.all_reduce(std::span(data), sum);
+       })) {
+    INFO(c);
+    CHECK(c.is(Errc::mismatch));
+  }
+  for (const Caught& c : outcomes(kind, 3, [](Communicator& comm) {
+         std::vector<int> data(many);
+         if (comm.rank() == 1) comm.abort("enough");
+         comm.all_reduce(std::span(data), sum);
+       })) {
+    INFO(c);
+    CHECK(c.is(Errc::aborted));
+    CHECK_THAT(c.text, Catch::Contains("enough"));
+  }
+  const Happened over;
+  const auto late = outcomes(kind, 2, [&](Communicator& comm) {
+    std::vector<int> data(many);
+    comm.all_reduce(std::span(data), sum);  // they know each other
+    if (comm.rank() == 0) return over.await();
+    over.after([&] { comm.all_reduce(std::span(data), sum, {.timeout = 200ms}); });
+  });
+  INFO(late[1]);
+  CHECK(late[1].is(Errc::timeout));
+  CHECK(in_time());
+}
+
+/// One that a rank has sent goes though the receiver looks elsewhere first.
+template <Network Net>
+void short_messages_need_nobody(const detail::NetworkKind<Net>& kind) {
+  everyone(kind, 2, [](Communicator& comm) {
+    auto other = comm.duplicate();
+    std::vector<int> data(comm.rank() == 0 ? std::vector{1, 2, 3} : std::vector{0, 0, 0});
+    if (comm.rank() == 0) {
+      comm.send(std::span<const int>(data), 1);
+      other.send(std::span<const int>(data), 1);
+    } else {
+      other.receive(std::span(data), 0);
+      comm.receive(std::span(data), 0);
+    }
+    expect(data == std::vector{1, 2, 3}, "what was sent");
+  });
+}
+
+/// Nor, once it is sent, that its sender looks after that communicator any longer.
+template <Network Net>
+void short_messages_need_no_sender(const detail::NetworkKind<Net>& kind) {
+  for (const bool is_async : {false, true}) everyone(kind, 2, [is_async](Communicator& comm) {
+    auto other = comm.duplicate();
+    int out = comm.rank() + 1, in = 0;
+    if (comm.rank() == 0) {
+      if (is_async) other.async_send(std::span<const int>(&out, 1), 1).wait();
+      else other.send(std::span<const int>(&out, 1), 1);
+      comm.receive(std::span(&in, 1), 1);
+    } else {
+      other.receive(std::span(&in, 1), 0);
+      comm.send(std::span<const int>(&out, 1), 0);
+    }
+    expect(in == 2 - comm.rank(), "what was sent");
+  });
+}
+
 /// For a [processes] test.
 template <Network Net>
 void who_is_killed_is_missed(const detail::NetworkKind<Net>& kind) {
   const Job job(4);  // its registry is the test's own
   const Shared<std::array<Caught, 4>> results;
-  const Happened ready;
+  const Happened forked, ready;
   std::vector<Process> ranks;
   for (Rank r = 0; r < 4; ++r)
     ranks.emplace_back([&, r] {
       (*results)[static_cast<std::size_t>(r)].record([&] {
+        forked.await();  // from when on the registry's thread does what a fork would leave half done
         Communicator comm = over(kind, job.join(r));
         comm.barrier();
         std::vector<int> data(3'000'000);
@@ -156,6 +272,7 @@ void who_is_killed_is_missed(const detail::NetworkKind<Net>& kind) {
         else comm.all_reduce(std::span(data), sum);
       });
     });
+  forked.now();
   ready.await();
   std::this_thread::sleep_for(50ms);
   const auto began = std::chrono::steady_clock::now();

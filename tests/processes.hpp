@@ -218,6 +218,29 @@ inline int open_descriptors(std::string_view naming = "") {
   return count;
 }
 
+/// Of this process.
+inline long resident_bytes() {
+  long pages = 0, ignored = 0;
+  if (FILE* file = std::fopen("/proc/self/statm", "re")) {
+    if (std::fscanf(file, "%ld %ld", &ignored, &pages) != 2) pages = 0;
+    std::fclose(file);
+  }
+  return pages * ::sysconf(_SC_PAGESIZE);
+}
+/// Bytes of the job's file that are in memory.
+inline std::int64_t resident_shared() {
+  std::int64_t bytes = 0;
+  DIR* directory = ::opendir("/proc/self/fd");
+  while (const dirent* entry = ::readdir(directory)) {
+    char target[256] = {};
+    struct stat info {};
+    if (entry->d_name[0] == '.' || ::readlinkat(::dirfd(directory), entry->d_name, target, sizeof target - 1) < 0 || !has(target, "memfd:tally")) continue;
+    if (::fstat(std::atoi(entry->d_name), &info) == 0) bytes += info.st_blocks * 512;
+  }
+  ::closedir(directory);
+  return bytes;
+}
+
 inline bool lives(pid_t pid) {
   // A zombie is dead: someone else has to reap it.
   char path[64], line[256] = {};

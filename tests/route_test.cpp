@@ -45,7 +45,7 @@ void run(int n, int width, const SlotOptions& slots, const conformance::BodyOf<R
   on_ranks(n, [&](Rank r) {
     const auto node = job.join(r, places[static_cast<std::size_t>(r)]);
     const detail::Neighbourhood here(*node);
-    const auto transport = detail::network_route(node, here, here.size() > 1 ? detail::local_memory(*node, here, options, tcp.lanes) : nullptr, slots, detail::tcp_kind(tcp));
+    const auto transport = detail::network_route(node, here, options, detail::tcp_kind(tcp));
     body(*transport);
     transport->leave();
   });
@@ -160,11 +160,11 @@ TEST_CASE("communicators are made of communicators, ten deep") {
   });
 }
 
-TEST_CASE("who comes late is blamed, on this host and on others") {
+TEST_CASE("who comes late is blamed, on this host and on others", "[quiet]") {
   everyone({1, 1, 2, 2}, late_ranks_are_blamed);
 }
 
-TEST_CASE("who waits for both ways is woken by either, at once") {
+TEST_CASE("who waits for both ways is woken by either, at once", "[quiet]") {
   // Rank 0 sleeps for one rank of its host and one of the other.
   everyone({1, 1, 2}, [](Communicator& comm) {
     nanoseconds longest{};
@@ -271,7 +271,7 @@ TEST_CASE("jobs by both ways give back all that they used") {
   CHECK(test::open_descriptors() == before);
 }
 
-TEST_CASE("two hosts of two and of four ranks: memory within, a cable between, which is cut at last", "[processes]") {
+TEST_CASE("two hosts of two and of four ranks: memory within, a cable between, which is cut at last", "[processes][quiet]") {
   for (const int width : {2, 4}) {
     const test::TwoHosts hosts;
     if (!hosts.problem().empty()) return void(std::printf("skipped: %s\n", hosts.problem().c_str()));

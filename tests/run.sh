@@ -28,6 +28,11 @@ done
 [[ -e /usr/include/CLI/CLI.hpp ]] || missing+=(libcli11-dev)
 [[ -e /usr/include/nlohmann/json.hpp ]] || missing+=(nlohmann-json3-dev)
 [[ -e /usr/include/ucp/api/ucp.h ]] || missing+=(libucx-dev)
+[[ -e /usr/include/rdma/rdma_cma.h ]] || missing+=(libibverbs-dev librdmacm-dev)
+[[ -e /usr/include/openssl/ssl.h ]] || missing+=(libssl-dev)
+compgen -G "/usr/lib/*/pkgconfig/pmix.pc" >/dev/null || missing+=(libpmix-dev pkg-config)
+command -v mpirun.openmpi >/dev/null || missing+=(openmpi-bin libopenmpi-dev pkg-config)
+command -v mpiexec.mpich >/dev/null || missing+=(mpich libmpich-dev pkg-config)
 # What checks the exporters; a test whose tool is missing says so and is skipped.
 command -v promtool >/dev/null || missing+=(prometheus)
 command -v chromium >/dev/null || missing+=(chromium)

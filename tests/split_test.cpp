@@ -301,19 +301,6 @@ TEST_CASE("a rank that dies while groups are made is no hang", "[split][processe
 
 // ---- What is left behind.
 
-/// Bytes of the job's file that are in memory.
-std::int64_t resident_shared() {
-  std::int64_t bytes = 0;
-  DIR* directory = ::opendir("/proc/self/fd");
-  while (const dirent* entry = ::readdir(directory)) {
-    char target[256] = {};
-    struct stat info {};
-    if (entry->d_name[0] == '.' || ::readlinkat(::dirfd(directory), entry->d_name, target, sizeof target - 1) < 0 || !has(target, "memfd:tally")) continue;
-    if (::fstat(std::atoi(entry->d_name), &info) == 0) bytes += info.st_blocks * 512;
-  }
-  ::closedir(directory);
-  return bytes;
-}
 long maps() {
   long lines = 0;
   FILE* file = std::fopen("/proc/self/maps", "re");
@@ -347,23 +334,15 @@ TEST_CASE("a thousand splits give back what they used", "[split][processes]") {
 }
 
 TEST_CASE("splits of threads give back what they used", "[split]") {
-  const auto resident = [] {
-    long pages = 0, ignored = 0;
-    if (FILE* file = std::fopen("/proc/self/statm", "re")) {
-      if (std::fscanf(file, "%ld %ld", &ignored, &pages) != 2) pages = 0;
-      std::fclose(file);
-    }
-    return pages * ::sysconf(_SC_PAGESIZE);
-  };
   tally::launch(4, [&](Communicator& comm) {
     const auto use = [&](int times) {
       for (int i = 0; i < times; ++i) comm.split(i % 2 ? comm.rank() / 2 : comm.rank() % 2, -comm.rank())->barrier();
       comm.barrier();
     };
     use(20);
-    const long before = resident();
+    const long before = test::resident_bytes();
     use(1000);
-    if (!sanitized) expect(resident() < before + (20 << 20), std::to_string((resident() - before) >> 20) + " MiB kept");
+    if (!sanitized) expect(test::resident_bytes() < before + (20 << 20), std::to_string((test::resident_bytes() - before) >> 20) + " MiB kept");
   }, tally::threads);
 }
 

@@ -200,7 +200,7 @@ TEST_CASE("of buckets back to back the rank is blamed that came late before the 
   for (const char* name : {"ring", "recursive_doubling", "double_tree"}) check_straggler("buckets", name, 40, [&] { return buckets_of(name, 40); });
 }
 
-TEST_CASE("a rank that is late in one communicator is blamed in the next, where only who waited for it was late") {
+TEST_CASE("a rank that is late in one communicator is blamed in the next, where only who waited for it was late", "[quiet]") {
   constexpr int steps = 40;
   std::array<std::array<std::int64_t, steps>, 3> row_posted{}, column_posted{};
   std::array<Account, 3> rows, columns;

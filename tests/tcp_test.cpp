@@ -74,12 +74,12 @@ TEST_CASE("every algorithm is right over TCP, whatever the sizes, in a wide wind
   for (const TcpOptions& tcp : {TcpOptions{}, narrow}) test::every_algorithm_is_right(detail::tcp_kind(tcp));
 }
 TEST_CASE("groups, duplicates and operations in the background go over TCP, too") { test::groups_are_right(detail::tcp_kind({})); }
-TEST_CASE("who comes late is blamed over TCP, and a report adds up to the nanosecond") { everyone(3, late_ranks_are_blamed); }
+TEST_CASE("who comes late is blamed over TCP, and a report adds up to the nanosecond", "[quiet]") { everyone(3, late_ranks_are_blamed); }
 TEST_CASE("what was sent over TCP is there, however soon its sender goes") { test::what_was_sent_is_there(detail::tcp_kind({})); }
 TEST_CASE("calls that do not match, an abort, a deadline and a rank that leaves are named over TCP") { test::faults_are_named(detail::tcp_kind({})); }
 TEST_CASE("a rank that is killed is missed, by who receives and by who sends over TCP", "[processes]") { test::who_is_killed_is_missed(detail::tcp_kind({})); }
 
-TEST_CASE("ranks of several hosts, whose clocks differ by hours and by 50 ppm, know who waited for whom") {
+TEST_CASE("ranks of several hosts, whose clocks differ by hours and by 50 ppm, know who waited for whom", "[quiet]") {
   const Job job(4);
   const test::OtherClock fast(1, 50), slow(-1, -50);
   on_ranks(4, [&](Rank r) {
@@ -140,48 +140,10 @@ TEST_CASE("there may be many communicators") {
   });
 }
 
-TEST_CASE("a rank that has left, and its process with it, is missed by who never had to do with it") {
-  for (const Rank leaver : {0, 1}) {
-    detail::Join like;
-    like.size = 3;
-    SocketAddress address;
-    const auto listener = [&] {
-      auto fd = detail::listen_at(loopback(4));
-      address = detail::own_address(fd);
-      return fd;
-    };
-    auto registry = std::make_unique<detail::Registry>(listener(), like, 20s);
-    std::vector<Caught> results(3);
-    const Happened left;
-    on_ranks(3, [&](Rank r) {
-      results[static_cast<std::size_t>(r)].record([&] {
-        detail::Join me = like;
-        me.rank = r;
-        auto node = std::make_shared<detail::NetworkNode>(test::at(address), me, 20s);
-        std::optional<Communicator> comm = test::over_tcp(std::move(node));
-        int x = 1;
-        if (r == leaver) {
-          comm.reset();
-          if (r == 0) registry.reset();  // which goes with rank 0
-          left.now();
-        } else if (r == 2) {
-          left.await();
-          comm->receive(std::span(&x, 1), leaver);
-        } else {
-          left.await();
-          std::vector<int> much(10'000'000);
-          comm->send(std::span<const int>(much), leaver);
-        }
-      });
-    });
-    for (Rank r = 0; r < 3; ++r) {
-      if (r == leaver) continue;
-      INFO(leaver << " left; " << results[static_cast<std::size_t>(r)]);
-      CHECK((results[static_cast<std::size_t>(r)].is(Errc::peer_left) || results[static_cast<std::size_t>(r)].is(Errc::aborted)));
-      CHECK(has(results[static_cast<std::size_t>(r)].text, "rank " + std::to_string(leaver) + " left the communicator"));
-    }
-  }
-}
+TEST_CASE("a rank that has left over TCP, and its process with it, is missed by who never had to do with it") { test::who_left_is_missed(detail::tcp_kind({})); }
+TEST_CASE("whatever is under way over TCP, an abort, a deadline and a call that does not match end it") { test::faults_end_what_is_under_way(detail::tcp_kind({})); }
+TEST_CASE("a short message over TCP needs nobody to look at it") { test::short_messages_need_nobody(detail::tcp_kind({})); }
+TEST_CASE("a short message over TCP needs its sender no longer") { test::short_messages_need_no_sender(detail::tcp_kind({})); }
 
 TEST_CASE("two hosts: a cut cable is noticed by the deadline, and nobody is accused of what nobody knows", "[processes]") {
   const test::TwoHosts hosts;
@@ -322,17 +284,22 @@ TEST_CASE("jobs over TCP give back all that they used") {
 
 TEST_CASE("64 ranks on few cores, over TCP, round after round") {
   const int n = test::sanitized ? 12 : most_descriptors() < 12'000 ? 16 : 64;  // where all send to all, each pair has four of them
+  const int rounds = test::sanitized ? 3 : std::getenv("TALLY_TEST_LONG") ? 1000 : 12;
+  const long alone = test::resident_bytes();
   everyone(n, [&](Communicator& comm) {
     std::vector<int> data(1 << 18);
     int descriptors = 0;
-    for (int i = 0; i < (test::sanitized ? 3 : 12); ++i) {
+    long resident = 0;
+    for (int i = 0; i < rounds; ++i) {
       std::fill(data.begin(), data.end(), comm.rank());
       comm.all_reduce<Ring>(std::span(data), sum);
       expect(data.front() == n * (n - 1) / 2 && data.back() == data.front(), "sum");
       comm.barrier();
-      if (comm.rank() == 0 && i == 1) descriptors = test::open_descriptors();
+      if (comm.rank() == 0 && i == 1) descriptors = test::open_descriptors(), resident = test::resident_bytes();
       if (comm.rank() == 0 && i > 1) expect(test::open_descriptors() == descriptors, "no more descriptors than before");
+      if (comm.rank() == 0 && i > 1 && !test::sanitized) expect(test::resident_bytes() < resident + (4 << 20), "round " + std::to_string(i) + " has " + std::to_string((test::resident_bytes() - resident) >> 10) + " KiB more than the second");
       comm.barrier();
     }
+    if (comm.rank() == 0) std::printf("%d ranks, %d rounds: %ld KiB each, with the megabyte that is reduced\n", n, rounds, ((test::resident_bytes() - alone) / n) >> 10);
   });
 }

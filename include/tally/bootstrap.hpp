@@ -282,8 +282,9 @@ class Rendezvous {
 
 namespace detail {
 
-/// Makes a communicator of ranks on several hosts.
-using InitNetwork = Communicator (*)(const JobInfo&, const Options&);
+class Meeting;
+/// Makes a communicator of ranks on several hosts; they meet there, or, where that is null, at the place that the environment names.
+using InitNetwork = Communicator (*)(const JobInfo&, const Options&, Meeting*);
 /// Those of this program, by name: the header of each adds itself.
 inline std::map<std::string_view, InitNetwork>& networks() {
   static std::map<std::string_view, InitNetwork> all;
@@ -310,8 +311,8 @@ inline Communicator init(const Options& defaults = {}) {
   if (!job.one_host || options.is_flat() || (options.transport.empty() && detail::environment("TALLY_ADDRESS"))) {
     const std::string_view name = options.network_name();
     if (!options.is_flat()) options.expect_transport(name, "on several hosts");
-    if (const auto found = detail::networks().find(name); found != detail::networks().end()) return found->second(job, options);
-    throw Error(Errc::unsupported, {job.one_host ? "TALLY_ADDRESS or TALLY_TRANSPORT asks for a network" : detail::concat({job.launcher, " started some of the ", job.size, " ranks on other hosts"}), ", and this program has no '", name, "': include tally/", name, ".hpp in it"});
+    if (const auto found = detail::networks().find(name); found != detail::networks().end()) return found->second(job, options, nullptr);
+    throw Error(Errc::unsupported, {job.one_host ? "TALLY_ADDRESS or TALLY_TRANSPORT asks for a network" : detail::concat({job.launcher, " started some of the ", job.size, " ranks on other hosts"}), ", and this program has no '", name, name == "mpi" ? "' yet: make the communicator by tally::mpi::communicator" : detail::concat({"': include tally/", name, ".hpp in it"})});
   }
   options.expect_transport("shm", "processes of one host");
   // Without a name of the job, ranks of one job share their parent: the launcher's daemon, or a shell.

@@ -39,7 +39,9 @@ namespace tally::inline v0 {
 class Communicator {
  public:
   Communicator(std::shared_ptr<AnyEngine> engine, nanoseconds timeout, const CostModel& model = {}, AlgorithmOverrides overrides = {}, Order order = Order::any)
-      : engine_(std::move(engine)), make_(std::make_unique<CallMaker>(*engine_, timeout, model, std::move(overrides), order)), rank_(engine_->rank()), size_(engine_->size()) {}
+      : engine_(std::move(engine)), make_(std::make_unique<CallMaker>(*engine_, timeout, model, std::move(overrides), order)), rank_(engine_->rank()), size_(engine_->size()) {
+    engine_->be_known_as(engine_);
+  }
 
   Communicator(Communicator&&) noexcept = default;
   Communicator& operator=(Communicator&& other) noexcept {

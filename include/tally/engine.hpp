@@ -108,8 +108,7 @@ class Engine final : public AnyEngine {
       return true;
     }
     progress_.drive(at_most ? *at_most : run.timeout, begin);
-    limit_is_error_ = !at_most;
-    out_of_time_ = false;
+    limit_is_error_ = !at_most, out_of_time_ = false;
     diagnosis_.waited = &run;
     attempt([&] {
       if (at_most && *at_most <= nanoseconds{0}) a_while();
@@ -165,8 +164,7 @@ class Engine final : public AnyEngine {
       const std::uint64_t before = moves_;
       const Run* const oldest = runs_.first();
       progress_.drive_until(runs_.soonest(), looks);
-      limit_is_error_ = true;
-      out_of_time_ = false;
+      limit_is_error_ = true, out_of_time_ = false;
       attempt([&] {
         for (std::uint64_t seen = moves_; runs_.first() == oldest && !gate_.wanted() && !out_of_time_;) {
           turn();
@@ -184,6 +182,7 @@ class Engine final : public AnyEngine {
     for (const auto& f : due) f();
     return more ? Driven::more : Driven::nothing_left;
   }
+  void be_known_as(const std::shared_ptr<AnyEngine>& me) override { left_behind_.know(me); }
   bool look_in(bool& moved) override {
     if (!gate_.try_look()) return gate_.is_user();  // another thread drives it, now or for good
     const std::uint64_t before = moves_;
@@ -192,8 +191,9 @@ class Engine final : public AnyEngine {
       attempt([&] { a_while(); });
       progress_.rest();
     }
+    if (detail::has_rest(*transport_) && !failed_) attempt([&] { detail::settle(*transport_); });
     moved = moved || moves_ != before;
-    const bool left = runs_.first() != nullptr;
+    const bool left = runs_.first() != nullptr || (!failed_ && detail::has_rest(*transport_));
     gate_.end_look();
     return left;
   }
@@ -406,12 +406,12 @@ class Engine final : public AnyEngine {
     progress_.stop();
     if (run.row) ledger_.book(run.booking(), report, clock_);
     runs_.free(run);
+    left_behind_.look_after(*transport_);
     return report;
   }
   template <class F>
   Run* in_background(Run& run, nanoseconds timeout, F&& f) {
-    run.background = true;
-    run.booked = false;
+    run.background = true, run.booked = false;
     run.done.store(false, std::memory_order_relaxed);
     run.timeout = timeout;
     run.exposed = 0;
@@ -434,6 +434,7 @@ class Engine final : public AnyEngine {
       throw;
     }
     run.exposed = progress_.rest() - run.account.arrival;
+    left_behind_.look_after(*transport_);
     return &run;
   }
 
@@ -539,13 +540,11 @@ class Engine final : public AnyEngine {
   }
   /// What was started before goes on: if that fails, its wait() says so.
   template <class F>
-  void attempt(F&& f) {
-    try {
-      f();
-      transport_->flush();
-    } catch (...) {
-      fail();
-    }
+  void attempt(F&& f) try {
+    f();
+    transport_->flush();
+  } catch (...) {
+    fail();
   }
   void turn() {
     if (locals_.empty()) progress_.turn(*this);
@@ -674,6 +673,7 @@ class Engine final : public AnyEngine {
 
   Rank blamed(const AbortNotice& notice) const { return notice.peer < 0 || (notice.code == Errc::mismatch && notice.peer == rank()) ? notice.rank : notice.peer; }  // the other one, of two that disagree
   std::unique_ptr<T> transport_;
+  [[no_unique_address]] LeftBehind<T> left_behind_;
   Clock clock_;
   WaitPolicy wait_;
   bool accounting_;

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The engines in which this thread has started something in the background. A thread that waits in one of them looks into the
-// others meanwhile, so that two ranks that wait for two communicators in crossing order do not wait for each other.
+// The engines in which this thread has started something in the background, or has sent what is not on its way yet. A thread that
+// waits in one of them looks into the others meanwhile, so that two ranks that wait for two communicators in crossing order do not wait
+// for each other.
 #pragma once
 
 #include <algorithm>
@@ -45,6 +46,26 @@ class Neighbours {
   };
   std::vector<Entry> engines_;
   bool looking_ = false;  // what it looks at may call back, and that may wait
+};
+
+/// For engines whose transport may have something left of what is done (see detail::has_rest): this thread looks into them then, too.
+template <class T>
+class LeftBehind {
+ public:
+  void know(const std::shared_ptr<AnyEngine>&) {}
+  void look_after(const T&) {}
+};
+template <class T>
+  requires requires(const T& transport) { transport.has_rest(); }
+class LeftBehind<T> {
+ public:
+  void know(const std::shared_ptr<AnyEngine>& engine) { engine_ = engine; }
+  void look_after(const T& transport) {
+    if (const auto engine = transport.has_rest() ? engine_.lock() : nullptr) Neighbours::of_this_thread().add(engine);
+  }
+
+ private:
+  std::weak_ptr<AnyEngine> engine_;
 };
 
 }  // namespace tally::inline v0

@@ -39,11 +39,11 @@ struct Options {
   Order order = Order::any;  // of calls that name none
   int group = 0;          // ranks that follow each other and share a cache or a socket; 0: look; rank 0's counts
   std::string transport;  // empty: whatever fits; a network's name: that one, also between ranks that share memory
-  std::string network;    // between hosts: "tcp", "ucx"; empty: tcp
+  std::string network;    // between hosts: "tcp", "ucx", "mpi", "verbs"; empty: tcp
 
   /// `defaults`, changed by what the environment says: TALLY_TIMEOUT (seconds), TALLY_ACCOUNTING (on, off),
   /// TALLY_METER (auto: meters, else the model; model; none), TALLY_MODEL_BUSY_WATTS, TALLY_MODEL_IDLE_WATTS (per core), TALLY_ALGORITHM, TALLY_ORDER (any, fixed), TALLY_WAIT (latency, balanced, energy), TALLY_OBJECTIVE (time, energy, energy_delay), TALLY_MODEL (a file),
-  /// TALLY_GROUP (ranks), TALLY_TRANSPORT (shm, thread, tcp, ucx), TALLY_NETWORK (tcp, ucx), TALLY_SLOTS, TALLY_SLOT_BYTES, TALLY_SLOT_BUDGET (bytes).
+  /// TALLY_GROUP (ranks), TALLY_TRANSPORT (shm, thread, tcp, ucx, mpi, verbs), TALLY_NETWORK (tcp, ucx, mpi, verbs), TALLY_SLOTS, TALLY_SLOT_BYTES, TALLY_SLOT_BUDGET (bytes).
   [[gnu::cold]] static Options from_environment(Options defaults) {
     using detail::environment, detail::environment_number;
     Options o = std::move(defaults);
@@ -61,8 +61,8 @@ struct Options {
     if (const auto i = one_of("TALLY_ORDER", {"any", "fixed"})) o.order = *i == 1 ? Order::fixed : Order::any;
     if (const auto v = environment("TALLY_MODEL")) o.model = *v;
     if (const auto n = environment_number<int>("TALLY_GROUP", 0, 1 << 15)) o.group = *n;
-    if (one_of("TALLY_TRANSPORT", {"shm", "thread", "tcp", "ucx"})) o.transport = *environment("TALLY_TRANSPORT");
-    if (one_of("TALLY_NETWORK", {"tcp", "ucx"})) o.network = *environment("TALLY_NETWORK");
+    if (one_of("TALLY_TRANSPORT", {"shm", "thread", "tcp", "ucx", "mpi", "verbs"})) o.transport = *environment("TALLY_TRANSPORT");
+    if (one_of("TALLY_NETWORK", {"tcp", "ucx", "mpi", "verbs"})) o.network = *environment("TALLY_NETWORK");
     if (const auto n = environment_number<int>("TALLY_SLOTS", 1, 4096)) o.slots.slots = *n;
     if (const auto n = environment_number<std::size_t>("TALLY_SLOT_BYTES", 128, std::size_t{1} << 30)) o.slots.slot_bytes = *n;
     if (const auto n = environment_number<std::size_t>("TALLY_SLOT_BUDGET", 4096, std::size_t{1} << 40)) o.slots.budget = *n;

@@ -243,6 +243,7 @@ class AnyEngine {
   virtual Driven drive(nanoseconds patience, std::size_t looks, bool& moved) = 0;
   /// For a thread that waits elsewhere: does what can be done without waiting. False if nothing is in flight; `moved` becomes true if anything moved.
   virtual bool look_in(bool& moved) = 0;
+  virtual void be_known_as(const std::shared_ptr<AnyEngine>&) {}  // who it is to such threads
   virtual void step_back() = 0;  // ends a drive(), from any thread
   virtual bool pending() = 0;  // something is in flight, as far as can be told without waiting
   virtual void be_driven_by_others() = 0;  // from the caller's thread, before the first drive()

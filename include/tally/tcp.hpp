@@ -75,7 +75,7 @@ struct Neighbourhood {
 };
 
 /// What all choose algorithms by, once it is known where they are: `at` by rank, the same for ranks that share memory.
-inline CostModel network_model(const std::vector<std::uint64_t>& at, const Options& options) {
+inline CostModel network_model(const std::vector<std::uint64_t>& at, const Options& options, std::string_view network = "tcp") {
   std::vector<Place> places;
   std::map<std::uint64_t, int> known;
   for (const std::uint64_t place : at) {
@@ -83,7 +83,7 @@ inline CostModel network_model(const std::vector<std::uint64_t>& at, const Optio
     places.push_back({number, number});
   }
   const bool shared = known.size() < at.size();
-  CostModel model = model_for(shared ? "shm+tcp" : "tcp", static_cast<int>(at.size()), options);
+  CostModel model = model_for(concat({shared ? "shm+" : "", network}), static_cast<int>(at.size()), options);
   if (shared) {
     model.across = {70, 40, 13};  // what follows against what memory takes
     if (options.group == 0) model.group = group_of(places);
@@ -121,18 +121,28 @@ inline NetworkKind<TcpTransport> tcp_kind(const TcpOptions& tcp) {
   return {"tcp", concat({tcp.window, " ", tcp.frame_bytes, tcp.checksum ? " checked" : ""}), tcp.lanes, [tcp](std::shared_ptr<NetworkNode> node, std::vector<Rank> members) { return std::make_unique<TcpTransport>(std::move(node), TcpTransport::world, std::move(members), tcp); }};
 }
 
-/// `memory`: of the ranks of this host, null where this one is alone.
+/// The network for all, and memory for the ranks of this host; in this order, since some networks need all ranks to come about.
 template <Network Net>
-std::unique_ptr<RouteTransport<Net>> network_route(std::shared_ptr<NetworkNode> node, const Neighbourhood& here, std::shared_ptr<SlotMemory> memory, SlotOptions slots, const NetworkKind<Net>& kind) {
-  slots.lanes = kind.lanes;
+std::unique_ptr<RouteTransport<Net>> network_route(std::shared_ptr<NetworkNode> node, const Neighbourhood& here, const Options& options, const NetworkKind<Net>& kind) {
   std::vector<Rank> all;
   for (Rank r = 0; r < node->size(); ++r) all.push_back(r);
+  auto net = kind.make(node, std::move(all));
   std::unique_ptr<SlotTransport> local;
-  if (memory) {
-    local = std::make_unique<SlotTransport>(std::move(memory), here.me, false, here.numbers);
+  if (here.size() > 1) {
+    local = std::make_unique<SlotTransport>(local_memory(*node, here, options, kind.lanes), here.me, false, here.numbers);
     local->hang(std::make_unique<DatagramDoorbell>(name_of_place(*node) + "/bell", here.me, here.size()));
   }
-  return std::make_unique<RouteTransport<Net>>(kind.make(std::move(node), std::move(all)), std::move(local), here.places, slots);
+  SlotOptions slots = options.slots;
+  slots.lanes = kind.lanes;
+  return std::make_unique<RouteTransport<Net>>(std::move(net), std::move(local), here.places, slots);
+}
+
+/// What the environment asks for.
+inline MakeCipher cipher_of_job() {
+  if (const auto make = cipher_from_environment()) return make();
+  for (const char* name : {"TALLY_TLS_CERTIFICATE", "TALLY_TLS_KEY", "TALLY_TLS_AUTHORITY"})
+    if (environment(name)) throw Error(Errc::unsupported, {name, " is set, but this program was built without tally/tls.hpp, and nothing would be encrypted"});
+  return {};
 }
 
 template <Network Net>
@@ -146,25 +156,26 @@ Communicator network_communicator(const JobInfo& job, Meeting meeting, const Opt
   me.boot = hash_text(boot_id());
   me.place = hash_text(sharing_id());
   me.settings = hash_text(concat({flat ? "" : "shm+", kind.name, " ", kind.lanes, " ", kind.settings, " ", options.slots.slots, " ", options.slots.slot_bytes, " ", options.slots.budget}));
-  const NetworkSettings settings(options.timeout, std::string(environment("TALLY_SECRET").value_or("")));
+  NetworkSettings settings(options.timeout, std::string(environment("TALLY_SECRET").value_or("")));
+  settings.encrypt = cipher_of_job();
   const auto node = NetworkJob::join(meeting, me, settings, environment("TALLY_INTERFACE").value_or(""), [&](const std::vector<RankEntry>& entries) {
     std::vector<std::uint64_t> places;
     for (const RankEntry& entry : entries) places.push_back(flat ? places.size() : entry.place);
-    return std::string(ControlStream::as_bytes(network_model(places, options)));
+    return std::string(ControlStream::as_bytes(network_model(places, options, kind.name)));
   });
   CostModel model;
   std::string_view note = node->note();
   if (!ControlStream::take(note, model)) throw Error(Errc::protocol, "rank 0 sent no model to choose algorithms by: were the ranks built with the same tally?", {job.rank, 0, 0, {}});
   const Neighbourhood here(*node, flat);
-  std::shared_ptr<SlotMemory> memory;
-  if (here.size() > 1) memory = local_memory(*node, here, options, kind.lanes);
-  if (memory && here.size() == job.size) return make_communicator(std::move(memory), job.rank, options);  // there is but one host
-  return make_communicator(network_route(node, here, std::move(memory), options.slots, kind), model, options);
+  if (here.size() == job.size) return make_communicator(local_memory(*node, here, options, kind.lanes), job.rank, options);  // there is but one host
+  if (!flat) options.expect_transport(kind.name, "on several hosts");
+  return make_communicator(network_route(node, here, options, kind), model, options);
 }
 inline Communicator tcp_communicator(const JobInfo& job, Meeting meeting, const Options& options, const TcpOptions& defaults) {
   return network_communicator(job, std::move(meeting), options, tcp_kind(TcpOptions::from_environment(defaults)));
 }
-inline const bool tcp_is_a_network = networks().emplace("tcp", [](const JobInfo& job, const Options& options) { return tcp_communicator(job, Meeting::from_environment(), options, {}); }).second;
+inline Meeting meeting_at(Meeting* place, const Options& options) { return place ? std::move(*place) : Meeting::from_environment(options.timeout); }
+inline const bool tcp_is_a_network = networks().emplace("tcp", [](const JobInfo& job, const Options& options, Meeting* place) { return tcp_communicator(job, meeting_at(place, options), options, {}); }).second;
 
 /// f(comm) on n ranks of this host that talk over a network all the same.
 template <Network Net, std::invocable<Communicator&> F>
@@ -207,7 +218,7 @@ void launch_network(int n, F f, RankKind kind, const Options& defaults, const Ne
 /// when not all are there in time.
 inline Communicator init_tcp(const Options& defaults = {}, const TcpOptions& tcp = {}) {
   const Options options = Options::from_environment(defaults);
-  return detail::tcp_communicator(detail::job_from_environment(), detail::Meeting::from_environment(), options, tcp);
+  return detail::tcp_communicator(detail::job_from_environment(), detail::Meeting::from_environment(options.timeout), options, tcp);
 }
 
 /// As launch(), but the ranks talk over TCP on loopback, as if each were on a host of its own.

@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // UCX between hosts: init() has it as the network "ucx" (TALLY_NETWORK=ucx, or TALLY_TRANSPORT=ucx for all ranks) where this header is
 // included and libucp is linked (CMake target tally::ucx). Ranks meet as for TCP. Which devices UCX uses is its own settings' business:
-// UCX_TLS, UCX_NET_DEVICES. New, and not to be relied on yet where ranks fail: UCX 1.13 may end a process that closes a way to a peer with
-// something under way on it.
+// UCX_TLS, UCX_NET_DEVICES.
 #pragma once
 
 #include <concepts>
@@ -22,7 +21,7 @@ inline NetworkKind<UcxTransport> ucx_kind(const UcxOptions& options) {
             return std::make_unique<UcxTransport>(std::move(node), UcxTransport::world, std::move(members), options, [in_memory = options.shared_memory](const FabricMembers& who) { return std::make_unique<UcxFabric>(who, in_memory); });
           }};
 }
-inline const bool ucx_is_a_network = networks().emplace("ucx", [](const JobInfo& job, const Options& options) { return network_communicator(job, Meeting::from_environment(), options, ucx_kind(UcxOptions::from_environment({}))); }).second;
+inline const bool ucx_is_a_network = networks().emplace("ucx", [](const JobInfo& job, const Options& options, Meeting* place) { return network_communicator(job, meeting_at(place, options), options, ucx_kind(UcxOptions::from_environment({}))); }).second;
 
 }  // namespace detail
 

@@ -105,7 +105,7 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
       transport.post(t, probe);
       Rank to = -1;
       std::uint64_t window = 0;
-      detail::FileDescriptor fd;
+      detail::Stream fd;
       for (int i = 0; i < 1000 && !fd; ++i) {
         fd = job.nodes[1]->claim(communicator, 0, 0, to, window);
         transport.poll(probe);

@@ -6,8 +6,6 @@
 
 #include <fcntl.h>
 #include <poll.h>
-#include <pthread.h>
-#include <signal.h>
 #include <sys/eventfd.h>
 #include <sys/socket.h>
 #include <unistd.h>
@@ -31,6 +29,7 @@
 
 #include "../error.hpp"
 #include "../local_socket.hpp"
+#include "../quiet_thread.hpp"
 #include "../text.hpp"
 #include "board.hpp"
 #include "hub.hpp"
@@ -64,15 +63,11 @@ class EnergyMember {
     if (!stop_) warn({"no descriptor to watch the energy hub: ", detail::errno_text(errno)});
     if (!stop_ || (!elect(std::chrono::steady_clock::now() + std::chrono::seconds(1)) && !can_elect_)) return;  // without any meter there is nothing to wait for
     if (awaited_) warn({"the energy hub of this host does not answer, as if its process were stopped: until it does, joules are unknown or come from the model"});
-    sigset_t all, before;
-    ::sigfillset(&all);
-    ::pthread_sigmask(SIG_SETMASK, &all, &before);  // signals are for the program's own threads
     try {
-      thread_ = std::thread([this] { watch(); });
+      thread_ = detail::quiet_thread([this] { watch(); });
     } catch (const std::system_error& error) {
       warn({"no thread to watch the energy hub: ", error.what()});
     }
-    ::pthread_sigmask(SIG_SETMASK, &before, nullptr);
   }
   EnergyMember(const EnergyMember&) = delete;
   EnergyMember& operator=(const EnergyMember&) = delete;

@@ -21,6 +21,7 @@
 #include "frame.hpp"
 #include "hmac.hpp"
 #include "socket.hpp"
+#include "stream.hpp"
 
 namespace tally::inline v0::detail {
 
@@ -75,6 +76,16 @@ struct NetworkSettings {
   nanoseconds timeout;
   std::string secret;  // that all ranks know and strangers do not; empty: anybody may join
   Clock clock;
+  MakeCipher encrypt;  // empty: connections are as they are
+
+  Stream opened(FileDescriptor fd) const { return stream(std::move(fd), false); }
+  Stream let_in(FileDescriptor fd) const { return stream(std::move(fd), true); }
+
+ private:
+  Stream stream(FileDescriptor fd, bool is_let_in) const {
+    auto cipher = encrypt ? encrypt(fd.get(), is_let_in) : nullptr;
+    return Stream(std::move(fd), std::move(cipher));
+  }
 };
 /// A question after the clock of rank 0's host, and the answer.
 struct ClockAnswer {
@@ -94,6 +105,7 @@ struct CommunicatorStatus {
 };
 /// What the registry knows of a rank in a communicator.
 struct Told {
+  static constexpr std::uint32_t said = 1, gone = 2;  // gone: with all there was; the registry has not said what it had opened
   CommunicatorStatus status;
   std::uint32_t left = 0;
   std::uint32_t opened = 0;  // channels to who asks
@@ -125,10 +137,13 @@ struct Offer {
 class ControlStream {
  public:
   static constexpr std::size_t longest = std::size_t{4} << 20;  // a table of the largest job fits; who is not in it yet gets far less
-  explicit ControlStream(FileDescriptor fd = FileDescriptor(), std::size_t most = longest) : fd_(std::move(fd)), most_(most), in_(4096) {}
-  explicit operator bool() const { return static_cast<bool>(fd_); }
-  int fd() const { return fd_.get(); }
-  const FileDescriptor& descriptor() const { return fd_; }
+  explicit ControlStream(Stream stream = Stream(), std::size_t most = longest) : stream_(std::move(stream)), most_(most), in_(4096) {}
+  explicit operator bool() const { return static_cast<bool>(stream_); }
+  int fd() const { return stream_.get(); }
+  const FileDescriptor& descriptor() const { return stream_.descriptor(); }
+  /// To wait for with poll(2).
+  short events() const { return static_cast<short>(POLLIN | (has_more() && !stream_.waits_to_read() ? POLLOUT : 0)); }
+  std::string problem() const { return stream_.problem(); }
   void trust() { most_ = longest; }
 
   /// Reads what is there and calls handle(kind, bytes) for each record that is complete.
@@ -151,7 +166,7 @@ class ControlStream {
       }
       if (in_.empty()) in_.take(0);
       std::byte* const to = in_.space(in_.room());
-      const ssize_t got = ::recv(fd_.get(), to, in_.space_left(), MSG_DONTWAIT);
+      const ssize_t got = stream_.read(to, in_.space_left());
       if (got > 0) in_.added(static_cast<std::size_t>(got));
       else if (got < 0 && errno == EINTR) continue;
       else return got < 0 && (errno == EAGAIN || errno == EWOULDBLOCK);
@@ -170,7 +185,7 @@ class ControlStream {
   }
   bool write() {
     while (!out_.empty()) {
-      const ssize_t sent = ::send(fd_.get(), out_.data(), out_.size(), MSG_DONTWAIT | MSG_NOSIGNAL);
+      const ssize_t sent = stream_.write(out_.data(), out_.size());
       if (sent > 0) out_.erase(0, static_cast<std::size_t>(sent));
       else if (errno != EINTR) return errno == EAGAIN || errno == EWOULDBLOCK || errno == ENOTCONN || errno == EINPROGRESS;
     }
@@ -193,7 +208,7 @@ class ControlStream {
   }
 
  private:
-  FileDescriptor fd_;
+  Stream stream_;
   std::size_t most_;
   StreamBuffer in_;
   std::string out_;

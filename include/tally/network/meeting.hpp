@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // Where a job's ranks meet, as users and launchers say it: an address of rank 0's host, a file that all see and rank 0 writes its
-// addresses to, or the first host of Slurm's list. Names are resolved again and again, since hosts may still be starting.
+// addresses to, the first host of Slurm's list, or what rank 0 tells the process manager. Names are resolved again and again, since hosts may still be starting.
 #pragma once
 
 #include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cstdint>
+#include <functional>
 #include <optional>
 #include <sstream>
 #include <string>
@@ -19,6 +21,7 @@
 #include "../file.hpp"
 #include "../types.hpp"
 #include "interfaces.hpp"
+#include "pmi.hpp"
 #include "socket.hpp"
 
 namespace tally::inline v0::detail {
@@ -33,22 +36,58 @@ inline std::string first_host(std::string_view list) {
   return concat({list.substr(0, bracket), inside.substr(0, inside.find_first_of(",-")), first_host(rest)});
 }
 
+/// What has all ranks hear a word of rank 0's; each calls once. Of others the word is not looked at.
+struct Teller {
+  Rank rank = -1;
+  std::function<std::string(std::string_view word, nanoseconds limit)> from_rank_0;
+};
+/// Those that headers of other libraries bring; empty where there is none.
+inline std::vector<std::optional<Teller> (*)()>& tellers() {
+  static std::vector<std::optional<Teller> (*)()> all;
+  return all;
+}
+
 class Meeting {
  public:
-  /// HOST:PORT, or file:PATH.
+  /// HOST:PORT, or several with commas between, any of which may be right; or file:PATH.
   explicit Meeting(std::string where) : where_(std::move(where)) {
     if (where_.starts_with("file:")) path_ = where_.substr(5);
     if (is_file() && path_.empty()) throw Error(Errc::invalid_argument, {"'", where_, "' names no file: it should be file:PATH"});
-    if (!is_file()) (void)split_address(where_);
+    if (is_file()) return;
+    for (std::size_t begin = 0, end = 0; end < where_.size(); begin = end + 1) {
+      end = std::min(where_.find(',', begin), where_.size());
+      places_.push_back(where_.substr(begin, end - begin));
+    }
+    if (places_.empty()) places_.emplace_back();
+    for (const std::string& place : places_) (void)split_address(place);
+  }
+  /// Rank 0's own addresses, at which it listens. `interface`: see choose_addresses().
+  static Meeting here(std::string_view interface) {
+    std::vector<SocketAddress> mine = choose_addresses(interface, own_interfaces());
+    if (!interface.empty()) mine.resize(1);
+    FileDescriptor fd = interface.empty() ? listen_anywhere(0) : listen_at(mine[0]);
+    std::string all;
+    for (SocketAddress& each : mine) {
+      each.port = own_address(fd).port;
+      const std::string text = each.text();
+      if ((own_address(fd).family == 6 || !interface.empty() || each.family == 4) && all.size() + text.size() < longest_list) all += (all.empty() ? "" : ",") + text;
+    }
+    Meeting meeting(std::move(all));
+    meeting.listener_ = std::move(fd);
+    return meeting;
   }
   /// Where this rank, which is rank 0, listens already.
-  explicit Meeting(FileDescriptor listener) : where_(own_address(listener).text()), listener_(std::move(listener)) {}
-  /// TALLY_ADDRESS, or beside the port that torchrun names, or at Slurm's first host.
-  static Meeting from_environment() {
+  explicit Meeting(FileDescriptor listener) : Meeting(own_address(listener).text()) { listener_ = std::move(listener); }
+  /// TALLY_ADDRESS, or beside the port that torchrun names, or where rank 0 is, as a teller has it, or at Slurm's first host, or as a
+  /// process manager tells.
+  /// `limit`: for who has to wait for others to learn it.
+  static Meeting from_environment(nanoseconds limit = std::chrono::seconds(300)) {
     if (const auto where = environment("TALLY_ADDRESS")) return Meeting(std::string(*where));
     const auto host = environment("MASTER_ADDR");
     const auto port = environment_number<int>("MASTER_PORT", 1, 65534);
     if (host && port) return Meeting(concat({*host, ":", *port + 1}));  // that port itself is the framework's
+    for (const auto find : tellers())
+      if (const auto teller = find()) return as_told(*teller, limit);
     for (const char* list : {"SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST"}) {
       const auto hosts = environment(list);
       if (!hosts) continue;
@@ -56,6 +95,7 @@ class Meeting {
       for (const char* name : {"SLURM_JOB_ID", "SLURM_STEP_ID"}) job += concat({environment(name).value_or(""), "."});
       if (const std::string first = first_host(*hosts); !first.empty()) return Meeting(concat({first, ":", 20'000 + hash_text(job) % 12'000}));  // below those that systems give away
     }
+    if (auto manager = ProcessManager::from_environment()) return as_told({manager->rank(), [&](std::string_view word, nanoseconds most) { return manager->from_rank_0(word, most); }}, limit);
     throw Error(Errc::invalid_argument, "ranks on several hosts need a place to meet: set TALLY_ADDRESS, the same for all, to HOST:PORT of rank 0's host or to file:PATH of a folder that all hosts share");
   }
 
@@ -66,7 +106,7 @@ class Meeting {
     if (!interface.empty() || is_file()) mine = choose_addresses(interface, own_interfaces());
     if (!interface.empty()) mine.resize(1);
     if (!is_file()) {
-      const auto [host, port] = split_address(where_);
+      const auto [host, port] = split_address(places_.front());
       if (!mine.empty()) {
         mine[0].port = static_cast<std::uint16_t>(port);
         return listen_at(mine[0]);
@@ -75,7 +115,7 @@ class Meeting {
       SocketAddress ip;
       int bits = 0;
       const bool literal = host == "localhost" || (host.find('/') == std::string_view::npos && parse_range(host, ip, bits));
-      return literal ? listen_at(resolve(where_).front()) : listen_anywhere(static_cast<std::uint16_t>(port));
+      return literal ? listen_at(resolve(places_.front()).front()) : listen_anywhere(static_cast<std::uint16_t>(port));
     }
     FileDescriptor fd = interface.empty() ? listen_anywhere(0) : listen_at(mine[0]);
     const bool both = own_address(fd).family == 6;
@@ -91,7 +131,14 @@ class Meeting {
   }
   /// The others: where to try now. Empty where nobody knows yet.
   std::vector<SocketAddress> addresses() {
-    if (!is_file()) return resolve(where_);
+    if (!is_file()) {
+      std::vector<SocketAddress> found;
+      for (const std::string& place : places_) {
+        const auto resolved = resolve(place);
+        found.insert(found.end(), resolved.begin(), resolved.end());
+      }
+      return found;
+    }
     const FileText file = read_start(path_, 64 << 10);
     if (file.error == ENOENT) return {};
     if (file.error != 0) throw Error(Errc::invalid_argument, {"cannot read '", path_, "', where rank 0 says how to reach it: ", errno_text(file.error)});
@@ -110,13 +157,15 @@ class Meeting {
     if (std::exchange(wrote_, false)) ::unlink(path_.c_str());
   }
   ~Meeting() { close(); }
-  Meeting(Meeting&& other) noexcept : where_(std::move(other.where_)), path_(std::move(other.path_)), listener_(std::move(other.listener_)), nonce_(other.nonce_), wrote_(std::exchange(other.wrote_, false)) {}
+  Meeting(Meeting&& other) noexcept : where_(std::move(other.where_)), places_(std::move(other.places_)), path_(std::move(other.path_)), listener_(std::move(other.listener_)), nonce_(other.nonce_), wrote_(std::exchange(other.wrote_, false)) {}
 
   /// Whether nobody of another host can be meant.
   bool is_here_only() const {
     if (is_file()) return false;
-    const std::string_view host = split_address(where_).first;
-    return host == "localhost" || host == "::1" || host.starts_with("127.");
+    return std::ranges::all_of(places_, [](const std::string& place) {
+      const std::string_view host = split_address(place).first;
+      return host == "localhost" || host == "::1" || host.starts_with("127.");
+    });
   }
   bool is_file() const { return where_.starts_with("file:"); }
   /// Tells this job from an earlier one that met in the same file.
@@ -124,7 +173,29 @@ class Meeting {
   const std::string& text() const { return where_; }
 
  private:
-  std::string where_, path_;
+  static Meeting as_told(const Teller& teller, nanoseconds limit) {
+    if (teller.rank != 0) {
+      std::string where = teller.from_rank_0({}, limit);
+      if (where == nowhere) throw Error(Errc::peer_lost, "rank 0 has no address at which others reach it", {teller.rank, 0, 0, {}});
+      return Meeting(std::move(where));
+    }
+    std::optional<Meeting> meeting;
+    try {
+      meeting.emplace(here(environment("TALLY_INTERFACE").value_or("")));
+    } catch (const Error&) {
+      (void)teller.from_rank_0(nowhere, limit);  // the others wait for a word
+      throw;
+    }
+    (void)teller.from_rank_0(meeting->text(), limit);
+    return std::move(*meeting);
+  }
+
+  static constexpr std::string_view nowhere = "-";
+  static constexpr std::size_t longest_list = 900;  // process managers take a thousand bytes
+
+  std::string where_;
+  std::vector<std::string> places_;  // HOST:PORT each
+  std::string path_;
   FileDescriptor listener_;
   std::uint64_t nonce_ = 0;
   bool wrote_ = false;

@@ -4,6 +4,7 @@
 // but joining.
 #pragma once
 
+#include <poll.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <unistd.h>
@@ -12,6 +13,7 @@
 #include <atomic>
 #include <chrono>
 #include <cstdint>
+#include <exception>
 #include <functional>
 #include <map>
 #include <memory>
@@ -25,6 +27,7 @@
 #include <vector>
 
 #include "../clock.hpp"
+#include "../quiet_thread.hpp"
 #include "../types.hpp"
 #include "clock_map.hpp"
 #include "control.hpp"
@@ -78,7 +81,7 @@ class NetworkNode {
 
   /// Joins a job; me.listens says where this rank is to listen (family 0: where it reaches the registry from, and anywhere on the
   /// registry's own host). Waits until all are there. Throws what the registry says, or Errc::timeout.
-  NetworkNode(const FindRegistry& find, Join me, const NetworkSettings& settings) : clock_(settings.clock), me_(me.rank), size_(me.size), peer_limit_(std::chrono::duration_cast<std::chrono::milliseconds>(settings.timeout)), secret_(settings.secret) {
+  NetworkNode(const FindRegistry& find, Join me, const NetworkSettings& settings) : settings_(settings), clock_(settings.clock), me_(me.rank), size_(me.size), peer_limit_(std::chrono::duration_cast<std::chrono::milliseconds>(settings.timeout)) {
     const nanoseconds timeout = settings.timeout;
     const Instant deadline = std::chrono::steady_clock::now() + timeout;
     dead_.resize(static_cast<std::size_t>(size_));
@@ -98,19 +101,28 @@ class NetworkNode {
     const Instant patience_ends = deadline + std::chrono::seconds(1);  // the registry knows better who is missing
     while (entries_.empty() || (is_elsewhere(0) && !map_.is_settled())) {
       const bool whole = link_.write();
-      if (whole && !wait_for_events(link_.fd(), static_cast<short>(POLLIN | (link_.has_more() ? POLLOUT : 0)), challenge_ ? patience_ends : deadline))
-        throw Error(Errc::timeout, {"rank ", me_, challenge_ ? " joined the job, but not all others did within " : " reached what listens at " + registry_.text() + ", but that did not speak as a job of tally within ", timeout.count() / 1'000'000, " ms"}, {me_, -1, 0, {}});
+      if (whole && !wait_for_events(link_.fd(), link_.events(), challenge_ ? patience_ends : deadline))
+        throw Error(Errc::timeout, {"rank ", me_, challenge_ ? " joined the job, but not all others did within " : " reached what listens at " + registry_.text() + ", but that did not speak as a job of tally within ", timeout.count() / 1'000'000, " ms", challenge_ || settings_.encrypt ? "" : "; if rank 0 has TALLY_TLS_CERTIFICATE, this rank needs it, too"}, {me_, -1, 0, {}});
       // A registry that is gone may have said all before.
       if (!link_.read([&](ControlKind kind, std::string_view record) { return welcome(kind, record); }) || !whole) {
+        if (const std::string problem = link_.problem(); !problem.empty() && entries_.empty()) throw Error(Errc::protocol, {"the connection to the job's registry, at ", registry_.text(), ", cannot be encrypted: ", problem}, {me_, 0, 0, {}});
         if (entries_.empty() && !challenge_) throw Error(Errc::protocol, {"what listens at ", registry_.text(), " is no job of this version of tally: check the address, and that all ranks were built with the same"}, {me_, 0, 0, {}});
         if (entries_.empty()) throw Error(Errc::peer_lost, "the job's registry, at rank 0, went away while it waited for the others", {me_, 0, 0, {}});
         registry_gone_ = true;
         break;
       }
     }
+    if (settings_.encrypt) letting_in_ = quiet_thread([this] { let_in(); });
   }
   ~NetworkNode() {
-    if (::getpid() != process_) return;
+    if (::getpid() != process_) {
+      if (letting_in_.joinable()) letting_in_.detach();  // a child that this rank forked has no such thread
+      return;
+    }
+    if (letting_in_.joinable()) {
+      (void)::eventfd_write(stop_.get(), 1);
+      letting_in_.join();
+    }
     link_.put(ControlKind::goodbye, Goodbye{});
     // The connection outlives the process until this is there.
     link_.write();
@@ -153,22 +165,22 @@ class NetworkNode {
     return group;
   }
 
-  FileDescriptor connect_to(Rank r, int& error) {
+  Stream connect_to(Rank r, int& error) {
     FileDescriptor fd = begin_connect(address(r), error);
     if (error == 0) tune(fd, peer_limit_);
-    return fd;
+    return settings_.opened(std::move(fd));
   }
   /// The connection that rank `from` of a communicator has opened, if it has; its window.
-  FileDescriptor claim(std::uint64_t communicator, int lane, Rank from, Rank& to, std::uint64_t& window) {
+  Stream claim(std::uint64_t communicator, int lane, Rank from, Rank& to, std::uint64_t& window) {
     const std::lock_guard lock(mutex_);
     accept();
     const auto found = arrived_.find({communicator, lane, from});
-    if (found == arrived_.end()) return FileDescriptor();
+    if (found == arrived_.end()) return Stream();
     Arrived arrived = std::move(found->second);
     arrived_.erase(found);
     to = arrived.to;
     window = arrived.window;
-    return std::move(arrived.fd);
+    return std::move(arrived.stream);
   }
 
   // Slow matters: a rank that waits for long asks and says what it is in.
@@ -185,6 +197,7 @@ class NetworkNode {
   }
   /// Where this rank is to be reached in this communicator; where r is, once it said so: empty until then.
   void offer(const NetworkGroup& group, std::string_view address) {
+    if (address.size() > Offer::longest) throw Error(Errc::no_resources, {"this host is reached in so many ways that saying so takes ", address.size(), " bytes, where ", Offer::longest, " are the most: choose fewer devices"}, {me_, -1, 0, {}});
     const std::lock_guard lock(mutex_);
     link_.put(ControlKind::offer, std::string(ControlStream::as_bytes(Offer{group.communicator, me_, 0})).append(address));
     exchange();
@@ -213,7 +226,7 @@ class NetworkNode {
     const std::lock_guard lock(mutex_);
     Told told = group.told[static_cast<std::size_t>(r)];
     const Rank member = group.members[static_cast<std::size_t>(r)];
-    if (gone_[static_cast<std::size_t>(member)] || (registry_left_ && member == 0)) told.left = 1;
+    if (gone_[static_cast<std::size_t>(member)] || (registry_left_ && member == 0)) told.left = told.left ? told.left : Told::gone;
     return told;
   }
   bool is_dead(Rank r) {
@@ -264,17 +277,17 @@ class NetworkNode {
 
  private:
   struct Stranger {
-    FileDescriptor fd;
+    Stream stream;
     Instant since;
     std::size_t have = 0;
     ChannelHello hello;
   };
   struct Arrived {
-    FileDescriptor fd;
+    Stream stream;
     Rank to = -1;
     std::uint64_t window = 0;
   };
-  static constexpr std::size_t longest_text = 8192, most_strangers = 256, most_unclaimed = 1 << 16;
+  static constexpr std::size_t longest_text = 8192, most_unclaimed = 1 << 16;
   static constexpr auto patience = std::chrono::seconds(10);
 
   Place connect(const FindRegistry& find, Instant deadline, nanoseconds timeout) {
@@ -299,9 +312,9 @@ class NetworkNode {
           // A port of this host that nobody listens at may connect to itself.
           if (error == 0 && own_address(fd) != registry_) {
             tune(fd, std::chrono::seconds(30));
-            link_ = ControlStream(std::move(fd));
+            link_ = ControlStream(settings_.opened(std::move(fd)));
             if (!place.may_be_stale || is_challenged(std::min(deadline, std::chrono::steady_clock::now() + std::chrono::seconds(3)))) return place;
-            problem = "what listens there now is no job of tally";
+            problem = link_.problem().empty() ? "what listens there now is no job of tally" : "its connection cannot be encrypted: " + link_.problem();
           }
         } else if (error == 0) {
           error = ETIMEDOUT;
@@ -329,7 +342,7 @@ class NetworkNode {
     if (!entries_.empty()) return false;
     Digest proof;
     if (!ControlStream::take(record, proof)) return false;
-    if (!same(proof, proof_of(secret_, "welcome", claim_.nonce, record))) throw Error(Errc::protocol, {"what listens at ", registry_.text(), " does not know this job's secret"}, {me_, 0, 0, {}});
+    if (!same(proof, proof_of(settings_.secret, "welcome", claim_.nonce, record))) throw Error(Errc::protocol, {"what listens at ", registry_.text(), " does not know this job's secret"}, {me_, 0, 0, {}});
     if (!ControlStream::take(record, key_) || record.size() < static_cast<std::size_t>(size_) * sizeof(RankEntry)) return false;
     entries_.resize(static_cast<std::size_t>(size_));
     for (RankEntry& each : entries_) (void)ControlStream::take(record, each);
@@ -347,9 +360,9 @@ class NetworkNode {
     return true;
   }
   void answer_challenge() {
-    if (secret_.empty() != !challenge_->secured)
-      throw Error(Errc::invalid_argument, {secret_.empty() ? "rank 0 asks for a secret, and this rank has none" : "this rank has a secret, and rank 0 has none", ": TALLY_SECRET must be the same for all ranks"}, {me_, 0, 0, {}});
-    claim_.proof = proof_of(secret_, "join", challenge_->nonce, ControlStream::as_bytes(claim_));
+    if (settings_.secret.empty() != !challenge_->secured)
+      throw Error(Errc::invalid_argument, {settings_.secret.empty() ? "rank 0 asks for a secret, and this rank has none" : "this rank has a secret, and rank 0 has none", ": TALLY_SECRET must be the same for all ranks"}, {me_, 0, 0, {}});
+    claim_.proof = proof_of(settings_.secret, "join", challenge_->nonce, ControlStream::as_bytes(claim_));
     link_.put(ControlKind::join, claim_);
     ask_for_time();
   }
@@ -442,6 +455,22 @@ class NetworkNode {
     group.ring();
   }
 
+  /// Who is let in to an encrypted connection has to be answered first, which must not wait for a rank that computes, or that sleeps for
+  /// something else: a thread does it.
+  void let_in() {
+    for (std::array<pollfd, 2> events{{{stop_.get(), POLLIN, 0}, {door_.get(), POLLIN, 0}}}; events[0].revents == 0;) {
+      if (::poll(events.data(), events.size(), 1000) < 0) continue;
+      const std::lock_guard lock(mutex_);
+      try {
+        accept();
+        exchange();
+      } catch (const std::exception&) {  // what the rank itself finds when it looks
+      }
+      if (events[1].revents == 0) continue;
+      for (const auto& [communicator, each] : groups_)  // the event was for who sleeps, too
+        if (const auto group = each.lock()) group->ring();
+    }
+  }
   /// Lets in who knows the job's key, and drops who does not or takes too long to say.
   void accept() {
     const Instant now = std::chrono::steady_clock::now();
@@ -453,14 +482,14 @@ class NetworkNode {
       if (!fd && (errno == EMFILE || errno == ENFILE) && strangers_.empty())
         throw TransportError(Errc::no_resources, {"rank ", me_, " has no descriptor for a rank that connects: ", errno_text(errno), "; raise the limit (ulimit -n)"}, {me_, -1, 0, {}});
       if (!fd) break;
-      if (strangers_.size() >= most_strangers) strangers_.erase(strangers_.begin());
+      if (strangers_.size() >= most_strangers_) strangers_.erase(strangers_.begin());
       tune(fd, peer_limit_);
       look_out_for(fd.get());
-      strangers_.push_back({std::move(fd), now, 0, {}});
+      strangers_.push_back({settings_.let_in(std::move(fd)), now, 0, {}});
     }
     for (std::size_t i = 0; i < strangers_.size();) {
       Stranger& stranger = strangers_[i];
-      const ssize_t got = ::recv(stranger.fd.get(), reinterpret_cast<char*>(&stranger.hello) + stranger.have, sizeof stranger.hello - stranger.have, MSG_DONTWAIT);
+      const ssize_t got = stranger.stream.read(reinterpret_cast<char*>(&stranger.hello) + stranger.have, sizeof stranger.hello - stranger.have);
       if (got > 0) stranger.have += static_cast<std::size_t>(got);
       const bool waits = got < 0 && (errno == EAGAIN || errno == EINTR || errno == EWOULDBLOCK);
       if (stranger.have == sizeof stranger.hello) {
@@ -469,8 +498,8 @@ class NetworkNode {
         unsigned differ = 0;
         for (std::size_t k = 0; k < key_.size(); ++k) differ |= static_cast<unsigned>(h.key[k] ^ key_[k]);
         if (h.magic == like.magic && h.protocol == like.protocol && differ == 0 && arrived_.size() < most_unclaimed) {
-          ::epoll_ctl(door_.get(), EPOLL_CTL_DEL, stranger.fd.get(), nullptr);
-          if (!left_.contains(h.communicator)) arrived_.insert_or_assign(std::tuple(h.communicator, static_cast<int>(h.lane), h.from), Arrived{std::move(stranger.fd), h.to, h.window});
+          ::epoll_ctl(door_.get(), EPOLL_CTL_DEL, stranger.stream.get(), nullptr);
+          if (!left_.contains(h.communicator)) arrived_.insert_or_assign(std::tuple(h.communicator, static_cast<int>(h.lane), h.from), Arrived{std::move(stranger.stream), h.to, h.window});
           if (const auto found = groups_.find(h.communicator); found != groups_.end())
             if (const auto group = found->second.lock()) group->ring();
         }
@@ -482,20 +511,22 @@ class NetworkNode {
     }
   }
 
+  NetworkSettings settings_;
   Clock clock_;
   ClockMap map_;
   Ticks asked_ = 0, asked_at_ = 0;
   Rank me_;
   int size_;
   std::chrono::milliseconds peer_limit_;
-  std::string secret_;
   SocketAddress registry_;
   Join claim_;
   std::optional<Challenge> challenge_;
   JobKey key_{};
   std::string note_;
   std::vector<RankEntry> entries_;
-  FileDescriptor listener_, door_{::epoll_create1(EPOLL_CLOEXEC)};
+  std::size_t most_strangers_ = 256 + 4 * static_cast<std::size_t>(size_);
+  FileDescriptor listener_, door_{::epoll_create1(EPOLL_CLOEXEC)}, stop_{::eventfd(0, EFD_CLOEXEC)};
+  std::thread letting_in_;
   pid_t process_ = ::getpid();
   std::mutex mutex_;
   ControlStream link_;

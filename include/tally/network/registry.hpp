@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "../clock.hpp"
+#include "../quiet_thread.hpp"
 #include "../types.hpp"
 #include "control.hpp"
 
@@ -33,7 +34,7 @@ class Registry {
       : note_(std::move(note)), settings_(settings), listener_(std::move(listener)), stop_(::eventfd(0, EFD_CLOEXEC)), like_(like), guests_of_(static_cast<std::size_t>(like.size)), entries_(guests_of_.size()), deadline_(Steady::now() + settings.timeout) {
     if (!stop_) throw Error(Errc::no_resources, {"no descriptor for the job's registry: ", errno_text(errno)});
     set_option(listener_, SOL_SOCKET, SO_KEEPALIVE, 1);
-    thread_ = std::thread([this] { work(); });
+    thread_ = quiet_thread([this] { work(); });
   }
   ~Registry() {
     if (::getpid() == process_) {
@@ -84,7 +85,7 @@ class Registry {
     std::vector<pollfd> events;
     while (!over_) {
       events.assign({{stop_.get(), POLLIN, 0}, {listener_.get(), static_cast<short>(crowded_ ? 0 : POLLIN), 0}});
-      for (const auto& guest : guests_) events.push_back({guest->stream.fd(), static_cast<short>(POLLIN | (guest->stream.has_more() ? POLLOUT : 0)), 0});
+      for (const auto& guest : guests_) events.push_back({guest->stream.fd(), guest->stream.events(), 0});
       const int limit = crowded_ ? 20 : joined_ < like_.size || guests_.size() > guests_of_.size() ? 200 : -1;
       if (::poll(events.data(), events.size(), limit) < 0 && errno != EINTR) return;
       if (events[0].revents) break;
@@ -117,7 +118,7 @@ class Registry {
       if (silent >= most_silent + guests_of_.size()) drop_silent();
       tune(fd, std::chrono::seconds(30));
       auto guest = std::make_unique<Guest>();
-      guest->stream = ControlStream(std::move(fd), 512);
+      guest->stream = ControlStream(settings_.let_in(std::move(fd)), 512);
       guest->from = SocketAddress::of(storage);
       guest->since = Steady::now();
       guest->nonce = random_nonce();

@@ -148,6 +148,21 @@ concept Transport = requires(T& t, const T& c, Transfer& transfer, RankStatus st
   t.discard(std::uint64_t{}, members);  // before that: not all could open it, and nobody has it open any more
 };
 
+namespace detail {
+
+/// A transport may have something left of what is done for its rank, which goes on its way while it is looked after: settle() does.
+template <class T>
+bool has_rest(const T& transport) {
+  if constexpr (requires { transport.has_rest(); }) return transport.has_rest();
+  else return false;
+}
+template <class T>
+void settle(T& transport) {
+  if constexpr (requires { transport.settle(); }) transport.settle();
+}
+
+}  // namespace detail
+
 /// Transports whose ranks can have memory that all can load and store. An engine that is about to touch other ranks'
 /// memory says so and looks for an abort afterwards; one that aborts waits until nobody touches its memory.
 template <class T>

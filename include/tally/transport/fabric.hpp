@@ -5,7 +5,6 @@
 // overwrite do not wait for each other.
 #pragma once
 
-#include <poll.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -19,12 +18,14 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
 #include <utility>
 #include <vector>
 
+#include "channels.hpp"
 #include "concept.hpp"
 #include "networked.hpp"
 #include "queue.hpp"
@@ -43,6 +44,8 @@ struct FabricOptions {
 
 /// Whom a fabric connects: the job's ranks that its ranks are, and whether they are on other hosts than this one.
 struct FabricMembers {
+  std::uint64_t communicator = 0;
+  std::uint64_t key = 0;  // of the communicator in its job
   Rank me = 0;  // the place of this one
   std::vector<Rank> ranks;
   std::vector<bool> elsewhere;
@@ -66,16 +69,20 @@ static_assert(sizeof(FabricHeader) == 80);
 template <class F>
 concept Fabric = requires(F& f, const F& c, Rank peer, typename F::Flight& flight, typename F::Held& held, const FabricHeader& header, const std::byte* from, std::byte* to, std::size_t bytes, std::string_view address, nanoseconds limit) {
   { F::name } -> std::convertible_to<std::string_view>;
+  { F::lets_go } -> std::convertible_to<bool>;        // of memory that it writes to, once told to give up
   { c.address() } -> std::same_as<std::string>;       // empty: ranks know where the others are
   { c.knows(peer) } -> std::same_as<bool>;
   f.meet(peer, address);
-  { f.reaches(peer) } -> std::same_as<bool>;          // the way stands, which may need the peer to look after it once
+  { f.reaches(peer) } -> std::same_as<bool>;          // messages may be sent; payloads that are fetched once
+  { f.stands(peer) } -> std::same_as<bool>;           // the way stands, which may need the peer to look after it once
   { c.most_at_once() } -> std::same_as<std::size_t>;  // bytes of a payload that goes with its header
-  { f.send(peer, header, from, bytes, flight) } -> std::same_as<bool>;  // payload and header stay until the flight is over; false: no room
+  // False: no room. The header, and a payload that goes with it, stay until the flight is over; one that is fetched until it was, too.
+  { f.send(peer, header, from, bytes, flight) } -> std::same_as<bool>;
   { f.is_over(flight) } -> std::same_as<bool>;        // what failed is never over
   { f.touches(flight) } -> std::same_as<bool>;        // it may still read or write memory
-  f.drop(flight);                                     // nobody asks after it any more
+  f.drop(flight, std::vector<std::byte>{});           // nobody asks after it any more; memory that it writes to, where that is the transport's
   f.give_up(peer);                                    // the way to it: what is under way fails soon
+  f.halt();                                           // nothing moves any more
   f.fetch(peer, held, to, bytes, flight);
   f.give_back(held);                                  // payload that was not fetched, or is no longer read
   f.progress();
@@ -83,7 +90,9 @@ concept Fabric = requires(F& f, const F& c, Rank peer, typename F::Flight& fligh
   { c.error(peer) } -> std::same_as<const char*>;     // null: none
   { c.event() } -> std::same_as<int>;                 // a descriptor that is readable when there may be progress, once arm() was true
   { f.arm() } -> std::same_as<bool>;                  // false: there is something to do
+  { c.longest_sleep() } -> std::same_as<nanoseconds>;  // it may have something to do then that the descriptor does not tell
   f.flush(limit);                                     // what was sent is on its way
+  { c.has_rest() } -> std::same_as<bool>;             // of what is over something goes only while progress() is called
 };
 
 }  // namespace detail
@@ -96,18 +105,10 @@ class FabricTransport : public NetworkedTransport {
 
   FabricTransport(std::shared_ptr<detail::NetworkNode> node, std::uint64_t communicator, std::vector<Rank> members, const FabricOptions& options, Make make)
       : NetworkedTransport(std::move(node), communicator, std::move(members)), options_(options), make_(std::move(make)), fabric_(make_(who())), frame_bytes_(std::max<std::size_t>(options.frame_bytes, 64)),
-        window_(std::max(options.window, frame_bytes_ + detail::frame_cost)), at_once_(std::min({options.at_once, fabric_->most_at_once(), frame_bytes_})), outs_(static_cast<std::size_t>(options.lanes * size())), ins_(outs_.size()), peers_(static_cast<std::size_t>(size())) {
-    std::memcpy(&key_, node_->key().data(), sizeof key_);
-    key_ ^= communicator * 0x9e3779b97f4a7c15u;
-    sending_.reserve(outs_.size());
-    receiving_.reserve(ins_.size());
-    for (int lane = 0; lane < lanes(); ++lane)
-      for (Rank r = 0; r < size(); ++r) {
-        const auto i = index(lane, r);
-        outs_[i].peer = ins_[i].peer = r;
-        outs_[i].lane = ins_[i].lane = lane;
-        outs_[i].elsewhere = ins_[i].elsewhere = node_->is_elsewhere(origin(r));
-      }
+        window_(std::max(options.window, frame_bytes_ + detail::frame_cost)), at_once_(std::min({options.at_once, fabric_->most_at_once(), frame_bytes_})), channels_(options.lanes, size()), peers_(static_cast<std::size_t>(size())) {
+    key_ = who().key;
+    for (Out& out : channels_.outs()) out.elsewhere = node_->is_elsewhere(origin(out.peer));
+    for (In& in : channels_.ins()) in.elsewhere = node_->is_elsewhere(origin(in.peer));
     if (const std::string address = fabric_->address(); !address.empty() && size() > 1) node_->offer(*group_, address);
   }
   ~FabricTransport() {
@@ -115,15 +116,18 @@ class FabricTransport : public NetworkedTransport {
       (void)fabric_.release();
       return;
     }
-    fabric_->flush(std::chrono::seconds(1));
-    for (Out& out : outs_)
-      for (; out.ended != out.begun; ++out.ended) fabric_->drop(flight(out, out.ended).flight);
-    for (In& in : ins_) {
-      if (in.fetching) fabric_->drop(in.flight);
-      if (in.crediting) fabric_->drop(in.credit.flight);
+    // What is to be taken without this rank's help must be on its way; a peer may have to look for that.
+    fabric_->flush(group_->aborted.load(std::memory_order_relaxed) ? std::chrono::seconds(1) : std::chrono::seconds(10));
+    for (Out& out : channels_.outs())
+      for (; out.ended != out.begun; ++out.ended) fabric_->drop(flight(out, out.ended).flight, {});
+    for (const auto& bye : byes_) fabric_->drop(bye->flight, {});
+    for (In& in : channels_.ins()) {
+      if (in.fetching) fabric_->drop(in.flight, std::move(in.buffer));
+      if (in.crediting) fabric_->drop(in.credit.flight, {});
       for (Message& frame : in.frames) fabric_->give_back(frame.held);
       for (auto& [number, frame] : in.early) fabric_->give_back(frame.held);
     }
+    fabric_.reset();  // before what it may still look at
   }
 
   int lanes() const { return options_.lanes; }
@@ -132,75 +136,48 @@ class FabricTransport : public NetworkedTransport {
 
   template <Probe P>
   void post(Transfer& t, P& probe) {
-    if (!t.is_send) {
-      In& in = ins_[index(t.lane, t.peer)];
-      if (in.receives.push(t)) receiving_.push_back(&in);
-      return;
-    }
-    Out& out = outs_[index(t.lane, t.peer)];
-    const bool is_first = out.sends.push(t);
-    if (!out.next) out.next = &t, out.next_from = 0;
-    if (!is_first) return;
-    sending_.push_back(&out);
-    advance_send(out, probe);
-    if (!out.sends.head) std::erase(sending_, &out);
+    channels_.post(t, [&](Out& out) { return advance_send(out, probe); });
   }
   void cancel(Transfer& t) {
     if (!t.pending) return;
+    if (::getpid() != process_) return channels_.remove(t);  // a child that this rank forked: what is under way is its parent's
     if (t.is_send) {
-      Out& out = outs_[index(t.lane, t.peer)];
+      Out& out = channels_.out(t);
       if (reads(out, t)) abandon(t.peer);  // what was announced cannot be taken back but with the way to the peer
-      if (out.next == &t) out.next = t.next, out.next_from = 0;
-      out.sends.remove(t);
-      if (!out.sends.head) std::erase(sending_, &out);
-    } else {
-      In& in = ins_[index(t.lane, t.peer)];
-      if (in.receives.head == &t && in.seen) {
-        if (in.fetching && in.in_place) abandon(t.peer);
-        in.ended = true;  // the rest of its frame would be taken for another one's
-      }
-      in.receives.remove(t);
-      if (!in.receives.head) std::erase(receiving_, &in);
+      if (out.next == &t) out.next_from = 0;
+    } else if (In& in = channels_.in(t); in.receives.head == &t && in.seen) {
+      if (in.fetching && in.in_place) abandon(t.peer);
+      in.ended = true;  // the rest of its frame would be taken for another one's
     }
+    channels_.remove(t);
   }
 
   template <Probe P>
   bool poll(P& probe) {
     look();
-    bool moved = false;
-    for (std::size_t i = 0; i < sending_.size();) {
-      Out& out = *sending_[i];
-      if (advance_send(out, probe)) moved = true;
-      if (!out.sends.head) drop(sending_, i);
-      else ++i;
-    }
-    for (std::size_t i = 0; i < receiving_.size();) {
-      In& in = *receiving_[i];
-      if (advance_receive(in, probe)) moved = true;
-      if (!in.receives.head) drop(receiving_, i);
-      else ++i;
-    }
-    return moved;
+    return channels_.poll([&](Out& out) { return advance_send(out, probe); }, [&](In& in) { return advance_receive(in, probe); });
   }
   void flush() {}
-  bool idle() const { return sending_.empty() && receiving_.empty(); }
+  bool idle() const { return channels_.idle(); }
+  bool has_rest() const { return fabric_->has_rest(); }
+  void settle() { look(); }
 
   Liveness liveness(Rank r) {
     if (r == me_) return Liveness::alive;
     inquire();
     look();
     const detail::Told told = node_->told(*group_, r);
-    Peer& peer = peers_[static_cast<std::size_t>(r)];
-    const bool broken = fabric_->error(r) != nullptr;
-    if (told.left && (told.opened == peer.came || broken)) return Liveness::left;  // else what it sent is still on its way
+    Peer& from = peer(r);
+    const char* const error = fabric_->error(r);
+    if (told.left || from.bye) {
+      const auto now = std::chrono::steady_clock::now();
+      if (from.left_since == std::chrono::steady_clock::time_point{}) from.left_since = now;
+      // What it sent may still be on its way. How much that is, says its own goodbye, or the registry, unless that went with it.
+      const bool is_told = from.bye || told.left == detail::Told::said || now - from.left_since > std::chrono::seconds(1);
+      if (error || (is_told && from.came >= std::max(told.opened, from.bye.value_or(0)))) return Liveness::left;
+    }
     if (node_->is_dead(origin(r))) return Liveness::dead;
-    if (!broken) return Liveness::alive;
-    const auto now = std::chrono::steady_clock::now();
-    if (peer.broken_since == std::chrono::steady_clock::time_point{}) peer.broken_since = now;
-    if (node_->registry_is_gone()) return Liveness::dead;
-    if (now - peer.broken_since > std::chrono::seconds(1))
-      throw TransportError(Errc::peer_lost, {"the way between rank ", me_, " and rank ", r, " (", address_of(r), ") broke, though that rank is still there: ", F::name, " says: ", fabric_->error(r)}, {me_, r, status_.sequence, {}});
-    return Liveness::alive;
+    return error ? broken(r, "the way", detail::concat({F::name, " says: ", error})) : Liveness::alive;
   }
 
   void abort(const AbortNotice& notice) {
@@ -211,10 +188,10 @@ class FabricTransport : public NetworkedTransport {
   void park(nanoseconds limit, Recheck&& recheck) {
     // Armed first: what came before that is found by the recheck, what comes later ends the sleep.
     if (!fabric_->arm()) return (void)recheck();
-    if (!recheck()) sleep_armed(limit, -1);
+    if (!recheck()) sleep_armed(-1, limit);
   }
   void sleep(nanoseconds limit, int other = -1) {
-    if (fabric_->arm()) sleep_armed(limit, other);
+    if (fabric_->arm()) sleep_armed(other, limit);
   }
   void interrupt() { group_->ring(); }
 
@@ -224,14 +201,21 @@ class FabricTransport : public NetworkedTransport {
     if (::getpid() != process_) return;
     std::vector<detail::Opened> sent;
     for (Rank r = 0; r < size(); ++r)
-      if (const Peer& peer = peers_[static_cast<std::size_t>(r)]; peer.went > 0) sent.push_back({origin(r), peer.went});
+      if (const std::uint32_t went = peer(r).went; went > 0) {
+        sent.push_back({origin(r), went});
+        if (fabric_->error(r)) continue;
+        Sent& bye = *byes_.emplace_back(std::make_unique<Sent>());  // for who hears nothing of the registry any longer
+        bye.header = header(detail::FrameHeader::goodbye, 0);
+        bye.header.frame.total = went;
+        (void)fabric_->send(r, bye.header, nullptr, 0, bye.flight);
+      }
     node_->leave(*group_, sent);
   }
 
  private:
   using Message = typename F::Message;
   using Flight = typename F::Flight;
-  static constexpr std::size_t most_flights = 32, most_early = 4096;
+  static constexpr std::size_t most_flights = 32, most_early = 64;  // early: of what the window does not count
 
   /// A frame that the fabric still reads, or that its receiver has not fetched yet.
   struct Sent {
@@ -273,31 +257,22 @@ class FabricTransport : public NetworkedTransport {
     Flight flight;
     Sent credit;
     bool fetching = false, in_place = false, fetched = false, seen = false, ended = false, elsewhere = false;
+    bool waits = false;                    // for what is being fetched
     bool owes = false, crediting = false;  // a credit; one is on its way
   };
   struct Peer {
     bool wanted = false;
     std::uint32_t went = 0, came = 0;  // data frames
-    std::chrono::steady_clock::time_point broken_since{};
+    std::optional<std::uint32_t> bye;  // so many it has sent in all, as it said when it left
+    std::chrono::steady_clock::time_point left_since{};
   };
 
-  std::size_t index(int lane, Rank r) const { return static_cast<std::size_t>(lane * size() + r); }
-  template <class E>
-  static void drop(std::vector<E*>& list, std::size_t i) {
-    list[i] = list.back();
-    list.pop_back();
-  }
-  void sleep_armed(nanoseconds limit, int other) {
-    const timespec time{static_cast<time_t>(limit.count() / 1'000'000'000), static_cast<long>(limit.count() % 1'000'000'000)};
-    std::array<pollfd, 4> all{{{fabric_->event(), POLLIN, 0}, {group_->bell(), POLLIN, 0}, {node_->door(), POLLIN, 0}, {other, POLLIN, 0}}};
-    if (::ppoll(all.data(), all.size(), &time, nullptr) > 0) {
-      if (all[1].revents) group_->answer();
-      if (all[2].revents) node_->attend();
-    }
-    hear();
-  }
+  void sleep_armed(int other, nanoseconds limit) { (void)sleep_on(fabric_->event(), other, std::min(limit, fabric_->longest_sleep())); }
+  Peer& peer(Rank r) { return peers_[static_cast<std::size_t>(r)]; }
   FabricMembers who() const {
-    FabricMembers members{me_, group_->members, {}};
+    FabricMembers members{group_->communicator, 0, me_, group_->members, {}};
+    std::memcpy(&members.key, node_->key().data(), sizeof members.key);
+    members.key ^= members.communicator * 0x9e3779b97f4a7c15u;
     for (const Rank r : members.ranks) members.elsewhere.push_back(node_->is_elsewhere(r));
     return members;
   }
@@ -307,23 +282,47 @@ class FabricTransport : public NetworkedTransport {
       if (flight(out, i).transfer == &t) return true;
     return false;
   }
-  /// Nothing goes to this peer any more, or comes from it.
+  /// Nothing goes to this peer any more, or comes from it; and nobody touches what was to. Where it cannot be had so before long, nothing
+  /// moves at all any more.
   void abandon(Rank r) {
     fabric_->give_up(r);
-    const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(10);
+    const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(2);
     const auto settle = [&](Flight& flight) {
       while (fabric_->touches(flight)) {
+        give_back_all(r);  // whose sender waits for that, as this rank does
+        if (std::chrono::steady_clock::now() > deadline) return fabric_->halt();
         fabric_->progress();
-        if (std::chrono::steady_clock::now() > deadline) throw TransportError(Errc::peer_lost, {F::name, " does not let go of memory that was being sent to rank ", r, " or received from it"}, {me_, r, status_.sequence, {}});
       }
     };
     for (int lane = 0; lane < lanes(); ++lane) {
-      Out& out = outs_[index(lane, r)];
-      In& in = ins_[index(lane, r)];
-      for (; out.ended != out.begun; ++out.ended) settle(flight(out, out.ended).flight);
-      if (std::exchange(in.fetching, false)) settle(in.flight);
+      In& in = channels_.in(lane, r);
       in.ended = true;
+      if (std::exchange(in.fetching, false)) {
+        settle(in.flight);
+        fabric_->drop(in.flight, std::move(in.buffer));
+      }
     }
+    for (int lane = 0; lane < lanes(); ++lane)
+      for (Out& out = channels_.out(lane, r); out.ended != out.begun; ++out.ended) {
+        settle(flight(out, out.ended).flight);
+        fabric_->drop(flight(out, out.ended).flight, {});
+      }
+    give_back_all(r);
+  }
+  void give_back_all(Rank r) {
+    for (int lane = 0; lane < lanes(); ++lane) {
+      In& in = channels_.in(lane, r);
+      for (Message& frame : in.frames) fabric_->give_back(frame.held);
+      for (auto& [number, frame] : in.early) fabric_->give_back(frame.held);
+      in.frames.clear();
+      in.early.clear();
+      in.seen = false;
+    }
+    std::erase_if(fabric_->inbox(), [&](Message& message) {
+      if (message.header.key != key_ || message.header.from != r) return false;
+      fabric_->give_back(message.held);
+      return true;
+    });
   }
 
   /// Takes what came: credits at once, frames into their channel, in their order.
@@ -341,7 +340,7 @@ class FabricTransport : public NetworkedTransport {
     if (h.key != key_ || h.from < 0 || h.from >= size() || h.from == me_ || h.lane >= lanes()) return false;  // a stranger's, or for another one that was here before
     if (std::string fault = detail::fault_of(h.frame, h.frame.kind != detail::FrameHeader::credit, frame_bytes_); !fault.empty()) malformed(h.from, fault);
     if (h.frame.kind == detail::FrameHeader::credit) {
-      Out& out = outs_[index(h.lane, h.from)];
+      Out& out = channels_.out(h.lane, h.from);
       if (h.frame.total > out.sent) malformed(h.from, detail::concat({"a credit for ", h.frame.total, " bytes, of ", out.sent, " that were sent"}));
       if (h.frame.total < out.consumed) return false;  // a later one came first
       out.consumed = h.frame.total;
@@ -349,13 +348,16 @@ class FabricTransport : public NetworkedTransport {
       out.credit = from_wire(out.elsewhere, h.frame.times());
       return false;
     }
-    In& in = ins_[index(h.lane, h.from)];
-    Peer& peer = peers_[static_cast<std::size_t>(h.from)];
+    In& in = channels_.in(h.lane, h.from);
+    if (h.frame.kind == detail::FrameHeader::goodbye) {
+      peer(h.from).bye = static_cast<std::uint32_t>(h.frame.total);
+      return false;
+    }
     const bool is_data = h.frame.kind == detail::FrameHeader::data;
     if (is_data && (h.fetched ? message.data != nullptr : message.bytes != h.frame.bytes)) malformed(h.from, detail::concat({message.bytes, " bytes where it announced ", h.frame.bytes}));
     in.held += is_data ? detail::frame_cost + h.frame.bytes : 0;
-    if (in.held - in.consumed > window_ || h.number - in.number > most_early) malformed(h.from, "more than there is room for");
-    peer.came += is_data;
+    if (in.held - in.consumed > window_ || h.number - in.number > most_early + window_ / detail::frame_cost) malformed(h.from, "more than there is room for");
+    peer(h.from).came += is_data;
     if (in.ended) return false;
     if (h.number != in.number) return in.early.emplace(h.number, message).second;
     in.frames.push_back(message);
@@ -365,17 +367,17 @@ class FabricTransport : public NetworkedTransport {
   }
 
   /// Whether there is a way to the peer, once it is known where that is.
-  bool reaches(Rank r) {
+  bool reaches(Rank r, bool is_owed = false) {
     if (fabric_->error(r)) return false;
     if (fabric_->knows(r)) return fabric_->reaches(r);
-    Peer& peer = peers_[static_cast<std::size_t>(r)];
-    if (!std::exchange(peer.wanted, true)) node_->want(*group_, r);
+    if (!std::exchange(peer(r).wanted, true)) node_->want(*group_, r);
     const std::string address = node_->offered(*group_, r);
     if (!address.empty()) {
       fabric_->meet(r, address);
       return fabric_->reaches(r);
     }
-    if (node_->registry_is_gone()) throw TransportError(Errc::peer_lost, {"rank ", me_, " cannot reach rank ", r, ": rank 0, which knew where it is, is gone"}, {me_, 0, status_.sequence, {}});
+    if (node_->told(*group_, r).left || node_->is_dead(origin(r))) return false;  // who looks after that one says so
+    if (node_->registry_is_gone() && !is_owed) throw TransportError(Errc::peer_lost, {"rank ", me_, " cannot reach rank ", r, ": rank 0, which knew where it is, is gone"}, {me_, 0, status_.sequence, {}});
     return false;
   }
   detail::FabricHeader header(detail::FrameHeader::Kind kind, int lane) const {
@@ -403,19 +405,17 @@ class FabricTransport : public NetworkedTransport {
     bool any = false;
     while (out.ended != out.begun) {
       Sent& first = flight(out, out.ended);
-      if (!first.over && !(first.over = fabric_->is_over(first.flight))) {
-        out.full = true;
-        break;
-      }
-      if (first.fetched_at > out.consumed) {
-        out.unfetched = true;
+      if (!first.over) first.over = fabric_->is_over(first.flight);
+      if (!first.over || first.fetched_at > out.consumed) {
+        (first.fetched_at ? out.unfetched : out.full) = true;
         break;
       }
       ++out.ended;
+      const bool was_unfetched = std::exchange(out.unfetched, false), was_full = std::exchange(out.full, false);
       Transfer* const t = first.transfer;
       if (!t) continue;
-      if (std::exchange(out.unfetched, false)) probe.fetched(*t, out.credit);
-      else if (std::exchange(out.full, false)) probe.drained(*t);
+      if (was_unfetched) probe.fetched(*t, out.credit);
+      else if (was_full) probe.drained(*t);
       t->done += first.bytes;
       counters_.bytes_sent += first.bytes;
       if (t->done == t->bytes) out.sends.pop();
@@ -441,6 +441,7 @@ class FabricTransport : public NetworkedTransport {
     }
     if (std::exchange(out.starved, false)) probe.credited(t, out.credit);
     const std::size_t most = static_cast<std::size_t>(std::min<std::uint64_t>(wanted, room - detail::frame_cost)), bytes = most - most % t.grain;
+    if (bytes > at_once_ && !fabric_->stands(out.peer)) return out.full = true, false;
     Sent& sent = flight(out, out.begun);
     detail::FabricHeader& h = sent.header = header(detail::FrameHeader::data, out.lane);
     h.number = out.number;
@@ -472,7 +473,7 @@ class FabricTransport : public NetworkedTransport {
     sent.fetched_at = h.fetched ? end : 0;
     sent.over = false;
     ++out.begun;
-    ++peers_[static_cast<std::size_t>(out.peer)].went;
+    ++peer(out.peer).went;
     ++counters_.frames_sent;
     counters_.messages_sent += out.next_from == 0;
     counters_.overhead_sent += sizeof h;
@@ -524,7 +525,7 @@ class FabricTransport : public NetworkedTransport {
       counters_.messages_received += info.first;
       if (h.bytes > t->bytes - t->done) malformed(in.peer, "more than was announced");
     }
-    if (frame.header.fetched && !fetch(in, frame, *t)) return false;
+    if (frame.header.fetched && !fetch(in, frame, *t, probe)) return false;
     if (in.fetched) {  // its sender has to know before this rank can be done, and look after it no longer
       send_credit(in, probe);
       if (in.owes || in.crediting) return false;
@@ -557,17 +558,20 @@ class FabricTransport : public NetworkedTransport {
     in.seen = false;
   }
   /// True once the frame's payload is here.
-  bool fetch(In& in, Message& frame, const Transfer& t) {
+  template <Probe P>
+  bool fetch(In& in, Message& frame, Transfer& t, P& probe) {
     if (in.fetched) return true;
     const std::size_t bytes = frame.header.frame.bytes;
     if (!in.fetching) {
-      in.in_place = !t.fold && t.ready - in.begin >= bytes;
+      if (!reaches(in.peer)) return false;
+      in.in_place = F::lets_go && !t.fold && t.ready - in.begin >= bytes;
       if (!in.in_place) in.buffer.resize(frame_bytes_);
       in.flight = {};
       fabric_->fetch(in.peer, frame.held, in.in_place ? t.to + in.begin : in.buffer.data(), bytes, in.flight);
       in.fetching = true;
     }
-    if (!fabric_->is_over(in.flight)) return false;
+    if (!fabric_->is_over(in.flight)) return in.waits = true, false;
+    if (std::exchange(in.waits, false)) probe.drained(t);
     in.fetching = false;
     in.consumed += detail::frame_cost + bytes;
     return in.fetched = in.owes = true;
@@ -595,7 +599,7 @@ class FabricTransport : public NetworkedTransport {
   template <Probe P>
   void send_credit(In& in, P& probe) {
     if (in.crediting) in.crediting = !fabric_->is_over(in.credit.flight);
-    if (!in.owes || in.crediting || !reaches(in.peer)) return;
+    if (!in.owes || in.crediting || !reaches(in.peer, !in.fetched)) return;  // without a credit the sender may have room all the same
     in.credit.header = header(detail::FrameHeader::credit, in.lane);
     in.credit.header.frame.total = in.consumed;
     in.credit.header.frame.stamp(to_wire(in.elsewhere, probe.credit_stamp(*in.receives.head)));
@@ -612,11 +616,9 @@ class FabricTransport : public NetworkedTransport {
   std::uint64_t window_;
   std::size_t at_once_;
   std::uint64_t key_ = 0;
-  std::vector<Out> outs_;
-  std::vector<In> ins_;
+  detail::Channels<Out, In> channels_;
   std::vector<Peer> peers_;
-  std::vector<Out*> sending_;  // those with something to do
-  std::vector<In*> receiving_;
+  std::vector<std::unique_ptr<Sent>> byes_;
 };
 
 }  // namespace tally::inline v0

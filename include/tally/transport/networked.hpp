@@ -3,15 +3,18 @@
 // says about itself by way of the registry, clocks of other hosts, and calls to give up.
 #pragma once
 
+#include <poll.h>
 #include <sched.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <chrono>
 #include <cstdint>
 #include <memory>
 #include <span>
 #include <string>
+#include <string_view>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -30,6 +33,7 @@ class NetworkedTransport {
   NetworkedTransport(std::shared_ptr<detail::NetworkNode> node, std::uint64_t communicator, std::vector<Rank> members)
       : node_(std::move(node)), group_(node_->join(communicator, std::move(members))), me_(static_cast<Rank>(std::find(group_->members.begin(), group_->members.end(), node_->rank()) - group_->members.begin())) {
     int here = 0;
+    broken_since_.resize(group_->members.size());
     for (const Rank r : group_->members) {
       elsewhere_ = elsewhere_ || node_->is_elsewhere(r);
       here += std::equal(node_->address(r).ip, node_->address(r).ip + 16, node_->address(node_->rank()).ip);
@@ -100,6 +104,26 @@ class NetworkedTransport {
   [[noreturn, gnu::cold]] void malformed(Rank peer, const std::string& what) const {
     throw TransportError(Errc::protocol, {"rank ", peer, " (", address_of(peer), ") sent ", what}, {me_, peer, status_.sequence, {}});
   }
+  /// Until `own` or `other` is readable, somebody rings or comes to the node's door, which is everybody's, or the limit. True if `own` is.
+  bool sleep_on(int own, int other, nanoseconds limit) {
+    const timespec time{static_cast<time_t>(limit.count() / 1'000'000'000), static_cast<long>(limit.count() % 1'000'000'000)};  // epoll's own limits are milliseconds
+    std::array<pollfd, 4> all{{{own, POLLIN, 0}, {group_->bell(), POLLIN, 0}, {node_->door(), POLLIN, 0}, {other, POLLIN, 0}}};
+    const bool ready = ::ppoll(all.data(), all.size(), &time, nullptr) > 0;
+    if (ready && all[1].revents) group_->answer();
+    if (ready && all[2].revents) node_->attend();
+    hear();
+    return ready && all[0].revents;
+  }
+  /// What to make of `what` to r having broken: whether that rank left or died the registry hears at the same time.
+  Liveness broken(Rank r, std::string_view what, std::string_view why) {
+    const auto now = std::chrono::steady_clock::now();
+    auto& since = broken_since_[static_cast<std::size_t>(r)];
+    if (since == std::chrono::steady_clock::time_point{}) since = now;
+    if (node_->registry_is_gone()) return Liveness::dead;
+    if (now - since > std::chrono::seconds(1))
+      throw TransportError(Errc::peer_lost, {what, " between rank ", me_, " and rank ", r, " (", address_of(r), ") broke, though that rank is still there: ", why}, {me_, r, status_.sequence, {}});
+    return Liveness::alive;
+  }
   /// Between hosts times go by the clock of rank 0's host, within one by its own.
   FrameTimes to_wire(bool elsewhere, const FrameTimes& times) const { return elsewhere ? map_.to_common(times) : times; }
   FrameTimes from_wire(bool elsewhere, const FrameTimes& times) const { return elsewhere ? map_.to_here(times) : times; }
@@ -119,6 +143,7 @@ class NetworkedTransport {
   }
   RankStatus published_;
   std::chrono::steady_clock::time_point inquired_{};
+  std::vector<std::chrono::steady_clock::time_point> broken_since_;  // by rank
   mutable std::uint32_t looks_ = 0;
   bool crowded_ = false;
   detail::ClockMap map_ = node_->clock_map();

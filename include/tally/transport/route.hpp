@@ -107,6 +107,9 @@ class RouteTransport {
     net_->flush();
   }
 
+  bool has_rest() const { return detail::has_rest(*net_); }
+  void settle() { detail::settle(*net_); }
+
   void enter(const RankStatus& status) {
     if (local_) local_->enter(status);
     net_->enter(status);
@@ -139,7 +142,7 @@ class RouteTransport {
   template <class Recheck>
   void park(nanoseconds limit, Recheck&& recheck) {
     if (!local_ || local_->idle()) return net_->park(limit, recheck);
-    if (!net_->idle()) return local_->park_at_doorbell(recheck, [&] { net_->sleep(limit, local_->doorbell().fd()); });
+    if (!net_->idle() || has_rest()) return local_->park_at_doorbell(recheck, [&] { net_->sleep(limit, local_->doorbell().fd()); });
     local_->park(limit, recheck);
     net_->hear();
   }
@@ -160,10 +163,11 @@ class RouteTransport {
       locals.push_back(near(members[i]));
       numbers.push_back(static_cast<Rank>(i));
     }
+    auto net = net_->open(token, members);  // first, since some networks need all ranks for it
     // All were told the number before any came here, so that one that does not come has died, or the communicator was given up.
     const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(60);
     auto local = locals.size() > 1 ? local_->open_by_key(token, locals, std::move(numbers), [&] { return aborted() || std::chrono::steady_clock::now() > deadline; }) : nullptr;
-    return std::make_unique<RouteTransport>(net_->open(token, members), std::move(local), std::move(places), slots_);
+    return std::make_unique<RouteTransport>(std::move(net), std::move(local), std::move(places), slots_);
   }
   void release(std::uint64_t token) { net_->release(token); }
   void discard(std::uint64_t token, std::span<const Rank> members) { net_->discard(token, members); }

@@ -25,6 +25,7 @@
 #include <utility>
 #include <vector>
 
+#include "channels.hpp"
 #include "concept.hpp"
 #include "networked.hpp"
 #include "queue.hpp"
@@ -35,19 +36,11 @@ namespace tally::inline v0 {
 class TcpTransport : public NetworkedTransport {
  public:
   TcpTransport(std::shared_ptr<detail::NetworkNode> node, std::uint64_t communicator, std::vector<Rank> members, const TcpOptions& options = {})
-      : NetworkedTransport(std::move(node), communicator, std::move(members)), options_(options), frame_bytes_(std::max<std::size_t>(options.frame_bytes, 64)), window_(std::max(options.window, frame_bytes_ + detail::frame_cost)), outs_(static_cast<std::size_t>(options.lanes * size())),
-        ins_(outs_.size()), broken_since_(outs_.size()), epoll_(::epoll_create1(EPOLL_CLOEXEC)) {
+      : NetworkedTransport(std::move(node), communicator, std::move(members)), options_(options), frame_bytes_(std::max<std::size_t>(options.frame_bytes, 64)), window_(std::max(options.window, frame_bytes_ + detail::frame_cost)), channels_(options.lanes, size()),
+        epoll_(::epoll_create1(EPOLL_CLOEXEC)) {
     if (!epoll_) throw TransportError(Errc::no_resources, {"no descriptor to wait with: ", detail::errno_text(errno)}, {me_, -1, 0, {}});
-    watch(group_->bell(), EPOLLIN | EPOLLET);
-    sending_.reserve(outs_.size());
-    receiving_.reserve(ins_.size());
-    for (int lane = 0; lane < lanes(); ++lane)
-      for (Rank r = 0; r < size(); ++r) {
-        const auto i = index(lane, r);
-        outs_[i].peer = ins_[i].peer = r;
-        outs_[i].lane = ins_[i].lane = lane;
-        outs_[i].elsewhere = ins_[i].elsewhere = node_->is_elsewhere(origin(r));
-      }
+    for (Out& out : channels_.outs()) out.elsewhere = node_->is_elsewhere(origin(out.peer));
+    for (In& in : channels_.ins()) in.elsewhere = node_->is_elsewhere(origin(in.peer));
   }
 
   int lanes() const { return options_.lanes; }
@@ -56,85 +49,50 @@ class TcpTransport : public NetworkedTransport {
 
   template <Probe P>
   void post(Transfer& t, P& probe) {
-    if (!t.is_send) {
-      In& in = ins_[index(t.lane, t.peer)];
-      if (in.receives.push(t)) receiving_.push_back(&in);
-      return;
-    }
-    Out& out = outs_[index(t.lane, t.peer)];
-    const bool is_first = out.sends.push(t);
-    if (!out.next) out.next = &t;
-    if (!is_first) return;
-    sending_.push_back(&out);
-    advance_send(out, probe);
-    if (!out.sends.head) std::erase(sending_, &out);
+    channels_.post(t, [&](Out& out) { return advance_send(out, probe); });
   }
   void cancel(Transfer& t) {
     if (!t.pending) return;
     if (t.is_send) {
-      Out& out = outs_[index(t.lane, t.peer)];
-      if (out.direct == &t) out.give_up(ECONNABORTED);  // what follows would be taken for the rest of it
-      if (out.next == &t) out.next = t.next;
-      out.sends.remove(t);
-      if (!out.sends.head) std::erase(sending_, &out);
-    } else {
-      In& in = ins_[index(t.lane, t.peer)];
-      if (in.receives.head == &t && in.framed && in.seen) (void)ended(in, 0);  // the rest of its frame would be taken for another one's
-      in.receives.remove(t);
-      if (!in.receives.head) std::erase(receiving_, &in);
+      if (Out& out = channels_.out(t); out.direct == &t) out.give_up(ECONNABORTED);  // what follows would be taken for the rest of it
+    } else if (In& in = channels_.in(t); in.receives.head == &t && in.framed && in.seen) {
+      (void)ended(in, 0);  // the rest of its frame would be taken for another one's
     }
+    channels_.remove(t);
   }
 
   template <Probe P>
   bool poll(P& probe) {
-    bool moved = false;
-    for (std::size_t i = 0; i < sending_.size();) {
-      Out& out = *sending_[i];
-      if (advance_send(out, probe)) moved = true;
-      if (!out.sends.head) drop(sending_, i);
-      else ++i;
-    }
-    for (std::size_t i = 0; i < receiving_.size();) {
-      In& in = *receiving_[i];
-      if (advance_receive(in, probe)) moved = true;
-      if (!in.receives.head) drop(receiving_, i);
-      else ++i;
-    }
-    return moved;
+    return channels_.poll([&](Out& out) { return advance_send(out, probe); }, [&](In& in) { return advance_receive(in, probe); });
   }
   void flush() {}
-  bool idle() const { return sending_.empty() && receiving_.empty(); }
+  bool idle() const { return channels_.idle(); }
 
   Liveness liveness(Rank r) {
     if (r == me_) return Liveness::alive;
     inquire();
     const detail::Told told = node_->told(*group_, r);
-    bool left = told.left != 0, broken = false, open = false;
+    bool left = told.left != 0, is_broken = false, open = false;
     std::uint32_t opened = 0;
     for (int lane = 0; lane < lanes(); ++lane) {
-      Out& out = outs_[index(lane, r)];
-      In& in = ins_[index(lane, r)];
+      Out& out = channels_.out(lane, r);
+      In& in = channels_.in(lane, r);
       if (told.left && !in.fd) find_channel(in);
-      if (pollfd end{out.fd.get(), POLLRDHUP, 0}; out.fd && ::poll(&end, 1, 0) > 0) out.give_up(ECONNRESET);  // what it has sent last may not have come
-      if (out.fd && detail::is_cut_off(out.fd, node_->patience_with_peers())) out.give_up(ETIMEDOUT);
+      if (pollfd end{out.fd.get(), POLLRDHUP, 0}; out.fd && ::poll(&end, 1, 0) > 0) {
+        read_credits(out);  // and why it has ended
+        if (out.fd) out.give_up(ECONNRESET);  // what it has sent last may not have come
+      }
+      if (out.fd && detail::is_cut_off(out.fd.descriptor(), node_->patience_with_peers())) out.give_up(ETIMEDOUT);
       left = left || in.goodbye;
-      broken = broken || in.ended || out.error != 0;
+      is_broken = is_broken || in.ended || out.error != 0;
       open = open || (in.fd && !in.ended && in.receives.head);
       opened += in.fd || in.ended;
     }
     if (const bool dead = node_->is_dead(origin(r)); left || dead) {
-      if (open || (told.left && opened < told.opened && !broken)) return Liveness::alive;  // what it sent may still be on its way
+      if (open || (told.left && opened < told.opened && !is_broken)) return Liveness::alive;  // what it sent may still be on its way
       return left ? Liveness::left : Liveness::dead;
     }
-    if (!broken) return Liveness::alive;
-    // A connection is gone; whether its rank left or died the registry hears at the same time.
-    const auto now = std::chrono::steady_clock::now();
-    auto& since = broken_since_[static_cast<std::size_t>(r)];
-    if (since == std::chrono::steady_clock::time_point{}) since = now;
-    if (node_->registry_is_gone()) return Liveness::dead;
-    if (now - since > std::chrono::seconds(1))
-      throw TransportError(Errc::peer_lost, {"a connection between rank ", me_, " and rank ", r, " (", address_of(r), ") broke, though that rank is still there: something between them ends connections, or lets nothing pass"}, {me_, r, status_.sequence, {}});
-    return Liveness::alive;
+    return is_broken ? broken(r, "a connection", "something between them ends connections, or lets nothing pass") : Liveness::alive;
   }
 
   void abort(const AbortNotice& notice) {
@@ -146,20 +104,10 @@ class TcpTransport : public NetworkedTransport {
   void park(nanoseconds limit, Recheck&& recheck) {
     if (!recheck()) sleep(limit);
   }
-  /// The same once nothing is to be looked at any more; `other`: a descriptor that ends it, too, when it is readable. The node's door is
-  /// everybody's: who opens it rings for whom it concerns.
+  /// The same once nothing is to be looked at any more; `other`: a descriptor that ends it, too, when it is readable.
   void sleep(nanoseconds limit, int other = -1) {
     std::array<epoll_event, 16> events;
-    const timespec time{static_cast<time_t>(limit.count() / 1'000'000'000), static_cast<long>(limit.count() % 1'000'000'000)};
-    std::array<pollfd, 3> all{{{epoll_.get(), POLLIN, 0}, {node_->door(), POLLIN, 0}, {other, POLLIN, 0}}};  // epoll's own limits are milliseconds
-    const int ready = ::ppoll(all.data(), all.size(), &time, nullptr);
-    if (ready > 0 && all[0].revents) {
-      const int count = ::epoll_wait(epoll_.get(), events.data(), static_cast<int>(events.size()), 0);
-      for (int i = 0; i < count; ++i)
-        if (events[static_cast<std::size_t>(i)].data.fd == group_->bell()) group_->answer();
-    }
-    if (ready > 0 && all[1].revents) node_->attend();
-    hear();
+    if (sleep_on(epoll_.get(), other, limit)) (void)::epoll_wait(epoll_.get(), events.data(), static_cast<int>(events.size()), 0);  // so that what comes next is seen as new
   }
   void interrupt() { group_->ring(); }
 
@@ -168,7 +116,7 @@ class TcpTransport : public NetworkedTransport {
   void leave() {
     if (::getpid() != process_) return;  // a child that this rank forked: it never was a rank
     std::vector<detail::Opened> opened(static_cast<std::size_t>(size()));
-    for (Out& out : outs_) {
+    for (Out& out : channels_.outs()) {
       if (!out.greeted) continue;  // nobody knows of it
       auto& to = opened[static_cast<std::size_t>(out.peer)];
       to.to = origin(out.peer);
@@ -177,7 +125,7 @@ class TcpTransport : public NetworkedTransport {
       detail::FrameHeader bye;  // where the network has no room for it, the registry's word has to do
       bye.kind = detail::FrameHeader::goodbye;
       if (options_.checksum) bye.seal = bye.own_seal();
-      if (out.stage.empty()) (void)!::send(out.fd.get(), &bye, sizeof bye, MSG_DONTWAIT | MSG_NOSIGNAL);
+      if (out.stage.empty()) (void)!out.fd.write(&bye, sizeof bye);
     }
     std::erase_if(opened, [](const detail::Opened& each) { return each.to < 0; });
     node_->leave(*group_, opened);
@@ -189,12 +137,6 @@ class TcpTransport : public NetworkedTransport {
   static constexpr const char* damaged = "a frame that was damaged on its way (its checksum differs)";
   static constexpr std::size_t short_payload = std::size_t{8} << 10, stage_bytes = 2 * short_payload, buffer_bytes = std::size_t{64} << 10;
 
-  std::size_t index(int lane, Rank r) const { return static_cast<std::size_t>(lane * size() + r); }
-  template <class E>
-  static void drop(std::vector<E*>& list, std::size_t i) {
-    list[i] = list.back();
-    list.pop_back();
-  }
   void watch(int fd, std::uint32_t what) {
     epoll_event event{};
     event.events = what;
@@ -222,26 +164,24 @@ class TcpTransport : public NetworkedTransport {
   }
   /// A peer that is gone is not an error until something of it is missing; a path to it that is, is one at once.
   void fail(Out& out, int error) {
+    const std::string problem = out.fd.problem();
     out.give_up(error);
-    throw_if_cut(out.peer, error);
+    throw_if_cut(out.peer, error, problem);
   }
-  void throw_if_cut(Rank peer, int error) const {
+  void throw_if_cut(Rank peer, int error, const std::string& problem) const {
     if (error == EPIPE || error == ECONNRESET || error == ECONNREFUSED || error == ECONNABORTED || error == EBADF) return;
     throw TransportError(error == EMFILE || error == ENFILE || error == ENOMEM || error == ENOBUFS || error == EADDRNOTAVAIL ? Errc::no_resources : Errc::peer_lost,
-                {"the connection from rank ", me_, " to rank ", peer, " (", address_of(peer), ") is cut: ", detail::errno_text(error)}, {me_, peer, status_.sequence, {}});
+                {"the connection from rank ", me_, " to rank ", peer, " (", address_of(peer), ") is cut: ", problem.empty() ? detail::errno_text(error) : problem}, {me_, peer, status_.sequence, {}});
   }
 
-  static ssize_t send_both(const Out& out) {
+  static ssize_t send_both(Out& out) {
     std::array<iovec, 2> parts{{{const_cast<std::byte*>(out.stage.data()), out.stage.size()}, {const_cast<std::byte*>(out.direct->from + out.direct_from), out.direct_left}}};
-    msghdr message{};
-    message.msg_iov = parts.data();
-    message.msg_iovlen = parts.size();
-    return ::sendmsg(out.fd.get(), &message, MSG_DONTWAIT | MSG_NOSIGNAL);
+    return out.fd.write(parts);
   }
   /// Hands the kernel what it takes of the stage and of what follows it. False if the connection is gone.
   bool write_out(Out& out) {
     while (!out.stage.empty() || out.direct) {
-      const ssize_t sent = out.direct ? send_both(out) : ::send(out.fd.get(), out.stage.data(), out.stage.size(), MSG_DONTWAIT | MSG_NOSIGNAL);
+      const ssize_t sent = out.direct ? send_both(out) : out.fd.write(out.stage.data(), out.stage.size());
       if (sent < 0) {
         if (errno == EINTR) continue;
         if (!again()) return fail(out, errno), false;
@@ -380,7 +320,8 @@ class TcpTransport : public NetworkedTransport {
   /// What the peer has consumed, as it says.
   void read_credits(Out& out) {
     for (;;) {
-      const ssize_t got = ::recv(out.fd.get(), out.back.space(256), out.back.space_left(), MSG_DONTWAIT);
+      std::byte* const to = out.back.space(256);
+      const ssize_t got = out.fd.read(to, out.back.space_left());
       if (got == 0) return out.give_up(ECONNRESET);
       if (got < 0 && errno == EINTR) continue;
       if (got < 0 && !again()) return fail(out, errno);
@@ -466,11 +407,8 @@ class TcpTransport : public NetworkedTransport {
       probe.copying(t);
       // What follows the frame is the next one's header, most likely.
       std::array<iovec, 2> parts{{{to, most}, {in.buffer.space(buffer_bytes), sizeof in.header}}};
-      msghdr message{};
-      message.msg_iov = parts.data();
-      message.msg_iovlen = most == bytes - in.taken ? 2 : 1;
       ssize_t read = 0;
-      do read = ::recvmsg(in.fd.get(), &message, MSG_DONTWAIT);
+      do read = in.fd.read(std::span(parts).first(most == bytes - in.taken ? 2 : 1));
       while (read < 0 && errno == EINTR);
       if (read <= 0) return read == 0 || !again() ? ended(in, read == 0 ? 0 : errno) : false;
       got = std::min(static_cast<std::size_t>(read), most);
@@ -514,14 +452,14 @@ class TcpTransport : public NetworkedTransport {
     if (in.window != window_) malformed(in.peer, detail::concat({"a window of ", in.window, " bytes where this rank has ", window_}));
     watch(in.fd.get(), EPOLLIN | EPOLLRDHUP | EPOLLET);
     // The sender waits for credits, not for TCP's own acknowledgements: of small messages these cost a tenth of the time.
-    detail::set_option(in.fd, IPPROTO_TCP, TCP_QUICKACK, 0);
+    detail::set_option(in.fd.descriptor(), IPPROTO_TCP, TCP_QUICKACK, 0);
     return true;
   }
   /// More bytes into the buffer; false if there are none.
   bool fill(In& in) {
     for (;;) {
       std::byte* const to = in.buffer.space(in.buffer.room());
-      const ssize_t got = ::recv(in.fd.get(), to, in.buffer.space_left(), MSG_DONTWAIT);
+      const ssize_t got = in.fd.read(to, in.buffer.space_left());
       if (got > 0) return in.buffer.added(static_cast<std::size_t>(got)), true;
       if (got < 0 && errno == EINTR) continue;
       return got == 0 || !again() ? ended(in, got == 0 ? 0 : errno) : false;
@@ -530,8 +468,8 @@ class TcpTransport : public NetworkedTransport {
   /// Nothing more will come.
   bool ended(In& in, int error) {
     in.ended = true;
-    in.fd = detail::FileDescriptor();
-    if (error != 0) throw_if_cut(in.peer, error);
+    const std::string problem = std::exchange(in.fd, detail::Stream()).problem();
+    if (error != 0) throw_if_cut(in.peer, error, problem);
     return false;
   }
   void send_credit(In& in, const FrameTimes& times) {
@@ -541,17 +479,13 @@ class TcpTransport : public NetworkedTransport {
     h.stamp(to_wire(in.elsewhere, times));
     if (options_.checksum) h.seal = h.own_seal();
     // The kernel always has room for the few that may be on their way; a sender that asks for more than it reads loses them.
-    while (::send(in.fd.get(), &h, sizeof h, MSG_DONTWAIT | MSG_NOSIGNAL) < 0 && errno == EINTR) {}
+    while (in.fd.write(&h, sizeof h) < 0 && errno == EINTR) {}
   }
 
   TcpOptions options_;
   std::size_t frame_bytes_;
   std::uint64_t window_;
-  std::vector<Out> outs_;
-  std::vector<In> ins_;
-  std::vector<Out*> sending_;  // those with something to do
-  std::vector<In*> receiving_;
-  std::vector<std::chrono::steady_clock::time_point> broken_since_;  // by rank
+  detail::Channels<Out, In> channels_;
   detail::FileDescriptor epoll_;
 };
 

@@ -9,6 +9,7 @@
 #include "../environment.hpp"
 #include "../network/frame.hpp"
 #include "../network/socket.hpp"
+#include "../network/stream.hpp"
 #include "concept.hpp"
 #include "queue.hpp"
 
@@ -35,7 +36,7 @@ namespace detail {
 
 /// What this rank sends to a peer on a lane.
 struct TcpOut {
-  FileDescriptor fd;
+  Stream fd;
   Rank peer = -1;
   int lane = 0;
   TransferQueue sends;
@@ -57,12 +58,12 @@ struct TcpOut {
     error = why;
     direct = nullptr;
     stage.take(stage.size());
-    fd = FileDescriptor();
+    fd = Stream();
   }
 };
 /// What this rank receives from a peer on a lane.
 struct TcpIn {
-  FileDescriptor fd;
+  Stream fd;
   Rank peer = -1;
   int lane = 0;
   TransferQueue receives;

@@ -4,7 +4,9 @@
 #pragma once
 
 #include <ucp/api/ucp.h>
+#include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
@@ -47,8 +49,9 @@ class UcxContext {
   static std::shared_ptr<UcxContext> get() {
     static std::mutex mutex;
     static std::weak_ptr<UcxContext> known;
+    static pid_t process = 0;
     const std::lock_guard lock(mutex);
-    auto context = known.lock();
+    auto context = std::exchange(process, ::getpid()) == ::getpid() ? known.lock() : nullptr;  // a parent's has threads that are not here
     if (!context) known = context = std::make_shared<UcxContext>();
     return context;
   }
@@ -56,8 +59,9 @@ class UcxContext {
     ucp_config_t* config = nullptr;
     if (const ucs_status_t status = ::ucp_config_read(nullptr, nullptr, &config); status != UCS_OK) throw Error(Errc::unsupported, {"UCX cannot be set up: ", ::ucs_status_string(status)});
     ucp_params_t params{};
-    params.field_mask = UCP_PARAM_FIELD_FEATURES;
+    params.field_mask = UCP_PARAM_FIELD_FEATURES | UCP_PARAM_FIELD_MT_WORKERS_SHARED;
     params.features = UCP_FEATURE_AM | UCP_FEATURE_WAKEUP;
+    params.mt_workers_shared = 1;  // each in a thread of its own
     const ucs_status_t status = ::ucp_init(&params, config, &context_);
     ::ucp_config_release(config);
     if (status != UCS_OK) throw Error(Errc::unsupported, {"UCX cannot be used: ", ::ucs_status_string(status), "; see UCX_TLS and UCX_NET_DEVICES"});
@@ -73,9 +77,11 @@ class UcxContext {
 class UcxFabric {
  public:
   static constexpr std::string_view name = "ucx";
+  static constexpr bool lets_go = true;
   /// Something under way.
   struct Flight {
     void* request = nullptr;
+    Rank rank = -1;
     bool failed = false;
   };
   /// Payload that UCX keeps.
@@ -104,10 +110,25 @@ class UcxFabric {
     expect(::ucp_worker_set_am_recv_handler(worker_, &handler), "hear of messages");
     expect(::ucp_worker_get_efd(worker_, &event_), "be woken");
   }
+  /// UCX ends the process where a worker is destroyed, or a way closed, with something under way on it. So a worker that did not come to
+  /// rest is left alone for good.
   ~UcxFabric() {
-    for (End& each : ends_) drop(each.hello);
     for (Message& message : inbox_) give_back(message.held);
-    ::ucp_worker_destroy(worker_);
+    const bool at_rest = !halted_ && copied_.empty() && kept_.empty() && std::ranges::all_of(ends_, [this](End& each) { return each.error == UCS_OK && is_over(each.hello); });
+    if (at_rest) {
+      ::ucp_worker_destroy(worker_);
+      return;
+    }
+    static auto& abandoned = *new std::vector<std::unique_ptr<Remains>>;
+    static std::mutex mutex;
+    auto remains = std::make_unique<Remains>();
+    remains->worker = worker_;
+    remains->ends = std::move(ends_);
+    remains->copied = std::move(copied_);
+    remains->kept = std::move(kept_);
+    remains->context = context_;
+    const std::lock_guard lock(mutex);
+    abandoned.push_back(std::move(remains));
   }
   UcxFabric(const UcxFabric&) = delete;
 
@@ -128,13 +149,14 @@ class UcxFabric {
     params.err_handler.cb = [](void* of, ucp_ep_h, ucs_status_t status) { static_cast<End*>(of)->error = status; };
     params.err_handler.arg = &end(r);
     if (const ucs_status_t status = ::ucp_ep_create(worker_, &params, &end(r).handle); status != UCS_OK) return void(end(r).error = status);
-    // No memory of anybody's is handed over before the way stands: UCX gives none back without closing it, and stumbles over closing
-    // one that does not stand yet.
+    // No memory but this class's own is handed over before the way stands: UCX gives none back without closing it, and stumbles over
+    // closing one that does not stand yet.
     static const char hello = 0;
     ucp_request_param_t param{};
     end(r).hello = begun(r, ::ucp_am_send_nbx(end(r).handle, messages, &hello, sizeof hello, nullptr, 0, &param));
   }
-  bool reaches(Rank r) { return end(r).error == UCS_OK && is_over(end(r).hello); }
+  bool reaches(Rank r) const { return end(r).error == UCS_OK && end(r).handle; }
+  bool stands(Rank r) { return reaches(r) && is_over(end(r).hello); }
   const char* error(Rank r) const { return end(r).error == UCS_OK ? nullptr : ::ucs_status_string(end(r).error); }
   std::size_t most_at_once() const { return std::size_t{4} << 20; }
 
@@ -142,7 +164,14 @@ class UcxFabric {
     ucp_request_param_t param{};
     param.op_attr_mask = UCP_OP_ATTR_FIELD_FLAGS;
     param.flags = header.fetched ? UCP_AM_SEND_FLAG_RNDV : UCP_AM_SEND_FLAG_EAGER;
-    flight = begun(r, ::ucp_am_send_nbx(end(r).handle, messages, &header, sizeof header, from, bytes, &param));
+    if (header.fetched || stands(r)) {
+      flight = begun(r, ::ucp_am_send_nbx(end(r).handle, messages, &header, sizeof header, from, bytes, &param));
+      return true;
+    }
+    Copied& copied = copied_.emplace_back();
+    copied.header = header;
+    copied.payload.assign(from, from + bytes);
+    copied.flight = begun(r, ::ucp_am_send_nbx(end(r).handle, messages, &copied.header, sizeof copied.header, copied.payload.data(), bytes, &param));
     return true;
   }
   bool is_over(Flight& flight) {
@@ -151,11 +180,14 @@ class UcxFabric {
       if (status == UCS_INPROGRESS) return false;
       ::ucp_request_free(std::exchange(flight.request, nullptr));
       flight.failed = status != UCS_OK;
+      if (flight.failed && end(flight.rank).error == UCS_OK) end(flight.rank).error = status;
     }
     return !flight.failed;
   }
-  void drop(Flight& flight) {
-    if (flight.request) ::ucp_request_free(std::exchange(flight.request, nullptr));  // which UCX does once it is over
+  void drop(Flight& flight, std::vector<std::byte>&& memory) {
+    if (is_over(flight) || !flight.request) return;
+    ::ucp_request_free(std::exchange(flight.request, nullptr));  // which UCX does once it is over
+    kept_.push_back(std::move(memory));
   }
   bool touches(Flight& flight) { return !is_over(flight) && flight.request && !halted_; }
   void fetch(Rank r, Held& held, std::byte* to, std::size_t bytes, Flight& flight) {
@@ -167,21 +199,21 @@ class UcxFabric {
   }
   void progress() {
     for (int i = 0; i < 8 && !halted_ && ::ucp_worker_progress(worker_) != 0; ++i) {}
+    forget_copies();
   }
+  bool has_rest() const { return !copied_.empty() && !halted_; }
+  void halt() { halted_ = true; }
   std::deque<Message>& inbox() { return inbox_; }
   int event() const { return event_; }
+  nanoseconds longest_sleep() const { return nanoseconds::max(); }
   bool arm() { return inbox_.empty() && ::ucp_worker_arm(worker_) == UCS_OK; }
   void flush(nanoseconds limit) {
     ucp_request_param_t none{};
     wait(::ucp_worker_flush_nbx(worker_, &none), limit);
+    forget_copies();
   }
   void give_up(Rank r) {
-    ucp_request_param_t how{};
-    how.op_attr_mask = UCP_OP_ATTR_FIELD_FLAGS;
-    const bool by_force = end(r).is_looked_after;
-    if (by_force) how.flags = UCP_EP_CLOSE_FLAG_FORCE;
-    // Without force what is under way comes to its end, or the peer does not: then nothing of this worker moves any more.
-    if (end(r).handle && !wait(::ucp_ep_close_nbx(std::exchange(end(r).handle, nullptr), &how), std::chrono::seconds(1)) && !by_force) halted_ = true;
+    halted_ = true;
     if (end(r).error == UCS_OK) end(r).error = UCS_ERR_CONNECTION_RESET;
   }
 
@@ -193,15 +225,33 @@ class UcxFabric {
     bool is_looked_after = true;
     ucs_status_t error = UCS_OK;
   };
+  /// What was sent before the way stood.
+  struct Copied {
+    Flight flight;
+    FabricHeader header;
+    std::vector<std::byte> payload;
+  };
+  /// What an abandoned worker may still look at.
+  struct Remains {
+    ucp_worker_h worker = nullptr;
+    std::vector<End> ends;
+    std::deque<Copied> copied;
+    std::vector<std::vector<std::byte>> kept;
+    std::shared_ptr<UcxContext> context;
+  };
   End& end(Rank r) { return ends_[static_cast<std::size_t>(r)]; }
   const End& end(Rank r) const { return ends_[static_cast<std::size_t>(r)]; }
   static void expect(ucs_status_t status, const char* what) {
     if (status != UCS_OK) throw Error(Errc::no_resources, {"UCX cannot ", what, ": ", ::ucs_status_string(status)});
   }
+  /// Those that UCX is done with, or has given up.
+  void forget_copies() {
+    while (!copied_.empty() && (is_over(copied_.front().flight) || copied_.front().flight.failed)) copied_.pop_front();
+  }
   Flight begun(Rank r, ucs_status_ptr_t result) {
-    if (!UCS_PTR_IS_ERR(result)) return {result, false};
+    if (!UCS_PTR_IS_ERR(result)) return {result, r, false};
     if (end(r).error == UCS_OK) end(r).error = UCS_PTR_STATUS(result);
-    return {nullptr, true};
+    return {nullptr, r, true};
   }
   /// True once it is over.
   bool wait(ucs_status_ptr_t request, nanoseconds limit) {
@@ -228,6 +278,8 @@ class UcxFabric {
   ucp_worker_h worker_ = nullptr;
   int event_ = -1;
   std::vector<End> ends_;
+  std::deque<Copied> copied_;
+  std::vector<std::vector<std::byte>> kept_;  // what UCX may still write to
   bool halted_ = false;
   std::deque<Message> inbox_;
 };

@@ -1,0 +1,16 @@
+# SPDX-License-Identifier: Apache-2.0
+# pmix::pmix: libpmix, which brings no CMake package of its own, and has its headers in a folder that pkg-config knows.
+include(FindPackageHandleStandardArgs)
+find_package(PkgConfig QUIET)
+if(PkgConfig_FOUND)
+  pkg_check_modules(PC_pmix QUIET pmix)
+endif()
+find_path(pmix_INCLUDE_DIR pmix.h HINTS ${PC_pmix_INCLUDE_DIRS})
+find_library(pmix_LIBRARY pmix HINTS ${PC_pmix_LIBRARY_DIRS})
+mark_as_advanced(pmix_INCLUDE_DIR pmix_LIBRARY)
+find_package_handle_standard_args(pmix REQUIRED_VARS pmix_LIBRARY pmix_INCLUDE_DIR)
+if(pmix_FOUND AND NOT TARGET pmix::pmix)
+  add_library(pmix::pmix INTERFACE IMPORTED)
+  target_include_directories(pmix::pmix INTERFACE ${pmix_INCLUDE_DIR})
+  target_link_libraries(pmix::pmix INTERFACE ${pmix_LIBRARY})
+endif()
