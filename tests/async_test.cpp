@@ -208,16 +208,18 @@ static void driven_by_other_calls(RankKind kind) {
 TALLY_TEST_BOTH("operations go on in other calls of their communicator", "", driven_by_other_calls)
 
 static void waiting_for_a_while(RankKind kind) {
-  either_way(2, kind, [](Communicator& comm) {
+  const test::Shared<std::atomic<int>> rounds;  // in which rank 0 has asked
+  either_way(2, kind, [&](Communicator& comm, bool progress) {
     comm.barrier();
-    if (comm.rank() == 1) std::this_thread::sleep_for(60ms);
+    if (comm.rank() == 1) expect(test::eventually(10s, [&] { return *rounds == (progress ? 2 : 1); }), "rank 0 has asked");
     int x = comm.rank();
     const std::int64_t begin = now_ns();
     Operation operation = comm.async_all_reduce(std::span(&x, 1), sum);
     if (comm.rank() == 0) {
-      expect(!operation.test(), "not done while the other one sleeps");
+      expect(!operation.test(), "not done while the other one is not there");
       expect(!operation.wait_for(5ms), "not done after 5 ms");
       expect(now_ns() - begin >= 5'000'000, "it took the 5 ms");
+      ++*rounds;
     }
     expect(operation.wait_for(nanoseconds::max()) && operation.test(), "done");
     expect(x == 1, "the sum");
@@ -439,28 +441,30 @@ TEST_CASE("the last to hold the progress thread is what it calls back") {
 TEST_CASE("a second thread is refused, with operations in flight and with the progress thread") {
   either_way(2, threads, [](Communicator& comm) {
     Communicator other = comm.duplicate();
-    int x = 1, y = 1;
+    int x = 1, y = 1, z = 1;
     Operation pending = comm.async_all_reduce(std::span(&x, 1), sum);
+    std::atomic<bool> inside{false}, tried{false};
+    const auto stays_inside = commutative([&](int a, int b) {
+      inside = true;
+      return test::eventually(10s, [&] { return comm.rank() == 1 || tried; }) ? a + b : -1;
+    });
     if (comm.rank() == 0) {
-      std::atomic<bool> inside{false};
       Caught second;
       std::thread thread([&] {
         while (!inside) std::this_thread::yield();
-        std::this_thread::sleep_for(20ms);
         second = caught([&] { comm.barrier(); });
+        tried = true;
         other.all_reduce(std::span(&y, 1), sum);  // another communicator is nobody else's
       });
-      inside = true;
-      comm.barrier();
+      comm.all_reduce(std::span(&z, 1), stays_inside);
       thread.join();
       expect(second.is(Errc::invalid_argument) && test::has(second.text, "in use by another thread"), second.text);
     } else {
-      std::this_thread::sleep_for(60ms);
+      comm.all_reduce(std::span(&z, 1), stays_inside);
       other.all_reduce(std::span(&y, 1), sum);
-      comm.barrier();
     }
     pending.wait();
-    expect(x == 2 && y == 2, "nothing else came of it");
+    expect(x == 2 && y == 2 && z == 2, "nothing else came of it");
   });
 }
 
@@ -724,19 +728,23 @@ TEST_CASE("who is late to a blocking call is blamed by it, whatever else is in f
 }
 
 TEST_CASE("who asks again and again waits while he asks", "[quiet]") {
-  on_ranks(2, threads, [](Communicator& comm) {
+  std::atomic<int> asked{0};  // by rank 0
+  on_ranks(2, threads, [&](Communicator& comm) {
     comm.barrier();
     for (const bool tests : {true, false}) {
       int x = 1;
-      if (comm.rank() == 1) std::this_thread::sleep_for(50ms);
-      Operation operation = comm.async_all_reduce(std::span(&x, 1), sum);
-      while (tests ? !operation.test() : !operation.wait_for(1us)) {
+      if (comm.rank() == 1) {
+        std::this_thread::sleep_for(50ms);
+        expect(test::eventually(10s, [&] { return asked >= 100; }), "rank 0 asks");
       }
+      Operation operation = comm.async_all_reduce(std::span(&x, 1), sum);
+      while (tests ? !operation.test() : !operation.wait_for(1us)) asked += comm.rank() == 0;
       const Report r = operation.wait();
       expect_exact(r);
       expect(r.exposed + r.undriven <= r.elapsed, "no time is both the caller's and nobody's");
       expect(r.wait_arrival + r.wait_transfer + r.undriven + r.protocol + r.wait_local == r.elapsed && r.wait_local <= r.elapsed / 4, "nothing else was served");
       if (comm.rank() == 0) expect(r.wait_arrival > 0ns && r.blame().at(0).rank == 1, "and rank 1 is who it waited for");
+      asked = 0;
       comm.barrier();
     }
   });

@@ -164,6 +164,59 @@ TEST_CASE("a call that goes on over several windows is charged for each, and kee
   CHECK(nano(kept.ledger->idle_energy(row)) == 7000);
 }
 
+TEST_CASE("what a call was charged too much for before it ended is not made up for by others") {
+  Kept kept;
+  LedgerRow& row = kept.ledger->row(Collective::all_reduce, 8, "ring");
+  Stopwatch watch(2);
+  watch.start(1000);
+  watch.enter(State::copy, 2000);
+  watch.enter(State::wait_local, 3000);
+  kept.ledger->publish_unfinished(watch, 103000, kept.clock);
+  kept.window(50, 1000);
+  kept.ledger->publish_unfinished(watch, 103000, kept.clock);
+  watch.blame(1, State::wait_arrival, 99000);
+  watch.resume(State::protocol, 102000);
+  const std::uint32_t a = kept.end(row, watch), b = kept.call(row, 1000, 50000);
+  kept.window(0, 50000);
+  CHECK(nano(kept.event(a).energy.gross) == 50 + 1000);
+  CHECK(nano(kept.event(b).energy.gross) == 50000);
+  CHECK(nano(kept.ledger->energy(row)) == 50 + 1000 + 50000);
+}
+
+TEST_CASE("calls that go on at the same time have their own joules, and one that comes between them has its own") {
+  Kept kept;
+  LedgerRow& row = kept.ledger->row(Collective::all_reduce, 8, "ring");
+  const auto waiting = [](Stopwatch& watch) {
+    watch.start(1000);
+    watch.enter(State::wait_local, 2000);
+  };
+  const auto ended = [&](Stopwatch& watch, Ticks waited) {
+    watch.blame(1, State::wait_arrival, waited);
+    watch.resume(State::protocol, 2000 + waited);
+    return kept.end(row, watch);
+  };
+  Stopwatch first(2), second(2);
+  waiting(first);
+  kept.ledger->publish_unfinished(first, 32000, kept.clock);  // 30 us
+  const std::uint32_t between = kept.call(row, 1000, 10000);
+  CHECK(kept.script->published[Activity::spin] == 40us);
+  kept.window(7, 4000);
+  CHECK(nano(kept.event(between).energy.gross) == 7 + 1000);
+  CHECK(nano(kept.ledger->energy(row)) == 7 + 1000);
+  waiting(second);
+  kept.ledger->publish_unfinished(second, 12000, kept.clock);  // 10 us
+  CHECK(kept.script->published[Activity::spin] == 50us);  // what the other one did is not taken back
+  kept.window(0, 200);
+  kept.ledger->publish_unfinished(first, 32000, kept.clock);
+  const std::uint32_t b = ended(second, 20000), a = ended(first, 40000);
+  CHECK(kept.script->published[Activity::spin] == 70us);
+  kept.window(0, 600);  // 10 us more of each
+  CHECK(nano(kept.event(a).energy.gross) == 3000 + 300);
+  CHECK(nano(kept.event(b).energy.gross) == 200 + 300);
+  CHECK(nano(kept.event(between).energy.gross) == 7 + 1000);
+  CHECK(nano(kept.ledger->energy(row)) == 7 + 4000 + 200 + 600);
+}
+
 TEST_CASE("I15: grams are each window's joules at its own intensity, in rows and calls; unknown stays unknown") {
   double intensity = 0.1;  // g/J
   bool known = true;

@@ -50,6 +50,7 @@ void all_is_right(Communicator& comm, int rank, int size) {
     comm.send_receive(std::span<const int>(out), (rank + 1) % size, std::span(in), (rank + size - 1) % size, 3);
     expect(in == std::vector<int>(200'000, (rank + size - 1) % size), "what the one before has sent");
     bool named = false;
+    comm.barrier();  // whoever is still in `second` would hear of it there
     try {
       std::vector<int> data(rank == 0 ? 7 : 8);
       half.reset();

@@ -173,9 +173,9 @@ class Ledger final : public detail::ReportSource {
     if (!energy_.has_source()) return;
     settle();
     settle_energy();  // what was charged was for what had been published
-    unfinished_ = done_;
-    add(unfinished_, activities(watch, now, clock));
-    energy_.publish(unfinished_);
+    const auto known = std::find_if(unfinished_.begin(), unfinished_.end(), [&](const Unfinished& each) { return each.watch == &watch; });
+    (known == unfinished_.end() ? unfinished_.emplace_back(&watch) : *known).times = activities(watch, now, clock);
+    publish();
   }
   void settle() const {
     if (!pending_.call.row) return;
@@ -202,6 +202,19 @@ class Ledger final : public detail::ReportSource {
     std::int16_t last_arrival = -1;
     nanoseconds overlapped{};
     const Clock* clock = nullptr;
+  };
+  /// A call that goes on for long.
+  struct Unfinished {
+    explicit Unfinished(const Stopwatch* w) : watch(w) {}
+    const Stopwatch* watch;
+    ActivityTimes times, charged_for;  // when it was published last; and of these, what it was charged for
+    EnergyAmounts charged;
+    Quantity grams = no_grams;
+  };
+  /// One that has ended since the last window closed.
+  struct ChargedEarly {
+    std::uint32_t sequence = 0;
+    ActivityTimes charged_for;
   };
   static constexpr std::size_t recent_count = 256;
   struct Recent {
@@ -267,8 +280,14 @@ class Ledger final : public detail::ReportSource {
     recent.exposed = report.elapsed - pending_.overlapped;
     recent.stalled = !watch.plain();
     if (recent.stalled) enter_stalled(row, recent, report, watch, clock);
-    if (unfinished_charged_) charge_unfinished(row, recent);
-    energy_.publish(done_);
+    if (unfinished_.empty()) return energy_.publish(done_);
+    end_unfinished(watch, row, recent);
+    publish();
+  }
+  [[gnu::cold, gnu::noinline]] void publish() {
+    ActivityTimes all = done_;
+    for (const Unfinished& each : unfinished_) add(all, each.times);
+    energy_.publish(all);
   }
   void enter_stalled(LedgerRow& row, Recent& recent, const Report& report, const Stopwatch& watch, const Clock& clock) {
     row.copy += report.copy;
@@ -308,11 +327,10 @@ class Ledger final : public detail::ReportSource {
       if (since.total() > nanoseconds{0}) sinks_.push_back({since, &row.charged, &row.grams});
       row.charged_for = all;
     }
-    const ActivityTimes open = difference(difference(unfinished_, done_), unfinished_for_);
-    if (open.total() > nanoseconds{0}) {
-      sinks_.push_back({open, &unfinished_amounts_, &unfinished_grams_});
-      add(unfinished_for_, open);
-      unfinished_charged_ = true;
+    for (Unfinished& each : unfinished_) {
+      const ActivityTimes since = difference(each.times, each.charged_for);
+      if (since.total() > nanoseconds{0}) sinks_.push_back({since, &each.charged, &each.grams});
+      add(each.charged_for, since);
     }
     const nanoseconds from = std::max(energy_.reading().time, began_.time);
     for (LedgerEnergy::Sink& sink : sinks_) sink.before = sink.amounts->total();
@@ -326,30 +344,35 @@ class Ledger final : public detail::ReportSource {
     for (std::uint32_t sequence = last_ - charged_to_ < recent_count ? charged_to_ + 1 : last_ - static_cast<std::uint32_t>(recent_count) + 1; sequence != last_ + 1; ++sequence) {
       Recent& recent = recent_[sequence % recent_count];
       if (recent.sequence != sequence) continue;
-      if (sequence != with_unfinished_.sequence) recent.charged = {}, recent.grams = no_grams;
+      const auto early = std::find_if(charged_early_.begin(), charged_early_.end(), [&](const ChargedEarly& each) { return each.sequence == sequence; });
+      const bool is_early = early != charged_early_.end();
+      if (!is_early) recent.charged = {}, recent.grams = no_grams;
       const Nanojoules before = recent.charged.total();
-      rates.apply(sequence == with_unfinished_.sequence ? difference(recent.activities(), with_unfinished_.times) : recent.activities(), recent.charged);
+      rates.apply(is_early ? difference(recent.activities(), early->charged_for) : recent.activities(), recent.charged);
       recent.grams = recent.grams + carbon.grams_per_joule * (static_cast<double>(recent.charged.total() - before) * 1e-9);
     }
     charged_to_ = last_;
+    charged_early_.clear();
     if (!watched()) return;
     EnergyAmounts so_far;
     for (const LedgerRow& row : rows_) so_far.add(row.charged);
-    so_far.add(unfinished_amounts_);
+    for (const Unfinished& each : unfinished_) so_far.add(each.charged);
     watched().charged(energy_.reading().time, energy_.energy(so_far));
   }
-  /// A call has ended that was charged for while it went on.
-  [[gnu::cold, gnu::noinline]] void charge_unfinished(LedgerRow& row, Recent& recent) {
-    row.charged.add(unfinished_amounts_);
-    add(row.charged_for, unfinished_for_);
-    row.grams = row.grams + unfinished_grams_;
-    recent.charged = unfinished_amounts_;
-    recent.grams = unfinished_grams_;
-    with_unfinished_ = {recent.sequence, unfinished_for_};
-    unfinished_amounts_ = {};
-    unfinished_grams_ = no_grams;
-    unfinished_for_ = {};
-    unfinished_charged_ = false;
+  /// If this call was published while it went on, what it was charged meanwhile is its own.
+  [[gnu::cold, gnu::noinline]] void end_unfinished(const Stopwatch& watch, LedgerRow& row, Recent& recent) {
+    const auto known = std::find_if(unfinished_.begin(), unfinished_.end(), [&](const Unfinished& each) { return each.watch == &watch; });
+    if (known == unfinished_.end()) return;
+    // A little less may have been done than it seemed: parts of a time are rounded each for itself. No other call is to make up for that.
+    const ActivityTimes all = recent.activities();
+    for (std::size_t a = 0; a < activity_count; ++a) known->charged_for.in[a] = std::min(known->charged_for.in[a], all.in[a]);
+    row.charged.add(known->charged);
+    add(row.charged_for, known->charged_for);
+    row.grams = row.grams + known->grams;
+    recent.charged = known->charged;
+    recent.grams = known->grams;
+    charged_early_.push_back({recent.sequence, known->charged_for});
+    unfinished_.erase(known);
   }
 
   AccountEnergy energies(const Recent& recent) const {
@@ -469,15 +492,10 @@ class Ledger final : public detail::ReportSource {
   std::vector<Blame> by_peer_;
   std::uint64_t handle_ = 0;
   mutable Pending pending_;
-  ActivityTimes done_, unfinished_, unfinished_for_;  // by calls that are booked; with those that go on; and of these, what was charged for
-  EnergyAmounts unfinished_amounts_;
-  Quantity unfinished_grams_ = no_grams;
+  ActivityTimes done_;  // by calls that are booked
+  std::vector<Unfinished> unfinished_;
   CarbonFigure carbon_;  // the latest
-  bool unfinished_charged_ = false;
-  struct Charged {
-    std::uint32_t sequence = 0;
-    ActivityTimes times;
-  } with_unfinished_;  // the last call that was charged for before it ended
+  std::vector<ChargedEarly> charged_early_;
   std::uint32_t last_ = 0, charged_to_ = 0;  // sequences
   std::vector<LedgerEnergy::Sink> sinks_;
 };
