@@ -11,6 +11,7 @@
 #include <cmath>
 #include <cstdint>
 #include <deque>
+#include <list>
 #include <map>
 #include <ostream>
 #include <sstream>
@@ -134,13 +135,15 @@ class Ledger final : public detail::ReportSource {
     const std::uint8_t size = size_class(bytes), index = algorithm_index(algorithm);
     for (LedgerRow& row : rows_)
       if (row.operation == operation && row.size_class == size && row.algorithm == index) return row;
-    LedgerRow row;
+    std::vector<Blame> waited_for = nobody();
+    decltype(LedgerRow::late) late(waited_for.size());
+    LedgerRow& row = rows_.emplace_back();
     row.operation = operation;
     row.size_class = size;
     row.algorithm = index;
-    row.waited_for = nobody();
-    row.late.resize(static_cast<std::size_t>(n_));
-    return rows_.emplace_back(std::move(row));
+    row.waited_for = std::move(waited_for);
+    row.late = std::move(late);
+    return row;
   }
   /// How long a call of this row that has begun to wait is going to: nine of ten did longer. Tells who wants to know.
   [[gnu::cold]] nanoseconds expect_wait(const LedgerRow* row) {
@@ -173,8 +176,9 @@ class Ledger final : public detail::ReportSource {
     if (!energy_.has_source()) return;
     settle();
     settle_energy();  // what was charged was for what had been published
-    const auto known = std::find_if(unfinished_.begin(), unfinished_.end(), [&](const Unfinished& each) { return each.watch == &watch; });
-    (known == unfinished_.end() ? unfinished_.emplace_back(&watch) : *known).times = activities(watch, now, clock);
+    auto known = find_unfinished(watch);
+    if (known == unfinished_.end()) known = unfinished_.emplace(known, &watch);
+    known->times = activities(watch, now, clock);
     publish();
   }
   void settle() const {
@@ -203,18 +207,14 @@ class Ledger final : public detail::ReportSource {
     nanoseconds overlapped{};
     const Clock* clock = nullptr;
   };
-  /// A call that goes on for long.
+  /// A call that goes on for long, or did when the last window closed.
   struct Unfinished {
     explicit Unfinished(const Stopwatch* w) : watch(w) {}
     const Stopwatch* watch;
+    std::uint32_t ended_as = 0;  // its sequence
     ActivityTimes times, charged_for;  // when it was published last; and of these, what it was charged for
     EnergyAmounts charged;
     Quantity grams = no_grams;
-  };
-  /// One that has ended since the last window closed.
-  struct ChargedEarly {
-    std::uint32_t sequence = 0;
-    ActivityTimes charged_for;
   };
   static constexpr std::size_t recent_count = 256;
   struct Recent {
@@ -247,8 +247,9 @@ class Ledger final : public detail::ReportSource {
     }
     std::vector<Blame> worst_first() const {
       if (!stalled) return {};
-      std::vector<Blame> all;
-      for (std::size_t i = 0; i < blamed; ++i) all.insert(std::upper_bound(all.begin(), all.end(), blame[i], [](const Blame& a, const Blame& b) { return a.total() > b.total(); }), blame[i]);
+      std::vector<Blame> all(blame.begin(), blame.begin() + blamed);
+      for (std::size_t i = 1; i < all.size(); ++i)
+        for (std::size_t k = i; k > 0 && all[k - 1].total() < all[k].total(); --k) std::swap(all[k - 1], all[k]);
       return all;
     }
   };
@@ -280,13 +281,18 @@ class Ledger final : public detail::ReportSource {
     recent.exposed = report.elapsed - pending_.overlapped;
     recent.stalled = !watch.plain();
     if (recent.stalled) enter_stalled(row, recent, report, watch, clock);
-    if (unfinished_.empty()) return energy_.publish(done_);
-    end_unfinished(watch, row, recent);
-    publish();
+    if (!unfinished_.empty()) return end_unfinished(watch, row, recent);
+    energy_.publish(done_);
   }
-  [[gnu::cold, gnu::noinline]] void publish() {
+  [[gnu::always_inline]] std::list<Unfinished>::iterator find_unfinished(const Stopwatch& watch) {
+    auto each = unfinished_.begin();
+    while (each != unfinished_.end() && (each->watch != &watch || each->ended_as != 0)) ++each;
+    return each;
+  }
+  [[gnu::always_inline]] void publish() {
     ActivityTimes all = done_;
-    for (const Unfinished& each : unfinished_) add(all, each.times);
+    for (const Unfinished& each : unfinished_)
+      if (each.ended_as == 0) add(all, each.times);
     energy_.publish(all);
   }
   void enter_stalled(LedgerRow& row, Recent& recent, const Report& report, const Stopwatch& watch, const Clock& clock) {
@@ -328,6 +334,7 @@ class Ledger final : public detail::ReportSource {
       row.charged_for = all;
     }
     for (Unfinished& each : unfinished_) {
+      if (each.ended_as != 0) continue;
       const ActivityTimes since = difference(each.times, each.charged_for);
       if (since.total() > nanoseconds{0}) sinks_.push_back({since, &each.charged, &each.grams});
       add(each.charged_for, since);
@@ -344,15 +351,17 @@ class Ledger final : public detail::ReportSource {
     for (std::uint32_t sequence = last_ - charged_to_ < recent_count ? charged_to_ + 1 : last_ - static_cast<std::uint32_t>(recent_count) + 1; sequence != last_ + 1; ++sequence) {
       Recent& recent = recent_[sequence % recent_count];
       if (recent.sequence != sequence) continue;
-      const auto early = std::find_if(charged_early_.begin(), charged_early_.end(), [&](const ChargedEarly& each) { return each.sequence == sequence; });
-      const bool is_early = early != charged_early_.end();
-      if (!is_early) recent.charged = {}, recent.grams = no_grams;
+      ActivityTimes times = recent.activities();
+      bool has_some = false;
+      for (const Unfinished& each : unfinished_)
+        if (each.ended_as == sequence) has_some = true, times = difference(times, each.charged_for);
+      if (!has_some) recent.charged = {}, recent.grams = no_grams;
       const Nanojoules before = recent.charged.total();
-      rates.apply(is_early ? difference(recent.activities(), early->charged_for) : recent.activities(), recent.charged);
+      rates.apply(times, recent.charged);
       recent.grams = recent.grams + carbon.grams_per_joule * (static_cast<double>(recent.charged.total() - before) * 1e-9);
     }
     charged_to_ = last_;
-    charged_early_.clear();
+    for (auto each = unfinished_.begin(); each != unfinished_.end();) each = each->ended_as != 0 ? unfinished_.erase(each) : std::next(each);
     if (!watched()) return;
     EnergyAmounts so_far;
     for (const LedgerRow& row : rows_) so_far.add(row.charged);
@@ -361,8 +370,8 @@ class Ledger final : public detail::ReportSource {
   }
   /// If this call was published while it went on, what it was charged meanwhile is its own.
   [[gnu::cold, gnu::noinline]] void end_unfinished(const Stopwatch& watch, LedgerRow& row, Recent& recent) {
-    const auto known = std::find_if(unfinished_.begin(), unfinished_.end(), [&](const Unfinished& each) { return each.watch == &watch; });
-    if (known == unfinished_.end()) return;
+    const auto known = find_unfinished(watch);
+    if (known == unfinished_.end()) return publish();
     // A little less may have been done than it seemed: parts of a time are rounded each for itself. No other call is to make up for that.
     const ActivityTimes all = recent.activities();
     for (std::size_t a = 0; a < activity_count; ++a) known->charged_for.in[a] = std::min(known->charged_for.in[a], all.in[a]);
@@ -371,8 +380,8 @@ class Ledger final : public detail::ReportSource {
     row.grams = row.grams + known->grams;
     recent.charged = known->charged;
     recent.grams = known->grams;
-    charged_early_.push_back({recent.sequence, known->charged_for});
-    unfinished_.erase(known);
+    known->ended_as = recent.sequence;
+    publish();
   }
 
   AccountEnergy energies(const Recent& recent) const {
@@ -493,9 +502,8 @@ class Ledger final : public detail::ReportSource {
   std::uint64_t handle_ = 0;
   mutable Pending pending_;
   ActivityTimes done_;  // by calls that are booked
-  std::vector<Unfinished> unfinished_;
+  std::list<Unfinished> unfinished_;  // and those that ended since the last window closed
   CarbonFigure carbon_;  // the latest
-  std::vector<ChargedEarly> charged_early_;
   std::uint32_t last_ = 0, charged_to_ = 0;  // sequences
   std::vector<LedgerEnergy::Sink> sinks_;
 };
