@@ -103,6 +103,8 @@ struct Listener {
   void credited(Transfer&, const FrameTimes&) {}
   void fetched(Transfer&, const FrameTimes&) {}
   void drained(Transfer&) {}
+  void continued(Transfer&, const FrameTimes&) {}
+  void trying(Transfer&) {}
   void copying(Transfer&) {}
   void reducing(Transfer&) {}
   void moved(Transfer&) {}

@@ -12,6 +12,7 @@
 #include <cstring>
 #include <deque>
 #include <list>
+#include <mutex>
 #include <string>
 #include <thread>
 #include <utility>
@@ -23,7 +24,9 @@ namespace test {
 
 struct Faults {
   std::chrono::nanoseconds delay{};     // of each byte
-  double bytes_per_second = 0;          // 0: no limit
+  double bytes_per_second = 0;          // of all connections together; 0: no limit
+  std::vector<double> of_connections{};  // of each alone, in the order in which they come, which is not limited together then
+  std::size_t breaks = ~std::size_t{0}, breaks_at = 0;  // which of them, and after how many bytes
   std::size_t damaged = ~std::size_t{0};  // which byte has a bit turned over
   std::size_t reset_at = ~std::size_t{0}, stop_at = ~std::size_t{0};  // after so many bytes connections break, or nothing comes any more
 };
@@ -38,6 +41,11 @@ class FaultProxy {
   }
   FaultProxy(const FaultProxy&) = delete;
   tally::SocketAddress address() const { return tally::detail::own_address(to_registry_); }
+  /// Bytes that each connection has carried, in the order in which they came.
+  std::vector<std::size_t> carried() {
+    const std::lock_guard lock(mutex_);
+    return carried_;
+  }
 
  private:
   using FileDescriptor = tally::detail::FileDescriptor;
@@ -46,12 +54,18 @@ class FaultProxy {
     bool faulty = false, is_join = false, ended = false, shut = false;
     std::string joining;  // what the rank says first, until it is whole
     std::deque<std::pair<Clock::time_point, std::string>> queue;
+    std::size_t number = 0;
+    Clock::time_point free{};
   };
   struct Link {
     FileDescriptor a, b;
     Way there, back;
   };
-  static FileDescriptor listener() { return tally::detail::listen_at(tally::detail::resolve("127.0.0.1:0").front()); }
+  static FileDescriptor listener() {
+    FileDescriptor fd = tally::detail::listen_at(tally::detail::resolve("127.0.0.1:0").front());
+    tally::detail::set_option(fd, SOL_SOCKET, SO_RCVBUF, 32 << 10);  // a slow line does not swallow what it has yet to carry
+    return fd;
+  }
 
   void work() {
     while (!over_.load()) {
@@ -78,8 +92,13 @@ class FaultProxy {
     if (!guest || error != 0 || !tally::detail::wait_for_events(onward.get(), POLLOUT, Clock::now() + std::chrono::seconds(5))) return;
     for (const auto* fd : {&guest, &onward}) tally::detail::tune(*fd, std::chrono::seconds(30));
     Link& link = links_.emplace_back();
-    link.there = {guest.get(), onward.get(), faulty, !faulty, false, false, {}, {}};
-    link.back = {onward.get(), guest.get(), false, false, false, false, {}, {}};
+    link.there = {guest.get(), onward.get(), faulty, !faulty, false, false, {}, {}, 0, {}};
+    link.back = {onward.get(), guest.get(), false, false, false, false, {}, {}, 0, {}};
+    if (faulty) {
+      const std::lock_guard lock(mutex_);
+      link.there.number = carried_.size();
+      carried_.push_back(0);
+    }
     link.a = std::move(guest);
     link.b = std::move(onward);
   }
@@ -98,9 +117,12 @@ class FaultProxy {
       std::string bytes(buffer, static_cast<std::size_t>(got));
       if (way.is_join && !advertise(way, bytes)) break;
       waiting += bytes.size();
-      if (way.faulty && !spoil(bytes)) return false;
+      if (way.faulty && !spoil(way.number, bytes)) return false;
       Clock::time_point due = Clock::now();
-      if (way.faulty && faults_.bytes_per_second > 0) due = free_ = std::max(due, free_) + std::chrono::nanoseconds(static_cast<std::int64_t>(static_cast<double>(bytes.size()) / faults_.bytes_per_second * 1e9));
+      const bool each = !faults_.of_connections.empty();
+      const double rate = !way.faulty ? 0 : !each ? faults_.bytes_per_second : way.number < faults_.of_connections.size() ? faults_.of_connections[way.number] : 0;
+      Clock::time_point& free = each ? way.free : free_;
+      if (rate > 0) due = free = std::max(due, free) + std::chrono::nanoseconds(static_cast<std::int64_t>(static_cast<double>(bytes.size()) / rate * 1e9));
       if (way.faulty) due += faults_.delay;
       way.queue.emplace_back(due, std::move(bytes));
     }
@@ -130,7 +152,12 @@ class FaultProxy {
     return true;
   }
   /// False if the connection breaks.
-  bool spoil(std::string& bytes) {
+  bool spoil(std::size_t connection, std::string& bytes) {
+    {
+      const std::lock_guard lock(mutex_);
+      carried_[connection] += bytes.size();
+      if (connection == faults_.breaks && carried_[connection] > faults_.breaks_at) return false;
+    }
     const std::size_t before = std::exchange(passed_, passed_ + bytes.size());
     if (faults_.damaged >= before && faults_.damaged < passed_) bytes[faults_.damaged - before] = static_cast<char>(bytes[faults_.damaged - before] ^ 4);
     if (passed_ > faults_.stop_at) bytes.resize(faults_.stop_at > before ? faults_.stop_at - before : 0);
@@ -141,6 +168,8 @@ class FaultProxy {
   Faults faults_;
   FileDescriptor to_registry_, to_rank_;
   std::list<Link> links_;
+  std::mutex mutex_;
+  std::vector<std::size_t> carried_;
   std::size_t passed_ = 0;
   Clock::time_point free_{};
   std::atomic<bool> over_{false};

@@ -219,6 +219,8 @@ class RecordedTransport : public SimulatedTransport {
       probe.fetched(t, times);
     }
     void drained(Transfer& t) { probe.drained(t); }
+    void continued(Transfer& t, const FrameTimes& times) { probe.continued(t, times); }
+    void trying(Transfer& t) { probe.trying(t); }
     void copying(Transfer& t) { probe.copying(t); }
     void reducing(Transfer& t) { probe.reducing(t); }
     void moved(Transfer& t) {

@@ -539,6 +539,8 @@ class Counted : public SimulatedTransport {
     void credited(Transfer& t, const FrameTimes& times) { probe.credited(t, times); }
     void fetched(Transfer& t, const FrameTimes& times) { probe.fetched(t, times); }
     void drained(Transfer& t) { probe.drained(t); }
+    void continued(Transfer& t, const FrameTimes& times) { probe.continued(t, times); }
+    void trying(Transfer& t) { probe.trying(t); }
     void copying(Transfer& t) {
       turn('c');
       probe.copying(t);

@@ -147,6 +147,17 @@ TEST_CASE("TLS conforms") {
     });
   });
 }
+TEST_CASE("every algorithm is right over TLS with stripes, and what is under way by them can be ended") {
+  const Encrypted encrypted;
+  TcpOptions short_frames;
+  short_frames.sockets = 3;
+  short_frames.frame_bytes = 1000;
+  short_frames.window = 5000;
+  test::every_algorithm_is_right(detail::tcp_kind(short_frames), {2, 3});
+  TcpOptions stripes;
+  stripes.sockets = 4;
+  test::faults_end_what_is_under_way(detail::tcp_kind(stripes));
+}
 TEST_CASE("every algorithm is right over TLS, whatever the sizes, in a wide window and a narrow one") {
   const Encrypted encrypted;
   TcpOptions narrow;

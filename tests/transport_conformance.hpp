@@ -48,7 +48,7 @@ struct Driver {
   void arrived(Transfer& t, const FrameInfo& frame) {
     ++frames;
     expect(frame.operation == t.operation, "frames of this operation only");
-    expect(frame.first == (t.done == 0), "first marks a message's begin");
+    expect(frame.first == (frame.begin_in(t) == 0), "first marks a message's begin");
     expect(frame.bytes % t.grain == 0, "whole elements");
     expect(frame.times.culprit == t.peer, "the sender's stamp");
   }
@@ -58,6 +58,8 @@ struct Driver {
   }
   void fetched(Transfer& t, const FrameTimes& times) { credited(t, times); }
   void drained(Transfer&) {}
+  void continued(Transfer&, const FrameTimes&) {}
+  void trying(Transfer&) {}
   void copying(Transfer&) {}
   void reducing(Transfer&) {}
   Transfer* unexpected(Rank, const FrameInfo&) { return nullptr; }

@@ -262,7 +262,7 @@ class Engine final : public AnyEngine {
     if (frame.has_fingerprint && frame.fingerprint != run.fingerprint) raise_mismatch(run, t.peer, frame.fingerprint);
     if (frame.total != t.bytes)
       raise(Errc::mismatch, run, t.peer, {"rank ", t.peer, " sends ", frame.total, " bytes where rank ", rank(), " expects ", t.bytes, " in ", diagnosis_.describe_step(run, t.step)});
-    if (frame.first != (t.done == 0) || frame.bytes > t.bytes - t.done || frame.last != (frame.bytes == t.bytes - t.done) || frame.bytes % t.grain != 0)
+    if (!frame.fits(t))
       raise(Errc::protocol, run, t.peer, {"rank ", t.peer, " cuts a message in another way than ", diagnosis_.describe_step(run, t.step), " can read"});
   }
 

@@ -203,10 +203,20 @@ class Progress {
       progress.heard(client.account_of(t), t, is_early ? FrameTimes{times.sent_at, 0, 0, static_cast<std::uint16_t>(t.peer), 0} : times, State::wait_credit);
     }
     void fetched(Transfer& t, const FrameTimes& times) { progress.heard(client.account_of(t), t, times, State::wait_transfer); }
-    void drained(Transfer& t) { progress.drained(client.account_of(t), t); }
+    void continued(Transfer& t, const FrameTimes& times) {
+      progress.heard(client.account_of(t), t, times, State::wait_transfer);
+      progress.copied();
+    }
+    void drained(Transfer& t) {
+      progress.drained(client.account_of(t), t);
+      progress.copied();
+    }
     void copying(Transfer& t) {
       progress.serve(client.account_of(t));
       progress.enter(State::copy);
+    }
+    void trying(Transfer& t) {
+      if (!progress.waiting_) copying(t);
     }
     void reducing(Transfer& t) {
       progress.serve(client.account_of(t));
@@ -326,6 +336,10 @@ class Progress {
     }
   }
 
+  /// What ended a wait took the time since then.
+  void copied() {
+    if (timed_ && current_->watch.state() == State::protocol && current_->watch.mark() == now_) current_->watch.enter(State::copy, now_);
+  }
   /// The network takes t's bytes again. Whether it was slow, or t's peer was not there to read, that one's next frame tells.
   void drained(OperationAccount& account, const Transfer& t) {
     if (waiting_) ladder_.learn(now_ - wait_began_);

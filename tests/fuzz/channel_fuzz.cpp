@@ -23,12 +23,14 @@ namespace {
 
 struct Taking {
   void arrived(Transfer& t, const FrameInfo& frame) {
-    if (frame.bytes > t.bytes - t.done || frame.bytes % t.grain != 0) throw Error(Errc::protocol, "not as announced", {});
+    if (frame.bytes > t.bytes - frame.begin_in(t) || frame.bytes % t.grain != 0) throw Error(Errc::protocol, "not as announced", {});
   }
   Transfer* unexpected(Rank, const FrameInfo&) { return nullptr; }
   void credited(Transfer&, const FrameTimes&) {}
   void fetched(Transfer&, const FrameTimes&) {}
   void drained(Transfer&) {}
+  void continued(Transfer&, const FrameTimes&) {}
+  void trying(Transfer&) {}
   void copying(Transfer&) {}
   void reducing(Transfer&) {}
   void moved(Transfer&) {}

@@ -18,12 +18,13 @@ namespace tally::inline v0::detail {
 
 static_assert(std::endian::native == std::endian::little, "numbers go over the network as they lie in memory");
 
-inline constexpr std::uint32_t network_protocol = 2;  // raise when anything below changes its meaning
+inline constexpr std::uint32_t network_protocol = 3;  // raise when anything below changes its meaning
 
 /// What only ranks of a job know: drawn by rank 0, told to who joins.
 using JobKey = std::array<std::uint8_t, 16>;
 
-/// The first bytes on a connection: one direction of one lane of one communicator, from who opened it.
+/// The first bytes on a connection: one direction of one lane of one communicator, from who opened it. What carries only payloads of
+/// such a channel, as its stripe 1, 2, ..., adds that to the lane, times 2^16; who takes it answers with a byte.
 struct ChannelHello {
   std::uint64_t magic = 0x6e616863796c6c61ull;  // "allychan"
   std::uint32_t protocol = network_protocol;
@@ -37,9 +38,10 @@ static_assert(sizeof(ChannelHello) == 56);
 
 struct FrameHeader {
   enum Kind : std::uint8_t { data = 1, ask, credit, goodbye };
-  enum Flag : std::uint8_t { first = 1, last = 2, fingerprinted = 4, asks = 8 };  // asks: a credit is to be sent when it is consumed
+  enum Flag : std::uint8_t { first = 1, last = 2, fingerprinted = 4, asks = 8, stripe_unit = 16 };  // asks: a credit is to be sent when it is consumed
+  static constexpr int most_stripes = 15;
   std::uint32_t magic = 0x6c6c6174;  // "tall"
-  std::uint8_t kind = 0, flags = 0;
+  std::uint8_t kind = 0, flags = 0;  // the upper half of flags: by which stripe the payload comes; 0: it follows
   std::uint16_t culprit = 0;
   std::uint64_t total = 0;  // data: the message's bytes; credit: how much was consumed up to here
   std::uint64_t fingerprint = 0;
@@ -56,6 +58,7 @@ struct FrameHeader {
     const std::uint32_t all = crc32c(0, &open, sizeof open);
     return static_cast<std::uint16_t>(all ^ all >> 16);
   }
+  int stripe() const { return flags / stripe_unit; }
   FrameTimes times() const { return {sent_at, arrive_age, late_age, culprit, called}; }
   void stamp(const FrameTimes& times) {
     sent_at = times.sent_at;

@@ -499,7 +499,9 @@ class NetworkNode {
         for (std::size_t k = 0; k < key_.size(); ++k) differ |= static_cast<unsigned>(h.key[k] ^ key_[k]);
         if (h.magic == like.magic && h.protocol == like.protocol && differ == 0 && arrived_.size() < most_unclaimed) {
           ::epoll_ctl(door_.get(), EPOLL_CTL_DEL, stranger.stream.get(), nullptr);
-          if (!left_.contains(h.communicator)) arrived_.insert_or_assign(std::tuple(h.communicator, static_cast<int>(h.lane), h.from), Arrived{std::move(stranger.stream), h.to, h.window});
+          // A stripe that is not taken is no loss, if it is said so; others may need the descriptor more.
+          const bool is_wanted = h.lane >> 16 == 0 || (!is_scarce(stranger.stream.descriptor()) && stranger.stream.write("+", 1) == 1);
+          if (is_wanted && !left_.contains(h.communicator)) arrived_.insert_or_assign(std::tuple(h.communicator, static_cast<int>(h.lane), h.from), Arrived{std::move(stranger.stream), h.to, h.window});
           if (const auto found = groups_.find(h.communicator); found != groups_.end())
             if (const auto group = found->second.lock()) group->ring();
         }
@@ -524,7 +526,7 @@ class NetworkNode {
   JobKey key_{};
   std::string note_;
   std::vector<RankEntry> entries_;
-  std::size_t most_strangers_ = 256 + 4 * static_cast<std::size_t>(size_);
+  std::size_t most_strangers_ = 256 + 2 * (1 + FrameHeader::most_stripes) * static_cast<std::size_t>(size_);
   FileDescriptor listener_, door_{::epoll_create1(EPOLL_CLOEXEC)}, stop_{::eventfd(0, EFD_CLOEXEC)};
   std::thread letting_in_;
   pid_t process_ = ::getpid();

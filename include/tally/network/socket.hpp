@@ -7,6 +7,7 @@
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <poll.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 
 #include <algorithm>
@@ -139,6 +140,12 @@ inline void tune(const FileDescriptor& fd, std::chrono::milliseconds limit) {
   set_option(fd, IPPROTO_TCP, TCP_KEEPIDLE, probe);
   set_option(fd, IPPROTO_TCP, TCP_KEEPINTVL, probe);
   set_option(fd, IPPROTO_TCP, TCP_KEEPCNT, 3);
+}
+
+/// Whether half of the descriptors that this process may have are taken: each new one has the lowest number that is free.
+inline bool is_scarce(const FileDescriptor& fd) {
+  rlimit most{};
+  return ::getrlimit(RLIMIT_NOFILE, &most) == 0 && static_cast<rlim_t>(fd.get()) > most.rlim_cur / 2;
 }
 
 /// Whether the other side's kernel has said nothing for so long, although it was asked again and again.

@@ -76,6 +76,15 @@ struct FrameInfo {
   bool has_fingerprint = false, first = false, last = false;  // first, last of its message
   std::size_t bytes = 0, total = 0;  // of the frame, of its message
   FrameTimes times;
+  std::size_t begin = in_order;  // in its message; in_order: behind what is done
+  static constexpr std::size_t in_order = ~std::size_t{0};
+
+  std::size_t begin_in(const Transfer& t) const { return begin == in_order ? t.done : begin; }
+  /// Whether it is a part of t, in whole elements, and says rightly whether it is the first and the last.
+  bool fits(const Transfer& t) const {
+    const std::size_t at = begin_in(t);
+    return first == (at == 0) && bytes <= t.bytes - at && last == (bytes == t.bytes - at) && bytes % t.grain == 0;
+  }
 };
 
 /// What a rank says about itself, for other ranks' errors.
@@ -106,8 +115,10 @@ concept Probe = requires(P& probe, Transfer& transfer, const FrameInfo& frame, c
   { probe.unexpected(Rank{}, frame) } -> std::same_as<Transfer*>;
   probe.credited(transfer, times);                               // a send that had no room has room again
   probe.fetched(transfer, times);                                // the peer has taken what was kept for it
+  probe.continued(transfer, times);                              // more of a frame that has arrived is here, which had to be waited for
   probe.drained(transfer);                                       // a send that the network was too slow for goes on
   probe.copying(transfer);                                       // from here on, until told otherwise, bytes are copied
+  probe.trying(transfer);                                        // the same where there were none the last time: continued() or drained() if there are now
   probe.reducing(transfer);                                      // ... or combined
   probe.moved(transfer);                                         // done was raised; !pending if that was all
   { probe.stamp(transfer) } -> std::same_as<FrameTimes>;         // for a frame
