@@ -102,7 +102,7 @@ struct Listener {
   Transfer* unexpected(Rank, const FrameInfo&) { return nullptr; }
   void credited(Transfer&, const FrameTimes&) {}
   void fetched(Transfer&, const FrameTimes&) {}
-  void drained(Transfer&) {}
+  void drained(Transfer&, bool = false) {}
   void continued(Transfer&, const FrameTimes&) {}
   void trying(Transfer&) {}
   void copying(Transfer&) {}

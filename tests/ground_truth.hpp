@@ -218,7 +218,7 @@ class RecordedTransport : public SimulatedTransport {
       recording.credited(me, t);
       probe.fetched(t, times);
     }
-    void drained(Transfer& t) { probe.drained(t); }
+    void drained(Transfer& t, bool by_copying = false) { probe.drained(t, by_copying); }
     void continued(Transfer& t, const FrameTimes& times) { probe.continued(t, times); }
     void trying(Transfer& t) { probe.trying(t); }
     void copying(Transfer& t) { probe.copying(t); }

@@ -538,7 +538,7 @@ class Counted : public SimulatedTransport {
     Transfer* unexpected(Rank peer, const FrameInfo& frame) { return probe.unexpected(peer, frame); }
     void credited(Transfer& t, const FrameTimes& times) { probe.credited(t, times); }
     void fetched(Transfer& t, const FrameTimes& times) { probe.fetched(t, times); }
-    void drained(Transfer& t) { probe.drained(t); }
+    void drained(Transfer& t, bool by_copying = false) { probe.drained(t, by_copying); }
     void continued(Transfer& t, const FrameTimes& times) { probe.continued(t, times); }
     void trying(Transfer& t) { probe.trying(t); }
     void copying(Transfer& t) {

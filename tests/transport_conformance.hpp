@@ -57,7 +57,7 @@ struct Driver {
     expect(times.culprit == 100 + t.peer, "the receiver's credit stamp");
   }
   void fetched(Transfer& t, const FrameTimes& times) { credited(t, times); }
-  void drained(Transfer&) {}
+  void drained(Transfer&, bool = false) {}
   void continued(Transfer&, const FrameTimes&) {}
   void trying(Transfer&) {}
   void copying(Transfer&) {}

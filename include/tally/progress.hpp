@@ -207,9 +207,9 @@ class Progress {
       progress.heard(client.account_of(t), t, times, State::wait_transfer);
       progress.copied();
     }
-    void drained(Transfer& t) {
+    void drained(Transfer& t, bool by_copying = false) {
       progress.drained(client.account_of(t), t);
-      progress.copied();
+      if (by_copying) progress.copied();
     }
     void copying(Transfer& t) {
       progress.serve(client.account_of(t));

@@ -116,7 +116,7 @@ concept Probe = requires(P& probe, Transfer& transfer, const FrameInfo& frame, c
   probe.credited(transfer, times);                               // a send that had no room has room again
   probe.fetched(transfer, times);                                // the peer has taken what was kept for it
   probe.continued(transfer, times);                              // more of a frame that has arrived is here, which had to be waited for
-  probe.drained(transfer);                                       // a send that the network was too slow for goes on
+  probe.drained(transfer);                                       // a send that the network was too slow for goes on; (transfer, true): by being copied
   probe.copying(transfer);                                       // from here on, until told otherwise, bytes are copied
   probe.trying(transfer);                                        // the same where there were none the last time: continued() or drained() if there are now
   probe.reducing(transfer);                                      // ... or combined

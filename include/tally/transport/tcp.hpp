@@ -273,7 +273,7 @@ class TcpTransport : public NetworkedTransport {
           if (!write_stripes(out, took)) return moved;
           moved = moved || took;
         }
-        if (was_full && (took || out.stage.size() != staged || (t && (t->done != before || !(out.direct || is_striped))))) probe.drained(t ? *t : *out.sends.head);
+        if (was_full && (took || out.stage.size() != staged || (t && (t->done != before || !(out.direct || is_striped))))) probe.drained(t ? *t : *out.sends.head, has_payload);
         if (out.stage.empty()) moved = complete(out, probe) || moved;
         if (t && t->done != before) {
           moved = true;
