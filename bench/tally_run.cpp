@@ -52,7 +52,7 @@ constexpr const char* examples = R"(
 Examples:
   tally_run -n 4 ./train --steps 100                   four ranks here
   tally_run -n 8 --hosts hosts ./train                 on the hosts of a file, which reach each other by name and share this folder
-  TALLY_TRANSPORT=tcp TALLY_ADDRESS=127.0.0.1:29501 tally_run -n 2 ./train     two ranks here, but over TCP
+  TALLY_TRANSPORT=tcp tally_run -n 2 ./train           two ranks here, but over TCP
 
 The file names a host per line, the first of which has rank 0: "node1" or "node1 slots=4"; # begins a comment. Variables of the
 environment that begin with TALLY_ go along, others by -x. Each line that a rank writes is marked with its number.)";
@@ -246,16 +246,16 @@ class Job {
     const std::string job = random_word(), secret = random_word();
     const char* const known = std::getenv("TALLY_ADDRESS");
     std::string address = !settings_.address.empty() ? settings_.address : known ? known : "";
-    if (address.empty() && !settings_.hosts_file.empty()) {
-      const auto number = static_cast<std::uint32_t>(std::stoul(job.substr(0, 7), nullptr, 16));
-      address = concat({hosts_[0].name, ":", 20'000 + number % 12'000});  // below those that systems give away
-    }
+    const auto port = 20'000 + static_cast<std::uint32_t>(std::stoul(job.substr(0, 7), nullptr, 16)) % 12'000;  // below those that systems give away
+    if (address.empty() && !settings_.hosts_file.empty()) address = concat({hosts_[0].name, ":", port});
     const int width = static_cast<int>(std::to_string(settings_.ranks - 1).size());
     for (int rank = 0; rank < settings_.ranks; ++rank) {
       std::vector<std::pair<std::string, std::string>> variables{{"TALLY_RANK", std::to_string(rank)}, {"TALLY_SIZE", std::to_string(settings_.ranks)}, {"TALLY_JOB", job}};
-      if (!address.empty()) variables.emplace_back("TALLY_ADDRESS", address);
+      // To have an address asks for a network; ranks of one host are only told where they would meet, if something else does.
+      if (address.empty()) variables.emplace_back("TALLY_MEETING", concat({"127.0.0.1:", port}));
+      else variables.emplace_back("TALLY_ADDRESS", address);
       const char* const own = std::getenv("TALLY_SECRET");
-      if (!address.empty() && !(own && *own)) variables.emplace_back("TALLY_SECRET", secret);
+      if (!(own && *own)) variables.emplace_back("TALLY_SECRET", secret);
       std::string number = std::to_string(rank);
       number.insert(0, static_cast<std::size_t>(width) - number.size(), ' ');
       start(rank, hosts_[static_cast<std::size_t>(rank)], variables, settings_.plain ? "" : concat({"[", number, "] "}));

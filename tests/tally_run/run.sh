@@ -9,7 +9,7 @@ run=$1 perf=$2
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 cd "$work"
-unset TALLY_RANK TALLY_SIZE TALLY_JOB TALLY_ADDRESS TALLY_SECRET TALLY_TRANSPORT
+unset TALLY_RANK TALLY_SIZE TALLY_JOB TALLY_ADDRESS TALLY_MEETING TALLY_SECRET TALLY_TRANSPORT
 
 failures=0
 fail() { echo "$*"; failures=$((failures + 1)); }
@@ -123,6 +123,10 @@ if [[ -n $perf ]]; then
   runs 0 -n 3 --plain "$perf" -e 1K -f 8 --seconds 0.02
   has out "# transport  shm"
   has out "wrong values: 0 OK"
+  runs 0 -n 3 --plain "$perf" -e 1K -f 8 --seconds 0.02 --transport tcp
+  has out "# transport  tcp"
+  TALLY_TRANSPORT=tcp runs 0 -n 2 --plain "$perf" -e 1K -f 8 --seconds 0.02
+  has out "# transport  tcp"
   runs 0 -n 3 --plain --hosts hosts --rsh "$work/there" --address "file:$work/meeting" "$perf" -e 1K -f 8 --seconds 0.02 --transport tcp
   has out "# transport  tcp"
   has out "wrong values: 0 OK"

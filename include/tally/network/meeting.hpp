@@ -96,6 +96,7 @@ class Meeting {
       if (const std::string first = first_host(*hosts); !first.empty()) return Meeting(concat({first, ":", 20'000 + hash_text(job) % 12'000}));  // below those that systems give away
     }
     if (auto manager = ProcessManager::from_environment()) return as_told({manager->rank(), [&](std::string_view word, nanoseconds most) { return manager->from_rank_0(word, most); }}, limit);
+    if (const auto offered = environment("TALLY_MEETING")) return Meeting(std::string(*offered));
     throw Error(Errc::invalid_argument, "ranks on several hosts need a place to meet: set TALLY_ADDRESS, the same for all, to HOST:PORT of rank 0's host or to file:PATH of a folder that all hosts share");
   }
 
