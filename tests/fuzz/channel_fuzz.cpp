@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Any bytes from a peer over a connection of TCP: to who receives a message, and to who sends one and is told what was consumed.
+// Any bytes from a peer over connections of TCP: to who receives a message, also by a stripe, and to who sends one and is told what was
+// consumed.
 #include <sys/socket.h>
 
 #include <algorithm>
@@ -89,18 +90,24 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   try {
     TcpTransport transport(job.nodes[0], communicator, {0, 1}, options);
     if (to_receiver) {
-      int error = 0;
-      const detail::FileDescriptor fd = detail::begin_connect(job.nodes[1]->address(0), error);
-      if (!detail::wait_for_events(fd.get(), POLLOUT, std::chrono::steady_clock::now() + 5s)) __builtin_trap();
-      detail::ChannelHello hello;
-      hello.communicator = communicator;
-      hello.from = 1;
-      hello.to = 0;
-      hello.window = options.window;
-      hello.key = job.nodes[1]->key();
-      (void)!::send(fd.get(), &hello, sizeof hello, MSG_NOSIGNAL);
-      (void)!::send(fd.get(), bytes.data(), bytes.size(), MSG_NOSIGNAL);
-      ::shutdown(fd.get(), SHUT_WR);
+      const auto says = [&](std::uint32_t stripe, std::string_view what) {
+        int error = 0;
+        detail::FileDescriptor fd = detail::begin_connect(job.nodes[1]->address(0), error);
+        if (!detail::wait_for_events(fd.get(), POLLOUT, std::chrono::steady_clock::now() + 5s)) __builtin_trap();
+        detail::ChannelHello hello;
+        hello.lane = stripe << 16;
+        hello.communicator = communicator;
+        hello.from = 1;
+        hello.to = 0;
+        hello.window = options.window;
+        hello.key = job.nodes[1]->key();
+        (void)!::send(fd.get(), &hello, sizeof hello, MSG_NOSIGNAL);
+        (void)!::send(fd.get(), what.data(), what.size(), MSG_NOSIGNAL);
+        ::shutdown(fd.get(), SHUT_WR);
+        return fd;
+      };
+      const std::size_t payload = data[0] & 2 ? bytes.size() / 2 : 0;
+      const detail::FileDescriptor own = says(0, bytes.substr(0, bytes.size() - payload)), stripe = payload > 0 ? says(1, bytes.substr(bytes.size() - payload)) : detail::FileDescriptor();
       transport.post(t, probe);
       drive(transport, t);
     } else {
