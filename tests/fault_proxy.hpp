@@ -18,7 +18,7 @@
 #include <utility>
 #include <vector>
 
-#include <tally/network/control.hpp>
+#include "network.hpp"
 
 namespace test {
 
@@ -175,5 +175,21 @@ class FaultProxy {
   std::atomic<bool> over_{false};
   std::thread thread_;
 };
+
+/// f(comm) on two ranks; what is sent to rank 1 goes by the bad network.
+template <class F>
+std::vector<Caught> through(const Job& job, const FaultProxy& proxy, const TcpOptions& tcp, F&& f, const Options& options = {}) {
+  std::vector<Caught> results(2);
+  on_ranks(2, [&](Rank r) {
+    results[static_cast<std::size_t>(r)].record([&] {
+      detail::Join me = job.like;
+      me.rank = r;
+      auto node = std::make_shared<detail::NetworkNode>(at(r == 1 ? proxy.address() : job.address), me, job.limit);
+      Communicator comm = over_tcp(node, options, tcp);
+      f(comm);
+    });
+  });
+  return results;
+}
 
 }  // namespace test

@@ -26,19 +26,9 @@ template <class F>
 std::vector<Caught> outcomes(const Faults& faults, F&& f, const TcpOptions& tcp = {}) {
   const Job job(2);
   const FaultProxy proxy(job.address, faults);
-  std::vector<Caught> results(2);
-  on_ranks(2, [&](Rank r) {
-    results[static_cast<std::size_t>(r)].record([&] {
-      detail::Join me = job.like;
-      me.rank = r;
-      auto node = std::make_shared<detail::NetworkNode>(test::at(r == 1 ? proxy.address() : job.address), me, job.limit);
-      Options options;
-      options.timeout = 2s;
-      Communicator comm = test::over_tcp(node, options, tcp);
-      f(comm);
-    });
-  });
-  return results;
+  Options options;
+  options.timeout = 2s;
+  return test::through(job, proxy, tcp, std::forward<F>(f), options);
 }
 template <class F>
 void everyone(const Faults& faults, F&& f, const TcpOptions& tcp = {}) {

@@ -43,21 +43,6 @@ TcpOptions short_frames(int sockets, bool checksum = false) {
   return tcp;
 }
 
-/// f(comm) on two ranks; what is sent to rank 1 goes by the bad network.
-template <class F>
-std::vector<Caught> outcomes(const Job& job, const FaultProxy& proxy, const TcpOptions& tcp, F&& f) {
-  std::vector<Caught> results(2);
-  on_ranks(2, [&](Rank r) {
-    results[static_cast<std::size_t>(r)].record([&] {
-      detail::Join me = job.like;
-      me.rank = r;
-      auto node = std::make_shared<detail::NetworkNode>(test::at(r == 1 ? proxy.address() : job.address), me, job.limit);
-      Communicator comm = test::over_tcp(node, {}, tcp);
-      f(comm);
-    });
-  });
-  return results;
-}
 void all_well(const std::vector<Caught>& outcomes) {
   for (const Caught& c : outcomes) {
     INFO(c);
@@ -194,7 +179,7 @@ TEST_CASE("long messages of all sizes and elements, copied and combined, in and 
 TEST_CASE("stripes may come late") {
   const Job job(2);
   FaultProxy proxy(job.address, {.delay = 20ms});
-  all_well(outcomes(job, proxy, stripes(4), [&](Communicator& comm) {
+  all_well(test::through(job, proxy, stripes(4), [&](Communicator& comm) {
     comm.barrier();
     for (const std::size_t count : {200'000u, 200'000u, 3'000'000u, 200'000u}) numbers(comm, count);
   }));
@@ -232,7 +217,7 @@ TEST_CASE("stripes carry as much as each can", "[timing]") {
   // Of the barriers; of the messages' own connection; and its stripes.
   FaultProxy proxy(job.address, {.of_connections = {0, 0, 10e6, 10e6, 15e6, 2e6}});
   std::vector<nanoseconds> took(2);
-  all_well(outcomes(job, proxy, stripes(4), [&](Communicator& comm) {
+  all_well(test::through(job, proxy, stripes(4), [&](Communicator& comm) {
     comm.barrier();
     numbers(comm, 10);
     took[static_cast<std::size_t>(comm.rank())] = numbers(comm, 6'000'000).elapsed;
@@ -254,7 +239,7 @@ TEST_CASE("a stripe that breaks ends what goes by it, and says between whom; one
   for (const std::size_t at : {std::size_t{0}, std::size_t{300'000}}) {
     const Job job(2);
     FaultProxy proxy(job.address, {.breaks = 3, .breaks_at = at});
-    const auto results = outcomes(job, proxy, stripes(3), [](Communicator& comm) {
+    const auto results = test::through(job, proxy, stripes(3), [](Communicator& comm) {
       comm.barrier();
       for (int i = 0; i < 20; ++i) numbers(comm, 2'000'000);
     });
@@ -273,58 +258,13 @@ TEST_CASE("what is damaged on a stripe is found by its checksum") {
   FaultProxy proxy(job.address, {.damaged = 20'000'000});
   TcpOptions tcp = stripes(3);
   tcp.checksum = true;
-  const auto results = outcomes(job, proxy, tcp, [](Communicator& comm) {
+  const auto results = test::through(job, proxy, tcp, [](Communicator& comm) {
     comm.barrier();
     for (int i = 0; i < 20; ++i) numbers(comm, 2'000'000);
   });
   INFO(results[1]);
   CHECK(results[1].is(Errc::protocol));
   CHECK_THAT(results[1].text, Catch::Contains("damaged"));
-}
-
-TEST_CASE("frames by stripes that no rank would send are refused by name") {
-  const auto frame = [](unsigned flags, std::uint32_t bytes) {
-    detail::FrameHeader h;
-    h.kind = detail::FrameHeader::data;
-    h.flags = static_cast<std::uint8_t>(flags | detail::FrameHeader::fingerprinted);
-    h.total = 16;
-    h.bytes = bytes;
-    h.operation = 1;
-    h.culprit = 1;
-    return std::string(detail::ControlStream::as_bytes(h));
-  };
-  constexpr unsigned first = detail::FrameHeader::first, one = detail::FrameHeader::stripe_unit;
-  const std::pair<std::string, const char*> cases[] = {
-      {frame(first | one, 8) + frame(0, 8), "in the middle of what comes by other connections"},
-      {frame(first | one, 8) + frame(15 * one, 12), "more than was announced"},
-  };
-  for (const auto& [bytes, problem] : cases) {
-    const Job job(2);
-    Caught c;
-    std::thread rank_0([&] {
-      c.record([&] {
-        TcpTransport transport(job.join(0), TcpTransport::world, all(2));
-        conformance::Driver driver{0};
-        std::vector<std::byte> data(16);
-        Transfer t = conformance::receiving(1, data, 0, 16);
-        driver.post(transport, t);
-        driver.finish(transport);
-      });
-    });
-    const auto liar = job.join(1);
-    const auto channel = knock(liar->address(0));
-    detail::ChannelHello hello;
-    hello.communicator = TcpTransport::world;
-    hello.from = 1;
-    hello.to = 0;
-    hello.window = TcpOptions{}.window;
-    hello.key = liar->key();
-    say(channel, std::string(detail::ControlStream::as_bytes(hello)) + bytes);
-    rank_0.join();
-    INFO(c);
-    CHECK(c.is(Errc::protocol));
-    CHECK_THAT(c.text, Catch::Contains("rank 1 (127.0.0.1:") && Catch::Contains(problem));
-  }
 }
 
 TEST_CASE("jobs with stripes give back all that they used") {
@@ -349,7 +289,7 @@ TEST_CASE("who waits for a slow network says so, and does not call it copying", 
       const FaultProxy proxy(job.address, {.bytes_per_second = 50e6});
       TcpOptions tcp = stripes(sockets);
       tcp.window = window;
-      all_well(outcomes(job, proxy, tcp, [&](Communicator& comm) {
+      all_well(test::through(job, proxy, tcp, [&](Communicator& comm) {
         comm.barrier();
         const auto looks_right = [&](auto&& call, const std::string& what) {
           const std::int64_t before = test::queued_ns();

@@ -228,6 +228,18 @@ TEST_CASE("frames that no rank would send are refused by name, and make nobody a
     change(h);
     return std::string(detail::ControlStream::as_bytes(h)) + std::string(16, 'x');
   };
+  // Eight of sixteen bytes, or so; which come by a stripe, or not.
+  const auto part = [](unsigned flags, std::uint32_t bytes) {
+    detail::FrameHeader h;
+    h.kind = detail::FrameHeader::data;
+    h.flags = static_cast<std::uint8_t>(flags | detail::FrameHeader::fingerprinted);
+    h.total = 16;
+    h.bytes = bytes;
+    h.operation = 1;
+    h.culprit = 1;
+    return std::string(detail::ControlStream::as_bytes(h));
+  };
+  constexpr unsigned first = detail::FrameHeader::first, stripe = detail::FrameHeader::stripe_unit;
   const std::pair<std::string, const char*> cases[] = {
       {std::string(100, 'A'), "no frame"},
       {frame([](auto& h) { h.kind = 9; }), "kind 9"},
@@ -236,6 +248,8 @@ TEST_CASE("frames that no rank would send are refused by name, and make nobody a
       {frame([](auto& h) { h.total = ~0ull; }), "of a message of"},
       {frame([](auto& h) { h.total = 8; }), "of a message of 8"},
       {frame([](auto& h) { h.kind = detail::FrameHeader::goodbye; }), "without data that announces 16"},
+      {part(first | stripe, 8) + part(0, 8), "in the middle of what comes by other connections"},
+      {part(first | stripe, 8) + part(15 * stripe, 12), "more than was announced"},
   };
   for (const auto& [bytes, problem] : cases) {
     const Job job(2);
