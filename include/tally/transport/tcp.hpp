@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Moves bytes over TCP. Each direction of each lane between two ranks is a connection of its own, opened by the sender when it has
 // something to send, so it is a ring of slots like that of shared memory: in order, bounded by a window of unread bytes, and nothing
-// waits behind what nobody receives yet. Long payloads go straight from the sender's memory and into the receiver's; between hosts by
+// waits behind what nobody receives yet. Long payloads go straight from the sender's memory and into the receiver's; if asked for by
 // several connections more (stripes), each as fast as it is, while the channel's own has their headers and so their order.
 #pragma once
 
@@ -221,9 +221,8 @@ class TcpTransport : public NetworkedTransport {
   /// The stripe for t's next frame; 0: it goes by the channel's own connection; -1: it waits for one.
   int choose_stripe(Out& out, const Transfer& t) {
     if (t.bytes <= 2 * frame_bytes_) return 0;
-    const int sockets = options_.sockets > 0 ? std::min(options_.sockets, detail::FrameHeader::most_stripes) : out.elsewhere ? 4 : 1;
-    if (sockets == 1) return 0;
-    if (out.stripes.empty()) out.stripes.resize(static_cast<std::size_t>(sockets));
+    if (options_.sockets <= 1) return 0;
+    if (out.stripes.empty()) out.stripes.resize(static_cast<std::size_t>(std::min(options_.sockets, detail::FrameHeader::most_stripes)));
     return out.stripes.choose(t.bytes - out.begun, frame_bytes_, window_, [&](detail::TcpStripes::Stripe& stripe, std::uint32_t number) {
       int error = 0;
       try {

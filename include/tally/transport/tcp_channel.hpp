@@ -23,7 +23,7 @@ struct TcpOptions {
   std::size_t window = std::size_t{4} << 20;  // bytes that a receiver has not read yet, at most
   std::size_t frame_bytes = std::size_t{256} << 10;  // of a frame's payload, at most
   bool checksum = false;  // a CRC-32C with each frame; TCP's own has but 16 bits
-  int sockets = 0;  // over which payloads of long messages go at once, at most 15; 1: over none but the channel's own. 0: 4 between hosts, 1 within one
+  int sockets = 1;  // over which payloads of long messages go at once, at most 15; 1: over none but the channel's own
 
   /// `defaults`, changed by TALLY_CHECKSUM (on, off) and TALLY_SOCKETS (1 to 15).
   [[gnu::cold]] static TcpOptions from_environment(TcpOptions defaults) {
