@@ -37,13 +37,16 @@ struct Kept {
   /// 1 us of protocol, then so much copying and waiting for rank 1.
   std::uint32_t call(LedgerRow& row, Ticks copying, Ticks waiting) {
     Stopwatch watch(2);
-    watch.start(1000);
     run(watch, copying, waiting);
     return end(row, watch);
   }
-  static void run(Stopwatch& watch, Ticks copying, Ticks waiting) {
+  static void begin(Stopwatch& watch, Ticks copying) {
+    watch.start(1000);
     watch.enter(State::copy, 2000);
     watch.enter(State::wait_local, 2000 + copying);
+  }
+  static void run(Stopwatch& watch, Ticks copying, Ticks waiting) {
+    begin(watch, copying);
     watch.blame(1, State::wait_arrival, waiting);
     watch.resume(State::protocol, 2000 + copying + waiting);
   }
@@ -141,9 +144,7 @@ TEST_CASE("a call that goes on over several windows is charged for each, and kee
   Kept kept;
   LedgerRow& row = kept.ledger->row(Collective::all_reduce, 8, "ring");
   Stopwatch watch(2);
-  watch.start(1000);
-  watch.enter(State::copy, 2000);
-  watch.enter(State::wait_local, 3000);
+  Kept::begin(watch, 1000);
   kept.ledger->publish_unfinished(watch, 103000, kept.clock);
   CHECK(kept.script->published[Activity::spin] == 100us);
   CHECK(kept.script->published[Activity::copy] == 1us);
@@ -168,9 +169,7 @@ TEST_CASE("what a call was charged too much for before it ended is not made up f
   Kept kept;
   LedgerRow& row = kept.ledger->row(Collective::all_reduce, 8, "ring");
   Stopwatch watch(2);
-  watch.start(1000);
-  watch.enter(State::copy, 2000);
-  watch.enter(State::wait_local, 3000);
+  Kept::begin(watch, 1000);
   kept.ledger->publish_unfinished(watch, 103000, kept.clock);
   kept.window(50, 1000);
   kept.ledger->publish_unfinished(watch, 103000, kept.clock);

@@ -17,7 +17,7 @@
 
 using namespace tally;
 using namespace std::chrono_literals;
-using test::Caught, test::expect, test::FaultProxy, test::Faults, test::Job, test::on_ranks;
+using test::Caught, test::expect, test::FaultProxy, test::Faults, test::Job;
 
 namespace {
 

@@ -220,8 +220,7 @@ class TcpTransport : public NetworkedTransport {
 
   /// The stripe for t's next frame; 0: it goes by the channel's own connection; -1: it waits for one.
   int choose_stripe(Out& out, const Transfer& t) {
-    if (t.bytes <= 2 * frame_bytes_) return 0;
-    if (options_.sockets <= 1) return 0;
+    if (options_.sockets <= 1 || t.bytes <= 2 * frame_bytes_) return 0;
     if (out.stripes.empty()) out.stripes.resize(static_cast<std::size_t>(std::min(options_.sockets, detail::FrameHeader::most_stripes)));
     return out.stripes.choose(t.bytes - out.begun, frame_bytes_, window_, [&](detail::TcpStripes::Stripe& stripe, std::uint32_t number) {
       int error = 0;
