@@ -76,6 +76,7 @@ TEST_CASE("without a descriptor for more connections one does", "[processes]") {
       int x = 1;
       comm.all_reduce(std::span(&x, 1), sum);
       comm.send_receive(std::span<const int>(&r, 1), 1 - r, std::span(&x, 1), 1 - r, 5);  // the connections that both need
+      comm.barrier();  // the other one has them, too: what it was sent may still lie in the kernel
       if (r == 0) {
         int last = 0;
         for (int fd = 0; fd < 1000; ++fd)
@@ -123,6 +124,54 @@ TEST_CASE("a stripe that comes where descriptors are scarce is refused, and its 
     files.rlim_cur = static_cast<rlim_t>(last) * 3 / 2;
     ::setrlimit(RLIMIT_NOFILE, &files);
     expect(!answer(), "it is refused");
+  });
+  CHECK(child.wait(20s) == 0);
+}
+
+TEST_CASE("with no descriptor left, a stripe is refused, one connection that is needed is let in, and the next is a named error", "[processes]") {
+  if (test::sanitized) return void(std::puts("skipped: UBSan needs descriptors of its own"));
+  test::Process child([] {
+    const Job job(2);
+    std::shared_ptr<detail::NetworkNode> nodes[2];
+    on_ranks(2, [&](Rank r) { nodes[r] = job.join(r); });
+    const auto call = [&](int stripe, std::uint64_t communicator) {
+      auto fd = knock(nodes[0]->address(0));
+      detail::ChannelHello hello;
+      hello.lane = static_cast<std::uint32_t>(1 | stripe << 16);
+      hello.communicator = communicator;
+      hello.from = 1;
+      hello.to = 0;
+      hello.key = nodes[1]->key();
+      say(fd, detail::ControlStream::as_bytes(hello));
+      return fd;
+    };
+    const auto fill = [] {
+      const rlimit files{256, 256};
+      ::setrlimit(RLIMIT_NOFILE, &files);
+      while (::open("/dev/null", O_RDONLY | O_CLOEXEC) >= 0) {
+      }
+    };
+    const auto is_open = [](const detail::FileDescriptor& fd) {
+      char byte = 0;
+      return ::recv(fd.get(), &byte, 1, MSG_DONTWAIT) < 0 && errno == EAGAIN;
+    };
+    const auto stripe = call(2, TcpTransport::world);
+    fill();
+    nodes[0]->attend();
+    expect(test::eventually(5s, [&] { return nodes[0]->attend(), !is_open(stripe); }), "the stripe is refused");
+    ::close(::dup2(stripe.get(), 255));  // two descriptors for what calls
+    ::close(254);
+    const auto needed = call(0, TcpTransport::world), more = call(0, TcpTransport::world + 1);
+    fill();
+    expect(test::eventually(5s, [&] {
+      try {
+        nodes[0]->attend();
+      } catch (const TransportError& e) {
+        return e.code() == Errc::no_resources && std::string(e.what()).find("no descriptor for a rank that connects") != std::string::npos;
+      }
+      return false;
+    }), "the second one cannot be had");
+    expect(is_open(needed) && is_open(more), "the first one is kept");
   });
   CHECK(child.wait(20s) == 0);
 }

@@ -281,6 +281,7 @@ class NetworkNode {
     Instant since;
     std::size_t have = 0;
     ChannelHello hello;
+    bool is_last = false;  // no descriptor is left beside its own
   };
   struct Arrived {
     Stream stream;
@@ -477,7 +478,14 @@ class NetworkNode {
     std::array<epoll_event, 64> seen;
     (void)::epoll_wait(door_.get(), seen.data(), static_cast<int>(seen.size()), 0);  // so that what comes next is seen as new
     for (int i = 0; i < 64; ++i) {
-      FileDescriptor fd(::accept4(listener_.get(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK));
+      if (pollfd knock{listener_.get(), POLLIN, 0}; ::poll(&knock, 1, 0) <= 0) break;  // accept says EMFILE even if nobody knocks
+      const auto next = [&] { return FileDescriptor(::accept4(listener_.get(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK)); };
+      FileDescriptor fd = next();
+      const bool is_last = !fd && (errno == EMFILE || errno == ENFILE) && spare_;
+      if (is_last) {
+        spare_ = FileDescriptor();
+        fd = next();
+      }
       if (!fd && (errno == ECONNABORTED || errno == EINTR)) continue;
       if (!fd && (errno == EMFILE || errno == ENFILE) && strangers_.empty())
         throw TransportError(Errc::no_resources, {"rank ", me_, " has no descriptor for a rank that connects: ", errno_text(errno), "; raise the limit (ulimit -n)"}, {me_, -1, 0, {}});
@@ -485,7 +493,7 @@ class NetworkNode {
       if (strangers_.size() >= most_strangers_) strangers_.erase(strangers_.begin());
       tune(fd, peer_limit_);
       look_out_for(fd.get());
-      strangers_.push_back({settings_.let_in(std::move(fd)), now, 0, {}});
+      strangers_.push_back({settings_.let_in(std::move(fd)), now, 0, {}, is_last});
     }
     for (std::size_t i = 0; i < strangers_.size();) {
       Stranger& stranger = strangers_[i];
@@ -500,7 +508,7 @@ class NetworkNode {
         if (h.magic == like.magic && h.protocol == like.protocol && differ == 0 && arrived_.size() < most_unclaimed) {
           ::epoll_ctl(door_.get(), EPOLL_CTL_DEL, stranger.stream.get(), nullptr);
           // A stripe that is not taken is no loss, if it is said so; others may need the descriptor more.
-          const bool is_wanted = h.lane >> 16 == 0 || (!is_scarce(stranger.stream.descriptor()) && stranger.stream.write("+", 1) == 1);
+          const bool is_wanted = h.lane >> 16 == 0 || (!stranger.is_last && !is_scarce(stranger.stream.descriptor()) && stranger.stream.write("+", 1) == 1);
           if (is_wanted && !left_.contains(h.communicator)) arrived_.insert_or_assign(std::tuple(h.communicator, static_cast<int>(h.lane), h.from), Arrived{std::move(stranger.stream), h.to, h.window});
           if (const auto found = groups_.find(h.communicator); found != groups_.end())
             if (const auto group = found->second.lock()) group->ring();
@@ -511,6 +519,7 @@ class NetworkNode {
       }
       strangers_.erase(strangers_.begin() + static_cast<std::ptrdiff_t>(i));
     }
+    if (!spare_) spare_ = FileDescriptor(::eventfd(0, EFD_CLOEXEC));
   }
 
   NetworkSettings settings_;
@@ -528,6 +537,8 @@ class NetworkNode {
   std::vector<RankEntry> entries_;
   std::size_t most_strangers_ = 256 + 2 * (1 + FrameHeader::most_stripes) * static_cast<std::size_t>(size_);
   FileDescriptor listener_, door_{::epoll_create1(EPOLL_CLOEXEC)}, stop_{::eventfd(0, EFD_CLOEXEC)};
+  /// Given up to hear who knocks where no other is left: it may be one who is no loss.
+  FileDescriptor spare_{::eventfd(0, EFD_CLOEXEC)};
   std::thread letting_in_;
   pid_t process_ = ::getpid();
   std::mutex mutex_;
