@@ -4,6 +4,7 @@
 #include <catch2/catch.hpp>
 
 #include <algorithm>
+#include <cstdint>
 #include <cstdlib>
 #include <numeric>
 #include <random>
@@ -208,6 +209,77 @@ TEST_CASE("zero-copy shares are proven for every rank count and element count") 
   prove_shares<Collective::scan>();
   prove_shares<Collective::exclusive_scan>();
 }
+namespace {
+/// What is wrong with a two-level algorithm for any operation of n ranks at these places, if anything.
+std::string check_hierarchical(int n, const Grouping& group, std::size_t count, Rank root, Folding folding) {
+  std::string problem;
+  if (root == 0) {
+    problem += check({{Collective::all_reduce, 0, n, 0, count, false, group}, folding}, Hierarchical::all_reduce);
+    problem += check({{Collective::all_reduce, 0, n, 0, count, false, group}, folding}, HierarchicalHalving::all_reduce);
+    problem += check({{Collective::all_gather, 0, n, 0, count, false, group}}, Hierarchical::all_gather);
+    problem += check({{Collective::reduce_scatter, 0, n, 0, count, false, group}, folding}, Hierarchical::reduce_scatter);
+  }
+  problem += check({{Collective::reduce, 0, n, root, count, false, group}, folding == Folding::fixed && root != 0 ? Folding::cyclic : folding}, Hierarchical::reduce);
+  return problem + check({{Collective::broadcast, 0, n, root, count, true, group}}, Hierarchical::broadcast);
+}
+}  // namespace
+
+TEST_CASE("hierarchical is proven for every way to lie at places") {
+  // All partitions of few ranks: each rank is where an earlier one is, or at a place of its own.
+  int partitions = 0;
+  for (std::size_t n = 1; n <= 6; ++n) {
+    std::vector<std::uint64_t> places(n);
+    const auto next = [&] {
+      for (std::size_t r = n; r-- > 1;) {
+        if (places[r] <= *std::max_element(places.begin(), places.begin() + static_cast<std::ptrdiff_t>(r))) return ++places[r], true;
+        places[r] = 0;
+      }
+      return false;
+    };
+    do {
+      const Partition partition(places);
+      ++partitions;
+      for (const std::size_t count : {std::size_t{0}, std::size_t{1}, n + 1, 3 * n + 1})
+        for (std::size_t root = 0; root < n; ++root)
+          if (const std::string problem = check_hierarchical(static_cast<int>(n), Grouping(partition), count, static_cast<Rank>(root), Folding::any); !problem.empty())
+            FAIL(n << " ranks at " << Catch::Detail::stringify(places) << ", " << count << " elements, root " << root << ": " << problem);
+    } while (next());
+  }
+  CHECK(partitions == 1 + 2 + 5 + 15 + 52 + 203);  // Bell numbers
+  std::mt19937 random(7);
+  for (int i = 0; i < 60; ++i) {
+    std::vector<std::uint64_t> places(7 + random() % 26);
+    const std::size_t hosts = 1 + random() % 9;
+    for (auto& place : places) place = random() % hosts * 1000;
+    const Partition partition(places);
+    const auto n = static_cast<int>(places.size());
+    if (const std::string problem = check_hierarchical(n, Grouping(partition), random() % 100, static_cast<Rank>(random() % places.size()), Folding::any); !problem.empty())
+      FAIL(Catch::Detail::stringify(places) << ": " << problem);
+  }
+}
+TEST_CASE("a partition numbers groups by their first ranks, and a width is the same as a list of it") {
+  const std::vector<std::uint64_t> places{9, 4, 9, 9, 1, 4};
+  const Partition partition(places);
+  const Grouping group(partition);
+  CHECK(group.count(6) == 3);
+  CHECK(group.largest(6) == 3);
+  CHECK((group.of(0) == 0 && group.of(1) == 1 && group.of(3) == 0 && group.of(4) == 2 && group.of(5) == 1));
+  CHECK((group.number(3) == 2 && group.number(4) == 0 && group.number(5) == 1));
+  CHECK((group.member(0, 1) == 2 && group.member(1, 1) == 5 && group.member(2, 0) == 4));
+  CHECK((group.size(0, 6) == 3 && group.size(1, 6) == 2 && group.size(2, 6) == 1));
+  CHECK(group.matters(6));
+  CHECK_FALSE(Grouping(Partition(std::vector<std::uint64_t>{5, 5, 5})).matters(3));
+  for (int n = 1; n <= 20; ++n)
+    for (int width = 1; width <= n + 1; ++width) {
+      std::vector<std::uint64_t> even;
+      for (int r = 0; r < n; ++r) even.push_back(static_cast<std::uint64_t>(r / width));
+      const Partition same(even);
+      const Grouping list(same), wide(width);
+      CHECK((list.count(n) == wide.count(n) && list.largest(n) == wide.largest(n) && list.matters(n) == wide.matters(n)));
+      for (int r = 0; r < n; ++r) CHECK((list.of(r) == wide.of(r) && list.number(r) == wide.number(r) && wide.member(wide.of(r), wide.number(r)) == r && list.member(list.of(r), list.number(r)) == r));
+      for (int g = 0; g < wide.count(n); ++g) CHECK(list.size(g, n) == wide.size(g, n));
+    }
+}
 TEST_CASE("hierarchical is proven for every group") {
   for (int n = 1; n <= most_ranks; n += n < 12 ? 1 : 13)
     for (int group = 1; group <= n + 1; group += n < 12 || group < 4 ? 1 : n / 4)
@@ -215,11 +287,7 @@ TEST_CASE("hierarchical is proven for every group") {
         for (const Rank root : std::set<Rank>{0, n / 2, n - 1}) {
           // With groups of a power of two the brackets are the fixed ones.
           const Folding folding = (group & (group - 1)) == 0 ? Folding::fixed : Folding::cyclic;
-          std::string problem = root == 0 ? check({{Collective::all_reduce, 0, n, 0, count, false, group}, folding}, Hierarchical::all_reduce) : "";
-          if (root == 0) problem += check({{Collective::all_gather, 0, n, 0, count, false, group}}, Hierarchical::all_gather);
-          if (root == 0) problem += check({{Collective::reduce_scatter, 0, n, 0, count, false, group}, folding}, Hierarchical::reduce_scatter);
-          problem += check({{Collective::reduce, 0, n, root, count, false, group}, root == 0 ? folding : Folding::cyclic}, Hierarchical::reduce);
-          problem += check({{Collective::broadcast, 0, n, root, count, true, group}}, Hierarchical::broadcast);
+          const std::string problem = check_hierarchical(n, group, count, root, folding);
           if (!problem.empty()) FAIL(n << " ranks in groups of " << group << ", " << count << " elements, root " << root << ": " << problem);
         }
   SUCCEED();
@@ -236,6 +304,7 @@ TEST_CASE("what has to go far goes once") {
   };
   constexpr std::size_t count = 8 * 100;
   CHECK(crossing(Collective::all_reduce, Hierarchical::all_reduce, 64, 8, count) == 8 * 3 * count);  // 8 groups, log2(8) exchanges
+  CHECK(crossing(Collective::all_reduce, HierarchicalHalving::all_reduce, 64, 8, count) == 2 * 7 * count);
   CHECK(crossing(Collective::reduce, Hierarchical::reduce, 64, 8, count) == 7 * count);
   CHECK(crossing(Collective::broadcast, Hierarchical::broadcast, 64, 8, count) == 7 * count);
   CHECK(crossing(Collective::all_gather, Hierarchical::all_gather, 64, 8, 10) == 64 * 7 * 10);        // each rank's block to each other group
@@ -297,6 +366,7 @@ const std::vector<Subject> subjects = {
     {"double tree reduce", Collective::reduce, Folding::cyclic, DoubleTree::reduce},
     {"double tree broadcast", Collective::broadcast, Folding::cyclic, DoubleTree::broadcast},
     {"hierarchical all_reduce", Collective::all_reduce, Folding::fixed, Hierarchical::all_reduce, 4},
+    {"hierarchical halving all_reduce", Collective::all_reduce, Folding::fixed, HierarchicalHalving::all_reduce, 2},
     {"hierarchical reduce", Collective::reduce, Folding::fixed, Hierarchical::reduce, 2},
     {"hierarchical broadcast", Collective::broadcast, Folding::fixed, Hierarchical::broadcast, 4},
     {"hierarchical all_gather", Collective::all_gather, Folding::fixed, Hierarchical::all_gather, 2},

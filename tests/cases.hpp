@@ -233,7 +233,7 @@ struct Case {
   std::optional<tally::Errc> refusal(bool one_address_space) const {
     if (algorithm.empty()) return {};
     const tally::AlgorithmRef known = tally::find_algorithm(operation, algorithm);
-    const tally::Folding need = order == Order::fixed ? tally::Folding::fixed : kind->commutes ? tally::Folding::cyclic : tally::Folding::ordered;
+    const tally::Folding need = order == Order::fixed ? tally::Folding::fixed : kind->commutes ? tally::Folding::any : tally::Folding::ordered;
     if (tally::reduces(operation) && known.folding < need) return tally::Errc::invalid_argument;
     if (known.share && (form == Form::background || kind->size > 128)) return tally::Errc::unsupported;
     if (known.is(tally::Reach::direct) && !one_address_space) return tally::Errc::unsupported;

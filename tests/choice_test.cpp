@@ -165,7 +165,7 @@ TEST_CASE("a choice is explained where the environment made it") {
 
 TEST_CASE("what TALLY_ALGORITHM may be is said once each") {
   const auto refused = [](const char* text, const char* why) { CHECK_THROWS_WITH(AlgorithmOverrides(text), std::string("invalid argument: TALLY_ALGORITHM has '") + why); };
-  refused("ring,rings", "rings', which names no algorithm: it may be auto, ring, tree, recursive_doubling, one_shot, recursive_halving, two_shot, chain, double_tree, zero_copy, staged, single_copy, hierarchical, bruck, pairwise");
+  refused("ring,rings", "rings', which names no algorithm: it may be auto, ring, tree, recursive_doubling, one_shot, recursive_halving, two_shot, chain, double_tree, zero_copy, staged, single_copy, hierarchical, hierarchical_halving, bruck, pairwise");
   refused("broadcast=ring", "broadcast=ring', which names no algorithm of that operation: it may be auto, tree, one_shot, two_shot, chain, double_tree, zero_copy, staged, single_copy, hierarchical");
   refused("neighbour_exchange=", "neighbour_exchange=', which names no algorithm of that operation: it may be auto, pairwise");
   refused("allreduce=ring", "allreduce=ring', but no operation is called 'allreduce'");
@@ -336,18 +336,35 @@ TEST_CASE("what crosses between groups counts more, and is avoided") {
     CHECK(time(far, "staged", 1 << 20) > 1.5 * time(near, "staged", 1 << 20));
     CHECK(time(far, "hierarchical", 1 << 20) < 0.8 * time(far, "two_shot", 1 << 20));
   }
+  // Eight hosts, each with another number of ranks: halving for what is long, doubling for what is short.
+  std::vector<std::uint64_t> places;
+  for (std::uint64_t host = 0; host < 8; ++host) places.insert(places.end(), host % 3 + 2, host * 7 % 8);
+  const Partition partition(places);
+  CostModel network;
+  network.cores = 64;
+  network.across = {70, 40, 13};
+  Chooser hosts(static_cast<int>(places.size()), network, false, &partition);
+  CHECK(time(hosts, "hierarchical_halving", 64 << 20) < 0.8 * time(hosts, "hierarchical", 64 << 20));
+  CHECK(time(hosts, "hierarchical", 8) < time(hosts, "hierarchical_halving", 8));
+  CHECK(hosts.choose(Collective::all_reduce, 64 << 20, {}).name == "hierarchical_halving");
+  // One rank of each host: all of them are far from each other, and nobody can do anything for a group.
+  const Partition each(std::vector<std::uint64_t>{4, 2, 9, 1});
+  Chooser apart(4, network, false, &each), beside(4, network);
+  CHECK(time(apart, "ring", 1 << 20) > 5 * time(beside, "ring", 1 << 20));
   const auto offered = [](Chooser& chooser) {
     for (const auto& candidate : chooser.candidates(Collective::all_reduce, 8, {}))
       if (candidate.algorithm.name == "hierarchical") return true;
     return false;
   };
   CHECK(offered(grouped));
+  CHECK(offered(hosts));
   CHECK_FALSE(offered(flat));
+  CHECK_FALSE(offered(apart));
   Options options;
   options.group = 2;
   launch(4, [](Communicator& comm) {
     expect(comm.group() == 2 && comm.duplicate().group() == 2, "the group asked for");
-    expect(comm.explain(Collective::all_reduce, 8).find("in groups of 2") != std::string::npos, "explained");
+    expect(comm.explain(Collective::all_reduce, 8).find("2 groups of ranks share a cache or a socket, at most 2 in each") != std::string::npos, "explained");
   }, threads, options);
   options.group = 1 << 15;
   launch(2, [](Communicator& comm) { expect(comm.group() == 2, "no more than there are"); }, threads, options);

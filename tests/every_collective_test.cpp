@@ -162,7 +162,7 @@ tally::Options grouped(int group) {
 
 void pairs(tally::RankKind ranks) {
   for (int n = 1; n <= 9; ++n)
-    if (!sanitized || n % 3 == 2) run_all(n, chosen(n, 1), ranks);
+    if (!sanitized || n % 3 == 2) run_all(n, chosen(n, 6), ranks);
   run_all(5, chosen(5, 2), ranks, cramped());
   run_all(7, chosen(7, 3), ranks, grouped(3));
   run_all(8, chosen(8, 4), ranks, grouped(4));
@@ -209,7 +209,7 @@ TEST_CASE("the choice of cases meets every pair") {
   std::set<std::pair<std::string, std::string>> met, wanted;
   const auto name = [](const Way& w) { return std::string(name_of(w.operation)) + "/" + std::string(w.algorithm); };
   for (int n = 1; n <= 9; ++n)
-    for (const Case& each : chosen(n, 1)) {
+    for (const Case& each : chosen(n, 6)) {
       if (each.refusal(true)) continue;
       int c = 0;
       while (count_of(c, n) != each.count) ++c;
@@ -244,6 +244,7 @@ TEST_CASE("the choice of cases meets every pair") {
   std::string missing;
   for (const auto& each : wanted)
     if (!met.contains(each)) missing += each.first + " with " + each.second + "; ";
+  INFO("a new algorithm may need another seed");
   CHECK(missing == "");
   CHECK(wanted.size() > 2500);
 }

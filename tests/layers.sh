@@ -8,7 +8,7 @@ root=$(cd "${1:-$(dirname "${BASH_SOURCE[0]}")/..}" && pwd)
 cd "$root/include/tally"
 
 layers=(
-  "text error environment floats types steps plan check algorithms/*"
+  "text error environment floats grouping types steps plan check algorithms/*"
   "clock wait thread_rule file quiet_thread local_socket figures host memory topology copy operators reduce share kernel_copy objective network/* transport/* energy/* account/*"
   "call staging gate prepared progress run neighbours diagnosis local_steps mailbox share_work engine choose cost group options"
   "calls operation progress_thread fusion communicator mesh bootstrap launch"
@@ -18,11 +18,12 @@ layers=(
 exceptions=(
   "error: text"
   "environment: error"
-  "types: floats steps"
+  "steps: grouping"
+  "types: floats grouping steps"
   "plan: error steps text types"
   "check: error steps text types plan"
   "algorithms/*: steps"
-  "algorithms/hierarchical: algorithms/direct algorithms/recursive algorithms/tree"
+  "algorithms/hierarchical: grouping algorithms/direct algorithms/recursive algorithms/tree"
   "wait: clock"
   "thread_rule: wait"
   "reduce: operators"
@@ -48,7 +49,7 @@ exceptions=(
   "transport/connection_thread: error file quiet_thread"
   "transport/ucx: environment transport/fabric"
   "transport/doorbell: local_socket transport/slots"
-  "transport/route: transport/concept transport/slots"
+  "transport/route: grouping transport/concept transport/slots"
   "network/socket: file"
   "network/frame: network/crc32c transport/concept"
   "network/clock_map: clock transport/concept"

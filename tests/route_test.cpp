@@ -2,6 +2,7 @@
 // Shared memory to the ranks of one host and TCP to the others, at once. Ranks are threads; who is on which host is said, not so.
 #include <catch2/catch.hpp>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <cstdio>
@@ -68,7 +69,7 @@ TEST_CASE("ranks dealt to two hosts in turn conform") {
 }
 
 TEST_CASE("all algorithms are right, however ranks are spread over hosts") {
-  for (const Places& places : {Places{1, 1, 2}, Places{1, 2, 1, 2}, Places{1, 1, 2, 2}, Places{1, 2, 2, 2, 1}, Places{1, 1, 1, 1}}) {
+  for (const Places& places : {Places{1, 1, 2}, Places{1, 2, 1, 2}, Places{1, 1, 2, 2}, Places{1, 2, 2, 2, 1}, Places{3, 1, 2, 2, 1, 2, 2}, Places{1, 1, 1, 1}}) {
     const int n = static_cast<int>(places.size());
     everyone(places, [&](Communicator& comm) {
       const int me = comm.rank();
@@ -98,9 +99,18 @@ TEST_CASE("all algorithms are right, however ranks are spread over hosts") {
       }
       comm.send_receive(std::span<const int>(mine), wrap(me + 1, n), std::span(theirs).first(500), wrap(me - 1, n), 3);
       expect(theirs[499] == wrap(me - 1, n), "send_receive");
-      std::vector<int> root(20'000, me == n - 1 ? 7 : 0);
-      comm.broadcast(std::span(root), n - 1);
-      expect(root == std::vector<int>(20'000, 7), "broadcast");
+      for (const std::string_view name : algorithms_for(Collective::broadcast)) {
+        if (!find_algorithm(Collective::broadcast, name).generate) continue;
+        std::vector<int> root(20'000, me == n - 1 ? 7 : 0);
+        comm.broadcast(std::span(root), n - 1, {.algorithm = name});
+        expect(root == std::vector<int>(20'000, 7), "broadcast by " + std::string(name));
+      }
+      for (const std::string_view name : algorithms_for(Collective::reduce)) {
+        if (!find_algorithm(Collective::reduce, name).generate) continue;
+        std::vector<int> ones(5000, me), total(5000);
+        comm.reduce(std::span<const int>(ones), std::span(total), sum, n / 2, {.algorithm = name});
+        expect(total == std::vector<int>(5000, me == n / 2 ? n * (n - 1) / 2 : 0), "reduce by " + std::string(name));
+      }
       int from = -1;
       for (Rank r = 1; me == 0 && r < n; ++r) {
         comm.receive(std::span(&from, 1), r, 5);
@@ -118,9 +128,30 @@ TEST_CASE("explain says which way goes to whom") {
   CHECK_THAT(texts[1], Catch::Contains("rank 1 goes by shm to 0,3, tcp to 2,4"));
   CHECK_THAT(texts[2], Catch::Contains("rank 2 goes by shm to 4, tcp to 0-1,3"));
   everyone({1, 1, 2, 2, 3, 3}, [&](Communicator& comm) { if (comm.rank() == 2) texts[2] = comm.explain(Collective::all_reduce, 8); });
-  CHECK_THAT(texts[2], Catch::Contains("share a host in groups of 2") && Catch::Contains("rank 2 goes by shm to 3, tcp to 0-1,4-5"));
+  CHECK_THAT(texts[2], Catch::Contains("3 groups of ranks share a host, at most 2 in each") && Catch::Contains("rank 2 goes by shm to 3, tcp to 0-1,4-5"));
   everyone({1, 2}, [&](Communicator& comm) { texts[static_cast<std::size_t>(comm.rank())] = comm.explain(Collective::all_reduce, 8); });
   CHECK_THAT(texts[1], Catch::Contains("rank 1 goes by tcp to 0"));
+}
+
+TEST_CASE("ranks of one host are close to each other, wherever they stand, and in communicators of some of them") {
+  everyone({1, 2, 1, 2, 1, 3}, [](Communicator& comm) {
+    const auto is = [](Communicator& c, std::vector<int> groups) {
+      for (Rank r = 0; r < c.size(); ++r)
+        if (c.group().of(r) != groups[static_cast<std::size_t>(r)]) return false;
+      return c.group().count(c.size()) == *std::ranges::max_element(groups) + 1;
+    };
+    expect(is(comm, {0, 1, 0, 1, 0, 2}), "all");
+    auto backwards = comm.split(0, -comm.rank());
+    expect(is(*backwards, {0, 1, 2, 1, 2, 1}), "backwards");
+    auto half = comm.split(comm.rank() / 3, 0);
+    expect(is(*half, comm.rank() < 3 ? std::vector{0, 1, 0} : std::vector{0, 1, 2}), "halves");
+    const auto offers = [](Communicator& c) { return c.explain(Collective::all_reduce, 1 << 20).find("hierarchical") != std::string::npos; };
+    expect(offers(comm) && offers(*backwards) && offers(*half) == (comm.rank() < 3), "what is made for it, where it fits");
+    expect(comm.explain(Collective::all_reduce, 16 << 20).find("ranks: hierarchical") != std::string::npos, "and taken");
+  });
+  Options options;
+  options.group = 1;
+  for (const Caught& c : test::outcomes(detail::tcp_kind({}), {1, 1, 2, 2}, Way::route, [](Communicator& comm) { expect(!comm.group().matters(4) && !comm.duplicate().group().matters(4), "TALLY_GROUP=1: nobody"); }, options)) CHECK((c.ran && !c.error && !c.foreign));
 }
 
 TEST_CASE("communicators of some ranks share memory where these are on one host, and call ranks as they do") {

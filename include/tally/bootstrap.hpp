@@ -53,7 +53,7 @@ namespace detail {
   model.spin_watts = watts(Activity::spin);
   model.sleep_watts = watts(Activity::sleep);
   model.spins = options.wait_policy() == WaitPolicy::latency ? 20000 : options.wait_policy() == WaitPolicy::energy ? 5 : 50;
-  model.group = std::clamp(options.group, 1, std::max(size, 1));
+  model.group = std::min(options.group, std::max(size, 1));
   if (!options.model.empty()) read_model(options.model, transport, size, model);
   return model;
 }

@@ -74,11 +74,11 @@ const Op& lasting(const Op& op) {
 class CallMaker {
  public:
   CallMaker(const AnyEngine& engine, nanoseconds timeout, const CostModel& model, AlgorithmOverrides overrides, Order order)
-      : rank_(engine.rank()), size_(engine.size()), timeout_(timeout), frame_bytes_(engine.frame_bytes()), one_address_space_(engine.one_address_space()), stages_(engine.stages()), group_(model.group), order_(order), chooser_(size_, model, stages_), overrides_(std::move(overrides)) {}
+      : rank_(engine.rank()), size_(engine.size()), timeout_(timeout), frame_bytes_(engine.frame_bytes()), one_address_space_(engine.one_address_space()), stages_(engine.stages()), order_(order), chooser_(size_, model, stages_, engine.partition()), overrides_(std::move(overrides)) {}
 
   Rank rank() const { return rank_; }
   int size() const { return size_; }
-  int group() const { return group_; }
+  const Grouping& group() const { return chooser_.group(); }
   nanoseconds timeout() const { return timeout_; }
   void set_timeout(nanoseconds timeout) { timeout_ = positive(timeout); }
   Order order() const { return order_; }
@@ -148,7 +148,7 @@ class CallMaker {
   template <class A>
   Call barrier(const CallOptions& options, Way way) {
     const Output memory{&token_, 1};
-    return settle<A, Collective::barrier, unsigned char>(memory, memory, {Collective::barrier, rank_, size_, 0, 1}, {fold_of<unsigned char>(max), 0, nullptr, nullptr, Folding::cyclic}, options, way);
+    return settle<A, Collective::barrier, unsigned char>(memory, memory, {Collective::barrier, rank_, size_, 0, 1}, {fold_of<unsigned char>(max), 0, nullptr, nullptr, Folding::any}, options, way);
   }
 
   // Blocks of their own sizes. `extents` must outlive the call's post.
@@ -269,7 +269,7 @@ class CallMaker {
     std::uint16_t code = 0;
     void (*finish)(void*, std::size_t, int) = nullptr;
     ScaleFunction scale = nullptr;
-    Folding least = Folding::cyclic;
+    Folding least = Folding::any;
   };
   template <class R>
   static auto memory_of(const char* name, R& range) {
@@ -296,14 +296,14 @@ class CallMaker {
     constexpr bool commutes = is_commutative<Op>;
     static_assert(!std::same_as<Op, Mean> || (O != Collective::scan && O != Collective::exclusive_scan), "a scan has no mean: each rank folds another number of values");
     if constexpr (!std::same_as<A, Auto>)
-      static_assert(commutes || detail::folding_of<A, O>() != Folding::cyclic, "this algorithm does not keep the order of ranks, which this operator needs: it is not marked as commutative");
-    const Folding least = options.order.value_or(order_) == Order::fixed ? Folding::fixed : commutes ? Folding::cyclic : Folding::ordered;
-    return settle<A, O, T>(in, out, {O, rank_, size_, root, count, false, group_, extents}, {fold_of<T>(detail::lasting(op)), detail::operator_code<Op>(), finish, scale_of<T, Op>(), least}, options, way);
+      static_assert(commutes || detail::folding_of<A, O>() >= Folding::ordered, "this algorithm does not keep the order of ranks, which this operator needs: it is not marked as commutative");
+    const Folding least = options.order.value_or(order_) == Order::fixed ? Folding::fixed : commutes ? Folding::any : Folding::ordered;
+    return settle<A, O, T>(in, out, {O, rank_, size_, root, count, false, group(), extents}, {fold_of<T>(detail::lasting(op)), detail::operator_code<Op>(), finish, scale_of<T, Op>(), least}, options, way);
   }
   /// Operations that only move.
   template <class A, Collective O, class T>
   [[gnu::always_inline]] Call moving(const Input& in, const Output& out, std::size_t count, Rank root, const CallOptions& options, Way way, const Extents* extents = nullptr) {
-    return settle<A, O, T>(in, out, {O, rank_, size_, root, count, false, group_, extents}, {}, options, way);
+    return settle<A, O, T>(in, out, {O, rank_, size_, root, count, false, group(), extents}, {}, options, way);
   }
   template <class A, Collective O, class T>
   [[gnu::always_inline]] Call settle(const Input& in, const Output& out, Layout layout, const Combining& how, const CallOptions& options, Way way) {
@@ -449,7 +449,6 @@ class CallMaker {
   nanoseconds timeout_;
   std::size_t frame_bytes_;
   bool one_address_space_, stages_;
-  int group_;  // see Shape
   Order order_;
   std::byte token_{};  // of barriers
   Chooser chooser_;

@@ -4,9 +4,11 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <concepts>
 #include <string>
 #include <string_view>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -148,7 +150,7 @@ constexpr Folding folding_of() {
   if constexpr (O == Collective::reduce && requires { A::reduce_folding; }) return A::reduce_folding;
   else if constexpr ((O == Collective::scan || O == Collective::exclusive_scan) && requires { A::scan_folding; }) return A::scan_folding;
   else if constexpr (requires { A::folding; }) return A::folding;
-  else return Folding::cyclic;
+  else return Folding::any;
 }
 
 }  // namespace detail
@@ -173,17 +175,24 @@ constexpr AlgorithmRef algorithm_ref() {
 
 namespace detail {
 
-template <Collective O, class A>
-constexpr AlgorithmRef ref_or_none() {
-  if constexpr (Algorithm<A, O>) return algorithm_ref<A, O>();
-  else return {};
-}
+/// Those of the algorithms that can do O.
 template <Collective O, class... As>
-inline constexpr AlgorithmRef table_of[] = {ref_or_none<O, As>()...};
+constexpr auto make_table() {
+  std::array<AlgorithmRef, (std::size_t{0} + ... + std::size_t{Algorithm<As, O>})> table;
+  std::size_t i = 0;
+  const auto add = [&]<class A>(std::type_identity<A>) {
+    if constexpr (Algorithm<A, O>) table[i++] = algorithm_ref<A, O>();
+  };
+  (add(std::type_identity<As>()), ...);
+  return table;
+}
+template <Collective O>
+inline constexpr auto table_of =
+    make_table<O, Ring, Tree, RecursiveDoubling, OneShot, RecursiveHalving, TwoShot, Chain, DoubleTree, ZeroCopy, Staged, SingleCopy, Hierarchical, HierarchicalHalving, Pairwise, Bruck>();
 template <Collective O>
 constexpr const AlgorithmRef* find_builtin(std::string_view name) {
-  for (const AlgorithmRef& algorithm : table_of<O, Ring, Tree, RecursiveDoubling, OneShot, RecursiveHalving, TwoShot, Chain, DoubleTree, ZeroCopy, Staged, SingleCopy, Hierarchical, Pairwise, Bruck>)
-    if (algorithm && algorithm.name == name) return &algorithm;
+  for (const AlgorithmRef& algorithm : table_of<O>)
+    if (algorithm.name == name) return &algorithm;
   return nullptr;
 }
 constexpr const AlgorithmRef* builtin(Collective operation, std::string_view name) {

@@ -60,8 +60,8 @@ class Communicator {
 
   Rank rank() const { return rank_; }
   int size() const { return size_; }
-  /// So many ranks that follow each other, from rank 0 on, share a cache or a socket; 1 where they do not, or it is not known.
-  int group() const { return make().group(); }
+  /// Which ranks share a host, or else a cache or a socket, as far as it is known.
+  const Grouping& group() const { return make().group(); }
 
   // Each operation is there three times: as a call; as async_, which starts it and returns at once; and most as persistent_,
   // decided and planned once, to be run many times on the same memory. Making a persistent one is not collective, running it is.
@@ -479,7 +479,7 @@ class Communicator {
   /// measured or is estimated to take. `symmetric`: the buffers come from allocate(). Local; the same on all ranks.
   [[gnu::cold]] std::string explain(Collective operation, std::size_t bytes, bool symmetric = false) {
     Chooser& chooser = make().chooser();
-    const Need need{operation != Collective::barrier && (symmetric || make().one_address_space()), make().order() == Order::fixed ? Folding::fixed : Folding::cyclic};
+    const Need need{operation != Collective::barrier && (symmetric || make().one_address_space()), make().order() == Order::fixed ? Folding::fixed : Folding::any};
     const AlgorithmRef& asked = make().overrides().of(operation);
     const bool follows = asked && make().reaches(asked, need.direct) && need.met_by(asked, operation);
     const AlgorithmRef chosen = follows ? asked : chooser.choose(operation, bytes, need);
@@ -494,7 +494,7 @@ class Communicator {
       text += '\n';
     }
     const std::string ways = engine().ways();
-    if (group() > 1 && group() < size()) text += detail::concat({"  ranks that follow each other share ", ways.empty() ? "a cache or a socket" : "a host", " in groups of ", group(), "\n"});
+    if (group().matters(size())) text += detail::concat({"  ", group().count(size()), " groups of ranks share ", ways.empty() ? "a cache or a socket" : "a host", ", at most ", group().largest(size()), " in each\n"});
     if (!ways.empty()) text += detail::concat({"  rank ", rank(), " goes by ", ways, "\n"});
     if (const AlgorithmRef kernel = find_algorithm(operation, SingleCopy::name)) {
       if (const std::string problem = engine().kernel_problem(); !problem.empty()) text += detail::concat({"  single_copy is done as staged: ", problem, "\n"});

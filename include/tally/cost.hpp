@@ -50,7 +50,7 @@ struct CostModel {
   float turn = 1.0f;           // where ranks outnumber cores: for one of them to give another its core
   std::int32_t cores = 1;      // that ranks share
   Across across = {};
-  std::int32_t group = 1;      // see Shape
+  std::int32_t group = 0;      // the width of a Grouping; 0: whatever the transport says
   std::int32_t ranks = 0;      // that `measured` is for
   Objective objective = Objective::time;
   float copy_watts = 1, protocol_watts = 1, spin_watts = 1, sleep_watts = 0;  // of a core, above the floor; only their ratios count
@@ -74,13 +74,13 @@ struct Profile {
 };
 
 /// From the texts of all ranks, with a small count.
-[[gnu::cold]] inline Profile profile_of(const AlgorithmRef& algorithm, Collective operation, int n, int group = 1, const Across& across = {1, 1, 1}) {
+[[gnu::cold]] inline Profile profile_of(const AlgorithmRef& algorithm, Collective operation, int n, const Grouping& group = {}, const Across& across = {1, 1, 1}) {
   operation = uniform(operation);
   const bool blocks = Layout{operation, 0, n, 0, 1}.items() > 1;
   const std::size_t count = operation == Collective::barrier ? 1 : static_cast<std::size_t>(blocks ? 4 : 4 * n);
   const Layout layout{operation == Collective::barrier ? Collective::all_reduce : operation, 0, n, 0, count, operation == Collective::barrier || operation == Collective::broadcast, group};
   const auto items = static_cast<double>(layout.items());
-  const auto distance = [&](Rank a, Rank b, float Across::* kind) { return group == 1 || a / group == b / group ? 1.0 : static_cast<double>(across.*kind); };
+  const auto distance = [&](Rank a, Rank b, float Across::* kind) { return !group.is_known() || group.of(a) == group.of(b) ? 1.0 : static_cast<double>(across.*kind); };
   Profile profile;
   if (algorithm.share) {  // two meetings, and its share of the data
     const double meeting = n <= direct_meeting_ranks ? n - 1 : std::bit_width(static_cast<unsigned>(n - 1));
@@ -109,9 +109,11 @@ struct Profile {
       profile.local = std::max(profile.local, staged ? put / items : 0);
     }
     profile.mean = {profile.messages, profile.sent, profile.received, profile.local};  // shares are even
-    if (group > 1 && group < n) {
+    if (group.is_known() && group.count(n) > 1) {
+      double near = 0;  // of the others, for a rank on average
+      for (int g = 0; g < group.count(n); ++g) near += static_cast<double>(group.size(g, n)) * (group.size(g, n) - 1) / n;
       profile.chain *= static_cast<double>(across.hop);
-      for (double* bytes : {&profile.received, &profile.sent}) *bytes *= (group - 1 + static_cast<double>(across.byte) * (n - group)) / (n - 1);
+      for (double* bytes : {&profile.received, &profile.sent}) *bytes *= (near + static_cast<double>(across.byte) * (n - 1 - near)) / (n - 1);
     }
     return profile;
   }
@@ -179,11 +181,11 @@ struct Profile {
 /// What a call asks of an algorithm.
 struct Need {
   bool direct = false;                // all ranks can reach each other's buffers
-  Folding folding = Folding::cyclic;  // or a stricter one; operations that do not combine ask for nothing
+  Folding folding = Folding::any;     // or ordered, or fixed; operations that do not combine ask for nothing
   bool steps = false;                 // no shares: they cannot run in the background
   static constexpr std::size_t kinds = 12;
-  constexpr std::size_t index() const { return static_cast<std::size_t>(folding) * 4 + (steps ? 2u : 0u) + (direct ? 1u : 0u); }
-  static constexpr Need of(std::size_t index) { return {(index & 1) != 0, static_cast<Folding>(index / 4), (index & 2) != 0}; }
+  constexpr std::size_t index() const { return (folding == Folding::any ? 0 : static_cast<std::size_t>(folding) - 1) * 4 + (steps ? 2u : 0u) + (direct ? 1u : 0u); }
+  static constexpr Need of(std::size_t index) { return {(index & 1) != 0, static_cast<Folding>(index < 4 ? 0 : index / 4 + 1), (index & 2) != 0}; }
   constexpr bool met_by(const AlgorithmRef& algorithm, Collective operation) const {
     return (!reduces(operation) || algorithm.folding >= folding) && !(algorithm.share && steps);
   }
@@ -192,10 +194,12 @@ struct Need {
 /// Chooses, and remembers what it chose.
 class Chooser {
  public:
-  /// `stages`: the ranks have blocks of shared memory.
-  explicit Chooser(int n, const CostModel& model = {}, bool stages = false) : n_(n), stages_(stages), model_(model) {}
+  /// `stages`: the ranks have blocks of shared memory. `group`, if the model does not say.
+  explicit Chooser(int n, const CostModel& model = {}, bool stages = false, const Partition* group = nullptr)
+      : n_(n), stages_(stages), model_(model), group_(model.group == 0 && group ? Grouping(*group) : Grouping(model.group)) {}
 
   const CostModel& model() const { return model_; }
+  const Grouping& group() const { return group_; }
 
   /// `direct`: all ranks can reach each other's buffers.
   [[gnu::always_inline]] const AlgorithmRef& choose(Collective operation, std::size_t bytes, const Need& need) {
@@ -238,7 +242,7 @@ class Chooser {
     for (const std::string_view name : algorithms_for(operation)) {
       const AlgorithmRef algorithm = find_algorithm(operation, name);
       const bool possible = !algorithm.share || (algorithm.is(Reach::direct) ? need.direct : stages_ && (algorithm.is(Reach::staged) || has_measured(algorithm, operation, bytes)));
-      if (!possible || !need.met_by(algorithm, operation) || (name == Hierarchical::name && !grouped())) continue;
+      if (!possible || !need.met_by(algorithm, operation) || (name.starts_with(Hierarchical::name) && !group_.matters(n_))) continue;
       const Candidate next{algorithm, estimate(algorithm, operation, bytes)};
       all.insert(std::upper_bound(all.begin(), all.end(), next, [this](const Candidate& a, const Candidate& b) { return score_of(a.estimate) < score_of(b.estimate); }), next);
     }
@@ -246,7 +250,6 @@ class Chooser {
   }
 
  private:
-  bool grouped() const { return model_.group > 1 && model_.group < n_; }
   [[gnu::cold, gnu::noinline]] const AlgorithmRef* best(Collective operation, std::size_t bytes, const Need& need) {
     return detail::builtin(operation, candidates(operation, bytes, need).front().algorithm.name);
   }
@@ -293,13 +296,14 @@ class Chooser {
     // More ranks than these change what an algorithm costs, but hardly which one is best, if they are in as many groups.
     constexpr int most_ranks = 32;
     const int ranks = std::min(n_, most_ranks);
-    const int group = grouped() ? static_cast<int>(std::max<std::int64_t>(2, std::int64_t{model_.group} * ranks / n_)) : 1;
+    const Grouping group = ranks == n_ ? group_ : group_.matters(n_) ? Grouping(std::max(2, ranks / group_.count(n_))) : Grouping();
     return known.emplace_back(algorithm.code, detail::profile_of(algorithm, operation, ranks, group, model_.across)).second;
   }
 
   int n_;
   bool stages_;
   CostModel model_;
+  Grouping group_;
   const AlgorithmRef* chosen_[static_cast<std::size_t>(Collective::neighbour_exchange) + 1][Need::kinds][CostModel::classes] = {};
   std::vector<std::pair<std::uint8_t, detail::Profile>> profiles_[CostModel::operations];
   std::mutex estimating_;

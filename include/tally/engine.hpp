@@ -228,6 +228,7 @@ class Engine final : public AnyEngine {
     const Held held(const_cast<Engine&>(*this));
     return transport_->counters();
   }
+  const Partition* partition() const override { if constexpr (requires { transport_->partition(); }) return transport_->partition(); else return nullptr; }
   std::string ways() const override { if constexpr (requires { transport_->ways(); }) return transport_->ways(); else return {}; }
   std::uint64_t reserve(std::span<const Rank> members) override { return transport_->reserve(members); }
   std::unique_ptr<AnyEngine> open(std::uint64_t token, std::span<const Rank> members) override { return std::make_unique<Engine>(transport_->open(token, members), clock_, ledger_.settings(), wait_, accounting_); }
@@ -242,10 +243,7 @@ class Engine final : public AnyEngine {
   std::string kernel_problem() const override { return shares_.kernel_problem(); }
 
   // For Progress (see ProgressClient).
-  OperationAccount& account_of(const Transfer& t) {
-    Run* const run = diagnosis_.serving = static_cast<Run*>(t.owner);
-    return run->account;
-  }
+  OperationAccount& account_of(const Transfer& t) { return (diagnosis_.serving = static_cast<Run*>(t.owner))->account; }
   OperationAccount& waiting() { return diagnosis_.awaited().account; }
   std::uint16_t called() const { return static_cast<std::uint16_t>(sequence_); }
   [[gnu::cold]] Ticks expected_wait() { return clock_.to_ticks(ledger_.expect_wait(diagnosis_.awaited().row)); }

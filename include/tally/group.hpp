@@ -77,7 +77,7 @@ inline std::string problem_with(std::span<const Rank> ranks, int n) {
   if (size == n && std::ranges::is_sorted(members)) return model;
   std::vector<Place> places;
   for (const Rank r : members) places.push_back({r / std::max(1, static_cast<int>(model.group)), -1});
-  model.group = group_of(places);
+  if (model.group > 0) model.group = group_of(places);
   // Where ranks outnumber the cores, the others are at work in their own groups meanwhile.
   if (n > model.cores) model.cores = std::max(1, model.cores * size / n);
   return model;

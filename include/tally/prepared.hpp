@@ -22,7 +22,7 @@ namespace tally::inline v0 {
 /// more than it holds.
 inline bool exceeds_caches(const Layout& layout, std::size_t grain) {
   static const std::size_t cache = last_level_cache_bytes();
-  const auto sharing = static_cast<std::size_t>(layout.group > 1 ? layout.group : layout.n);
+  const auto sharing = static_cast<std::size_t>(layout.group.matters(layout.n) ? layout.group.size(layout.group.of(layout.me), layout.n) : layout.n);
   return (layout.input_count() + layout.output_count()) * grain >= cache / 4 * 3 / sharing;
 }
 

@@ -255,6 +255,7 @@ class AnyEngine {
   virtual const Ledger& ledger() const = 0;
   virtual TransportCounters counters() const = 0;
   virtual std::string ways() const = 0;  // of a transport that has several: which goes to whom
+  virtual const Partition* partition() const { return nullptr; }  // of one that knows who is close to whom
   // For some of the ranks, in this order: members[0] reserves, all members open the token, members[0] releases it.
   virtual std::uint64_t reserve(std::span<const Rank> members) = 0;
   virtual std::unique_ptr<AnyEngine> open(std::uint64_t token, std::span<const Rank> members) = 0;

@@ -12,6 +12,8 @@
 #include <string_view>
 #include <utility>
 
+#include "grouping.hpp"
+
 namespace tally::inline v0 {
 
 using Rank = int;
@@ -142,7 +144,8 @@ class Chunks {
 
 /// The order in which an algorithm folds the ranks' values; the checker proves it.
 enum class Folding : std::uint8_t {
-  cyclic,   // consecutive ranks, wrapping around, from any rank on: needs a commutative operator
+  any,      // each rank's value once: needs a commutative operator, as the next does
+  cyclic,   // consecutive ranks, wrapping around, from any rank on
   ordered,  // rank order from rank 0 on, with brackets of its own
   fixed,    // rank order, one bracketing for all algorithms that declare it:
             // fold(lo, hi) = fold(lo, mid) . fold(mid, hi), mid = lo + the largest power of two below hi - lo
@@ -155,7 +158,7 @@ struct Shape {
   int n;
   Rank root;
   Chunks in, out;
-  int group = 1;  // so many consecutive ranks, from rank 0 on, are close to each other: they share a cache or a socket
+  Grouping group = {};
 };
 
 /// What one rank does in an algorithm over memory that every rank can load and store. Once all ranks have said that

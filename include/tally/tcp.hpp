@@ -8,9 +8,9 @@
 #include <cstring>
 #include <exception>
 #include <functional>
-#include <map>
 #include <memory>
 #include <optional>
+#include <set>
 #include <span>
 #include <string>
 #include <string_view>
@@ -76,23 +76,17 @@ struct Neighbourhood {
 
 /// What all choose algorithms by, once it is known where they are: `at` by rank, the same for ranks that share memory.
 inline CostModel network_model(const std::vector<std::uint64_t>& at, const Options& options, std::string_view network = "tcp") {
-  std::vector<Place> places;
-  std::map<std::uint64_t, int> known;
-  for (const std::uint64_t place : at) {
-    const int number = known.emplace(place, static_cast<int>(known.size())).first->second;
-    places.push_back({number, number});
-  }
-  const bool shared = known.size() < at.size();
+  const bool shared = std::set(at.begin(), at.end()).size() < at.size();
   CostModel model = model_for(concat({shared ? "shm+" : "", network}), static_cast<int>(at.size()), options);
   if (shared) {
     model.across = {70, 40, 13};  // what follows against what memory takes
-    if (options.group == 0) model.group = group_of(places);
   } else {
     // Measured on loopback of the machine that the others are from. Between hosts a hop takes longer, and a byte as long as the line says.
     model.line = 7;
     model.message = 2.5f;
     model.far_byte = 0.0004f;
     model.turn = 10;
+    model.across = {1, 1, 1};
   }
   return model;
 }

@@ -160,7 +160,7 @@ struct Layout {
   Rank root = 0;
   std::size_t count = 0;
   bool in_place = false;
-  int group = 1;  // see Shape
+  Grouping group = {};
   const Extents* extents = nullptr;  // v-variants and neighbour exchanges; whoever keeps a layout keeps them, too
 
   std::size_t input_count() const {

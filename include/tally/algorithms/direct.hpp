@@ -12,10 +12,10 @@ namespace tally::inline v0 {
 
 namespace detail {
 
-/// result = x0 . x1 . ... . x(n-1) of the n ranks from `first` on, of which this is number `me`. Bracketed like a binary
+/// result = x0 . x1 . ... . x(n-1) of n ranks, of which this is number `me`. Bracketed like a binary
 /// counter: level k of the stack, which lies in scratch from `stack` on, holds the fold of 2^j consecutive ranks, two of
 /// the same size are folded into one as soon as they meet.
-inline Steps fold_all(int me, int n, Range mine, Range result, Rank first = 0, std::size_t stack = 0) {
+inline Steps fold_all(int me, int n, Range mine, Range result, std::size_t stack = 0) {
   const auto level = [&](int k) {
     return k == 0 && me <= 1 ? result : Range{Buffer::scratch, stack + static_cast<std::size_t>(k) * mine.count, mine.count};
   };
@@ -25,17 +25,17 @@ inline Steps fold_all(int me, int n, Range mine, Range result, Rank first = 0, s
   }
   int p = 0;
   if (me <= 1) {  // the first two fold their own value straight into the result
-    co_yield receive_combine(first + 1 - me, mine, result, me == 0 ? Side::right : Side::left);
+    co_yield receive_combine(1 - me, mine, result, me == 0 ? Side::right : Side::left);
     p = 2;
   }
   for (; p < n; ++p) {
     int depth = std::popcount(static_cast<unsigned>(p));  // values on the stack
     if (p & 1) {
       --depth;
-      co_yield p == me ? combine(mine, level(depth)) : receive_combine(first + p, level(depth));
+      co_yield p == me ? combine(mine, level(depth)) : receive_combine(p, level(depth));
       for (int size = 2; p & size; size *= 2, --depth) co_yield combine(level(depth), level(depth - 1));
     } else {
-      co_yield p == me ? copy(mine, level(depth)) : receive(first + p, level(depth));
+      co_yield p == me ? copy(mine, level(depth)) : receive(p, level(depth));
     }
   }
   for (int depth = std::popcount(static_cast<unsigned>(n)) - 1; depth > 0; --depth)

@@ -14,6 +14,7 @@
 #include <utility>
 #include <vector>
 
+#include "../grouping.hpp"
 #include "concept.hpp"
 #include "slots.hpp"
 
@@ -35,21 +36,14 @@ class RouteTransport {
   /// rank, the same for ranks of one host.
   /// `slots`: of all ranks, for what all must agree on.
   RouteTransport(std::unique_ptr<Net> net, std::unique_ptr<SlotTransport> local, std::vector<std::uint64_t> places, const SlotOptions& slots)
-      : net_(std::move(net)), local_(std::move(local)), slots_(slots), places_(std::move(places)), near_(places_.size(), -1), name_(net_->name()), frame_bytes_(net_->frame_bytes()) {
+      : net_(std::move(net)), local_(std::move(local)), slots_(slots), places_(std::move(places)), partition_(places_), near_(places_.size(), -1), name_(net_->name()), frame_bytes_(net_->frame_bytes()) {
     Rank count = 0;
     for (std::size_t r = 0; local_ && r < places_.size(); ++r)
       if (places_[r] == places_[static_cast<std::size_t>(rank())]) near_[r] = count++;
-    auto sorted = places_;
-    std::ranges::sort(sorted);
-    std::ptrdiff_t most = 1;  // ranks of a host
-    for (auto first = sorted.begin(); first != sorted.end();) {
-      const auto next = std::upper_bound(first, sorted.end(), *first);
-      most = std::max(most, next - first);
-      first = next;
-    }
-    if (most == 1) return;
+    const int most = partition_.largest();  // ranks of a host
+    if (most <= 1) return;
     name_.insert(0, "shm+");  // the same for all, also for who is alone
-    frame_bytes_ = std::min(frame_bytes_, SlotLayout(static_cast<int>(most), slots_).slot_bytes());
+    frame_bytes_ = std::min(frame_bytes_, SlotLayout(most, slots_).slot_bytes());
   }
 
   Rank rank() const { return net_->rank(); }
@@ -58,6 +52,7 @@ class RouteTransport {
   Rank origin(Rank r) const { return net_->origin(r); }
   std::size_t frame_bytes() const { return frame_bytes_; }
   std::string_view name() const { return name_; }
+  const Partition* partition() const { return &partition_; }
   /// Which way goes to whom: "shm to 1, tcp to 2-3".
   std::string ways() const {
     const auto list = [this](bool nearby) {
@@ -185,6 +180,7 @@ class RouteTransport {
   std::unique_ptr<SlotTransport> local_;
   SlotOptions slots_;
   std::vector<std::uint64_t> places_;
+  Partition partition_;     // by them
   std::vector<Rank> near_;  // by rank, what it is in the local memory; -1: on another host
   std::string name_;
   std::size_t frame_bytes_;
