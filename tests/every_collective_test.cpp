@@ -165,7 +165,7 @@ void pairs(tally::RankKind ranks) {
     if (!sanitized || n % 3 == 2) run_all(n, chosen(n, 6), ranks);
   run_all(5, chosen(5, 2), ranks, cramped());
   run_all(7, chosen(7, 3), ranks, grouped(3));
-  run_all(8, chosen(8, 4), ranks, grouped(4));
+  if (!sanitized) run_all(8, chosen(8, 4), ranks, grouped(4));
 }
 void everything(tally::RankKind ranks) {
   for (int n = 1; n <= 9; ++n)

@@ -290,7 +290,7 @@ TEST_CASE("a stripe that breaks ends what goes by it, and says between whom; one
     FaultProxy proxy(job.address, {.breaks = 3, .breaks_at = at});
     const auto results = test::through(job, proxy, stripes(3), [](Communicator& comm) {
       comm.barrier();
-      for (int i = 0; i < 20; ++i) numbers(comm, 2'000'000);
+      for (int i = 0; i < 20; ++i) numbers(comm, test::sanitized ? 500'000 : 2'000'000);
     });
     if (at == 0) all_well(results);
     for (const Caught& c : results) {
