@@ -147,6 +147,14 @@ TEST_CASE("ranks of one host are close to each other, wherever they stand, and i
     expect(is(*half, comm.rank() < 3 ? std::vector{0, 1, 0} : std::vector{0, 1, 2}), "halves");
     const auto offers = [](Communicator& c) { return c.explain(Collective::all_reduce, 1 << 20).find("hierarchical") != std::string::npos; };
     expect(offers(comm) && offers(*backwards) && offers(*half) == (comm.rank() < 3), "what is made for it, where it fits");
+    const auto before = comm.counters().frames_sent;
+    comm.barrier({.algorithm = "hierarchical"});
+    const auto frames = comm.counters().frames_sent - before;
+    const auto messages = [&](const Grouping& group) {
+      const Layout layout{Collective::barrier, comm.rank(), comm.size(), 0, 1, false, group};
+      return Plan(Hierarchical::all_reduce(layout.shape()), layout, 1).messages_sent();
+    };
+    expect(frames == messages(comm.group()) && (comm.rank() > 0 || frames != messages({})), "a barrier in groups, too: " + std::to_string(frames));
     expect(comm.explain(Collective::all_reduce, 16 << 20).find("ranks: hierarchical") != std::string::npos, "and taken");
   });
   Options options;

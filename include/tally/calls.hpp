@@ -148,7 +148,7 @@ class CallMaker {
   template <class A>
   Call barrier(const CallOptions& options, Way way) {
     const Output memory{&token_, 1};
-    return settle<A, Collective::barrier, unsigned char>(memory, memory, {Collective::barrier, rank_, size_, 0, 1}, {fold_of<unsigned char>(max), 0, nullptr, nullptr, Folding::any}, options, way);
+    return settle<A, Collective::barrier, unsigned char>(memory, memory, {Collective::barrier, rank_, size_, 0, 1, false, group()}, {fold_of<unsigned char>(max), 0, nullptr, nullptr, Folding::any}, options, way);
   }
 
   // Blocks of their own sizes. `extents` must outlive the call's post.
