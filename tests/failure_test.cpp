@@ -6,8 +6,10 @@
 
 #include <csignal>
 
+#include <fstream>
 #include <limits>
 #include <numeric>
+#include <optional>
 #include <span>
 #include <sstream>
 
@@ -710,7 +712,7 @@ TALLY_TEST_BOTH("leaving after the last operation is no error", "[failure]", las
 // ---- Ranks that die.
 
 struct Death {
-  std::atomic<std::int64_t> at{0};
+  std::atomic<std::int64_t> at{0};  // a time, or who
 };
 
 /// A rank dies in the middle; the earliest survivor's error after the death, in ms. All survivors must name it.
@@ -761,6 +763,28 @@ TEST_CASE("a killed rank is noticed and named", "[failure][processes]") {
 TEST_CASE("a killed rank among four is noticed under every algorithm", "[failure][processes]") {
   for (const std::string_view algorithm : tally::algorithms_for(Collective::all_reduce))
     for (const int victim : {0, 2}) survive(4, victim, algorithm, false);
+}
+
+TEST_CASE("of ranks that are gone the one that died is named before one that left", "[failure][processes]") {
+  const Shared<Death> death;
+  const Outcome outcome = outcome_of(3, tally::processes, [&](Communicator& comm) {
+    auto other = std::make_optional(comm.duplicate());
+    const int me = comm.rank();
+    if (me == 1) other.reset();
+    comm.barrier();  // it has left
+    if (me == 2) death->at = ::getpid(), ::raise(SIGKILL);
+    if (me == 1) std::this_thread::sleep_for(1h);
+    expect(eventually(10s, [&] {
+      std::ifstream state(tally::detail::concat({"/proc/", death->at.load(), "/stat"}));
+      std::string pid, name, letter;
+      return death->at > 0 && (!(state >> pid >> name >> letter) || letter == "Z" || letter == "X");
+    }), "it is dead");
+    int x = 1;
+    other->all_reduce(std::span(&x, 1), tally::sum, {.algorithm = "one_shot"});
+  });
+  INFO(outcome);
+  CHECK(outcome.ranks[0].is(Errc::peer_lost));
+  CHECK_THAT(outcome.ranks[0].text, Catch::Contains("rank 2"));
 }
 
 /// Kills this process after a while, whatever it does then.

@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include <array>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <filesystem>
@@ -152,7 +153,8 @@ TEST_CASE("who does not know the secret neither joins nor is joined") {
   CHECK_THAT(joined("swordfish", "")[1].text, Catch::Contains("rank 0 asks for a secret, and this rank has none"));
   CHECK_THAT(joined("", "haddock")[1].text, Catch::Contains("this rank has a secret, and rank 0 has none"));
   const auto alone = joined("swordfish", "haddock")[0];
-  CHECK_THAT(alone.text, Catch::Contains("1 of 2 ranks did not appear: 1"));
+  CHECK_THAT(alone.text, Catch::Contains("1 of 2 ranks did not appear: 1; connections that were turned away: 1, the last one from 127.0.0.1:") && Catch::Contains("rank 1 has another secret"));
+  CHECK_THAT(joined("swordfish", "")[0].text, Catch::Contains("turned away: 1") && Catch::Contains("it went without a word"));
 
   // What was said once proves nothing the next time: rank 1's own words, replayed.
   Job job(2);
@@ -236,6 +238,50 @@ TEST_CASE("ranks of rank 0's host are told to others as these reach that host, w
     INFO((*results)[static_cast<std::size_t>(r)]);
     CHECK(((*results)[static_cast<std::size_t>(r)].ran && !(*results)[static_cast<std::size_t>(r)].error && !(*results)[static_cast<std::size_t>(r)].foreign));
   }
+}
+
+TEST_CASE("a registry that goes without a word, as an earlier job's does, is looked for again") {
+  auto listener = detail::listen_at(loopback(4));
+  const std::string where = detail::own_address(listener).text();
+  std::vector<Caught> results(2);
+  std::thread rank_1([&] { results[1] = caught([&] { meet(1, 2, where); }); });
+  for (int i = 0; i < 3; ++i) {
+    detail::wait_for_events(listener.get(), POLLIN, std::chrono::steady_clock::now() + 5s);
+    const detail::FileDescriptor guest(::accept4(listener.get(), nullptr, nullptr, SOCK_CLOEXEC));
+    CHECK(guest.get() >= 0);
+  }
+  results[0] = caught([&] { meet(0, 2, detail::Meeting(std::move(listener))); });
+  rank_1.join();
+  for (const Caught& c : results) {
+    INFO(c);
+    CHECK_FALSE((c.error || c.foreign));
+  }
+  auto closing = detail::listen_at(loopback(4));
+  const std::string never = detail::own_address(closing).text();
+  std::atomic<bool> over = false;
+  std::thread server([&] {
+    while (!over)
+      if (detail::wait_for_events(closing.get(), POLLIN, std::chrono::steady_clock::now() + 20ms)) detail::FileDescriptor(::accept4(closing.get(), nullptr, nullptr, SOCK_CLOEXEC));
+  });
+  const Caught c = caught([&] { meet(1, 2, never, {}, 300ms); });
+  over = true;
+  server.join();
+  CHECK(c.is(Errc::timeout));
+  CHECK_THAT(c.text, (Catch::Contains("cannot reach the job's registry at " + never) && Catch::Contains("it was closed before a word was said")) || Catch::Contains("did not speak as a job of tally"));  // the last one was not closed in time
+}
+TEST_CASE("ranks meet at the address that all are told, whatever interface rank 0 is to be reached by") {
+  const auto own = detail::own_interfaces();
+  std::vector<Caught> results(2);
+  const auto port = detail::own_address(detail::listen_at(loopback(4))).port;
+  const std::string where = "127.0.0.1:" + std::to_string(port);
+  on_ranks(2, [&](Rank r) {
+    results[static_cast<std::size_t>(r)] = caught([&] { meet(r, 2, detail::Meeting(where), {}, 5s, r == 0 && !own.empty() ? std::string_view(own.front().name) : "lo"); });
+  });
+  for (const Caught& c : results) {
+    INFO(c);
+    CHECK_FALSE((c.error || c.foreign));
+  }
+  CHECK_THROWS_WITH(detail::Meeting("127.0.0.1:0"), Catch::Contains("'127.0.0.1:0' is no place to meet: port 0 is none that ranks can look for"));
 }
 
 TEST_CASE("what is no job of tally is not taken for one") {

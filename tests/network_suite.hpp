@@ -134,6 +134,7 @@ void faults_are_named(const detail::NetworkKind<Net>& kind) {
     INFO(left[static_cast<std::size_t>(r)]);
     CHECK((left[static_cast<std::size_t>(r)].is(Errc::peer_left) || left[static_cast<std::size_t>(r)].is(Errc::aborted)));
     CHECK(has(left[static_cast<std::size_t>(r)].text, "rank 2 left the communicator"));
+    CHECK(has(left[static_cast<std::size_t>(r)].text, "rank 2 left after #1"));
   }
 }
 

@@ -36,6 +36,28 @@ void run(int n, const SlotOptions& options, std::size_t at_once, const conforman
 
 // The first one: UCX does not work in processes that were forked after it was used.
 TEST_CASE("a rank that is killed is missed, by who receives and by who sends over UCX", "[processes]") { test::who_is_killed_is_missed(detail::ucx_kind({})); }
+TEST_CASE("communicators over UCX that are gone have given back all that they used, while their job goes on", "[processes]") {
+  test::Process child([] {
+    const auto over = test::outcomes(detail::ucx_kind({}), {0, 0, 0}, test::Way::network, [](Communicator& comm) {
+      int before = 0;
+      for (int round = 0; round < 40; ++round) {
+        {
+          auto other = comm.duplicate();
+          std::vector<int> data(100, 1);
+          other.all_reduce(std::span(data), sum);
+        }
+        comm.barrier();
+        if (round == 19) before = test::open_descriptors();
+      }
+      comm.barrier();
+      // What the other ranks, threads of this process, have in hand at that moment: a few of their 20 communicators at most.
+      if (comm.rank() == 0) test::expect(test::open_descriptors() < before + 20, std::to_string(test::open_descriptors()) + " descriptors after 40 rounds, " + std::to_string(before) + " after 20");
+    });
+    for (const test::Caught& c : over)
+      if (c.error || c.foreign) throw std::runtime_error(c.text);
+  });
+  CHECK(child.wait(60s) == 0);
+}
 /// A worker that has not come to rest is left alone for good (see transport/ucx.hpp); what UCX made for it is found nowhere.
 extern "C" const char* __lsan_default_suppressions();
 extern "C" const char* __lsan_default_suppressions() { return "leak:libucp.so\nleak:libucs.so\nleak:libuct.so\n"; }

@@ -185,7 +185,7 @@ class Rendezvous {
         for (Rank r = 1; r < job_.size; ++r)
           if (!joined[static_cast<std::size_t>(r)]) problem += concat({problem.empty() ? "" : ", ", r});
         problem = concat({"rank 0 of job '", job_.job, "' waited ", time_text(options_.timeout), ", but rank ", problem,
-                          " did not appear: each must be started on this host, by this user, with the same TALLY_JOB and TALLY_SIZE"});
+                          " did not appear: each must be started on this host, by this user, with the same TALLY_JOB and TALLY_SIZE; ranks on several hosts need TALLY_ADDRESS, too"});
         code = Errc::timeout;
         break;
       }
@@ -241,7 +241,7 @@ class Rendezvous {
       FileDescriptor fd = local_socket();
       if (::connect(fd.get(), reinterpret_cast<const sockaddr*>(&where), length) == 0) host = Connection(std::move(fd));
       else if (std::chrono::steady_clock::now() > deadline_)
-        throw Error(Errc::timeout, {"rank ", job_.rank, ": rank 0 of job '", job_.job, "' did not appear within the deadline"}, {job_.rank, 0, 0, {}});
+        throw Error(Errc::timeout, {"rank ", job_.rank, ": rank 0 of job '", job_.job, "' did not appear on this host within the deadline; all ranks need the same TALLY_JOB, and TALLY_ADDRESS where they are on several hosts"}, {job_.rank, 0, 0, {}});
       else std::this_thread::sleep_for(std::chrono::milliseconds(2));
     }
     if (host.peer().uid != ::getuid()) throw Error(Errc::protocol, {"another user answers as rank 0 of job '", job_.job, "'"});

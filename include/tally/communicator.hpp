@@ -486,7 +486,9 @@ class Communicator {
     const Objective objective = chooser.model().objective;
     std::string text = detail::concat({name_of(operation), " of ", bytes, " bytes, ", size(), " ranks: ", chosen.name,
                                        follows ? ", because TALLY_ALGORITHM says so" : detail::concat({", the least ", name_of(objective), " for its size class"}), "\n"});
-    for (const Chooser::Candidate& candidate : chooser.candidates(operation, bytes, need)) {
+    std::vector<Chooser::Candidate> candidates = chooser.candidates(operation, bytes, need);
+    if (std::ranges::none_of(candidates, [&](const Chooser::Candidate& each) { return each.algorithm.name == chosen.name; })) candidates.push_back({chosen, chooser.estimate(chosen, operation, bytes)});
+    for (const Chooser::Candidate& candidate : candidates) {
       char row[160];
       std::snprintf(row, sizeof row, "  %-20s %12.3f us  %s", std::string(candidate.algorithm.name).c_str(), candidate.estimate.microseconds, candidate.estimate.measured ? "measured" : "estimated");
       text += row;
@@ -494,6 +496,7 @@ class Communicator {
       text += '\n';
     }
     const std::string ways = engine().ways();
+    if (!group().matters(size()) && find_algorithm(operation, Hierarchical::name)) text += "  hierarchical needs ranks that share a host, or else a cache or a socket, and others that do not: here are none, as far as is known (TALLY_GROUP)\n";
     if (group().matters(size())) text += detail::concat({"  ", group().count(size()), " groups of ranks share ", ways.empty() ? "a cache or a socket" : "a host", ", at most ", group().largest(size()), " in each\n"});
     if (!ways.empty()) text += detail::concat({"  rank ", rank(), " goes by ", ways, "\n"});
     if (const AlgorithmRef kernel = find_algorithm(operation, SingleCopy::name)) {

@@ -54,13 +54,15 @@ class Diagnosis {
   }
   /// Ranks do not see each other's memory: what another one is in is known as far as it said so, and what it said arrived.
   static constexpr bool by_hearsay = requires(const T& t, Rank r) { t.status_at(r, std::uint64_t{}); };
-  /// Who is needed and is gone; -1 if nobody.
+  /// Who is needed and is gone; -1 if nobody. One that died comes before those that left, maybe for that reason.
   [[gnu::cold]] Rank first_lost() const {
-    Rank lost = -1;
+    Rank left = -1, dead = -1;
     for_each_needed([&](const Transfer& t) {
-      if (lost < 0 && transport_.liveness(t.peer) != Liveness::alive) lost = t.peer;
+      const Liveness state = transport_.liveness(t.peer);
+      if (state == Liveness::dead && dead < 0) dead = t.peer;
+      if (state == Liveness::left && left < 0) left = t.peer;
     });
-    return lost;
+    return dead >= 0 ? dead : left;
   }
   /// Who has not called the operation yet and is waited for, directly or through others; -1 if nobody.
   [[gnu::cold]] Rank late_rank() const {
@@ -93,9 +95,10 @@ class Diagnosis {
       const RankStatus s = transport_.status(r);
       text += detail::concat({r ? "; rank " : " rank ", r});
       if (const Rank origin = transport_.origin(r); origin != r) text += detail::concat({" (", origin, " of the job)"});
-      if (s.left) text += detail::concat({" left after #", s.sequence});
+      const bool silent = by_hearsay && s.sequence == 0 && r != transport_.rank();  // it may have called what it had no reason to speak of
+      if (s.left) text += silent ? std::string(" left") : detail::concat({" left after #", s.sequence});
       else if (s.inside == RankStatus::inside_message) text += detail::concat({" in ", detail::describe(s.fingerprint, s.count), s.sequence ? detail::concat({" after #", s.sequence}) : ""});
-      else if (s.sequence == 0) text += " has called nothing";
+      else if (s.sequence == 0) text += silent ? " has said nothing" : " has called nothing";
       else text += detail::concat({s.inside ? " in " : " after ", detail::describe(s.fingerprint, s.count), " #", s.sequence});
     }
     return text;

@@ -48,9 +48,9 @@ class TlsContext {
   }
   SSL_CTX* handle() const { return context_.get(); }
   /// Why the last call failed, in OpenSSL's words.
-  static std::string reason() {
+  static std::string reason(unsigned long error = ::ERR_peek_last_error()) {
     char text[256] = "no reason is known";
-    if (const unsigned long error = ::ERR_peek_last_error()) ::ERR_error_string_n(error, text, sizeof text);
+    if (error != 0) ::ERR_error_string_n(error, text, sizeof text);
     ::ERR_clear_error();
     return text;
   }
@@ -61,7 +61,7 @@ class TlsContext {
     return ::SSL_CTX_new(::TLS_method());
   }
   static void expect(int result, const char* what, const std::string& path) {
-    if (result != 1) throw Error(Errc::invalid_argument, {"TLS cannot use the ", what, " in '", path, "': ", reason()});
+    if (result != 1) throw Error(Errc::invalid_argument, {"TLS cannot use the ", what, " in '", path, "': ", reason(::ERR_peek_error())});  // the first one, as a file that is not there
   }
   std::unique_ptr<SSL_CTX, decltype(&::SSL_CTX_free)> context_;
 };

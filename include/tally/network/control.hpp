@@ -167,7 +167,7 @@ class ControlStream {
       if (in_.empty()) in_.take(0);
       std::byte* const to = in_.space(in_.room());
       const ssize_t got = stream_.read(to, in_.space_left());
-      if (got > 0) in_.added(static_cast<std::size_t>(got));
+      if (got > 0) in_.added(static_cast<std::size_t>(got)), is_silent_ = false;
       else if (got < 0 && errno == EINTR) continue;
       else return got < 0 && (errno == EAGAIN || errno == EWOULDBLOCK);
     }
@@ -191,6 +191,8 @@ class ControlStream {
     }
     return true;
   }
+  /// The other side has not said a word.
+  bool is_silent() const { return is_silent_; }
   bool has_more() const { return !out_.empty(); }
   std::size_t waiting() const { return out_.size(); }
 
@@ -212,6 +214,7 @@ class ControlStream {
   std::size_t most_;
   StreamBuffer in_;
   std::string out_;
+  bool is_silent_ = true;
 };
 
 }  // namespace tally::inline v0::detail

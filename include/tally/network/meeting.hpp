@@ -59,7 +59,8 @@ class Meeting {
       places_.push_back(where_.substr(begin, end - begin));
     }
     if (places_.empty()) places_.emplace_back();
-    for (const std::string& place : places_) (void)split_address(place);
+    for (const std::string& place : places_)
+      if (split_address(place).second == 0) throw Error(Errc::invalid_argument, {"'", place, "' is no place to meet: port 0 is none that ranks can look for"});
   }
   /// Rank 0's own addresses, at which it listens. `interface`: see choose_addresses().
   static Meeting here(std::string_view interface) {
@@ -97,7 +98,7 @@ class Meeting {
     }
     if (auto manager = ProcessManager::from_environment()) return as_told({manager->rank(), [&](std::string_view word, nanoseconds most) { return manager->from_rank_0(word, most); }}, limit);
     if (const auto offered = environment("TALLY_MEETING")) return Meeting(std::string(*offered));
-    throw Error(Errc::invalid_argument, "ranks on several hosts need a place to meet: set TALLY_ADDRESS, the same for all, to HOST:PORT of rank 0's host or to file:PATH of a folder that all hosts share");
+    throw Error(Errc::invalid_argument, "ranks that talk over a network need a place to meet, also on one host: set TALLY_ADDRESS, the same for all, to HOST:PORT of rank 0's host or to file:PATH of a folder that all hosts share");
   }
 
   /// Rank 0: listens there, and says so to those that look into the file. `interface`: see choose_addresses().
@@ -108,15 +109,13 @@ class Meeting {
     if (!interface.empty()) mine.resize(1);
     if (!is_file()) {
       const auto [host, port] = split_address(places_.front());
-      if (!mine.empty()) {
-        mine[0].port = static_cast<std::uint16_t>(port);
-        return listen_at(mine[0]);
-      }
-      // A host's own name is often one of loopback to itself.
       SocketAddress ip;
       int bits = 0;
-      const bool literal = host == "localhost" || (host.find('/') == std::string_view::npos && parse_range(host, ip, bits));
-      return literal ? listen_at(resolve(places_.front()).front()) : listen_anywhere(static_cast<std::uint16_t>(port));
+      // Where all are told an address, it is that one; a host's own name is often one of loopback to itself.
+      if (host == "localhost" || (host.find('/') == std::string_view::npos && parse_range(host, ip, bits))) return listen_at(resolve(places_.front()).front());
+      if (mine.empty()) return listen_anywhere(static_cast<std::uint16_t>(port));
+      mine[0].port = static_cast<std::uint16_t>(port);
+      return listen_at(mine[0]);
     }
     FileDescriptor fd = interface.empty() ? listen_anywhere(0) : listen_at(mine[0]);
     const bool both = own_address(fd).family == 6;

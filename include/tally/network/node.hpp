@@ -99,13 +99,19 @@ class NetworkNode {
     look_out_for(listener_.get());
     look_out_for(link_.fd());
     const Instant patience_ends = deadline + std::chrono::seconds(1);  // the registry knows better who is missing
-    while (entries_.empty() || (is_elsewhere(0) && !map_.is_settled())) {
+    for (std::size_t tries = 0; entries_.empty() || (is_elsewhere(0) && !map_.is_settled());) {
       const bool whole = link_.write();
       if (whole && !wait_for_events(link_.fd(), link_.events(), challenge_ ? patience_ends : deadline))
         throw Error(Errc::timeout, {"rank ", me_, challenge_ ? " joined the job, but not all others did within " : " reached what listens at " + registry_.text() + ", but that did not speak as a job of tally within ", timeout.count() / 1'000'000, " ms", challenge_ || settings_.encrypt ? "" : "; if rank 0 has TALLY_TLS_CERTIFICATE, this rank needs it, too"}, {me_, -1, 0, {}});
       // A registry that is gone may have said all before.
       if (!link_.read([&](ControlKind kind, std::string_view record) { return welcome(kind, record); }) || !whole) {
         if (const std::string problem = link_.problem(); !problem.empty() && entries_.empty()) throw Error(Errc::protocol, {"the connection to the job's registry, at ", registry_.text(), ", cannot be encrypted: ", problem}, {me_, 0, 0, {}});
+        if (entries_.empty() && !challenge_ && link_.is_silent()) {  // an earlier job's that ends, or a rank 0 that is started again
+          wait_to_try_again(tries++, deadline, timeout, "it was closed before a word was said");
+          (void)connect(find, deadline, timeout);
+          look_out_for(link_.fd());
+          continue;
+        }
         if (entries_.empty() && !challenge_) throw Error(Errc::protocol, {"what listens at ", registry_.text(), " is no job of this version of tally: check the address, and that all ranks were built with the same"}, {me_, 0, 0, {}});
         if (entries_.empty()) throw Error(Errc::peer_lost, "the job's registry, at rank 0, went away while it waited for the others", {me_, 0, 0, {}});
         registry_gone_ = true;
@@ -322,10 +328,13 @@ class NetworkNode {
         }
         if (error != 0) problem = errno_text(error);
       }
-      if (std::chrono::steady_clock::now() >= deadline)
-        throw Error(Errc::timeout, {"rank ", me_, " cannot reach the job's registry", registry_.is_valid() ? " at " + registry_.text() : "", " within ", timeout.count() / 1'000'000, " ms: ", problem, "; is rank 0 running there, and nothing between that drops connections?"}, {me_, 0, 0, {}});
-      std::this_thread::sleep_for(std::chrono::milliseconds(i < 20 ? 5 : 50));
+      wait_to_try_again(i, deadline, timeout, problem);
     }
+  }
+  void wait_to_try_again(std::size_t tries, Instant deadline, nanoseconds timeout, std::string_view problem) const {
+    if (std::chrono::steady_clock::now() >= deadline)
+      throw Error(Errc::timeout, {"rank ", me_, " cannot reach the job's registry", registry_.is_valid() ? " at " + registry_.text() : "", " within ", timeout.count() / 1'000'000, " ms: ", problem, "; is rank 0 running there, and nothing between that drops connections?"}, {me_, 0, 0, {}});
+    std::this_thread::sleep_for(std::chrono::milliseconds(tries < 20 ? 5 : 50));
   }
   bool welcome(ControlKind kind, std::string_view record) {
     if (kind == ControlKind::refusal) {

@@ -55,6 +55,7 @@ class Registry {
     Steady::time_point since;
     Nonce nonce{};
     Rank rank = -1;
+    std::string told;  // why it is refused
     bool gone = false, ended = false;  // ended: it said goodbye to everything
     bool is_here = false;              // on this host, and did not say by which address others reach it
   };
@@ -138,6 +139,7 @@ class Registry {
     for (std::size_t i = 0; i < guests_.size(); ++i) {
       Guest& guest = *guests_[i];
       if (!guest.gone) continue;
+      if (guest.rank < 0) note_why(guest);
       if (guest.rank >= 0) {
         if (joined_ < like_.size) {  // it may be started again, as long as not all are here
           --joined_;
@@ -154,6 +156,17 @@ class Registry {
     }
   }
 
+  /// For the text that says who is missing.
+  void note_why(const Guest& guest) {
+    const std::string problem = guest.stream.problem();
+    if (!problem.empty()) last_turned_away_ = "it cannot be encrypted: " + problem;
+    else if (!guest.told.empty()) last_turned_away_ = guest.told;
+    else if (!guest.stream.is_silent()) last_turned_away_ = "it does not speak as a rank of this version of tally";
+    else last_turned_away_ = "it went without a word, as a rank does that has a TALLY_SECRET where rank 0 has none, or none where it has one";
+    ++turned_away_;
+    last_turned_away_.insert(0, guest.from.text() + ": ");
+  }
+
   /// Before all have joined: its rank may be started again.
   void leave_early(Guest& guest) {
     guest.gone = true;
@@ -166,13 +179,15 @@ class Registry {
     int count = 0;
     for (std::size_t r = 0; r < guests_of_.size(); ++r)
       if (!guests_of_[r] && ++count <= 16) missing += concat({missing.empty() ? "" : ", ", r});
-    return concat({"the job's registry waited ", settings_.timeout.count() / 1'000'000, " ms, but ", count, " of ", like_.size, " ranks did not appear: ", missing, count > 16 ? ", ..." : ""});
+    return concat({"the job's registry waited ", settings_.timeout.count() / 1'000'000, " ms, but ", count, " of ", like_.size, " ranks did not appear: ", missing, count > 16 ? ", ..." : "",
+                   turned_away_ > 0 ? concat({"; connections that were turned away: ", turned_away_, ", the last one from ", last_turned_away_}) : ""});
   }
   void refuse(Guest& guest, Errc code, const std::string& text) {
     Notice notice;
     notice.code = static_cast<std::uint32_t>(code);
     guest.stream.put(ControlKind::refusal, std::string(ControlStream::as_bytes(notice)) + text);
     guest.stream.write();
+    guest.told = text;
   }
   /// The job cannot come about, and everybody is told why.
   void fail(Errc code, const std::string& text) {
@@ -338,6 +353,8 @@ class Registry {
   std::vector<RankEntry> entries_;
   std::map<std::uint64_t, std::map<Rank, Entry>> board_;  // of communicators
   std::set<std::uint64_t> aborted_;
+  std::size_t turned_away_ = 0;
+  std::string last_turned_away_;
   int joined_ = 0;
   bool over_ = false, crowded_ = false;
   Steady::time_point deadline_;

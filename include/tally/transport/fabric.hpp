@@ -209,7 +209,7 @@ class FabricTransport : public NetworkedTransport {
         bye.header.frame.total = went;
         (void)fabric_->send(r, bye.header, nullptr, 0, bye.flight);
       }
-    node_->leave(*group_, sent);
+    say_goodbye(sent);
   }
 
  private:

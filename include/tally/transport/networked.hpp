@@ -95,6 +95,10 @@ class NetworkedTransport {
  protected:
   ~NetworkedTransport() = default;
 
+  void say_goodbye(const std::vector<detail::Opened>& opened) {
+    publish();  // how far it came, for others' errors
+    node_->leave(*group_, opened);
+  }
   std::vector<Rank> origins_of(std::span<const Rank> members) const {
     std::vector<Rank> origins;
     for (const Rank r : members) origins.push_back(origin(r));

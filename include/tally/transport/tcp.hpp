@@ -130,7 +130,7 @@ class TcpTransport : public NetworkedTransport {
       if (out.stage.empty()) (void)!out.fd.write(&bye, sizeof bye);
     }
     std::erase_if(opened, [](const detail::Opened& each) { return each.to < 0; });
-    node_->leave(*group_, opened);
+    say_goodbye(opened);
   }
 
  private:

@@ -43,21 +43,24 @@ struct UcxOptions : FabricOptions {
 
 namespace detail {
 
-/// The process's one.
+/// The process's one with UCX's shared memory, or without.
 class UcxContext {
  public:
-  static std::shared_ptr<UcxContext> get() {
+  static std::shared_ptr<UcxContext> get(bool shared_memory) {
     static std::mutex mutex;
-    static std::weak_ptr<UcxContext> known;
-    static pid_t process = 0;
+    static std::weak_ptr<UcxContext> all[2];
+    static pid_t processes[2] = {};
     const std::lock_guard lock(mutex);
-    auto context = std::exchange(process, ::getpid()) == ::getpid() ? known.lock() : nullptr;  // a parent's has threads that are not here
-    if (!context) known = context = std::make_shared<UcxContext>();
+    auto& known = all[shared_memory];
+    auto context = std::exchange(processes[shared_memory], ::getpid()) == ::getpid() ? known.lock() : nullptr;  // a parent's has threads that are not here
+    if (!context) known = context = std::make_shared<UcxContext>(shared_memory);
     return context;
   }
-  UcxContext() {
+  explicit UcxContext(bool shared_memory) {
     ucp_config_t* config = nullptr;
     if (const ucs_status_t status = ::ucp_config_read(nullptr, nullptr, &config); status != UCS_OK) throw Error(Errc::unsupported, {"UCX cannot be set up: ", ::ucs_status_string(status)});
+    // Workers would make files in /dev/shm, which a rank that is killed leaves behind.
+    if (!shared_memory && !environment("UCX_TLS")) (void)::ucp_config_modify(config, "TLS", "^shm");
     ucp_params_t params{};
     params.field_mask = UCP_PARAM_FIELD_FEATURES | UCP_PARAM_FIELD_MT_WORKERS_SHARED;
     params.features = UCP_FEATURE_AM | UCP_FEATURE_WAKEUP;
@@ -95,7 +98,7 @@ class UcxFabric {
     std::size_t bytes = 0;
   };
 
-  UcxFabric(const FabricMembers& members, bool shared_memory) : ends_(members.ranks.size()) {
+  UcxFabric(const FabricMembers& members, bool shared_memory) : context_(UcxContext::get(shared_memory)), ends_(members.ranks.size()) {
     for (std::size_t r = 0; r < ends_.size(); ++r) ends_[r].is_looked_after = !shared_memory || members.elsewhere[r];
     ucp_worker_params_t params{};
     params.field_mask = UCP_WORKER_PARAM_FIELD_THREAD_MODE;
@@ -114,7 +117,8 @@ class UcxFabric {
   /// rest is left alone for good.
   ~UcxFabric() {
     for (Message& message : inbox_) give_back(message.held);
-    const bool at_rest = !halted_ && copied_.empty() && kept_.empty() && std::ranges::all_of(ends_, [this](End& each) { return each.error == UCS_OK && is_over(each.hello); });
+    // A way whose other side has closed it is at rest, too, once nothing is under way on it.
+    const bool at_rest = !halted_ && copied_.empty() && kept_.empty() && std::ranges::all_of(ends_, [this](End& each) { return is_over(each.hello) || !each.hello.request; });
     if (at_rest) {
       ::ucp_worker_destroy(worker_);
       return;
@@ -157,7 +161,10 @@ class UcxFabric {
   }
   bool reaches(Rank r) const { return end(r).error == UCS_OK && end(r).handle; }
   bool stands(Rank r) { return reaches(r) && is_over(end(r).hello); }
-  const char* error(Rank r) const { return end(r).error == UCS_OK ? nullptr : ::ucs_status_string(end(r).error); }
+  const char* error(Rank r) const {
+    if (end(r).error == UCS_ERR_UNREACHABLE) return "Destination is unreachable (UCX_NET_DEVICES names the devices that UCX is to use)";
+    return end(r).error == UCS_OK ? nullptr : ::ucs_status_string(end(r).error);
+  }
   std::size_t most_at_once() const { return std::size_t{4} << 20; }
 
   bool send(Rank r, const FabricHeader& header, const std::byte* from, std::size_t bytes, Flight& flight) {
@@ -274,7 +281,7 @@ class UcxFabric {
     return message.held.data ? UCS_INPROGRESS : UCS_OK;
   }
 
-  std::shared_ptr<UcxContext> context_ = UcxContext::get();
+  std::shared_ptr<UcxContext> context_;
   ucp_worker_h worker_ = nullptr;
   int event_ = -1;
   std::vector<End> ends_;
