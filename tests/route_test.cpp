@@ -145,7 +145,7 @@ TEST_CASE("ranks of one host are close to each other, wherever they stand, and i
     expect(is(*backwards, {0, 1, 2, 1, 2, 1}), "backwards");
     auto half = comm.split(comm.rank() / 3, 0);
     expect(is(*half, comm.rank() < 3 ? std::vector{0, 1, 0} : std::vector{0, 1, 2}), "halves");
-    const auto offers = [](Communicator& c) { return c.explain(Collective::all_reduce, 1 << 20).find("hierarchical") != std::string::npos; };
+    const auto offers = [](Communicator& c) { return c.explain(Collective::all_reduce, 1 << 20).find("\n  hierarchical   ") != std::string::npos; };
     expect(offers(comm) && offers(*backwards) && offers(*half) == (comm.rank() < 3), "what is made for it, where it fits");
     const auto before = comm.counters().frames_sent;
     comm.barrier({.algorithm = "hierarchical"});
