@@ -91,7 +91,7 @@ concept Fabric = requires(F& f, const F& c, Rank peer, typename F::Flight& fligh
   { c.event() } -> std::same_as<int>;                 // a descriptor that is readable when there may be progress, once arm() was true
   { f.arm() } -> std::same_as<bool>;                  // false: there is something to do
   { c.longest_sleep() } -> std::same_as<nanoseconds>;  // it may have something to do then that the descriptor does not tell
-  f.flush(limit);                                     // what was sent is on its way
+  f.flush(limit, bool{});                             // what was sent is on its way; true: the communicator failed
   { c.has_rest() } -> std::same_as<bool>;             // of what is over something goes only while progress() is called
 };
 
@@ -117,7 +117,8 @@ class FabricTransport : public NetworkedTransport {
       return;
     }
     // What is to be taken without this rank's help must be on its way; a peer may have to look for that.
-    fabric_->flush(group_->aborted.load(std::memory_order_relaxed) ? std::chrono::seconds(1) : std::chrono::seconds(10));
+    const bool failed = group_->aborted.load(std::memory_order_relaxed);
+    fabric_->flush(failed ? std::chrono::seconds(1) : std::chrono::seconds(10), failed);
     for (Out& out : channels_.outs())
       for (; out.ended != out.begun; ++out.ended) fabric_->drop(flight(out, out.ended).flight, {});
     for (const auto& bye : byes_) fabric_->drop(bye->flight, {});

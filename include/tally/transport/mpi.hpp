@@ -238,7 +238,7 @@ class MpiFabric {
   int event() const { return -1; }
   bool arm() { return inbox_.empty(); }
   nanoseconds longest_sleep() const { return std::chrono::microseconds(50); }
-  void flush(nanoseconds limit) {
+  void flush(nanoseconds limit, bool) {
     const auto deadline = std::chrono::steady_clock::now() + limit;
     while (!leftovers_.empty() && std::chrono::steady_clock::now() < deadline) progress();
   }

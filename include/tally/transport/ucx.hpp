@@ -117,8 +117,8 @@ class UcxFabric {
   /// rest is left alone for good.
   ~UcxFabric() {
     for (Message& message : inbox_) give_back(message.held);
-    // A way whose other side has closed it is at rest, too, once nothing is under way on it.
-    const bool at_rest = !halted_ && copied_.empty() && kept_.empty() && std::ranges::all_of(ends_, [this](End& each) { return is_over(each.hello) || !each.hello.request; });
+    // Where nothing failed, an error of a way says that its other side has closed it, which is at rest, too.
+    const bool at_rest = !halted_ && copied_.empty() && kept_.empty() && std::ranges::all_of(ends_, [this](End& each) { return is_over(each.hello) ? each.error == UCS_OK || !failed_ : !each.hello.request && !failed_; });
     if (at_rest) {
       ::ucp_worker_destroy(worker_);
       return;
@@ -214,7 +214,8 @@ class UcxFabric {
   int event() const { return event_; }
   nanoseconds longest_sleep() const { return nanoseconds::max(); }
   bool arm() { return inbox_.empty() && ::ucp_worker_arm(worker_) == UCS_OK; }
-  void flush(nanoseconds limit) {
+  void flush(nanoseconds limit, bool failed) {
+    failed_ = failed_ || failed;
     ucp_request_param_t none{};
     wait(::ucp_worker_flush_nbx(worker_, &none), limit);
     forget_copies();
@@ -287,7 +288,7 @@ class UcxFabric {
   std::vector<End> ends_;
   std::deque<Copied> copied_;
   std::vector<std::vector<std::byte>> kept_;  // what UCX may still write to
-  bool halted_ = false;
+  bool halted_ = false, failed_ = false;
   std::deque<Message> inbox_;
 };
 static_assert(Fabric<UcxFabric>);

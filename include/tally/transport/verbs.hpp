@@ -232,7 +232,7 @@ class VerbsFabric {
   nanoseconds longest_sleep() const { return nanoseconds::max(); }
   static constexpr bool has_rest() { return false; }  // the thread above sends what waits for a connection
   /// Until what was sent is at the peers'.
-  void flush(nanoseconds limit) {
+  void flush(nanoseconds limit, bool) {
     const auto deadline = std::chrono::steady_clock::now() + limit;
     const auto is_quiet = [](const Peer& p) { return p.is_broken || std::ranges::all_of(p.links, [](const Link& link) { return link.posted == 0 && link.waiting.empty(); }); };
     const auto all_are = [&] {
