@@ -105,7 +105,7 @@ class NetworkNode {
         throw Error(Errc::timeout, {"rank ", me_, challenge_ ? " joined the job, but not all others did within " : " reached what listens at " + registry_.text() + ", but that did not speak as a job of tally within ", timeout.count() / 1'000'000, " ms", challenge_ || settings_.encrypt ? "" : "; if rank 0 has TALLY_TLS_CERTIFICATE, this rank needs it, too"}, {me_, -1, 0, {}});
       // A registry that is gone may have said all before.
       if (!link_.read([&](ControlKind kind, std::string_view record) { return welcome(kind, record); }) || !whole) {
-        if (const std::string problem = link_.problem(); !problem.empty() && entries_.empty()) throw Error(Errc::protocol, {"the connection to the job's registry, at ", registry_.text(), ", cannot be encrypted: ", problem}, {me_, 0, 0, {}});
+        if (const std::string problem = link_.problem(); !problem.empty() && entries_.empty()) throw Error(Errc::protocol, {"the connection to the job's registry, at ", registry_.text(), ", cannot be encrypted: ", problem, problem.ends_with("wrong version number") ? "; rank 0 needs TALLY_TLS_CERTIFICATE, too" : ""}, {me_, 0, 0, {}});
         if (entries_.empty() && !challenge_ && link_.is_silent()) {  // an earlier job's that ends, or a rank 0 that is started again
           wait_to_try_again(tries++, deadline, timeout, "it was closed before a word was said");
           (void)connect(find, deadline, timeout);
