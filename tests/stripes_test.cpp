@@ -49,6 +49,18 @@ void all_well(const std::vector<Caught>& outcomes) {
     CHECK((c.ran && !c.error && !c.foreign));
   }
 }
+/// Rank 1 of that job opens a channel to rank 0, whose node this is; stripe 0: the channel's own connection.
+detail::FileDescriptor call(const detail::NetworkNode& rank_0, unsigned stripe, std::uint64_t communicator = TcpTransport::world) {
+  auto fd = knock(rank_0.address(0));
+  detail::ChannelHello hello;
+  hello.lane = 1 | stripe << 16;
+  hello.communicator = communicator;
+  hello.from = 1;
+  hello.to = 0;
+  hello.key = rank_0.key();
+  say(fd, detail::ControlStream::as_bytes(hello));
+  return fd;
+}
 /// Rank 0 sends rank 1 numbers.
 Report numbers(Communicator& comm, std::size_t count) {
   std::vector<std::uint32_t> data(count);
@@ -100,14 +112,7 @@ TEST_CASE("a stripe that comes where descriptors are scarce is refused, and its 
     std::shared_ptr<detail::NetworkNode> nodes[2];
     on_ranks(2, [&](Rank r) { nodes[r] = job.join(r); });
     const auto answer = [&] {
-      const auto fd = knock(nodes[0]->address(0));
-      detail::ChannelHello hello;
-      hello.lane = 1 | 2 << 16;
-      hello.communicator = TcpTransport::world;
-      hello.from = 1;
-      hello.to = 0;
-      hello.key = nodes[1]->key();
-      say(fd, detail::ControlStream::as_bytes(hello));
+      const auto fd = call(*nodes[0], 2);
       char taken = 0;
       ssize_t got = -1;
       expect(test::eventually(5s, [&] {
@@ -134,17 +139,6 @@ TEST_CASE("with no descriptor left, a stripe is refused, one connection that is 
     const Job job(2);
     std::shared_ptr<detail::NetworkNode> nodes[2];
     on_ranks(2, [&](Rank r) { nodes[r] = job.join(r); });
-    const auto call = [&](int stripe, std::uint64_t communicator) {
-      auto fd = knock(nodes[0]->address(0));
-      detail::ChannelHello hello;
-      hello.lane = static_cast<std::uint32_t>(1 | stripe << 16);
-      hello.communicator = communicator;
-      hello.from = 1;
-      hello.to = 0;
-      hello.key = nodes[1]->key();
-      say(fd, detail::ControlStream::as_bytes(hello));
-      return fd;
-    };
     const auto fill = [] {
       const rlimit files{256, 256};
       ::setrlimit(RLIMIT_NOFILE, &files);
@@ -155,13 +149,13 @@ TEST_CASE("with no descriptor left, a stripe is refused, one connection that is 
       char byte = 0;
       return ::recv(fd.get(), &byte, 1, MSG_DONTWAIT) < 0 && errno == EAGAIN;
     };
-    const auto stripe = call(2, TcpTransport::world);
+    const auto stripe = call(*nodes[0], 2);
     fill();
     nodes[0]->attend();
     expect(test::eventually(5s, [&] { return nodes[0]->attend(), !is_open(stripe); }), "the stripe is refused");
     ::close(::dup2(stripe.get(), 255));  // two descriptors for what calls
     ::close(254);
-    const auto needed = call(0, TcpTransport::world), more = call(0, TcpTransport::world + 1);
+    const auto needed = call(*nodes[0], 0), more = call(*nodes[0], 0, TcpTransport::world + 1);
     fill();
     expect(test::eventually(5s, [&] {
       try {

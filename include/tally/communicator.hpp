@@ -496,8 +496,8 @@ class Communicator {
       text += '\n';
     }
     const std::string ways = engine().ways();
-    if (!group().matters(size()) && find_algorithm(operation, Hierarchical::name)) text += "  hierarchical needs ranks that share a host, or else a cache or a socket, and others that do not: here are none, as far as is known (TALLY_GROUP)\n";
     if (group().matters(size())) text += detail::concat({"  ", group().count(size()), " groups of ranks share ", ways.empty() ? "a cache or a socket" : "a host", ", at most ", group().largest(size()), " in each\n"});
+    else if (find_algorithm(operation, Hierarchical::name)) text += "  hierarchical needs ranks that share a host, or else a cache or a socket, and others that do not: here are none, as far as is known (TALLY_GROUP)\n";
     if (!ways.empty()) text += detail::concat({"  rank ", rank(), " goes by ", ways, "\n"});
     if (const AlgorithmRef kernel = find_algorithm(operation, SingleCopy::name)) {
       if (const std::string problem = engine().kernel_problem(); !problem.empty()) text += detail::concat({"  single_copy is done as staged: ", problem, "\n"});

@@ -75,9 +75,11 @@ inline std::string problem_with(std::span<const Rank> ranks, int n) {
 [[gnu::cold]] inline CostModel model_within(CostModel model, int n, std::span<const Rank> members) {
   const int size = static_cast<int>(members.size());
   if (size == n && std::ranges::is_sorted(members)) return model;
-  std::vector<Place> places;
-  for (const Rank r : members) places.push_back({r / std::max(1, static_cast<int>(model.group)), -1});
-  if (model.group > 0) model.group = group_of(places);
+  if (model.group > 0) {  // else the transport knows
+    std::vector<Place> places;
+    for (const Rank r : members) places.push_back({r / model.group, -1});
+    model.group = group_of(places);
+  }
   // Where ranks outnumber the cores, the others are at work in their own groups meanwhile.
   if (n > model.cores) model.cores = std::max(1, model.cores * size / n);
   return model;

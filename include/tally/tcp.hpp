@@ -10,7 +10,6 @@
 #include <functional>
 #include <memory>
 #include <optional>
-#include <set>
 #include <span>
 #include <string>
 #include <string_view>
@@ -76,7 +75,7 @@ struct Neighbourhood {
 
 /// What all choose algorithms by, once it is known where they are: `at` by rank, the same for ranks that share memory.
 inline CostModel network_model(const std::vector<std::uint64_t>& at, const Options& options, std::string_view network = "tcp") {
-  const bool shared = std::set(at.begin(), at.end()).size() < at.size();
+  const bool shared = Partition(at).largest() > 1;
   CostModel model = model_for(concat({shared ? "shm+" : "", network}), static_cast<int>(at.size()), options);
   if (shared) {
     model.across = {70, 40, 13};  // what follows against what memory takes

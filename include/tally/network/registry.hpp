@@ -55,7 +55,7 @@ class Registry {
     Steady::time_point since;
     Nonce nonce{};
     Rank rank = -1;
-    std::string told;  // why it is refused
+    std::string told;  // why it is no rank of this job
     bool gone = false, ended = false;  // ended: it said goodbye to everything
     bool is_here = false;              // on this host, and did not say by which address others reach it
   };
@@ -170,6 +170,7 @@ class Registry {
   /// Before all have joined: its rank may be started again.
   void leave_early(Guest& guest) {
     guest.gone = true;
+    guest.told = concat({"rank ", guest.rank, " had joined, and ended before all others did"});
     guests_of_[static_cast<std::size_t>(guest.rank)] = nullptr;
     guest.rank = -1;
     --joined_;

@@ -118,7 +118,10 @@ class UcxFabric {
   ~UcxFabric() {
     for (Message& message : inbox_) give_back(message.held);
     // Where nothing failed, an error of a way says that its other side has closed it, which is at rest, too.
-    const bool at_rest = !halted_ && copied_.empty() && kept_.empty() && std::ranges::all_of(ends_, [this](End& each) { return is_over(each.hello) ? each.error == UCS_OK || !failed_ : !each.hello.request && !failed_; });
+    const bool at_rest = !halted_ && copied_.empty() && kept_.empty() && std::ranges::all_of(ends_, [this](End& each) {
+      const bool is_well = is_over(each.hello) && each.error == UCS_OK;
+      return failed_ ? is_well : !each.hello.request;
+    });
     if (at_rest) {
       ::ucp_worker_destroy(worker_);
       return;
