@@ -466,6 +466,21 @@ class Communicator {
     return {std::move(memory), count, rank()};
   }
 
+  /// Collective, for primitives that are no collectives: a transport of their own between these ranks, if all describe what it is for alike.
+  std::unique_ptr<AnyTransport> open_transport(const std::string& description) {
+    std::vector<detail::Wish> all = agree({.what = detail::Making::table, .count = description.size(), .hash = detail::hash_text(description)});
+    for (Rank r = 0; r < size(); ++r)
+      if (!all[static_cast<std::size_t>(r)].fits(all[0])) refuse_description(all, r, description);
+    std::vector<Rank> members(static_cast<std::size_t>(size()));
+    std::iota(members.begin(), members.end(), 0);
+    std::unique_ptr<AnyTransport> opened;
+    open_together(
+        all, 0, [&] { return engine().reserve(members); }, [&](std::uint64_t token) { if (!(opened = engine().open_transport(token, members))) throw Error(Errc::unsupported, "this transport can be used by collectives alone"); },
+        [&] { opened.reset(); }, [&](std::uint64_t token) { engine_->discard(token, members); });
+    return opened;
+  }
+  AnyEngine::Settings settings() const { return engine().settings(); }
+
   /// Ends the current and all further operations of this communicator on every rank. From any thread; never waits.
   void abort(const std::string& why = {}) {
     if (engine_) engine_->abort(why);
@@ -611,6 +626,17 @@ class Communicator {
     const std::vector<Rank> theirs = shown(r);
     if (all[static_cast<std::size_t>(r)].wrong) throw Error(Errc::invalid_argument, {"subset: ", detail::problem_with(theirs, size()), ": rank ", r, " passes ", detail::list_text(theirs)}, {rank(), r, 0, {}});
     throw Error(Errc::mismatch, {"subset: rank 0 passes ", detail::list_text(shown(0)), ", rank ", r, " passes ", detail::list_text(theirs)}, blaming(r));
+  }
+
+  /// Likewise, of a description: the first line that differs tells.
+  [[noreturn, gnu::cold, gnu::noinline]] void refuse_description(const std::vector<detail::Wish>& all, Rank r, const std::string& mine) {
+    const auto shown = [&](Rank from) {
+      std::string text = rank() == from ? mine : std::string(all[static_cast<std::size_t>(from)].count, ' ');
+      if (!text.empty()) broadcast(std::span(text.data(), text.size()), from);
+      return text;
+    };
+    const std::string theirs = shown(r), first = shown(0);
+    throw Error(Errc::mismatch, {"a table: ", detail::difference(first, theirs, r)}, blaming(r));
   }
 
   template <class Op>

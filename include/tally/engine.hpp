@@ -220,6 +220,7 @@ class Engine final : public AnyEngine {
     transport_->abort({Errc::aborted, rank(), -1, detail::concat({"rank ", rank(), " aborted the communicator", why.empty() ? "" : ": ", why})});
   }
 
+  Settings settings() const override { return {clock_, wait_, accounting_}; }
   Rank rank() const override { return transport_->rank(); }
   int size() const override { return transport_->size(); }
   const Ledger& ledger() const override { return ledger_; }
@@ -232,6 +233,7 @@ class Engine final : public AnyEngine {
   std::string ways() const override { if constexpr (requires { transport_->ways(); }) return transport_->ways(); else return {}; }
   std::uint64_t reserve(std::span<const Rank> members) override { return transport_->reserve(members); }
   std::unique_ptr<AnyEngine> open(std::uint64_t token, std::span<const Rank> members) override { return std::make_unique<Engine>(transport_->open(token, members), clock_, ledger_.settings(), wait_, accounting_); }
+  std::unique_ptr<AnyTransport> open_transport(std::uint64_t token, std::span<const Rank> members) override { return detail::erase(transport_->open(token, members)); }
   void release(std::uint64_t token) override { transport_->release(token); }
   void discard(std::uint64_t token, std::span<const Rank> members) override { transport_->discard(token, members); }
   std::uint64_t reserve_memory(std::size_t stride) override { return shares_.reserve(stride); }
@@ -308,8 +310,7 @@ class Engine final : public AnyEngine {
     throw Error(notice.code, notice.text, {rank(), blamed(notice), diagnosis_.stuck().sequence, progress_.waited()});
   }
 
-  // For ShareWork.
-  /// What the transport has moved since it was asked last was for this operation. (Asked whenever that could be another one's.)
+  /// For ShareWork: what the transport has moved since it was asked last was for this operation. (Asked whenever that could be another one's.)
   void count(Run& run) {
     const TransportCounters& now = transport_->counters();
     run.sent += now.bytes_sent - counted_.sent;

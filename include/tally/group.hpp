@@ -23,9 +23,9 @@ inline constexpr int no_colour = -1;
 
 namespace detail {
 
-enum class Making : std::uint8_t { duplicate, split, subset, allocate };
+enum class Making : std::uint8_t { duplicate, split, subset, allocate, table };
 constexpr std::string_view name_of(Making what) {
-  constexpr std::string_view names[] = {"duplicate", "split", "subset", "allocate"};
+  constexpr std::string_view names[] = {"duplicate", "split", "subset", "allocate", "a table"};
   return static_cast<std::size_t>(what) < std::size(names) ? names[static_cast<std::size_t>(what)] : "something unknown";
 }
 
@@ -36,7 +36,7 @@ struct Wish {
   std::uint8_t wrong = 0;   // subset: the list is no list of ranks. Later on: what was to be reserved could not be had
   std::uint8_t unused[5] = {};
   std::uint64_t count = 0;  // allocate: elements. subset: ranks
-  std::uint64_t hash = 0;   // allocate: bytes of an element. subset: of the list
+  std::uint64_t hash = 0;   // allocate: bytes of an element. subset: of the list. table: of its description
   std::int32_t colour = 0, key = 0;
   std::uint64_t token = 0;  // of what was reserved
   bool fits(const Wish& other) const { return type == other.type && count == other.count && hash == other.hash; }
@@ -69,6 +69,19 @@ inline std::string problem_with(std::span<const Rank> ranks, int n) {
   std::string text = "{";
   for (std::size_t i = 0; i < std::min(ranks.size(), most); ++i) text += concat({i ? ", " : "", ranks[i]});
   return text + (ranks.size() > most ? ", ...}" : "}");
+}
+
+/// The first of their lines in which two texts differ, rank 0's and rank r's.
+[[gnu::cold]] inline std::string difference(std::string_view first, std::string_view other, Rank r) {
+  const auto line = [](std::string_view& text) {
+    const std::string_view found = text.substr(0, text.find('\n'));
+    text.remove_prefix(std::min(text.size(), found.size() + 1));
+    return found;
+  };
+  for (;;) {
+    const std::string_view a = line(first), b = line(other);
+    if (a != b || (first.empty() && other.empty())) return concat({"rank 0 has ", a.empty() ? "nothing more" : a, ", rank ", r, " has ", b.empty() ? "nothing more" : b});
+  }
 }
 
 /// What the members choose algorithms by, of what all n ranks did.

@@ -152,6 +152,27 @@ class Progress {
   Lateness resumed() const { return {first_stall_ == 0 ? began_ : 0, transport_.rank()}; }
   Lateness arrival(const OperationAccount& account) const { return {account.arrival, transport_.rank()}; }
 
+  /// What an operation waited for has come about here: by what somebody else did, until `late` says, and by this rank's own doing since.
+  void released(OperationAccount& account, const Lateness& late) {
+    if (!timed_) return;
+    serve(account);
+    const auto split = [&](Ticks begin, Ticks end) {
+      const Ticks came = late.culprit == transport_.rank() ? begin : std::clamp(late.until, begin, end);
+      account.watch.blame(late.culprit, State::wait_arrival, came - begin);
+      account.watch.book(State::wait_local, end - came);
+    };
+    for (const OperationAccount::Open& each : account.open) split(each.begin, each.end);
+    account.open.clear();
+    if (waiting_) {
+      ladder_.learn(now_ - wait_began_);
+      split(account.watch.mark(), now_);
+      account.watch.resume(State::protocol, now_);
+      waiting_ = false;
+    }
+    account.heard = true;
+    account.latest.raise(late);
+  }
+
   /// An operation ends, by success or, with the rank to blame for an unfinished wait, by failure. The report has
   /// everything that is known here: times and the rank that came last.
   Report finish(OperationAccount& account) {
@@ -194,7 +215,9 @@ class Progress {
     C& client;
     void arrived(Transfer& t, const FrameInfo& frame) {
       client.check(t, frame);
-      progress.heard(client.account_of(t), t, frame.times, State::wait_transfer);
+      State rest = State::wait_transfer;
+      if constexpr (requires { client.rest_of(t); }) rest = client.rest_of(t);
+      progress.heard(client.account_of(t), t, frame.times, rest);
     }
     Transfer* unexpected(Rank peer, const FrameInfo& frame) { return client.unexpected(peer, frame); }
     void credited(Transfer& t, const FrameTimes& times) {
@@ -224,7 +247,7 @@ class Progress {
     }
     void moved(Transfer& t) { client.moved(t); }
     FrameTimes stamp(Transfer& t) const {
-      if (progress.first_stall_ == 0) t.late.raise({progress.began_, progress.transport_.rank()});  // it could have left before, had anybody driven it
+      if (progress.first_stall_ == 0 && !t.prompt) t.late.raise({progress.began_, progress.transport_.rank()});  // it could have left before, had anybody driven it
       return progress.stamp(client.account_of(t), t.late);
     }
     FrameTimes credit_stamp(const Transfer& t) const {
@@ -429,9 +452,14 @@ class Progress {
 
   /// Of a simulated transport's time only waits take any: it passes here, until something may have moved or there is something to check.
   bool pass_time() {
-    if constexpr (requires { transport_.pass_time(nanoseconds{}); }) {
+    const auto until_next = [&] {
       const Ticks until = std::min(next_check_, deadline_);
-      transport_.pass_time(clock_.to_ns(until - std::min(until, now_)));
+      return clock_.to_ns(until - std::min(until, now_));
+    };
+    if constexpr (requires { { transport_.pass_time(nanoseconds{}) } -> std::same_as<bool>; }) {
+      return transport_.pass_time(until_next());  // it may be one or not
+    } else if constexpr (requires { transport_.pass_time(nanoseconds{}); }) {
+      transport_.pass_time(until_next());
       return true;
     } else {
       return false;

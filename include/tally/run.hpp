@@ -22,6 +22,7 @@
 #include "memory.hpp"
 #include "prepared.hpp"
 #include "progress.hpp"
+#include "transport/any.hpp"
 
 namespace tally::inline v0 {
 
@@ -248,6 +249,13 @@ class AnyEngine {
   virtual bool pending() = 0;  // something is in flight, as far as can be told without waiting
   virtual void be_driven_by_others() = 0;  // from the caller's thread, before the first drive()
 
+  struct Settings {
+    Clock clock;
+    WaitPolicy wait;
+    bool accounting;
+  };
+  virtual Settings settings() const = 0;
+
   virtual void leave() = 0;  // says goodbye; run() throws from then on
   virtual void abort(const std::string& why) = 0;  // from any thread
   virtual Rank rank() const = 0;
@@ -259,6 +267,7 @@ class AnyEngine {
   // For some of the ranks, in this order: members[0] reserves, all members open the token, members[0] releases it.
   virtual std::uint64_t reserve(std::span<const Rank> members) = 0;
   virtual std::unique_ptr<AnyEngine> open(std::uint64_t token, std::span<const Rank> members) = 0;
+  virtual std::unique_ptr<AnyTransport> open_transport(std::uint64_t token, std::span<const Rank> members) = 0;  // without an engine
   virtual void release(std::uint64_t token) = 0;
   virtual void discard(std::uint64_t token, std::span<const Rank> members) = 0;  // before that, if not all could open it
   // Symmetric memory, likewise, of all ranks: `stride` bytes per rank.

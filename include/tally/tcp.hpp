@@ -117,6 +117,7 @@ inline NetworkKind<TcpTransport> tcp_kind(const TcpOptions& tcp) {
 /// The network for all, and memory for the ranks of this host; in this order, since some networks need all ranks to come about.
 template <Network Net>
 std::unique_ptr<RouteTransport<Net>> network_route(std::shared_ptr<NetworkNode> node, const Neighbourhood& here, const Options& options, const NetworkKind<Net>& kind) {
+  Erasure<RouteTransport<Net>>::enable();
   std::vector<Rank> all;
   for (Rank r = 0; r < node->size(); ++r) all.push_back(r);
   auto net = kind.make(node, std::move(all));

@@ -27,7 +27,8 @@ inline constexpr nanoseconds longest_timeout = std::chrono::seconds(1'000'000'00
 /// What a rank can be in. The place in this list is its code on the wire: append only.
 enum class Collective : std::uint8_t {
   none, all_reduce, reduce, broadcast, all_gather, reduce_scatter, barrier, gather, scatter, all_to_all, scan, exclusive_scan,
-  all_gather_v, reduce_scatter_v, all_to_all_v, gather_v, scatter_v, neighbour_exchange, send, receive, send_receive
+  all_gather_v, reduce_scatter_v, all_to_all_v, gather_v, scatter_v, neighbour_exchange, send, receive, send_receive,
+  push, pull, push_pull, leave, serve
 };
 /// Those that are done by algorithms: each but none and messages.
 inline constexpr Collective all_operations[] = {
@@ -37,7 +38,7 @@ inline constexpr Collective all_operations[] = {
 
 constexpr std::string_view name_of(Collective operation) {
   constexpr std::string_view names[] = {"nothing", "all_reduce", "reduce", "broadcast", "all_gather", "reduce_scatter", "barrier", "gather", "scatter", "all_to_all", "scan", "exclusive_scan",
-                                        "all_gather_v", "reduce_scatter_v", "all_to_all_v", "gather_v", "scatter_v", "neighbour_exchange", "send", "receive", "send_receive"};
+                                        "all_gather_v", "reduce_scatter_v", "all_to_all_v", "gather_v", "scatter_v", "neighbour_exchange", "send", "receive", "send_receive", "push", "pull", "push_pull", "leave", "serve"};
   return static_cast<std::size_t>(operation) < std::size(names) ? names[static_cast<std::size_t>(operation)] : "unknown operation";
 }
 /// The operation with blocks of one size that a v-variant is like; others are like themselves.

@@ -61,6 +61,7 @@ struct Transfer {
   bool is_send = false;
   bool past_caches = false;  // receive without a fold: nobody has looked at the destination lately, or will soon
   bool pending = false;  // posted, and not yet complete or cancelled
+  bool prompt = false;   // send: it leaves as soon as what it answers is there, whoever drives that
   Matching matching = Matching::order;
   Lateness inherited;    // what this transfer's dependencies were late by
   Lateness late;         // the same and what its own frames or credits were late by

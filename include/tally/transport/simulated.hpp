@@ -39,6 +39,8 @@ struct SimulatedOptions {
   double byte_time_least = 0.1, byte_time_most = 0.1;      // ns per byte of each link, drawn once
   double loss = 0;                                         // of each attempt to send a frame
   nanoseconds retry{200'000};
+  // Of messages of one frame on lane 1, as a network would that promises nothing:
+  double drop = 0, duplicate = 0, overtake = 0;            // lost for good; there twice; there before the one that was sent before
   nanoseconds frame_cost{300};                             // of a rank's own time, to send or to read a frame
   double byte_cost = 0.1;                                  // ns
   nanoseconds clock_offset{0};                             // up to, either way
@@ -104,6 +106,7 @@ class SimulatedNetwork {
     Ticks visible = 0;
     FrameInfo info;
     std::vector<std::byte> payload;
+    bool again = false;  // a duplicate, for which nobody waits to be given room
   };
   struct Credit {
     Ticks visible = 0;
@@ -122,8 +125,23 @@ class SimulatedNetwork {
     const auto wire = static_cast<Ticks>(static_cast<double>(frame.info.bytes) * l.byte_time);
     l.free_at = std::max(l.free_at, now_) + wire;
     frame.visible = c.last_frame = std::max(c.last_frame, travel(from, l, l.free_at));
+    const bool whole = lane == 1 && frame.info.first && frame.info.last;
+    if (whole && options_.drop > 0 && uniform() < options_.drop) {
+      c.last_credit = std::max(c.last_credit, frame.visible);
+      c.credits.push_back({c.last_credit, frame.info.times});
+      return notify(from, c.last_credit);
+    }
     notify(to, frame.visible);
-    c.frames.push_back(std::move(frame));
+    if (whole && options_.duplicate > 0 && uniform() < options_.duplicate) {
+      Frame twin = frame;
+      twin.again = true;
+      twin.visible += random_.below(static_cast<std::uint64_t>(options_.retry.count()) + 1);
+      c.last_frame = twin.visible;
+      notify(to, twin.visible);
+      put(c, std::move(frame));
+      return put(c, std::move(twin));
+    }
+    put(c, std::move(frame));
   }
   void send_credit(int lane, Rank from, Rank to, const FrameTimes& times) {  // for a frame that came the other way
     Channel& c = channel(lane, to, from);
@@ -251,6 +269,14 @@ class SimulatedNetwork {
     if (r == options_.killed && now_ >= static_cast<Ticks>(options_.killed_at.count())) node.dead = true;
     if (node.dead) throw Killed{};
     if (now_ > static_cast<Ticks>(options_.end.count())) throw Error(Errc::timeout, {"simulated rank ", r, " has no end (seed ", options_.seed, ")"});
+  }
+  void put(Channel& c, Frame frame) {
+    const auto is_whole = [](const Frame& f) { return f.info.first && f.info.last; };
+    const bool overtakes = options_.overtake > 0 && !c.frames.empty() && c.frames.back().visible > now_ && is_whole(frame) && is_whole(c.frames.back()) && uniform() < options_.overtake;
+    c.frames.push_back(std::move(frame));
+    if (!overtakes) return;
+    Frame &before = c.frames[c.frames.size() - 2], &after = c.frames.back();
+    std::swap(before, after), std::swap(before.visible, after.visible);
   }
   void notify(Rank to, Ticks visible) {
     if (visible == never) return;
@@ -453,7 +479,7 @@ class SimulatedTransport {
     e.taken += take;
     counters_.bytes_received += take;
     if (e.taken == frame.info.bytes) {
-      network_.send_credit(lane, me_, peer, probe.credit_stamp(t));
+      if (!frame.again) network_.send_credit(lane, me_, peer, probe.credit_stamp(t));
       frames.pop_front();
       e.taken = 0;
       e.seen = false;

@@ -175,6 +175,7 @@ class SlotTransport {
   SlotTransport(const SlotTransport&) = delete;
   SlotTransport& operator=(const SlotTransport&) = delete;
 
+  static constexpr bool sleeps_apart = true;  // see AnyTransport
   Rank rank() const { return me_; }
   int size() const { return layout_.size(); }
   int lanes() const { return layout_.lanes(); }

@@ -1,0 +1,553 @@
+// SPDX-License-Identifier: Apache-2.0
+// The working side of a rank: its pushes and pulls, cut into one part per shard, from the call to the last answer. A part is sent
+// when the shard has credit for it, and again to whoever takes over if the server is lost before it has answered. The worker's
+// clock is told when all that was pushed before is where it belongs.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <deque>
+#include <exception>
+#include <functional>
+#include <memory>
+#include <numeric>
+#include <optional>
+#include <span>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "../account/ledger.hpp"
+#include "../progress.hpp"
+#include "server.hpp"
+
+namespace tally::inline v0::detail {
+
+/// A push, a pull, or both.
+struct TableCall {
+  Collective what = Collective::push;
+  std::size_t tensor = 0;
+  std::size_t first = 0, count = 0;             // elements; of rows, `count` keys
+  std::span<const std::uint64_t> keys = {};
+  const std::byte* in = nullptr;                // what is pushed: elements, or rows in the order of keys
+  std::byte* out = nullptr;                     // where to pull to
+  double weight = 1;
+  int priority = 0;
+  bool tick = false;                            // between pushing and pulling
+  nanoseconds timeout{};
+};
+
+/// Bytes that the transport moved for somebody.
+struct Moved {
+  std::uint64_t sent = 0, received = 0, overhead = 0;
+};
+struct TableOp;
+
+/// What an operation has to do with one shard.
+struct TablePart {
+  TableOp* op = nullptr;
+  int shard = 0;
+  bool is_push = false, sent = false, done = false;
+  bool receiving = false;  // an answer is on its way into the caller's memory
+  std::uint64_t sequence = 0;
+  std::uint64_t clock = 0;
+  std::size_t first = 0, count = 0;  // elements, or keys from that one on
+  Ticks sent_at = 0;
+};
+
+struct TableOp {
+  explicit TableOp(int n) : account(n) {}
+  TableCall call;
+  std::uint64_t request = 0;
+  std::uint64_t number = 0;     // of its push
+  std::uint64_t before = 0;     // pushes that it has to see
+  std::vector<TablePart> parts;
+  std::size_t remaining = 0;    // parts
+  std::uint64_t version = 0;    // of what was pulled: the least of its shards'
+  std::uint64_t clock = 0;      // of the worker's then
+  // Rows whose keys are not in order are gathered here in order, and scattered after.
+  std::vector<std::uint64_t> keys;
+  std::vector<std::uint32_t> order;
+  std::vector<std::byte> rows_in, rows_out;
+  OperationAccount account;
+  LedgerRow* row = nullptr;
+  std::uint32_t sequence = 0;
+  Moved moved;
+  Ticks exposed = 0, deadline = 0;
+  bool background = false, done = false, booked = false, in_flight = false;
+  Report report;
+  std::exception_ptr error;
+};
+
+class TableClient {
+ public:
+  struct Events {
+    virtual ~Events() = default;
+    virtual void finished(TableOp& op) = 0;
+    /// An answer came from this rank itself; what held it up.
+    virtual void heard_here(TableOp& op, const Lateness* late) = 0;
+    virtual bool is_gone(Rank r) const = 0;
+  };
+
+  TableClient(TableHost& host, Events& events, const Table& table) : host_(host), events_(events), table_(table), me_(table.worker_at(host.rank())), links_(static_cast<std::size_t>(table.shards())) {
+    for (int s = 0; s < table.shards(); ++s) links_[static_cast<std::size_t>(s)].server = table.servers[static_cast<std::size_t>(s)];
+  }
+
+  bool is_worker() const { return me_ >= 0; }
+  std::uint64_t clock() const { return clock_; }
+
+  void start(TableOp& op) {
+    op.request = ++requests_ << slot_bits | take_slot(op);
+    op.parts.clear();
+    op.keys.clear();
+    op.order.clear();
+    op.version = ~std::uint64_t{0};
+    const TableCall& c = op.call;
+    const TensorSpec& t = table_.tensors[c.tensor];
+    if (t.is_sparse()) sort_keys(op, t);
+    const auto each_part = [&](bool is_push) {
+      if (!t.is_sparse()) {
+        for (int s = 0; s < table_.shards(); ++s) {
+          const Range mine = table_.part(c.tensor, s);
+          const std::size_t begin = std::max(mine.first, c.first), end = std::min(mine.first + mine.count, c.first + c.count);
+          if (begin < end) add(op, s, is_push, begin, end - begin);
+        }
+      } else {
+        for (std::size_t begin = 0; begin < op.keys.size();) {
+          const int s = table_.shard_of(t, op.keys[begin]);
+          std::size_t end = begin + 1;
+          while (end < op.keys.size() && table_.shard_of(t, op.keys[end]) == s) ++end;
+          add(op, s, is_push, begin, end - begin);
+          begin = end;
+        }
+      }
+    };
+    if (c.in) each_part(true);
+    const std::size_t pushes = op.parts.size();
+    if (pushes > 0) {
+      expect_credit(op);
+      op.number = ++pushed_;
+      unsettled_.push_back({op.number, pushes, pushes > 1});
+      for (const TablePart& p : op.parts) link(p.shard).since_tick += payload_of(p, op);
+    }
+    if (c.tick) tick();
+    op.clock = clock_;
+    op.before = pushed_;
+    if (c.out) each_part(false);
+    op.remaining = op.parts.size();
+    for (TablePart& p : op.parts) {
+      p.op = &op;
+      p.clock = p.is_push && c.tick ? clock_ - 1 : clock_;
+    }
+    if (op.remaining == 0) return end(op);
+    for (std::size_t i = 0; i < op.parts.size() && !op.done; ++i) {
+      TablePart& p = op.parts[i];
+      if (p.is_push) enqueue(p);
+      else link(p.shard).pulls.push_back(&p);
+      pump(link(p.shard));
+    }
+  }
+  /// One more clock. It is told to the servers when everything pushed so far is where it belongs.
+  void tick() {
+    ++clock_;
+    ticks_.push_back({clock_, pushed_});
+    for (Link& l : links_) l.since_tick = 0;
+    settle();
+  }
+  /// Everything that was pushed and ticked is told.
+  bool is_settled() const { return ticks_.empty() && unsettled_.empty(); }
+  /// This worker pushes no more. Done when `op` is.
+  void leave(TableOp& op) {
+    op.request = ++requests_ << slot_bits | take_slot(op);
+    op.parts.clear();
+    op.order.clear();
+    for (int s = 0; s < table_.shards(); ++s)
+      if (!is_lost(link(s))) add(op, s, false, 0, 0);
+    op.remaining = op.parts.size();
+    for (TablePart& p : op.parts) p.op = &op, p.clock = clock_;
+    if (op.remaining == 0) return end(op);
+    for (std::size_t i = 0; i < op.parts.size() && !op.done; ++i) send_again(op.parts[i]);
+  }
+
+  void received(Rank peer, const Envelope& e, Payload&& payload, const Lateness* here = nullptr) {
+    if (e.shard >= links_.size()) return;
+    Link& l = links_[e.shard];
+    if (e.kind == MessageKind::acknowledge) {
+      if (e.number > l.freed) l.freed = e.number;
+      if (e.request != 0) acknowledged(l, e);
+      return pump(l);
+    }
+    TablePart* const p = find(e);
+    if (!p || p->done) return;  // a second answer
+    if (e.kind == MessageKind::refusal) {
+      const std::string why(reinterpret_cast<const char*>(payload.data()), payload.size());
+      return fail(*p->op, std::make_exception_ptr(Error(static_cast<Errc>(e.count), {text_of(*p->op), ": ", why}, {host_.rank(), peer, p->op->sequence, {}})));
+    }
+    if (e.kind != MessageKind::reply || p->is_push) return;
+    TableOp& op = *p->op;
+    if (peer == host_.rank()) events_.heard_here(op, here);
+    if (!p->receiving) {  // it came with its envelope, or twice
+      if (payload.size() != p->count * unit(op)) return;
+      std::memcpy(place(*p), payload.data(), payload.size());
+    } else if (payload.size() > 0) {
+      return;
+    }
+    op.version = std::min(op.version, e.clock);
+    finish(*p);
+  }
+  /// Where a reply goes; null if nobody waits for it.
+  std::byte* place(const Envelope& e) {
+    TablePart* const p = find(e);
+    if (!p || p->receiving || e.kind != MessageKind::reply || e.bytes != p->count * unit(*p->op)) return nullptr;
+    p->receiving = true;
+    return place(*p);
+  }
+  TableOp* op_of(std::uint64_t request) const {
+    const std::size_t slot = request & ((1u << slot_bits) - 1);
+    return request != 0 && slot < slots_.size() && slots_[slot] && slots_[slot]->request == request ? slots_[slot] : nullptr;
+  }
+  bool lacks_credit(const TableOp& op) const {
+    return std::any_of(op.parts.begin(), op.parts.end(), [](const TablePart& p) { return p.is_push && !p.sent; });
+  }
+  /// The next operation that waits for this server's credit.
+  TableOp* starved_of(Rank server) const {
+    for (const Link& l : links_)
+      if (l.server == server && !l.queue.empty()) return l.queue.front()->op;
+    return nullptr;
+  }
+  const TablePart* missing(const TableOp& op) const {
+    for (const TablePart& p : op.parts)
+      if (!p.done) return &p;
+    return nullptr;
+  }
+  Rank server_of(int shard) const { return links_[static_cast<std::size_t>(shard)].server; }
+  std::string text_of(const TableOp& op) const {
+    const TableCall& c = op.call;
+    if (c.what == Collective::leave) return "leaving the table";
+    const TensorSpec& t = table_.tensors[c.tensor];
+    return t.is_sparse() ? concat({name_of(c.what), "('", t.name, "', ", op.keys.size(), " rows)"}) : concat({name_of(c.what), "('", t.name, "', elements ", c.first, " to ", c.first + c.count, ")"});
+  }
+  /// Without its parts: whatever still comes for it is nobody's.
+  void fail(TableOp& op, std::exception_ptr why) {
+    for (const TablePart& p : op.parts)
+      if (p.is_push && !p.done && !pushing_failed_) pushing_failed_.emplace(Errc::aborted, concat({"a push of this worker's was not finished, so it can push no more: ", text_of(op)}));
+    for (Link& l : links_) {
+      const auto is_its = [&](const TablePart* p) { return p->op == &op; };
+      std::erase_if(l.queue, is_its), std::erase_if(l.pulls, is_its), std::erase_if(l.under_way, is_its);
+    }
+    op.error = std::move(why);
+    end(op);
+  }
+
+  /// A server is gone for good: what it has not answered goes to its replica, or fails.
+  void lost(Rank r) {
+    for (std::size_t s = 0; s < links_.size(); ++s) {
+      Link& l = links_[s];
+      if (l.server != r) continue;
+      const int replica = table_.replica_of(static_cast<int>(s));
+      const Rank next = replica < 0 ? -1 : table_.servers[static_cast<std::size_t>(replica)];
+      if (next >= 0 && next != l.server && !events_.is_gone(next)) {
+        l.server = next;
+        send_all_again(static_cast<int>(s));
+        continue;
+      }
+      l.lost = true;
+      for (TableOp* op : std::vector<TableOp*>(slots_))
+        if (op && !op->done && std::any_of(op->parts.begin(), op->parts.end(), [&](const TablePart& p) { return !p.done && p.shard == static_cast<int>(s); })) {
+          if (op->call.what == Collective::leave) {  // who leaves need not tell who is gone
+            for (TablePart& p : op->parts)
+              if (p.shard == static_cast<int>(s) && !p.done) finish(p);
+            continue;
+          }
+          fail(*op, std::make_exception_ptr(lost_error(static_cast<int>(s), *op)));
+        }
+    }
+    settle();
+  }
+  /// What has not been answered for so long may be lost.
+  void retry(Ticks now, Ticks after) {
+    for (TableOp* op : std::vector<TableOp*>(slots_))
+      for (std::size_t i = 0; op && !op->done && i < op->parts.size(); ++i)
+        if (TablePart& p = op->parts[i]; p.sent && !p.done && !p.receiving && now - p.sent_at > after) send_again(p);
+    if (told_ == Told{} || now - told_at_ <= after) return;
+    told_at_ = now;
+    for (int s = 0; s < table_.shards(); ++s)
+      if (!is_lost(link(s))) tell(s);
+  }
+
+ private:
+  static constexpr int slot_bits = 16;
+  static constexpr std::size_t most_under_way = std::size_t{4} << 20;  // bytes that are sent before anything of them is acknowledged; what is more urgent goes before the rest
+  struct Link {
+    Rank server = -1;
+    std::uint64_t sequence = 0;        // of the last push
+    std::uint64_t used = 0, freed = 0; // bytes of pushes sent, and of those that the shard holds no longer
+    std::uint64_t since_tick = 0;      // bytes of pushes of this clock
+    std::uint64_t told_after = 0;      // pushes to it before the last tick that it was told of
+    std::vector<TablePart*> queue;     // pushes that wait to be sent, by clock, then the most urgent first
+    std::deque<TablePart*> pulls;      // that wait until the own pushes before them have been sent
+    std::deque<TablePart*> under_way;  // pushes that are not acknowledged
+    std::size_t under_way_bytes = 0;
+    bool lost = false;
+  };
+  struct Tick {
+    std::uint64_t clock = 0, number = 0;
+  };
+  /// A push of which not all shards have said that they keep it.
+  struct Unsettled {
+    std::uint64_t number;
+    std::size_t missing;
+    bool several;
+  };
+  struct Told {
+    std::uint64_t clock = 0, number = 0;
+    friend bool operator==(const Told&, const Told&) = default;
+  };
+
+  Link& link(int shard) { return links_[static_cast<std::size_t>(shard)]; }
+  bool is_lost(const Link& l) const { return l.lost; }
+  std::size_t unit(const TableOp& op) const {
+    const TensorSpec& t = table_.tensors[op.call.tensor];
+    return t.is_sparse() ? t.row * table_.rule.grain : table_.rule.grain;
+  }
+  std::uint64_t take_slot(TableOp& op) {
+    std::size_t slot = 0;
+    while (slot < slots_.size() && slots_[slot]) ++slot;
+    if (slot >> slot_bits) throw Error(Errc::no_resources, {"more than ", 1 << slot_bits, " operations of a table are under way"});
+    if (slot == slots_.size()) slots_.push_back(nullptr);
+    slots_[slot] = &op;
+    return slot;
+  }
+  static void add(TableOp& op, int shard, bool is_push, std::size_t first, std::size_t count) {
+    TablePart& p = op.parts.emplace_back();
+    p.shard = shard;
+    p.is_push = is_push;
+    p.first = first;
+    p.count = count;
+  }
+  /// A worker that would wait for what only its own tick sets free is told so.
+  void expect_credit(const TableOp& op) {
+    if (pushing_failed_) throw *pushing_failed_;
+    for (const TablePart& p : op.parts) {
+      Link& l = link(p.shard);
+      if (l.lost) throw lost_error(p.shard, op);
+      const std::size_t bytes = payload_of(p, op), held = table_.options.fold.waits() ? l.since_tick : 0;
+      if (held + bytes > table_.credits() && held > 0)
+        throw Error(Errc::invalid_argument, {text_of(op), ": with it this clock's pushes to shard ", p.shard, " are ", held + bytes, " bytes, more than its credits, ", table_.credits(), " bytes, and they are kept until the clock ends: tick, push less, or give the table more (TableOptions::credits)"});
+      if (bytes > table_.credits())
+        throw Error(Errc::invalid_argument, {text_of(op), ": ", bytes, " bytes to shard ", p.shard, " are more than its credits, ", table_.credits(), " bytes: push less at once, or give the table more (TableOptions::credits)"});
+    }
+  }
+  std::size_t payload_of(const TablePart& p, const TableOp& op) const { return p.count * (unit(op) + (table_.tensors[op.call.tensor].is_sparse() ? sizeof(std::uint64_t) : 0)); }
+
+  void sort_keys(TableOp& op, const TensorSpec& t) {
+    const TableCall& c = op.call;
+    op.keys.assign(c.keys.begin(), c.keys.end());
+    if (std::is_sorted(op.keys.begin(), op.keys.end())) return;
+    op.order.resize(op.keys.size());
+    std::iota(op.order.begin(), op.order.end(), 0u);
+    std::stable_sort(op.order.begin(), op.order.end(), [&](std::uint32_t a, std::uint32_t b) { return c.keys[a] < c.keys[b]; });
+    const std::size_t row = t.row * table_.rule.grain;
+    for (std::size_t i = 0; i < op.order.size(); ++i) op.keys[i] = c.keys[op.order[i]];
+    if (c.in) {
+      op.rows_in.resize(op.keys.size() * row);
+      for (std::size_t i = 0; i < op.order.size(); ++i) std::memcpy(op.rows_in.data() + i * row, c.in + op.order[i] * row, row);
+    }
+    if (c.out) op.rows_out.resize(op.keys.size() * row);
+  }
+  /// Elements or rows of a part, where they are sent from and go to.
+  const std::byte* source(const TablePart& p) const {
+    const TableOp& op = *p.op;
+    const std::byte* const in = op.order.empty() ? op.call.in : op.rows_in.data();
+    return in + (p.first - (is_sparse(op) ? 0 : op.call.first)) * unit(op);
+  }
+  std::byte* place(const TablePart& p) const {
+    TableOp& op = *p.op;
+    std::byte* const out = op.order.empty() ? op.call.out : op.rows_out.data();
+    return out + (p.first - (is_sparse(op) ? 0 : op.call.first)) * unit(op);
+  }
+  bool is_sparse(const TableOp& op) const { return table_.tensors[op.call.tensor].is_sparse(); }
+  std::span<const std::byte> keys_of(const TablePart& p) const { return std::as_bytes(std::span(p.op->keys).subspan(p.first, p.count)); }
+
+  Envelope envelope(const TablePart& p, MessageKind kind) const {
+    const TableOp& op = *p.op;
+    Envelope e;
+    e.kind = kind;
+    e.tensor = static_cast<std::uint16_t>(op.call.tensor);
+    e.shard = static_cast<std::uint16_t>(p.shard);
+    e.worker = me_;
+    e.weight = static_cast<float>(op.call.weight);
+    e.sequence = p.sequence;
+    e.number = op.number;
+    e.clock = p.clock;
+    e.first = p.first;
+    e.count = p.count;
+    e.request = op.request;
+    return e;
+  }
+  void enqueue(TablePart& p) {
+    auto& queue = link(p.shard).queue;
+    const auto after = [](const TablePart* a, const TablePart* b) { return a->clock != b->clock ? a->clock < b->clock : a->op->call.priority > b->op->call.priority; };
+    queue.insert(std::upper_bound(queue.begin(), queue.end(), &p, after), &p);
+  }
+  /// Sends what there is credit for.
+  void pump(Link& l) {
+    while (!l.queue.empty() && !l.lost) {
+      TablePart& p = *l.queue.front();
+      const std::size_t bytes = payload_of(p, *p.op);
+      if (l.used - l.freed + bytes > table_.credits() || l.under_way.size() >= Shard::window || l.under_way_bytes >= most_under_way) break;
+      l.queue.erase(l.queue.begin());
+      l.used += bytes;
+      l.under_way_bytes += bytes;
+      l.under_way.push_back(&p);
+      p.sequence = ++l.sequence;
+      p.sent = true;
+      send_push(p);
+    }
+    while (!l.pulls.empty()) {
+      TablePart& p = *l.pulls.front();
+      if (!l.lost && std::any_of(l.queue.begin(), l.queue.end(), [&](const TablePart* push) { return push->op->number <= p.op->before; })) return;
+      l.pulls.pop_front();
+      p.sequence = l.sequence;
+      send_pull(p);
+    }
+  }
+  void send_push(const TablePart& p) {
+    const_cast<TablePart&>(p).sent_at = host_.now();
+    const TableOp& op = *p.op;
+    Envelope e = envelope(p, MessageKind::push);
+    e.parts = static_cast<std::uint16_t>(std::count_if(op.parts.begin(), op.parts.end(), [](const TablePart& each) { return each.is_push; }));
+    e.bytes = payload_of(p, op);
+    const std::span<const std::byte> values(source(p), p.count * unit(op));
+    Post::Parcel& parcel = host_.parcel(link(p.shard).server);
+    parcel.op = p.op;
+    if (is_sparse(op)) {
+      e.flags |= Envelope::is_rows;
+      const std::span<const std::byte> pieces[] = {keys_of(p), values};
+      host_.send(parcel, e, pieces, nullptr);
+    } else {
+      host_.send(parcel, e, std::span(&values, 1), nullptr);
+    }
+  }
+  void send_pull(TablePart& p) {
+    if (link(p.shard).lost) return fail(*p.op, std::make_exception_ptr(lost_error(p.shard, *p.op)));
+    p.sent = true;
+    p.sent_at = host_.now();
+    Envelope e = envelope(p, MessageKind::pull);
+    Post::Parcel& parcel = host_.parcel(link(p.shard).server);
+    if (!is_sparse(*p.op)) return host_.send(parcel, e, {}, nullptr);
+    const std::span<const std::byte> keys = keys_of(p);
+    e.bytes = keys.size();
+    parcel.op = p.op;
+    host_.send(parcel, e, std::span(&keys, 1), nullptr);
+  }
+  void send_again(TablePart& p) {
+    if (p.op->call.what == Collective::leave) {
+      p.sent = true;
+      p.sent_at = host_.now();
+      Envelope e = envelope(p, MessageKind::leave);
+      e.number = committed_;
+      return host_.send(link(p.shard).server, e);
+    }
+    if (p.is_push) send_push(p);
+    else send_pull(p);
+  }
+  void send_all_again(int shard) {
+    tell(shard);
+    for (TableOp* op : std::vector<TableOp*>(slots_))
+      for (std::size_t i = 0; op && !op->done && i < op->parts.size(); ++i)
+        if (TablePart& p = op->parts[i]; p.shard == shard && p.sent && !p.done) p.receiving = false, send_again(p);
+  }
+
+  void acknowledged(Link& l, const Envelope& e) {
+    if (e.sequence == 0) {  // a goodbye
+      TablePart* const p = find(e);
+      if (p && !p->done && p->op->call.what == Collective::leave) finish(*p);
+      return;
+    }
+    const auto found = std::find_if(l.under_way.begin(), l.under_way.end(), [&](const TablePart* p) { return p->sequence == e.sequence; });
+    if (found == l.under_way.end()) return;  // said twice
+    TablePart& p = **found;
+    l.under_way.erase(found);
+    l.under_way_bytes -= payload_of(p, *p.op);
+    for (Unsettled& u : unsettled_)
+      if (u.number == p.op->number) --u.missing;
+    if (host_.rank() == l.server) events_.heard_here(*p.op, nullptr);
+    finish(p);
+    settle();
+  }
+  /// Tells of pushes that are at all their shards, and of clocks behind which nothing is missing.
+  void settle() {
+    bool several = false;
+    while (!unsettled_.empty() && unsettled_.front().missing == 0) {
+      committed_ = unsettled_.front().number;
+      several = several || unsettled_.front().several;
+      unsettled_.pop_front();
+    }
+    bool ticked = false;
+    while (!ticks_.empty() && ticks_.front().number <= committed_) {
+      told_.clock = ticks_.front().clock;
+      for (Link& l : links_) l.told_after = l.sequence;  // all before it, and perhaps some that were sent since
+      ticks_.pop_front();
+      ticked = true;
+    }
+    if (!ticked && !(several && !table_.options.fold.waits())) return;
+    told_.number = committed_;
+    told_at_ = host_.now();
+    for (int s = 0; s < table_.shards(); ++s)
+      if (!is_lost(link(s))) tell(s);
+  }
+  void tell(int shard) {
+    Envelope e;
+    e.kind = MessageKind::advance;
+    e.shard = static_cast<std::uint16_t>(shard);
+    e.worker = me_;
+    e.clock = told_.clock;  // what a server knows already it ignores
+    e.number = told_.number;
+    e.sequence = link(shard).told_after;
+    host_.send(link(shard).server, e);
+  }
+  TablePart* find(const Envelope& e) const {
+    TableOp* const op = op_of(e.request);
+    if (!op) return nullptr;
+    for (TablePart& p : op->parts)
+      if (p.shard == e.shard && !p.done && (e.kind == MessageKind::refusal || p.is_push == (e.kind == MessageKind::acknowledge && e.sequence != 0)) && (e.kind != MessageKind::reply || p.first == e.first)) return &p;
+    return nullptr;
+  }
+  void finish(TablePart& p) {
+    p.done = true;
+    if (--p.op->remaining == 0) end(*p.op);
+  }
+  void end(TableOp& op) {
+    if (op.done) return;
+    if (!op.error && !op.order.empty() && op.call.out) {
+      const std::size_t row = unit(op);
+      for (std::size_t i = 0; i < op.order.size(); ++i) std::memcpy(op.call.out + op.order[i] * row, op.rows_out.data() + i * row, row);
+    }
+    for (TableOp*& slot : slots_)
+      if (slot == &op) slot = nullptr;
+    op.done = true;
+    events_.finished(op);
+  }
+  Error lost_error(int shard, const TableOp& op) {
+    const Rank server = table_.servers[static_cast<std::size_t>(shard)];
+    return Error(Errc::peer_lost, {text_of(op), ": shard ", shard, " is lost: its server, rank ", server, ", is gone", table_.options.replicas > 0 ? ", and so is its replica" : ", and it had no replica (TableOptions::replicas)"}, {host_.rank(), server, op.sequence, {}});
+  }
+
+  TableHost& host_;
+  Events& events_;
+  const Table& table_;
+  std::int32_t me_;
+  std::vector<Link> links_;
+  std::vector<TableOp*> slots_;
+  std::uint64_t requests_ = 0, pushed_ = 0, committed_ = 0, clock_ = 0;
+  std::deque<Unsettled> unsettled_;
+  std::deque<Tick> ticks_;
+  Told told_;
+  Ticks told_at_ = 0;
+  std::optional<Error> pushing_failed_;
+};
+
+}  // namespace tally::inline v0::detail

@@ -1,0 +1,602 @@
+// SPDX-License-Identifier: Apache-2.0
+// A rank of a table: its client, its server, and the one transport that both use. Whoever is in here drives all of it: a worker that
+// waits serves others meanwhile. While the worker is elsewhere, a thread of the server's does; it sleeps where the transport wakes it,
+// and lets a worker that comes go first. Who is gone is found out here, for both sides.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <exception>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <span>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "../account/ledger.hpp"
+#include "../progress.hpp"
+#include "../quiet_thread.hpp"
+#include "client.hpp"
+
+namespace tally::inline v0::detail {
+
+struct TableSettings {
+  Clock clock = Clock::host();
+  WaitPolicy wait = WaitPolicy::balanced;
+  bool accounting = true;
+  nanoseconds timeout = std::chrono::seconds(60);
+  AccountSettings account = {};
+  bool threaded = true;  // a thread serves while the worker is elsewhere
+};
+
+class TableNode final : private TableHost, private Post::Handler, private TableClient::Events {
+ public:
+  TableNode(std::unique_ptr<AnyTransport> transport, Table table, std::shared_ptr<const void> rule, TableSettings settings)
+      : transport_(std::move(transport)), table_(std::move(table)), rule_(std::move(rule)), clock_(settings.clock), timeout_(settings.timeout), accounting_(settings.accounting),
+        ledger_(transport_->size(), transport_->rank(), transport_->name(), clock_, std::move(settings.account)), progress_(*transport_, clock_, settings.wait, settings.accounting),
+        serving_(transport_->size()), gone_(static_cast<std::size_t>(transport_->size())), post_(*transport_, progress_, *this, pool_, table_.options.block_bytes),
+        client_(*this, *this, table_), server_(*this, table_, pool_, rule_.get()), name_(text_of(table_.options.consistency)), retry_after_(clock_.to_ticks(table_.options.retry_after)) {
+    transport_->context = this;
+    transport_->before_park = [](void* node) { static_cast<TableNode*>(node)->oust(); };
+    post_.serving = &serving_;
+    progress_.begin(serving_, timeout_);
+    post_.open(*this);
+    drain();
+    progress_.rest();
+    threaded_ = settings.threaded && server_.keeps_any();
+    if (threaded_) thread_ = quiet_thread([this] { serve_others(); });
+  }
+  /// Says goodbye to nobody but the transport: close() does.
+  ~TableNode() override {
+    stop();
+    post_.withdraw();
+    book_serving(true);
+    leave();
+    ledger_.settle();
+  }
+  TableNode(const TableNode&) = delete;
+
+  const Table& table() const { return table_; }
+  Rank rank() const override { return transport_->rank(); }
+  std::uint64_t clock() const { return client_.clock(); }
+  bool is_worker() const { return client_.is_worker(); }
+  const Ledger& ledger() const { return ledger_; }
+  nanoseconds timeout() const { return timeout_; }
+
+  TableOp& take() {
+    const std::lock_guard lock(ops_mutex_);
+    if (free_.empty()) {
+      all_.push_back(std::make_unique<TableOp>(transport_->size()));
+      free_.push_back(all_.back().get());
+    }
+    TableOp* const op = free_.back();
+    free_.pop_back();
+    op->error = nullptr;
+    op->done = op->booked = false;
+    op->moved = {};
+    op->exposed = 0;
+    op->report = {};
+    return *op;
+  }
+  /// To its end.
+  Report run(TableOp& op) {
+    const Inside inside(*this);
+    begin(op, false);
+    attempt([&] {
+      start(op);
+      while (!op.done) turn();
+      if (!threaded_) look_after_others();
+      transport_->flush();
+    });
+    if (!op.done) client_.fail(op, std::make_exception_ptr(*failed_));
+    progress_.stop();
+    const Report report = op.report;
+    const auto error = op.error;
+    give_back(op);
+    if (error) std::rethrow_exception(error);
+    return report;
+  }
+  void start_in_background(TableOp& op) {
+    const Inside inside(*this);
+    begin(op, true);
+    attempt([&] {
+      start(op);
+      drain();
+      transport_->flush();
+    });
+    if (failed_ && !op.done) client_.fail(op, std::make_exception_ptr(*failed_));
+    op.exposed = progress_.rest() - op.account.arrival;
+  }
+  bool is_done(TableOp& op) {
+    const Inside inside(*this);
+    if (!op.done) wait_for([&] { return op.done; }, op, nanoseconds{0});
+    return op.done;
+  }
+  Report wait(TableOp& op) {
+    const Inside inside(*this);
+    if (!op.done) {
+      const Ticks before = clock_.now();
+      wait_for([&] { return op.done; }, op, timeout_);
+      op.exposed += clock_.now() - before;
+    }
+    if (!op.booked) book(op);
+    Report report = op.report;
+    report.exposed = std::min(report.elapsed - report.undriven, clock_.to_ns(op.exposed));
+    if (op.error) std::rethrow_exception(op.error);
+    return report;
+  }
+  void abandon(TableOp& op) {
+    const Inside inside(*this);
+    try {
+      if (!op.done) wait_for([&] { return op.done; }, op, timeout_);
+      if (!op.booked) book(op);
+    } catch (const Error&) {  // who waited for it would have heard
+    }
+    give_back(op);
+  }
+  void tick() {
+    const Inside inside(*this);
+    expect_usable();
+    progress_.drive(timeout_);
+    attempt([&] {
+      client_.tick();
+      drain();
+      transport_->flush();
+    });
+    progress_.rest();
+    if (failed_) throw *failed_;
+  }
+  /// This worker leaves; then this rank serves until nobody needs what it keeps.
+  void close() {
+    if (closed_) return;
+    closed_ = true;
+    if (client_.is_worker()) {
+      TableOp& op = take();
+      op.call = {};
+      op.call.what = Collective::leave;
+      op.call.timeout = timeout_;
+      const Inside inside(*this);
+      begin(op, false);
+      attempt([&] {
+        while (!client_.is_settled()) turn();
+        client_.leave(op);
+        while (!op.done) turn();
+        transport_->flush();
+      });
+      if (!op.done) client_.fail(op, std::make_exception_ptr(*failed_));
+      progress_.stop();
+      const auto error = op.error;
+      give_back(op);
+      if (error) std::rethrow_exception(error);
+    }
+    serve();
+  }
+  /// Until no worker needs what this rank keeps.
+  void serve() {
+    const Inside inside(*this);
+    if (failed_) throw *failed_;
+    forever_ = true;
+    progress_.drive_until(far());
+    progress_.serve(serving_);
+    attempt([&] {
+      while (server_.is_needed() || !post_.idle()) turn();
+      transport_->flush();
+      for (const Ticks end = clock_.now() + clock_.to_ticks(timeout_); transport_->has_rest() && clock_.now() < end;) transport_->settle(), std::this_thread::yield();
+    });
+    forever_ = false;
+    progress_.rest();
+    if (failed_) throw *failed_;
+  }
+  /// f(server) while nobody else is in here.
+  template <class F>
+  auto look(F&& f) {
+    const Inside inside(*this);
+    return f(server_);
+  }
+  TransportCounters counters() {
+    const Inside inside(*this);
+    return transport_->counters();
+  }
+
+  // For Progress (see ProgressClient).
+  OperationAccount& account_of(const Transfer& t) { return post_.account_of(t); }
+  static State rest_of(const Transfer& t) { return Post::rest_of(t); }
+  OperationAccount& waiting() { return waited_ ? waited_->account : serving_; }
+  void check(Transfer& t, const FrameInfo& frame) { post_.check(t, frame); }
+  void moved(Transfer& t) {
+    count(t);
+    post_.moved(t);
+  }
+  static std::uint16_t called() { return 0; }
+  static Transfer* unexpected(Rank, const FrameInfo&) { return nullptr; }
+  void check_peers() { watch(); }
+  static Rank first_lost() { return -1; }
+  static void raise_lost(Rank) {}
+  [[noreturn, gnu::cold]] void raise_abort() {
+    const AbortNotice notice = transport_->abort_notice();
+    throw Error(notice.code, notice.text, {rank(), notice.peer < 0 ? notice.rank : notice.peer, 0, {}});
+  }
+  [[gnu::cold]] void expired() {
+    if (forever_ || !waited_) return void(out_of_time_ = true);
+    if (!limit_is_error_) return void(out_of_time_ = true);
+    TableOp& op = *waited_;
+    const TablePart* const missing = client_.missing(op);
+    std::string what = concat({client_.text_of(op), " at clock ", client_.clock(), " is not done after ", time_text(progress_.waited())});
+    Rank peer = -1;
+    if (missing) {
+      peer = client_.server_of(missing->shard);
+      what += concat({"; shard ", missing->shard, " at rank ", peer, missing->sent ? missing->is_push ? " has not confirmed it" : " has not answered" : " has no credit for it"});
+      if (const Shard* shard = peer == rank() ? server_.shard(missing->shard) : nullptr; shard && shard->slowest() >= 0)
+        what += concat({"; its slowest worker, rank ", table_.workers[static_cast<std::size_t>(shard->slowest())], ", is at clock ", shard->version()});
+    }
+    throw Error(Errc::timeout, what, {rank(), peer, op.sequence, progress_.waited()});
+  }
+  static Ticks expected_wait() { return 0; }
+  bool interrupted() const { return false; }
+  static bool has_neighbours() { return false; }
+  static bool look_elsewhere() { return false; }
+
+ private:
+  /// A thread of the caller's is in here. The server's thread may be asleep, without the lock where the transport allows that.
+  struct Inside {
+    explicit Inside(TableNode& n) : node(n) {
+      if (!node.thread_.joinable()) return;
+      node.wanted_.fetch_add(1, std::memory_order_seq_cst);
+      if (!node.transport_->sleeps_apart()) node.transport_->interrupt();
+      node.mutex_.lock();
+      node.wanted_.fetch_sub(1, std::memory_order_relaxed);
+    }
+    ~Inside() {
+      if (node.thread_.joinable()) node.mutex_.unlock();
+    }
+    Inside(const Inside&) = delete;
+    TableNode& node;
+  };
+
+  // TableHost
+  Post::Parcel& parcel(Rank to) override { return post_.parcel(to); }
+  void send(Post::Parcel& p, const Envelope& e, std::span<const std::span<const std::byte>> pieces, const Lateness* late) override {
+    if (p.to != rank()) {
+      if (is_gone(p.to)) return drop(p);
+      TableOp* const op = static_cast<TableOp*>(p.op);
+      return post_.send(*this, p, e, pieces, op ? op->account : serving_, late);
+    }
+    // From one side of this rank to the other.
+    if (e.kind == MessageKind::reply) {
+      std::byte* to = client_.place(e);
+      for (const auto& piece : pieces) {
+        if (to && !piece.empty()) std::memcpy(to, piece.data(), piece.size()), to += piece.size();
+      }
+      client_.received(rank(), e, {}, late);
+    } else if (e.kind == MessageKind::acknowledge || e.kind == MessageKind::refusal) {
+      client_.received(rank(), e, pieces.empty() ? Payload() : Payload::borrowed(pieces[0].data(), pieces[0].size()), late);
+    } else if (pieces.size() > 1) {
+      Payload joined(pool_, e.bytes);
+      std::size_t at = 0;
+      for (const auto& piece : pieces) {
+        if (!piece.empty()) std::memcpy(joined.data() + at, piece.data(), piece.size()), at += piece.size();
+      }
+      server_.received(rank(), e, std::move(joined), clock_.now());
+    } else {
+      server_.received(rank(), e, pieces.empty() ? Payload() : Payload::borrowed(pieces[0].data(), pieces[0].size()), clock_.now());
+    }
+    drop(p);
+  }
+  void send(Rank to, const Envelope& e, std::span<const std::byte> payload, const Lateness* late) override {
+    send(post_.parcel(to), e, std::span(&payload, payload.empty() ? 0 : 1), late);
+  }
+  void drop(Post::Parcel& p) {
+    server_.let_go(p);
+    post_.recycle(p);
+  }
+  void at_work(State state) override {
+    progress_.serve(serving_);
+    progress_.enter(state);
+  }
+  Ticks now() const override { return clock_.now(); }
+  bool is_gone(Rank r) const override { return gone_[static_cast<std::size_t>(r)] == Gone::yes; }
+
+  // Post::Handler
+  std::byte* place(Rank, const Envelope& e) override { return client_.place(e); }
+  void received(Rank peer, const Envelope& e, Payload&& payload, Ticks sent_at) override {
+    if (e.kind == MessageKind::acknowledge || e.kind == MessageKind::reply || e.kind == MessageKind::refusal) client_.received(peer, e, std::move(payload));
+    else server_.received(peer, e, std::move(payload), sent_at);
+  }
+  void sent(Post::Parcel& parcel) override { server_.let_go(parcel); }
+  OperationAccount* account_of(Rank peer, std::uint64_t fingerprint) override {
+    TableOp* const op = fingerprint == Post::credit ? client_.starved_of(peer) : client_.op_of(fingerprint);
+    return op ? &op->account : nullptr;
+  }
+
+  // TableClient::Events
+  void finished(TableOp& op) override {
+    op.in_flight = false;
+    if (op.error) {
+      op.report = progress_.finish_failed(op.account, -1, State::wait_transfer);
+      if (op.row) ++op.row->failed;
+    } else {
+      op.report = progress_.finish(op.account);
+    }
+    fill(op.report, op.moved);
+    op.report.ledger = ledger_.handle();
+    op.report.sequence = op.sequence;
+    if (op.row) op.report.algorithm = op.row->algorithm;
+    if (!op.background) book(op);
+  }
+  void heard_here(TableOp& op, const Lateness* late) override { progress_.released(op.account, late ? *late : Lateness{0, rank()}); }
+
+  /// What the transport has moved since it was asked last was for this transfer.
+  void count(const Transfer& t) {
+    const TransportCounters now = transport_->counters();
+    TableOp* op = t.is_send ? static_cast<TableOp*>(static_cast<Post::Parcel*>(t.owner)->op) : client_.op_of(t.fingerprint);
+    Moved& whose = op ? op->moved : serving_moved_;
+    whose.sent += now.bytes_sent - counted_.bytes_sent;
+    whose.received += now.bytes_received - counted_.bytes_received;
+    whose.overhead += now.overhead_sent - counted_.overhead_sent;
+    counted_ = now;
+  }
+  static void fill(Report& report, Moved& moved) {
+    report.bytes_sent = moved.sent;
+    report.bytes_received = moved.received;
+    report.bytes_wire = moved.sent + moved.overhead;
+    moved = {};
+  }
+  void expect_usable() const {
+    if (failed_) throw *failed_;
+    if (closed_) throw Error(Errc::invalid_argument, "this table is closed");
+  }
+  void begin(TableOp& op, bool background) {
+    if (failed_) give_back(op);
+    if (failed_) throw *failed_;
+    if (timeout_of(op) <= nanoseconds{0}) op.call.timeout = timeout_;
+    book_serving(false);
+    op.background = background;
+    op.sequence = ++number_;
+    op.in_flight = true;
+    progress_.begin(op.account, timeout_of(op));
+    op.row = &row_of(op);
+    waited_ = background ? nullptr : &op;
+    limit_is_error_ = true;
+  }
+  static nanoseconds timeout_of(const TableOp& op) { return op.call.timeout; }
+  void start(TableOp& op) {
+    if (transport_->aborted()) raise_abort();
+    client_.start(op);
+  }
+  LedgerRow& row_of(const TableOp& op) {
+    const TableCall& c = op.call;
+    if (c.what == Collective::leave) return ledger_.row(c.what, 0, name_);
+    const TensorSpec& t = table_.tensors[c.tensor];
+    return ledger_.row(c.what, bytes_of(op), t.is_sparse() ? "rows " + name_ : name_);
+  }
+  std::uint64_t bytes_of(const TableOp& op) const {
+    if (op.call.what == Collective::leave) return 0;
+    const TensorSpec& t = table_.tensors[op.call.tensor];
+    return (t.is_sparse() ? op.call.keys.size() * t.row : op.call.count) * table_.rule.grain;
+  }
+  void book(TableOp& op) {
+    if (op.booked) return;
+    op.booked = true;
+    if (!op.row || !accounting_) return;
+    if (op.background) op.report.exposed = std::min(op.report.elapsed - op.report.undriven, clock_.to_ns(op.exposed));
+    ledger_.book({op.row, bytes_of(op), 0, op.account.arrival, &op.account.watch}, op.report, clock_);
+    ledger_.settle();
+  }
+  /// What was done for others, now and then. By the caller's thread: the ledger is its.
+  void book_serving(bool all) {
+    if (!accounting_ || !server_.keeps_any()) return;
+    const Ticks now = clock_.now();
+    if (!all && now - serving_.arrival < clock_.to_ticks(std::chrono::milliseconds(100))) return;
+    progress_.drive(timeout_);
+    Report report = progress_.finish(serving_);
+    report.ledger = ledger_.handle();
+    report.sequence = ++number_;
+    report.exposed = nanoseconds{0};
+    fill(report, serving_moved_);
+    LedgerRow& row = ledger_.row(Collective::serve, 0, name_);
+    ledger_.book({&row, 0, 0, serving_.arrival, &serving_.watch}, report, clock_);
+    ledger_.settle();
+    progress_.begin(serving_, timeout_);
+    progress_.rest();
+  }
+  void give_back(TableOp& op) {
+    waited_ = nullptr;
+    const std::lock_guard lock(ops_mutex_);
+    free_.push_back(&op);
+  }
+
+  template <class F>
+  void attempt(F&& f) try {
+    f();
+  } catch (...) {
+    on_error();
+  }
+  /// In a handler. An operation that missed its deadline fails alone where nothing of its memory is under way; all else ends this rank's table.
+  [[gnu::cold]] void on_error() {
+    const std::exception_ptr thrown = std::current_exception();
+    try {
+      throw;
+    } catch (const Error& error) {
+      if (waited_ && !waited_->done && error.errc() != Errc::protocol && error.errc() != Errc::aborted && !post_.uses(waited_) && !post_.receives(waited_->request)) return client_.fail(*waited_, thrown);
+      give_up(error);
+    } catch (const std::exception& error) {
+      give_up(Error(Errc::aborted, {"a table's rule threw: ", error.what()}));
+    }
+  }
+  [[gnu::cold]] void give_up(const Error& error) {
+    if (!failed_) failed_.emplace(error);
+    post_.withdraw();
+    drain_quietly();
+    leave();
+    if (waited_ && !waited_->done) client_.fail(*waited_, std::make_exception_ptr(*failed_));
+  }
+  void leave() {
+    if (!std::exchange(left_, true)) transport_->leave();
+  }
+  void drain_quietly() {
+    try {
+      post_.deliver(*this);
+    } catch (const std::exception&) {  // the first reason is the one that counts
+    }
+  }
+
+  void turn() {
+    progress_.turn(*this);
+    drain();
+  }
+  bool step() {
+    const bool moved = progress_.poll(*this);
+    return drain() || moved;
+  }
+  bool drain() { return post_.deliver(*this); }
+  template <class Done>
+  void wait_for(Done&& done, TableOp& op, nanoseconds limit) {
+    const bool once = limit == nanoseconds{0};
+    progress_.drive(once ? timeout_ : limit);
+    waited_ = &op;
+    limit_is_error_ = !once;
+    out_of_time_ = false;
+    attempt([&] {
+      if (once) step();
+      else
+        while (!done() && !out_of_time_) turn();
+      transport_->flush();
+    });
+    if (failed_ && !op.done) client_.fail(op, std::make_exception_ptr(*failed_));
+    waited_ = nullptr;
+    progress_.rest();
+  }
+
+  /// Looks who is gone: found twice, with everything that it sent before taken in between.
+  void watch() {
+    const Ticks now = clock_.now();
+    for (Rank r = 0; r < transport_->size(); ++r) {
+      Gone& g = gone_[static_cast<std::size_t>(r)];
+      if (r == rank() || g == Gone::yes || transport_->liveness(r) == Liveness::alive) continue;
+      if (std::exchange(g, Gone::perhaps) != Gone::perhaps) continue;
+      g = Gone::yes;
+      post_.forget(r);
+      drain();
+      client_.lost(r);
+      server_.lost(r);
+    }
+    server_.settle();
+    if (retry_after_ > 0) client_.retry(now, retry_after_), server_.retry(now, retry_after_);
+    drain();
+  }
+
+  /// Where there is no thread for it.
+  void look_after_others() {
+    if (const Ticks now = clock_.now(); now - looked_ > clock_.to_ticks(std::chrono::milliseconds(20))) looked_ = now, watch();
+    step();
+  }
+
+  // The server's thread.
+
+  void serve_others() {
+    server_thread_.store(std::this_thread::get_id());
+    const Ticks spin = clock_.to_ticks(std::chrono::microseconds(20)), look = clock_.to_ticks(std::chrono::milliseconds(20));
+    std::unique_lock lock(mutex_);
+    while (!stopping_.load(std::memory_order_relaxed)) {
+      progress_.drive_until(far());
+      waited_ = nullptr;
+      attempt([&] {
+        Ticks since = clock_.now();
+        while (!hurried()) {
+          const Ticks now = clock_.now();
+          if (now - looked_ > look) looked_ = now, watch();
+          if (step()) since = clock_.now();
+          else if (now - since > spin || transport_->crowded()) break;
+          else cpu_pause();
+        }
+        transport_->flush();
+      });
+      progress_.rest();
+      if (failed_) return;
+      if (wanted_.load(std::memory_order_relaxed) > 0) {  // a worker wants to come in
+        lock.unlock();
+        while (wanted_.load(std::memory_order_relaxed) > 0) std::this_thread::yield();
+        lock.lock();
+        continue;
+      }
+      bool moved = false;
+      asleep_.store(true, std::memory_order_seq_cst);
+      attempt([&] {
+        transport_->park(std::chrono::milliseconds(25), [&] {
+          progress_.drive_until(far());
+          moved = step();
+          progress_.rest();
+          if (moved || hurried()) return true;
+          if (transport_->sleeps_apart()) lock.unlock();
+          return false;
+        });
+      });
+      asleep_.store(false, std::memory_order_seq_cst);
+      if (!lock.owns_lock()) lock.lock();
+    }
+  }
+  Ticks far() const { return clock_.now() + clock_.to_ticks(longest_timeout); }
+  bool hurried() const { return wanted_.load(std::memory_order_relaxed) > 0 || stopping_.load(std::memory_order_relaxed); }
+  /// Before a worker sleeps in here: two threads cannot be woken for one rank.
+  void oust() {
+    if (!threaded_ || std::this_thread::get_id() == server_thread_.load()) return;
+    while (asleep_.load(std::memory_order_seq_cst)) {
+      transport_->interrupt();
+      std::this_thread::yield();
+    }
+  }
+  void stop() {
+    if (!thread_.joinable()) return;
+    stopping_.store(true);
+    while (asleep_.load(std::memory_order_seq_cst)) {
+      transport_->interrupt();
+      std::this_thread::yield();
+    }
+    thread_.join();
+  }
+
+  enum class Gone : std::uint8_t { no, perhaps, yes };
+
+  std::unique_ptr<AnyTransport> transport_;
+  const Table table_;
+  std::shared_ptr<const void> rule_;
+  Clock clock_;
+  nanoseconds timeout_;
+  bool accounting_;
+  Pool pool_;
+  Ledger ledger_;
+  Progress<AnyTransport> progress_;
+  OperationAccount serving_;
+  std::vector<Gone> gone_;
+  Post post_;
+  TableClient client_;
+  TableServer server_;
+  std::string name_;
+  Ticks retry_after_, looked_ = 0;
+  TransportCounters counted_;
+  Moved serving_moved_;
+  std::uint32_t number_ = 0;
+  TableOp* waited_ = nullptr;
+  bool limit_is_error_ = true, out_of_time_ = false, forever_ = false, closed_ = false, left_ = false;
+  std::optional<Error> failed_;
+  std::mutex ops_mutex_;
+  std::vector<std::unique_ptr<TableOp>> all_;
+  std::vector<TableOp*> free_;
+
+  std::mutex mutex_;
+  std::atomic<int> wanted_{0};
+  std::atomic<bool> stopping_{false}, asleep_{false};
+  bool threaded_ = false;
+  std::atomic<std::thread::id> server_thread_{};
+  std::thread thread_;
+};
+
+}  // namespace tally::inline v0::detail

@@ -1,0 +1,234 @@
+// SPDX-License-Identifier: Apache-2.0
+// Server rules: what a pushed value does to the one that is kept, where that lies. A rule is a function of single elements; it is
+// inlined into one loop per element type, which is all that depends on types here. Its state (momentum and the like) is kept beside
+// the values, on the server.
+#pragma once
+
+#include <cmath>
+#include <concepts>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <string>
+#include <type_traits>
+#include <utility>
+
+#include "../operators.hpp"
+#include "../reduce.hpp"
+#include "../types.hpp"
+
+namespace tally::inline v0 {
+
+/// What a rule is told beside the two values.
+struct Update {
+  std::uint64_t step = 1;     // how often the values beside it have been updated, this time included
+  double weight = 1;          // of what was pushed; of several workers' together, the sum
+  int contributions = 1;      // of so many workers; by_rank and as(Algorithm) fold them before the rule sees them
+};
+
+/// What is computed with: float for the small floats.
+template <class T>
+struct WorkingOf {
+  using type = T;
+};
+template <Small T>
+struct WorkingOf<T> {
+  using type = float;
+};
+template <class T>
+using Working = typename WorkingOf<T>::type;
+
+namespace detail {
+
+template <class R>
+constexpr int states_of() {
+  if constexpr (requires { R::states; }) return R::states;
+  else return 0;
+}
+template <class R, class W, std::size_t... i>
+constexpr bool takes_states(std::index_sequence<i...>) {
+  return requires(const R& rule, W value, const Update& update, W& state) { { rule(value, value, update, (static_cast<void>(i), state)...) } -> std::convertible_to<W>; };
+}
+template <class R>
+constexpr bool needs_whole_clocks() {
+  if constexpr (requires { R::whole_clocks; }) return R::whole_clocks;
+  else return false;
+}
+
+/// The right one of two: of several assignments the last one stays.
+struct Last {
+  template <class T>
+  constexpr T operator()(const T&, const T& b) const { return b; }
+};
+
+}  // namespace detail
+
+/// rule(value, pushed, update, state...) is the new value; as many states, all 0 at first, as the rule has as `R::states` (none
+/// if it says nothing). `R::whole_clocks`: it wants what all workers push in one clock together. `R::Combine`: how that is folded, else a sum.
+template <class R, class T>
+concept ServerRule = Element<T> && std::is_trivially_copyable_v<R> && detail::takes_states<R, Working<T>>(std::make_index_sequence<static_cast<std::size_t>(detail::states_of<R>())>{});
+
+/// value + pushed
+struct Add {
+  template <detail::Summable W>
+  constexpr W operator()(W value, W pushed, const Update&) const {
+    if constexpr (Integer<W>) return static_cast<W>(static_cast<std::make_unsigned_t<W>>(value) + static_cast<std::make_unsigned_t<W>>(pushed));
+    else return value + pushed;
+  }
+};
+/// The last one pushed.
+struct Assign {
+  using Combine = detail::Last;
+  template <class W>
+  constexpr W operator()(W, W pushed, const Update&) const { return pushed; }
+};
+/// The larger of both; NaN if either is.
+struct KeepMax {
+  using Combine = Max;
+  template <Number W>
+  constexpr W operator()(W value, W pushed, const Update&) const { return pushed > value || pushed != pushed ? pushed : value; }
+};
+/// Gradient descent: value - rate * gradient.
+struct Sgd {
+  float rate = 0.01f;
+  template <detail::Fractional W>
+  constexpr W operator()(W value, W gradient, const Update&) const { return value - static_cast<W>(rate) * gradient; }
+};
+/// Sutskever et al., "On the importance of initialization and momentum in deep learning" (2013), as frameworks have it: v = decay * v + gradient.
+struct Momentum {
+  static constexpr int states = 1;
+  float rate = 0.01f, decay = 0.9f;
+  template <detail::Fractional W>
+  constexpr W operator()(W value, W gradient, const Update&, W& velocity) const {
+    velocity = static_cast<W>(decay) * velocity + gradient;
+    return value - static_cast<W>(rate) * velocity;
+  }
+};
+/// Kingma and Ba, "Adam: a method for stochastic optimization" (2015), algorithm 1.
+struct Adam {
+  static constexpr int states = 2;
+  float rate = 0.001f, first_decay = 0.9f, second_decay = 0.999f, epsilon = 1e-8f;
+  template <std::floating_point W>
+  W operator()(W value, W gradient, const Update& update, W& first, W& second) const {
+    const W b1 = static_cast<W>(first_decay), b2 = static_cast<W>(second_decay);
+    first = b1 * first + (1 - b1) * gradient;
+    second = b2 * second + (1 - b2) * gradient * gradient;
+    const W m = first / (1 - std::pow(b1, static_cast<W>(update.step))), v = second / (1 - std::pow(b2, static_cast<W>(update.step)));
+    return value - static_cast<W>(rate) * m / (std::sqrt(v) + static_cast<W>(epsilon));
+  }
+};
+/// Duchi, Hazan and Singer, "Adaptive subgradient methods" (2011), with a diagonal matrix.
+struct Adagrad {
+  static constexpr int states = 1;
+  float rate = 0.01f, epsilon = 1e-10f;
+  template <std::floating_point W>
+  W operator()(W value, W gradient, const Update&, W& squares) const {
+    squares += gradient * gradient;
+    return value - static_cast<W>(rate) * gradient / (std::sqrt(squares) + static_cast<W>(epsilon));
+  }
+};
+/// The mean of the values pushed in a clock, each with its weight: federated averaging (McMahan et al., 2017) with numbers of samples.
+/// Pushed values are multiplied by their weights on arrival.
+struct WeightedAverage {
+  static constexpr bool whole_clocks = true, weighs = true;
+  template <detail::Fractional W>
+  constexpr W operator()(W, W pushed, const Update& update) const { return pushed / static_cast<W>(update.weight); }
+};
+/// The outer optimiser of DiLoCo (Douillard et al., 2023): Nesterov's momentum on the mean of what workers moved the values by, which
+/// each pushes as (value at the start of its local steps - value now).
+struct NesterovOuter {
+  static constexpr int states = 1;
+  static constexpr bool whole_clocks = true;
+  float rate = 0.7f, decay = 0.9f;
+  template <detail::Fractional W>
+  constexpr W operator()(W value, W pushed, const Update& update, W& velocity) const {
+    const W gradient = pushed / static_cast<W>(update.contributions), mu = static_cast<W>(decay);
+    velocity = mu * velocity + gradient;
+    return value - static_cast<W>(rate) * (gradient + mu * velocity);
+  }
+};
+
+namespace detail {
+
+/// A rule without its type.
+struct RuleOps {
+  /// to = rule(from, pushed) for n elements; `to` may be `from`. `states`: where each one's begin for these elements.
+  void (*apply)(const void* rule, std::byte* to, const std::byte* from, const std::byte* pushed, std::byte* const* states, std::size_t n, const Update& update) = nullptr;
+  ScaleFunction weigh = nullptr;  // by a double; null: weights are only summed up
+  Fold combine;                   // folds what several workers pushed
+  int states = 0;
+  std::size_t grain = 1, state_grain = 1;
+  ElementType type = ElementType::none;
+  bool whole_clocks = false;
+  std::uint64_t hash = 0;  // of the rule's type and settings
+};
+
+template <class T, class R, std::size_t width, std::size_t... i>
+[[gnu::always_inline]] inline void apply_with(const R& rule, std::byte* to, const std::byte* from, const std::byte* pushed, std::byte* const* states, std::size_t n, const Update& update, std::index_sequence<i...>) {
+  using W = Working<T>;
+  [[maybe_unused]] W* const all[] = {reinterpret_cast<W*>(states ? states[i] : nullptr)..., nullptr};
+  std::size_t at = 0;
+  // Of fixed length, so that compilers make vectors of it at -O2, too.
+  if constexpr (std::is_arithmetic_v<W> || Small<T>) {
+    for (; at + width <= n; at += width) {
+      T a[width], b[width];
+      std::memcpy(a, from + at * sizeof(T), sizeof a), std::memcpy(b, pushed + at * sizeof(T), sizeof b);
+      for (std::size_t k = 0; k < width; ++k) a[k] = static_cast<T>(rule(static_cast<W>(a[k]), static_cast<W>(b[k]), update, all[i][at + k]...));
+      std::memcpy(to + at * sizeof(T), a, sizeof a);
+    }
+  }
+  for (; at < n; ++at) store(to + at * sizeof(T), static_cast<T>(rule(static_cast<W>(load<T>(from + at * sizeof(T))), static_cast<W>(load<T>(pushed + at * sizeof(T))), update, all[i][at]...)));
+}
+#if defined(__x86_64__)
+template <class T, class R>
+[[gnu::target("avx2")]] void apply_avx2(const R& rule, std::byte* to, const std::byte* from, const std::byte* pushed, std::byte* const* states, std::size_t n, const Update& update) {
+  apply_with<T, R, 32>(rule, to, from, pushed, states, n, update, std::make_index_sequence<static_cast<std::size_t>(states_of<R>())>{});
+}
+#endif
+template <class T, class R>
+void apply_rule(const void* rule, std::byte* to, const std::byte* from, const std::byte* pushed, std::byte* const* states, std::size_t n, const Update& update) {
+#if defined(__x86_64__)
+  static const bool wide = has_avx2();
+  if (wide) return apply_avx2<T>(*static_cast<const R*>(rule), to, from, pushed, states, n, update);
+#endif
+  apply_with<T, R, 16>(*static_cast<const R*>(rule), to, from, pushed, states, n, update, std::make_index_sequence<static_cast<std::size_t>(states_of<R>())>{});
+}
+template <class T>
+void weigh(const void* weight, std::byte* to, const std::byte* from, std::size_t bytes) {
+  const auto factor = static_cast<Working<T>>(*static_cast<const double*>(weight));
+  for (std::size_t at = 0; at < bytes; at += sizeof(T)) store(to + at, static_cast<T>(static_cast<Working<T>>(load<T>(from + at)) * factor));
+}
+
+template <class R>
+struct CombineOf {
+  using type = Sum;
+};
+template <class R>
+  requires requires { typename R::Combine; }
+struct CombineOf<R> {
+  using type = typename R::Combine;
+};
+
+template <Element T, class R>
+  requires ServerRule<R, T>
+RuleOps rule_ops(const R& rule) {
+  using Op = typename CombineOf<R>::type;
+  static constexpr Op combine{};
+  RuleOps ops;
+  ops.apply = &apply_rule<T, R>;
+  if constexpr (requires { R::weighs; }) ops.weigh = &weigh<T>;
+  if constexpr (std::invocable<const Op&, T, T> || is_builtin<Op>) ops.combine = fold_of<T>(combine);
+  ops.states = states_of<R>();
+  ops.grain = sizeof(T);
+  ops.state_grain = sizeof(Working<T>);
+  ops.type = element_type<T>();
+  ops.whole_clocks = needs_whole_clocks<R>();
+  std::string bytes;
+  if constexpr (!std::is_empty_v<R>) bytes.assign(reinterpret_cast<const char*>(&rule), sizeof rule);
+  ops.hash = hash_type<R>() ^ hash_text(bytes);
+  return ops;
+}
+
+}  // namespace detail
+
+}  // namespace tally::inline v0

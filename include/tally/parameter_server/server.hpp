@@ -1,0 +1,414 @@
+// SPDX-License-Identifier: Apache-2.0
+// The serving side of a rank: the shards that it keeps, as their primary or as the replica that takes over. What changes a shard goes
+// through a log: where there is a replica, it is done when that has it, too, so that nothing anybody has seen can be lost. Pulls that
+// may not be answered yet are parked, and all that have become ready are answered, however far the clock moved.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <deque>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "post.hpp"
+#include "shard.hpp"
+
+namespace tally::inline v0::detail {
+
+/// What both sides of a table ask of the rank they are on.
+struct TableHost {
+  virtual ~TableHost() = default;
+  virtual Rank rank() const = 0;
+  virtual Post::Parcel& parcel(Rank to) = 0;
+  virtual void send(Post::Parcel& p, const Envelope& e, std::span<const std::span<const std::byte>> pieces, const Lateness* late) = 0;
+  virtual void send(Rank to, const Envelope& e, std::span<const std::byte> payload = {}, const Lateness* late = nullptr) = 0;
+  /// What this thread does from here on is work for others, of this kind.
+  virtual void at_work(State state) = 0;
+  virtual Ticks now() const = 0;
+  /// Whether the rank is gone for good, and nothing of it is under way.
+  virtual bool is_gone(Rank r) const = 0;
+};
+
+class TableServer {
+ public:
+  TableServer(TableHost& host, const Table& table, Pool& pool, const void* rule) : host_(host), table_(table), pool_(pool) {
+    for (int s = 0; s < table.shards(); ++s) {
+      const int replica = table.replica_of(s);
+      const Rank primary = table.servers[static_cast<std::size_t>(s)], second = replica < 0 ? -1 : table.servers[static_cast<std::size_t>(replica)];
+      if (primary != host.rank() && second != host.rank()) continue;
+      served_.push_back(std::make_unique<Served>(table, s, pool, rule));
+      served_.back()->primary = primary;
+      served_.back()->replica = second;
+      served_.back()->told.resize(table.workers.size());
+    }
+    views_.resize(table.workers.size());
+  }
+
+  bool keeps_any() const { return !served_.empty(); }
+  /// Some worker may still want something of a shard that this rank keeps.
+  bool is_needed() const {
+    return std::any_of(served_.begin(), served_.end(), [](const auto& s) { return s->shard.any_live() || !s->log.empty(); });
+  }
+
+  /// Of any kind that is for servers. `sent_at`: when it left, by this rank's clock.
+  void received(Rank peer, const Envelope& e, Payload&& payload, Ticks sent_at) {
+    Served* const s = find(e.shard);
+    if (e.kind == MessageKind::gone) return hear(e);
+    if (!s) return refuse(peer, e, Errc::invalid_argument, concat({"rank ", host_.rank(), " does not keep shard ", e.shard}));
+    if (e.kind == MessageKind::replicated) {
+      if (peer == s->replica)
+        while (!s->log.empty() && s->log.front().e.index <= e.index) execute_next(*s);
+      return;
+    }
+    if (e.flags & Envelope::is_replica) {
+      if (peer == s->primary) replicate(*s, {e, std::move(payload), sent_at, peer});
+      return;
+    }
+    const std::int32_t worker = table_.worker_at(peer);
+    if (e.worker != worker) return refuse(peer, e, Errc::protocol, concat({"rank ", peer, " speaks for worker ", e.worker, ", which it is not"}));
+    if (s->primary != host_.rank()) {  // it knows earlier than this rank that the primary is gone
+      payload.own(pool_);
+      s->early.push_back({e, std::move(payload), sent_at, peer});
+      return;
+    }
+    switch (e.kind) {
+      case MessageKind::push:
+      case MessageKind::pull: {
+        std::string problem = s->shard.problem_with(e);
+        if (problem.empty() && table_.tensors[e.tensor].is_sparse()) problem = s->shard.problem_with_keys(e, payload.data());
+        if (!problem.empty()) return refuse(peer, e, Errc::invalid_argument, problem);
+        if (e.kind == MessageKind::push) return submit(*s, {e, std::move(payload), sent_at, peer});
+        Parked pull{e, peer, std::move(payload), false};
+        if (s->shard.ready(e)) return answer(*s, pull);
+        pull.payload.own(pool_);
+        pull.bounded = !s->shard.within_bound(e);
+        s->parked.push_back(std::move(pull));
+        return;
+      }
+      case MessageKind::advance:
+      case MessageKind::leave: return submit(*s, {e, std::move(payload), sent_at, peer});
+      default: return refuse(peer, e, Errc::protocol, concat({"a server has no use for a ", name_of(e.kind)}));
+    }
+  }
+
+  /// A rank is gone for good, and nothing of it is under way any more.
+  void lost(Rank r) {
+    for (const auto& each : served_) {
+      Served& s = *each;
+      if (s.replica == r) {  // from here on this one is alone
+        s.replica = -1;
+        while (!s.log.empty()) execute_next(s);
+      }
+      if (s.primary == r && s.replica == host_.rank()) {
+        s.primary = host_.rank();
+        s.replica = -1;
+        for (Entry& early : std::exchange(s.early, {})) received(early.from, early.e, std::move(early.payload), early.sent_at);
+      }
+      std::erase_if(s.parked, [&](const Parked& p) { return p.peer == r; });
+    }
+    if (const std::int32_t worker = table_.worker_at(r); worker >= 0) views_[static_cast<std::size_t>(worker)].wanted = true;
+    settle();
+  }
+  /// What waits for others: who is gone, or for their replicas.
+  void settle() {
+    for (std::size_t w = 0; w < views_.size(); ++w)
+      if (views_[w].wanted) settle(static_cast<std::int32_t>(w));
+  }
+  /// What was not confirmed for so long may be lost.
+  void retry(Ticks now, Ticks after) {
+    for (const auto& s : served_)
+      for (Entry& entry : s->log)
+        if (now - entry.forwarded_at > after) forward(*s, entry);
+    if (now - told_at_ <= after) return;
+    told_at_ = now;
+    for (std::size_t w = 0; w < views_.size(); ++w)
+      if (views_[w].wanted) show(static_cast<std::int32_t>(w), Envelope::asks);
+  }
+  void let_go(const Post::Parcel& p) {
+    for (Published* lease : p.leases) find(p.shard)->shard.let_go(p.tensor, lease);
+  }
+  /// For tests and errors.
+  const Shard* shard(int index) const {
+    const Served* const s = const_cast<TableServer*>(this)->find(static_cast<std::size_t>(index));
+    return s ? &s->shard : nullptr;
+  }
+  /// How often a pull would have been answered against the bound, had it not been for the gate; and how often it was, which must not be.
+  struct Monitor {
+    std::uint64_t answered = 0, parked = 0, violated = 0;
+    std::uint64_t stalest = 0;  // clocks that a pull's worker was ahead of what it got
+  };
+  const Monitor& monitor() const { return monitor_; }
+
+ private:
+  struct Entry {
+    Envelope e;
+    Payload payload;
+    Ticks sent_at = 0;
+    Rank from = -1;
+    Ticks forwarded_at = 0;  // to the replica
+  };
+  struct Parked {
+    Envelope e;
+    Rank peer;
+    Payload payload;
+    bool bounded;  // it is the staleness bound that it waits for
+  };
+  struct Served {
+    Served(const Table& table, int s, Pool& pool, const void* rule) : shard(table, s, pool, rule) {}
+    Shard shard;
+    Rank primary = -1, replica = -1;
+    std::uint64_t last_index = 0;  // of the last entry: for a replica, that it has done
+    std::deque<Entry> log;      // what the replica has not confirmed yet
+    std::vector<Entry> ahead;   // for a replica: what came before its turn
+    std::vector<Entry> early;   // for a replica, that is not the primary yet
+    std::vector<Parked> parked;
+    std::vector<std::uint64_t> told;  // bytes freed, by worker
+    Lateness gate;              // who held the version below what it is now, and until when
+  };
+  /// What the shards know of a worker that is gone.
+  struct Views {
+    bool wanted = false;
+    struct View {
+      std::uint64_t clock = 0, committed = 0;
+    };
+    std::vector<std::optional<View>> of;  // by shard
+  };
+
+  Served* find(std::size_t shard) {
+    for (const auto& s : served_)
+      if (static_cast<std::size_t>(s->shard.index()) == shard) return s.get();
+    return nullptr;
+  }
+
+  void submit(Served& s, Entry&& entry) {
+    if (s.replica < 0) return execute(s, std::move(entry));
+    entry.payload.own(pool_);
+    entry.e.index = ++s.last_index;
+    s.log.push_back(std::move(entry));
+    forward(s, s.log.back());
+  }
+  void forward(Served& s, Entry& kept) {
+    kept.forwarded_at = host_.now();
+    Envelope e = kept.e;
+    e.flags |= Envelope::is_replica;
+    const std::span<const std::byte> all(kept.payload.data(), kept.payload.size());
+    const std::size_t keys = (e.flags & Envelope::is_rows) != 0 && e.bytes > Post::most_inline ? e.count * sizeof(std::uint64_t) : 0;
+    const std::span<const std::byte> pieces[] = {all.first(keys), all.subspan(keys)};
+    host_.send(host_.parcel(s.replica), e, pieces, nullptr);
+  }
+  /// What a primary has in its log: in that order, once.
+  void replicate(Served& s, Entry&& entry) {
+    const auto is_next = [&](const Entry& each) { return each.e.index == s.last_index + 1; };
+    if (entry.e.index > s.last_index && std::none_of(s.ahead.begin(), s.ahead.end(), [&](const Entry& known) { return known.e.index == entry.e.index; })) {
+      entry.payload.own(pool_);
+      s.ahead.push_back(std::move(entry));
+    }
+    for (auto next = s.ahead.begin(); (next = std::find_if(s.ahead.begin(), s.ahead.end(), is_next)) != s.ahead.end();) {
+      Entry now = std::move(*next);
+      s.ahead.erase(next);
+      ++s.last_index;
+      execute(s, std::move(now));
+    }
+    Envelope done;
+    done.kind = MessageKind::replicated;
+    done.shard = static_cast<std::uint16_t>(s.shard.index());
+    done.index = s.last_index;
+    host_.send(s.primary, done);
+  }
+  void execute_next(Served& s) {
+    Entry next = std::move(s.log.front());
+    s.log.pop_front();
+    execute(s, std::move(next));
+  }
+  void execute(Served& s, Entry&& entry) {
+    const Envelope e = entry.e;
+    const std::uint64_t before = s.shard.version();
+    host_.at_work(State::reduce);
+    switch (e.kind) {
+      case MessageKind::push: s.shard.push(e, std::move(entry.payload)); break;
+      case MessageKind::advance: s.shard.advance(e); break;
+      case MessageKind::leave: s.shard.remove(e); break;
+      default: break;
+    }
+    if (s.shard.version() > before && e.worker >= 0) s.gate = {entry.sent_at, table_.workers[static_cast<std::size_t>(e.worker)]};
+    host_.at_work(State::protocol);
+    if (s.primary == host_.rank()) tell(s, e);
+    s.shard.events.clear();
+  }
+  void tell(Served& s, const Envelope& e) {
+    Envelope answer;
+    answer.kind = MessageKind::acknowledge;
+    answer.shard = static_cast<std::uint16_t>(s.shard.index());
+    const auto send = [&](std::int32_t worker, std::uint64_t sequence, std::uint64_t request, const Lateness* late = nullptr) {
+      const Rank to = table_.workers[static_cast<std::size_t>(worker)];
+      if (host_.is_gone(to)) return;
+      answer.worker = worker;
+      answer.sequence = sequence;
+      answer.request = request;
+      answer.number = s.told[static_cast<std::size_t>(worker)] = s.shard.freed(worker);
+      answer.clock = s.shard.version();
+      host_.send(to, answer, {}, late);
+    };
+    // Of a copy: who is told may be on this rank, and go on at once.
+    const auto acknowledged = std::exchange(s.shard.events.acknowledge, {});
+    const bool freed = std::exchange(s.shard.events.freed, false), readable = std::exchange(s.shard.events.readable, false);
+    for (const auto& [worker, sequence, request] : acknowledged) send(worker, sequence, request);
+    if (e.request != 0 && (e.kind == MessageKind::leave || e.kind == MessageKind::advance)) send(e.worker, 0, e.request);
+    for (std::size_t w = 0; freed && w < s.told.size(); ++w)
+      if (s.told[w] != s.shard.freed(static_cast<std::int32_t>(w)) && s.shard.is_live(static_cast<std::int32_t>(w))) send(static_cast<std::int32_t>(w), 0, 0, s.gate.until > 0 ? &s.gate : nullptr);
+    if (readable) release(s);
+  }
+  void release(Served& s) {
+    for (std::size_t i = 0; i < s.parked.size();) {
+      if (!s.shard.ready(s.parked[i].e)) {
+        ++i;
+        continue;
+      }
+      Parked pull = std::move(s.parked[i]);
+      s.parked.erase(s.parked.begin() + static_cast<std::ptrdiff_t>(i));
+      ++monitor_.parked;
+      answer(s, pull);
+      i = 0;  // that may have let others go on
+    }
+  }
+  void answer(Served& s, const Parked& pull) {
+    watch(s, pull.e);
+    Envelope e = pull.e;
+    e.kind = MessageKind::reply;
+    e.flags = 0;
+    e.clock = s.shard.version();
+    const Lateness* const late = pull.bounded ? &s.gate : nullptr;
+    Post::Parcel& parcel = host_.parcel(pull.peer);
+    host_.at_work(State::copy);
+    pieces_.clear();
+    if (table_.tensors[e.tensor].is_sparse()) {
+      parcel.payload = s.shard.read_rows(e, pull.payload.data());
+      e.bytes = parcel.payload.size();
+      pieces_.emplace_back(parcel.payload.data(), parcel.payload.size());
+    } else {
+      spans_.clear();
+      s.shard.read(e, spans_, parcel.payload);
+      e.flags = Envelope::is_cut;
+      e.number = table_.part(e.tensor, s.shard.index()).first;
+      e.bytes = e.count * table_.rule.grain;
+      parcel.tensor = e.tensor;
+      parcel.shard = static_cast<std::size_t>(s.shard.index());
+      for (const Shard::Span& span : spans_) {
+        pieces_.emplace_back(span.data, span.bytes);
+        if (span.lease) parcel.leases.push_back(span.lease);
+      }
+    }
+    host_.at_work(State::protocol);
+    host_.send(parcel, e, pieces_, late);
+  }
+  /// The staleness monitor: looks at every answer for itself.
+  void watch(const Served& s, const Envelope& e) {
+    ++monitor_.answered;
+    if (e.worker < 0) return;
+    std::uint64_t least = ~std::uint64_t{0};
+    for (std::size_t w = 0; w < table_.workers.size(); ++w)
+      if (s.shard.is_live(static_cast<std::int32_t>(w))) least = std::min(least, s.shard.clock_of(static_cast<std::int32_t>(w)));
+    const std::uint64_t behind = e.clock > least ? e.clock - least : 0;
+    monitor_.stalest = std::max(monitor_.stalest, behind);
+    const Consistency& c = table_.options.consistency;
+    if (c.bounded && behind > c.staleness) ++monitor_.violated;
+  }
+  void refuse(Rank peer, const Envelope& e, Errc code, const std::string& why) {
+    if (e.request == 0) return;
+    Envelope answer = e;
+    answer.kind = MessageKind::refusal;
+    answer.flags = 0;
+    answer.count = static_cast<std::uint64_t>(code);
+    const std::size_t length = std::min<std::size_t>(why.size(), 1024);
+    answer.bytes = length;
+    Post::Parcel& parcel = host_.parcel(peer);
+    parcel.payload = Payload(pool_, length);
+    std::memcpy(parcel.payload.data(), why.data(), length);
+    const std::span<const std::byte> piece(parcel.payload.data(), length);
+    host_.send(parcel, answer, std::span(&piece, 1), nullptr);
+  }
+
+  // A worker is gone: the shards tell each other what they know of it, and do the same with what it left.
+
+  Views& views(std::int32_t worker) {
+    Views& v = views_[static_cast<std::size_t>(worker)];
+    v.of.resize(static_cast<std::size_t>(table_.shards()));
+    return v;
+  }
+  void hear(const Envelope& e) {
+    if (e.worker < 0 || static_cast<std::size_t>(e.worker) >= views_.size() || e.shard >= table_.shards()) return;
+    views(e.worker).of[e.shard] = Views::View{e.clock, e.number};
+    settle(e.worker);
+    if (e.flags & Envelope::asks) show(e.worker, 0);
+  }
+  /// To all other servers, what the shards of this one know of a worker that is gone.
+  void show(std::int32_t worker, std::uint8_t flags) {
+    const Views& v = views(worker);
+    for (const auto& each : served_) {
+      const auto index = static_cast<std::size_t>(each->shard.index());
+      if (each->primary != host_.rank() || !v.of[index]) continue;
+      Envelope e;
+      e.kind = MessageKind::gone;
+      e.flags = flags;
+      e.worker = worker;
+      e.shard = static_cast<std::uint16_t>(index);
+      e.clock = v.of[index]->clock;
+      e.number = v.of[index]->committed;
+      for (const Rank to : table_.servers)
+        if (to != host_.rank() && !host_.is_gone(to)) host_.send(to, e);
+    }
+  }
+  void settle(std::int32_t worker) {
+    Views& v = views(worker);
+    if (!v.wanted) return;  // it will be found to be gone here, too
+    bool news = false;
+    for (const auto& each : served_) {
+      Served& s = *each;
+      auto& mine = v.of[static_cast<std::size_t>(s.shard.index())];
+      if (s.primary != host_.rank() || mine || !s.log.empty()) continue;
+      mine = Views::View{s.shard.clock_of(worker), s.shard.committed_of(worker)};
+      news = true;
+    }
+    if (news) show(worker, 0);
+    Views::View all;
+    for (std::size_t s = 0; s < v.of.size(); ++s) {
+      if (!v.of[s] && !is_lost(static_cast<int>(s))) return;
+      if (v.of[s]) all.clock = std::max(all.clock, v.of[s]->clock), all.committed = std::max(all.committed, v.of[s]->committed);
+    }
+    v.wanted = false;
+    for (const auto& each : served_) {
+      if (each->primary != host_.rank() || !each->shard.is_live(worker)) continue;
+      Entry entry;
+      entry.e.kind = MessageKind::leave;
+      entry.e.shard = static_cast<std::uint16_t>(each->shard.index());
+      entry.e.worker = worker;
+      entry.e.clock = all.clock;
+      entry.e.number = all.committed;
+      entry.sent_at = host_.now();
+      submit(*each, std::move(entry));
+    }
+  }
+  /// Nobody keeps that shard any more.
+  bool is_lost(int shard) const {
+    const int replica = table_.replica_of(shard);
+    return host_.is_gone(table_.servers[static_cast<std::size_t>(shard)]) && (replica < 0 || host_.is_gone(table_.servers[static_cast<std::size_t>(replica)]));
+  }
+
+  TableHost& host_;
+  const Table& table_;
+  Pool& pool_;
+  std::vector<std::unique_ptr<Served>> served_;
+  std::vector<Views> views_;  // by worker
+  Monitor monitor_;
+  Ticks told_at_ = 0;
+  std::vector<Shard::Span> spans_;
+  std::vector<std::span<const std::byte>> pieces_;
+};
+
+}  // namespace tally::inline v0::detail

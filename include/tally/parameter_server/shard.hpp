@@ -1,0 +1,416 @@
+// SPDX-License-Identifier: Apache-2.0
+// One shard of a table: a state machine that is told of pushes, clocks and workers who go, in one order, and does the same on
+// every replica that is told of them in that order. It sends nothing and waits for nothing; what came of an entry it leaves in
+// `events`. Each push is taken once, those of a worker in the order of their numbers, whatever order or how often they come.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <deque>
+#include <map>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "../error.hpp"
+#include "association.hpp"
+#include "rules.hpp"
+#include "store.hpp"
+#include "table.hpp"
+
+namespace tally::inline v0::detail {
+
+class Shard {
+ public:
+  /// A worker may have so many pushes to a shard under way.
+  static constexpr std::size_t window = 1024;
+
+  /// `rule`: the object that the table's rule functions are called with; outlives this.
+  Shard(const Table& table, int index, Pool& pool, const void* rule) : table_(table), index_(index), pool_(pool), members_(table.workers.size()) {
+    for (std::size_t t = 0; t < table.tensors.size(); ++t) {
+      const TensorSpec& spec = table.tensors[t];
+      parts_.emplace_back(table.part(t, index).first);
+      Part& part = parts_.back();
+      if (spec.is_sparse()) part.rows = std::make_unique<SparsePart>(table.rule, spec.row), part.rows->use(rule);
+      else part.values = std::make_unique<DensePart>(pool, table.rule, table.part(t, index).count, table.block_elements()), part.values->use(rule);
+    }
+  }
+
+  /// What the last entries did, to be taken by whoever told of them.
+  struct Events {
+    struct Acknowledge {
+      std::int32_t worker;
+      std::uint64_t sequence, request;
+    };
+    std::vector<Acknowledge> acknowledge;  // pushes that are kept now, or were already
+    bool readable = false;                 // some pulls may be ready that were not
+    bool freed = false;                    // some workers have more credit
+    void clear() { acknowledge.clear(), readable = freed = false; }
+  } events;
+
+  // Entries.
+
+  void push(const Envelope& e, Payload&& payload) {
+    Member* const m = member(e.worker);
+    if (!m || !m->live) return;  // a worker that is gone
+    if (e.sequence > m->accepted + window) return;  // no worker of ours is so far ahead
+    if (e.sequence > m->accepted) {
+      const std::size_t at = e.sequence - m->accepted - 1;
+      if (m->staged.size() <= at) m->staged.resize(at + 1);
+      Staged& s = m->staged[at];
+      if (!s.here) {
+        s.e = e;
+        s.payload = std::move(payload);
+        s.here = true;
+        accept(*m);
+      }
+    }
+    events.acknowledge.push_back({e.worker, e.sequence, e.request});
+  }
+  void advance(const Envelope& e) {
+    Member* const m = member(e.worker);
+    if (!m || !m->live) return;
+    if (e.number > m->committed) m->committed = e.number, accept(*m);
+    if (e.clock > m->announced) m->announced = e.clock, m->announced_after = e.sequence;
+    settle(*m);
+  }
+  /// A worker goes: of what it pushed, all is in that it knew to be at all shards (`number`), or that belongs to clocks that it had left
+  /// (`clock`), and nothing else.
+  void remove(const Envelope& e) {
+    Member* const m = member(e.worker);
+    if (!m || !m->live) return;
+    if (e.number > m->committed) m->committed = e.number, accept(*m);
+    std::erase_if(m->contributions, [&](const Contribution& c) { return c.e.clock >= e.clock; });
+    m->staged.clear();
+    m->live = false;
+    m->clock = std::max(m->clock, e.clock);
+    events.readable = events.freed = true;
+    update_least();
+  }
+
+  // What it is.
+
+  int index() const { return index_; }
+  /// Every push of a live worker with a clock below this is in.
+  std::uint64_t version() const { return least_; }
+  bool is_live(std::int32_t worker) const { return member(worker) && member(worker)->live; }
+  bool any_live() const {
+    return std::any_of(members_.begin(), members_.end(), [](const Member& m) { return m.live; });
+  }
+  std::uint64_t freed(std::int32_t worker) const { return member(worker)->freed; }
+  std::uint64_t clock_of(std::int32_t worker) const { return member(worker)->clock; }
+  std::uint64_t committed_of(std::int32_t worker) const { return member(worker)->committed; }
+  /// The live worker whose clock is least, -1 if there is none.
+  std::int32_t slowest() const {
+    std::int32_t found = -1;
+    for (std::size_t w = 0; w < members_.size(); ++w)
+      if (members_[w].live && (found < 0 || members_[w].clock < members_[static_cast<std::size_t>(found)].clock)) found = static_cast<std::int32_t>(w);
+    return found;
+  }
+  /// Bytes of pushes that are held.
+  std::size_t staged_bytes() const {
+    std::size_t bytes = 0;
+    for (const Member& m : members_) {
+      for (const Staged& s : m.staged) bytes += s.payload.size();
+      for (const Contribution& c : m.contributions) bytes += c.payload.size();
+    }
+    return bytes;
+  }
+
+  /// Whether a pull may be answered: all own pushes before it are here, and the staleness bound holds.
+  bool ready(const Envelope& e) const {
+    const Member* const m = member(e.worker);
+    if (!m) return true;  // a reader
+    return m->accepted >= e.sequence && within_bound(e);
+  }
+  bool within_bound(const Envelope& e) const {
+    const Consistency& c = table_.options.consistency;
+    return !c.bounded || e.clock <= c.staleness || least_ >= e.clock - c.staleness;
+  }
+
+  struct Span {
+    const std::byte* data;
+    std::size_t bytes;
+    Published* lease;  // held for the caller, null: the data is in `copy`
+  };
+  /// Elements of a vector, in as many spans as blocks that they touch, leased; or all in `copy` where the puller has pushed what others
+  /// do not see yet.
+  void read(const Envelope& e, std::vector<Span>& spans, Payload& copy) {
+    Part& part = parts_[e.tensor];
+    const std::size_t first = e.first - part.first, grain = table_.rule.grain;
+    if (const Member* m = member(e.worker); m && has_pending(*m, e.tensor)) {
+      DensePart::View view = part.values->copy(first, e.count);
+      std::uint64_t more = 0;
+      for (const Contribution& c : m->contributions) {
+        if (c.e.tensor != e.tensor) continue;
+        const std::size_t begin = std::max(c.e.first, e.first), end = std::min(c.e.first + c.e.count, e.first + e.count);
+        if (begin < end) part.values->update(view, begin - part.first, end - begin, c.payload.data() + (begin - c.e.first) * grain, {1, c.e.weight, 1}, more++);
+      }
+      copy = Payload(pool_, view.values.size());
+      if (!view.values.empty()) std::memcpy(copy.data(), view.values.data(), view.values.size());
+      std::size_t at = 0;  // cut as the blocks are: the puller expects that
+      part.values->read(first, e.count, [&](const std::byte*, std::size_t n, Published*) { spans.push_back({copy.data() + at, n * grain, nullptr}), at += n * grain; });
+      return;
+    }
+    part.values->read(first, e.count, [&](const std::byte* data, std::size_t n, Published* p) {
+      DensePart::lease(p);
+      spans.push_back({data, n * grain, p});
+    });
+  }
+  void let_go(std::size_t tensor, Published* lease) { parts_[tensor].values->let_go(lease); }
+  /// Rows by their keys, likewise.
+  Payload read_rows(const Envelope& e, const std::byte* keys) {
+    const SparsePart& rows = *parts_[e.tensor].rows;
+    const std::size_t bytes = table_.tensors[e.tensor].row * table_.rule.grain;
+    Payload out(pool_, e.count * bytes);
+    rows.read(keys, e.count, out.data());
+    if (const Member* m = member(e.worker); m && has_pending(*m, e.tensor)) {
+      std::vector<std::byte> row(rows.row_bytes());
+      for (std::size_t i = 0; i < e.count; ++i) {
+        const auto key = load<std::uint64_t>(keys + i * sizeof(std::uint64_t));
+        rows.copy_row(key, row.data());
+        for (const Contribution& c : m->contributions)
+          for (std::size_t k = 0; c.e.tensor == e.tensor && k < c.e.count; ++k)
+            if (load<std::uint64_t>(c.payload.data() + k * sizeof(std::uint64_t)) == key) rows.apply(row.data(), c.payload.data() + c.e.count * sizeof(std::uint64_t) + k * bytes, {1, c.e.weight, 1});
+        std::memcpy(out.data() + i * bytes, row.data(), bytes);
+      }
+    }
+    return out;
+  }
+  /// What is wrong with a message of a peer's about this shard, empty if nothing: nothing of it is trusted.
+  std::string problem_with(const Envelope& e) const {
+    if (e.tensor >= table_.tensors.size()) return concat({"there is no tensor number ", e.tensor, "; there are ", table_.tensors.size()});
+    const TensorSpec& t = table_.tensors[e.tensor];
+    if (!(e.weight >= 0)) return "a weight is not a positive number";
+    const std::size_t grain = table_.rule.grain;
+    if (t.is_sparse()) {
+      const std::size_t row = sizeof(std::uint64_t) + (e.kind == MessageKind::push ? t.row * grain : 0);
+      if (e.count > e.bytes || e.bytes != e.count * row) return concat({"'", t.name, "': ", e.bytes, " bytes are not ", e.count, " keys", e.kind == MessageKind::push ? " with rows" : ""});
+      return {};
+    }
+    const Range mine = table_.part(e.tensor, index_);
+    if (e.first < mine.first || e.count > mine.count || e.first - mine.first > mine.count - e.count)
+      return concat({"'", t.name, "': elements ", e.first, " to ", e.first + e.count, " are not within ", mine.first, " to ", mine.first + mine.count, ", which shard ", index_, " has"});
+    if (e.bytes != (e.kind == MessageKind::push ? e.count * grain : 0)) return concat({"'", t.name, "': ", e.bytes, " bytes are not ", e.count, " elements of ", grain});
+    return {};
+  }
+  /// Likewise, of keys.
+  std::string problem_with_keys(const Envelope& e, const std::byte* keys) const {
+    const TensorSpec& t = table_.tensors[e.tensor];
+    for (std::size_t i = 0; i < e.count; ++i) {
+      const auto key = load<std::uint64_t>(keys + i * sizeof(std::uint64_t));
+      if (key < t.first_key || key > t.last_key || table_.shard_of(t, key) != index_) return concat({"'", t.name, "': key ", key, " is not one of shard ", index_, "; the tensor's are ", t.first_key, " to ", t.last_key});
+    }
+    return {};
+  }
+
+ private:
+  struct Staged {
+    Envelope e;
+    Payload payload;
+    bool here = false;
+  };
+  struct Contribution {
+    Envelope e;
+    Payload payload;
+  };
+  struct Member {
+    bool live = true;
+    std::uint64_t clock = 0, announced = 0, announced_after = 0;
+    std::uint64_t accepted = 0;   // pushes up to this number are in, or contributions
+    std::uint64_t committed = 0;  // all its pushes up to this one, to whatever shards, are where they belong
+    std::uint64_t freed = 0;
+    std::deque<Staged> staged;    // those behind it, as far as they are here
+    std::deque<Contribution> contributions;  // to clocks that are not folded yet
+  };
+  struct Part {
+    explicit Part(std::size_t f) : first(f) {}
+    std::size_t first;
+    std::unique_ptr<DensePart> values;  // one of both
+    std::unique_ptr<SparsePart> rows;
+    std::map<int, Association> associations;  // by how many workers contribute
+  };
+
+  Member* member(std::int32_t worker) { return worker >= 0 && static_cast<std::size_t>(worker) < members_.size() ? &members_[static_cast<std::size_t>(worker)] : nullptr; }
+  const Member* member(std::int32_t worker) const { return const_cast<Shard*>(this)->member(worker); }
+  bool waits() const { return table_.options.fold.waits(); }
+
+  /// Takes what has become possible to take. A push to several shards counts when it is at all of them, so that it is in everywhere or
+  /// nowhere if its worker dies; one that waits for its clock's end is kept until then in any case.
+  void accept(Member& m) {
+    while (!m.staged.empty() && m.staged.front().here) {
+      Staged& s = m.staged.front();
+      if (!waits() && s.e.parts > 1 && s.e.number > m.committed) break;
+      if (waits()) {
+        if (const double weight = s.e.weight; table_.rule.weigh) {
+          s.payload.own(pool_);
+          const std::size_t keys = table_.tensors[s.e.tensor].is_sparse() ? s.e.count * sizeof(std::uint64_t) : 0;
+          table_.rule.weigh(&weight, s.payload.data() + keys, s.payload.data() + keys, s.payload.size() - keys);
+        }
+        s.payload.own(pool_);
+        s.e.clock = std::max(s.e.clock, m.contributions.empty() ? m.clock : m.contributions.back().e.clock);
+        m.contributions.push_back({s.e, std::move(s.payload)});
+      } else {
+        ++updates_;
+        apply(s.e, s.payload.data(), {1, s.e.weight, 1});
+        m.freed += s.payload.size();
+        events.freed = true;
+      }
+      m.staged.pop_front();
+      ++m.accepted;
+      events.readable = true;
+    }
+    for (Staged& s : m.staged) s.payload.own(pool_);  // it stays
+    settle(m);
+  }
+  void settle(Member& m) {
+    if (m.clock >= m.announced || m.accepted < m.announced_after) return;
+    m.clock = m.announced;
+    events.readable = true;
+    update_least();
+  }
+  void update_least() {
+    const std::int32_t slowest_live = slowest();
+    std::uint64_t least = least_;
+    if (slowest_live >= 0) least = member(slowest_live)->clock;
+    else for (const Member& m : members_) least = std::max(least, m.clock);  // nothing more comes
+    if (least <= least_) return;
+    if (waits()) fold_below(least);
+    least_ = least;
+  }
+  void apply(const Envelope& e, const std::byte* data, const Update& how) {
+    Part& part = parts_[e.tensor];
+    if (part.rows) part.rows->update(data, e.count, data + e.count * sizeof(std::uint64_t), how);
+    else part.values->update(e.first - part.first, e.count, data, how, updates_);
+  }
+  static bool has_pending(const Member& m, std::size_t tensor) {
+    return std::any_of(m.contributions.begin(), m.contributions.end(), [&](const Contribution& c) { return c.e.tensor == tensor; });
+  }
+
+  // Folding whole clocks.
+
+  void fold_below(std::uint64_t clock) {
+    for (;;) {
+      std::uint64_t next = clock;
+      for (const Member& m : members_)
+        if (!m.contributions.empty()) next = std::min(next, m.contributions.front().e.clock);
+      if (next >= clock) return;
+      ++updates_;
+      for (std::size_t t = 0; t < parts_.size(); ++t) parts_[t].rows ? fold_rows(t, next) : fold_values(t, next);
+      for (Member& m : members_)
+        while (!m.contributions.empty() && m.contributions.front().e.clock == next) {
+          m.freed += m.contributions.front().payload.size();
+          m.contributions.pop_front();
+          events.freed = true;
+        }
+    }
+  }
+  /// f(worker, contribution) for those to a tensor in this clock, in the order of workers and then of pushes.
+  template <class F>
+  void each_of(std::size_t tensor, std::uint64_t clock, F&& f) {
+    for (std::size_t w = 0; w < members_.size(); ++w)
+      for (const Contribution& c : members_[w].contributions) {
+        if (c.e.clock != clock) break;
+        if (c.e.tensor == tensor) f(w, c);
+      }
+  }
+  void fold_values(std::size_t tensor, std::uint64_t clock) {
+    const std::size_t grain = table_.rule.grain;
+    Part& part = parts_[tensor];
+    // Between two of these, all elements are pushed by the same workers.
+    bounds_.clear();
+    each_of(tensor, clock, [&](std::size_t, const Contribution& c) { bounds_.push_back(c.e.first), bounds_.push_back(c.e.first + c.e.count); });
+    std::sort(bounds_.begin(), bounds_.end());
+    for (std::size_t i = 1; i < bounds_.size(); ++i) {
+      const std::size_t first = bounds_[i - 1], count = bounds_[i] - first;
+      if (count == 0) continue;
+      sources_.clear();
+      double weight = 0;
+      std::size_t last = members_.size();
+      own_sums_.clear();
+      each_of(tensor, clock, [&](std::size_t w, const Contribution& c) {
+        if (c.e.first > first || c.e.first + c.e.count < first + count) return;
+        const std::byte* const data = c.payload.data() + (first - c.e.first) * grain;
+        weight += static_cast<double>(c.e.weight);
+        if (w != std::exchange(last, w)) return void(sources_.push_back(data));
+        Payload sum(pool_, count * grain);  // several of one worker are one
+        table_.rule.combine(sum.data(), sources_.back(), data, count * grain);
+        sources_.back() = sum.data();
+        own_sums_.push_back(std::move(sum));
+      });
+      if (sources_.empty()) continue;
+      const int n = static_cast<int>(sources_.size());
+      const Update how{1, weight, n};
+      auto known = part.associations.find(n);
+      if (known == part.associations.end()) known = part.associations.try_emplace(n, table_.options.fold.algorithm(), n, table_.tensors[tensor].count, table_.group).first;
+      for (const Association::Stretch& s : known->second.stretches()) {
+        const std::size_t begin = std::max(s.first, first), end = std::min(s.first + s.count, first + count);
+        for (std::size_t at = begin; at < end;) {
+          const std::size_t now = std::min(std::max<std::size_t>(slice_bytes / grain, 1), end - at);
+          at_.clear();
+          for (const std::byte* source : sources_) at_.push_back(source + (at - first) * grain);
+          const std::byte* folded = at_[0];
+          if (n > 1) {
+            folded_.resize(std::max(folded_.size(), now * grain));
+            known->second.fold(s, folded_.data(), at_.data(), now * grain, grain, table_.rule.combine, scratch_);
+            folded = folded_.data();
+          }
+          part.values->update(at - part.first, now, folded, how, updates_);
+          at += now;
+        }
+      }
+    }
+  }
+  void fold_rows(std::size_t tensor, std::uint64_t clock) {
+    const std::size_t row = table_.tensors[tensor].row * table_.rule.grain;
+    merged_.clear();
+    merged_rows_.clear();
+    merged_by_.clear();
+    each_of(tensor, clock, [&](std::size_t w, const Contribution& c) {
+      const std::byte* const keys = c.payload.data();
+      const std::byte* const values = keys + c.e.count * sizeof(std::uint64_t);
+      for (std::size_t i = 0; i < c.e.count; ++i) {
+        const auto [at, fresh] = merged_.add(load<std::uint64_t>(keys + i * sizeof(std::uint64_t)));
+        if (fresh) {
+          merged_rows_.resize(merged_rows_.size() + row);
+          std::memcpy(merged_rows_.data() + at * row, values + i * row, row);
+          merged_by_.push_back({1, static_cast<double>(c.e.weight), w});
+          continue;
+        }
+        table_.rule.combine(merged_rows_.data() + at * row, merged_rows_.data() + at * row, values + i * row, row);
+        Merged& by = merged_by_[at];
+        by.weight += static_cast<double>(c.e.weight);
+        by.workers += by.last != w;
+        by.last = w;
+      }
+    });
+    SparsePart& rows = *parts_[tensor].rows;
+    for (std::size_t i = 0; i < merged_.size(); ++i) rows.apply(rows.find_or_add(merged_.key(i)), merged_rows_.data() + i * row, {1, merged_by_[i].weight, merged_by_[i].workers});
+  }
+
+  static constexpr std::size_t slice_bytes = 64 << 10;
+  const Table& table_;
+  int index_;
+  Pool& pool_;
+  std::vector<Part> parts_;
+  std::vector<Member> members_;
+  std::uint64_t least_ = 0;
+  std::uint64_t updates_ = 0;  // pushes or clocks that were applied
+  // Kept so that nothing is allocated.
+  std::vector<std::size_t> bounds_;
+  std::vector<const std::byte*> sources_, at_;
+  std::vector<Payload> own_sums_;
+  std::vector<std::byte> folded_, scratch_, merged_rows_;
+  KeyIndex merged_;
+  struct Merged {
+    int workers;
+    double weight;
+    std::size_t last;
+  };
+  std::vector<Merged> merged_by_;
+};
+
+}  // namespace tally::inline v0::detail

@@ -1,0 +1,327 @@
+// SPDX-License-Identifier: Apache-2.0
+// Where a shard's values lie. Vectors are kept in blocks; a block that somebody still reads is never written: an update then goes to
+// a new one, and the old one is given back with its last lease. Rows are found by key in a hash table that only grows. Memory that
+// is given back is used again.
+#pragma once
+
+#include <algorithm>
+#include <bit>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <utility>
+#include <vector>
+
+#include "../error.hpp"
+#include "rules.hpp"
+
+namespace tally::inline v0::detail {
+
+/// Memory in sizes of powers of two, aligned to lines.
+class Pool {
+ public:
+  Pool() = default;
+  Pool(const Pool&) = delete;
+  Pool& operator=(const Pool&) = delete;
+  ~Pool() {
+    for (auto& list : free_)
+      for (std::byte* memory : list) ::operator delete(memory, std::align_val_t{64});
+  }
+  std::byte* take(std::size_t bytes) {
+    auto& list = free_[size_class(bytes)];
+    held_ += std::size_t{1} << size_class(bytes);
+    if (!list.empty()) {
+      std::byte* const memory = list.back();
+      list.pop_back();
+      return memory;
+    }
+    void* const memory = ::operator new(std::size_t{1} << size_class(bytes), std::align_val_t{64}, std::nothrow);
+    if (!memory) throw Error(Errc::no_resources, {"a parameter server has no memory for ", bytes, " bytes"});
+    return static_cast<std::byte*>(memory);
+  }
+  void give_back(std::byte* memory, std::size_t bytes) {
+    held_ -= std::size_t{1} << size_class(bytes);
+    free_[size_class(bytes)].push_back(memory);
+  }
+  /// Bytes that are in use.
+  std::size_t held() const { return held_; }
+
+ private:
+  static std::size_t size_class(std::size_t bytes) { return bytes <= 64 ? 6 : static_cast<std::size_t>(std::bit_width(bytes - 1)); }
+  std::vector<std::byte*> free_[65];
+  std::size_t held_ = 0;
+};
+
+/// Some of it, or somebody else's.
+class Payload {
+ public:
+  Payload() = default;
+  Payload(Pool& pool, std::size_t bytes) : pool_(&pool), data_(bytes > 0 ? pool.take(bytes) : nullptr), bytes_(bytes) {}
+  static Payload borrowed(const std::byte* data, std::size_t bytes) {
+    Payload p;
+    p.data_ = const_cast<std::byte*>(data);
+    p.bytes_ = bytes;
+    return p;
+  }
+  Payload(Payload&& other) noexcept : pool_(std::exchange(other.pool_, nullptr)), data_(std::exchange(other.data_, nullptr)), bytes_(std::exchange(other.bytes_, 0)) {}
+  Payload& operator=(Payload&& other) noexcept {
+    std::swap(pool_, other.pool_), std::swap(data_, other.data_), std::swap(bytes_, other.bytes_);
+    return *this;
+  }
+  ~Payload() {
+    if (pool_ && data_) pool_->give_back(data_, bytes_);
+  }
+  std::byte* data() const { return data_; }
+  std::size_t size() const { return bytes_; }
+  bool owned() const { return pool_ || bytes_ == 0; }
+  /// The same bytes in memory of the pool's.
+  void own(Pool& pool) {
+    if (owned()) return;
+    Payload copy(pool, bytes_);
+    std::memcpy(copy.data_, data_, bytes_);
+    *this = std::move(copy);
+  }
+
+ private:
+  Pool* pool_ = nullptr;
+  std::byte* data_ = nullptr;
+  std::size_t bytes_ = 0;
+};
+
+/// A block's values as they were published; whoever reads them later holds a lease.
+struct Published {
+  std::byte* data = nullptr;
+  int leases = 0;
+  bool current = true;
+};
+
+/// A shard's part of a vector.
+class DensePart {
+ public:
+  DensePart(Pool& pool, const RuleOps& rule, std::size_t count, std::size_t block) : pool_(pool), rule_(rule), count_(count), block_(block), states_(static_cast<std::size_t>(rule.states)) {
+    for (std::size_t at = 0; at < count; at += block) {
+      blocks_.push_back({fresh(), 0});
+      std::memset(blocks_.back().now->data, 0, block_ * rule_.grain);
+    }
+    for (auto& state : states_) state.assign(count * rule.state_grain, std::byte{});
+  }
+  DensePart(DensePart&&) = default;
+  ~DensePart() {
+    for (const Block& b : blocks_)
+      if (b.now) pool_.give_back(b.now->data, block_ * rule_.grain);
+  }
+  std::size_t count() const { return count_; }
+
+  /// f(values, elements, published) for each block's share of elements first..first+count-1.
+  template <class F>
+  void read(std::size_t first, std::size_t count, F&& f) {
+    each(first, count, [&](std::size_t b, std::size_t at, std::size_t n, std::size_t) { f(blocks_[b].now->data + at * rule_.grain, n, blocks_[b].now); });
+  }
+  static void lease(Published* p) { ++p->leases; }
+  void let_go(Published* p) {
+    if (--p->leases > 0 || p->current) return;
+    pool_.give_back(p->data, block_ * rule_.grain);
+    spare_.push_back(p);
+  }
+  /// `number`: the same for all parts of one update.
+  void update(std::size_t first, std::size_t count, const std::byte* pushed, Update how, std::uint64_t number) {
+    each(first, count, [&](std::size_t b, std::size_t at, std::size_t n, std::size_t done) {
+      Block& block = blocks_[b];
+      block.step += std::exchange(block.last, number) != number;
+      std::byte* states[8] = {};
+      for (std::size_t s = 0; s < states_.size(); ++s) states[s] = states_[s].data() + (b * block_ + at) * rule_.state_grain;
+      how.step = block.step;
+      const std::byte* const from = block.now->data;
+      std::byte* const to = writable(block, at, n);
+      rule_.apply(rule_now_, to + at * rule_.grain, from + at * rule_.grain, pushed + done * rule_.grain, states, n, how);
+    });
+  }
+  /// The same on a copy: of values, states and steps of elements first..first+count-1, which is `values`.
+  struct View {
+    std::vector<std::byte> values;
+    std::vector<std::vector<std::byte>> states;
+    std::size_t first = 0, count = 0;
+  };
+  View copy(std::size_t first, std::size_t count) {
+    View v{std::vector<std::byte>(count * rule_.grain), {}, first, count};
+    for (const auto& s : states_) v.states.emplace_back(s.begin() + static_cast<std::ptrdiff_t>(first * rule_.state_grain), s.begin() + static_cast<std::ptrdiff_t>((first + count) * rule_.state_grain));
+    std::size_t at = 0;
+    read(first, count, [&](const std::byte* data, std::size_t n, Published*) { std::memcpy(v.values.data() + at, data, n * rule_.grain), at += n * rule_.grain; });
+    return v;
+  }
+  /// `more`: how many updates it has already had beside the part's own.
+  void update(View& v, std::size_t first, std::size_t count, const std::byte* pushed, Update how, std::uint64_t more) const {
+    each(first, count, [&](std::size_t b, std::size_t at, std::size_t n, std::size_t done) {
+      const std::size_t place = b * block_ + at - v.first;
+      std::byte* states[8] = {};
+      for (std::size_t s = 0; s < v.states.size(); ++s) states[s] = v.states[s].data() + place * rule_.state_grain;
+      how.step = blocks_[b].step + more + 1;
+      rule_.apply(rule_now_, v.values.data() + place * rule_.grain, v.values.data() + place * rule_.grain, pushed + done * rule_.grain, states, n, how);
+    });
+  }
+  void use(const void* rule) { rule_now_ = rule; }
+  /// Sets values without the rule.
+  void set(std::size_t first, std::size_t count, const std::byte* values) {
+    each(first, count, [&](std::size_t b, std::size_t at, std::size_t n, std::size_t done) { std::memcpy(writable(blocks_[b], at, n) + at * rule_.grain, values + done * rule_.grain, n * rule_.grain); });
+  }
+
+ private:
+  struct Block {
+    Published* now = nullptr;
+    std::uint64_t step = 0, last = 0;  // updates, and which the last one was
+  };
+  template <class F>
+  void each(std::size_t first, std::size_t count, F&& f) const {
+    for (std::size_t done = 0; done < count;) {
+      const std::size_t b = (first + done) / block_, at = (first + done) % block_, n = std::min(block_ - at, count - done);
+      f(b, at, n, done);
+      done += n;
+    }
+  }
+  Published* fresh() {
+    if (spare_.empty()) {
+      all_.push_back(std::make_unique<Published>());
+      spare_.push_back(all_.back().get());
+    }
+    Published* const p = spare_.back();
+    spare_.pop_back();
+    *p = {pool_.take(block_ * rule_.grain), 0, true};
+    return p;
+  }
+  /// Where elements at..at+n-1 of the block may be written; the others are as they were.
+  std::byte* writable(Block& block, std::size_t at, std::size_t n) {
+    Published* const before = block.now;
+    if (before->leases == 0) return before->data;
+    block.now = fresh();
+    before->current = false;
+    std::memcpy(block.now->data, before->data, at * rule_.grain);
+    std::memcpy(block.now->data + (at + n) * rule_.grain, before->data + (at + n) * rule_.grain, (block_ - at - n) * rule_.grain);
+    return block.now->data;
+  }
+
+  Pool& pool_;
+  const RuleOps& rule_;
+  const void* rule_now_ = nullptr;
+  std::size_t count_, block_;
+  std::vector<Block> blocks_;
+  std::vector<std::vector<std::byte>> states_;
+  std::vector<std::unique_ptr<Published>> all_;
+  std::vector<Published*> spare_;
+};
+
+/// Keys to numbers 0, 1, ... in the order in which they came. Linear probing; never more than half full.
+class KeyIndex {
+ public:
+  static constexpr std::uint32_t none = ~std::uint32_t{0};
+  KeyIndex() : slots_(64, none) {}
+  std::size_t size() const { return keys_.size(); }
+  std::uint64_t key(std::size_t i) const { return keys_[i]; }
+  void prefetch(std::uint64_t key) const { __builtin_prefetch(&slots_[home(key)]); }
+  std::uint32_t find(std::uint64_t key) const {
+    for (std::size_t at = home(key);; at = (at + 1) & (slots_.size() - 1)) {
+      const std::uint32_t i = slots_[at];
+      if (i == none || keys_[i] == key) return i;
+    }
+  }
+  /// With whether it is new.
+  std::pair<std::uint32_t, bool> add(std::uint64_t key) {
+    for (std::size_t at = home(key);; at = (at + 1) & (slots_.size() - 1)) {
+      const std::uint32_t i = slots_[at];
+      if (i != none && keys_[i] == key) return {i, false};
+      if (i != none) continue;
+      slots_[at] = static_cast<std::uint32_t>(keys_.size());
+      keys_.push_back(key);
+      if (2 * keys_.size() > slots_.size()) grow();
+      return {static_cast<std::uint32_t>(keys_.size() - 1), true};
+    }
+  }
+  void clear() {
+    for (const std::uint64_t key : keys_) {
+      std::size_t at = home(key);
+      while (slots_[at] != none) slots_[at] = none, at = (at + 1) & (slots_.size() - 1);
+    }
+    keys_.clear();
+  }
+
+ private:
+  std::size_t home(std::uint64_t key) const { return static_cast<std::size_t>((key * 0x9e3779b97f4a7c15u) >> shift_); }
+  [[gnu::noinline]] void grow() {
+    slots_.assign(slots_.size() * 2, none);
+    --shift_;
+    for (std::uint32_t i = 0; i < keys_.size(); ++i) {
+      std::size_t at = home(keys_[i]);
+      while (slots_[at] != none) at = (at + 1) & (slots_.size() - 1);
+      slots_[at] = i;
+    }
+  }
+  std::vector<std::uint32_t> slots_;
+  std::vector<std::uint64_t> keys_;
+  int shift_ = 58;
+};
+
+/// A shard's part of the rows.
+class SparsePart {
+ public:
+  SparsePart(const RuleOps& rule, std::size_t row) : rule_(rule), row_(row), values_(round(row * rule.grain)), states_(round(row * rule.state_grain)), bytes_(values_ + static_cast<std::size_t>(rule.states) * states_ + sizeof(std::uint64_t)) {}
+  std::size_t rows() const { return index_.size(); }
+  std::uint64_t key(std::size_t i) const { return index_.key(i); }
+  void use(const void* rule) { rule_now_ = rule; }
+  const std::byte* row(std::size_t i) const { return at(i); }
+
+  void update(const std::byte* keys, std::size_t count, const std::byte* pushed, Update how) {
+    for (std::size_t i = 0; i < count; ++i) {
+      if (i + ahead < count) index_.prefetch(load<std::uint64_t>(keys + (i + ahead) * sizeof(std::uint64_t)));
+      std::byte* const memory = find_or_add(load<std::uint64_t>(keys + i * sizeof(std::uint64_t)));
+      apply(memory, pushed + i * row_ * rule_.grain, how);
+    }
+  }
+  /// Rows that nobody has pushed are 0.
+  void read(const std::byte* keys, std::size_t count, std::byte* to) const {
+    const std::size_t bytes = row_ * rule_.grain;
+    for (std::size_t i = 0; i < count; ++i, to += bytes) {
+      if (i + ahead < count) index_.prefetch(load<std::uint64_t>(keys + (i + ahead) * sizeof(std::uint64_t)));
+      const std::uint32_t known = index_.find(load<std::uint64_t>(keys + i * sizeof(std::uint64_t)));
+      if (known == KeyIndex::none) std::memset(to, 0, bytes);
+      else std::memcpy(to, at(known), bytes);
+    }
+  }
+  /// A row with its states and step as it would be after more updates: values are at its begin.
+  std::size_t row_bytes() const { return bytes_; }
+  void copy_row(std::uint64_t key, std::byte* to) const {
+    if (const std::uint32_t known = index_.find(key); known == KeyIndex::none) std::memset(to, 0, bytes_);
+    else std::memcpy(to, at(known), bytes_);
+  }
+  void apply(std::byte* memory, const std::byte* pushed, Update how) const {
+    std::byte* states[8] = {};
+    for (int s = 0; s < rule_.states; ++s) states[s] = memory + values_ + static_cast<std::size_t>(s) * states_;
+    how.step = load<std::uint64_t>(memory + bytes_ - sizeof(std::uint64_t)) + 1;
+    store(memory + bytes_ - sizeof(std::uint64_t), how.step);
+    rule_.apply(rule_now_, memory, memory, pushed, states, row_, how);
+  }
+  std::byte* find_or_add(std::uint64_t key) {
+    const auto [i, fresh] = index_.add(key);
+    if (fresh && i % per_slab == 0) {
+      slabs_.emplace_back(static_cast<std::byte*>(::operator new(per_slab * bytes_, std::align_val_t{64})));
+      std::memset(slabs_.back().get(), 0, per_slab * bytes_);
+    }
+    return at(i);
+  }
+
+ private:
+  static constexpr std::size_t per_slab = 1024, ahead = 12;
+  struct Delete {
+    void operator()(std::byte* p) const { ::operator delete(p, std::align_val_t{64}); }
+  };
+  static std::size_t round(std::size_t bytes) { return (bytes + 7) / 8 * 8; }
+  std::byte* at(std::size_t i) const { return slabs_[i / per_slab].get() + i % per_slab * bytes_; }
+
+  const RuleOps& rule_;
+  const void* rule_now_ = nullptr;
+  std::size_t row_, values_, states_, bytes_;
+  KeyIndex index_;
+  std::vector<std::unique_ptr<std::byte, Delete>> slabs_;
+};
+
+}  // namespace tally::inline v0::detail

@@ -1,0 +1,169 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a table is, agreed on by all members before it is used: its tensors, how they are cut into shards, who serves them, what
+// a pull may miss, and how what workers push is folded. And the header of every message about it.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+#include <string>
+#include <string_view>
+#include <type_traits>
+#include <vector>
+
+#include "../call.hpp"
+#include "../choose.hpp"
+#include "../error.hpp"
+#include "../steps.hpp"
+#include "../text.hpp"
+#include "../types.hpp"
+#include "rules.hpp"
+
+namespace tally::inline v0 {
+
+/// What a pull may miss. A worker's clock is the number of its ticks. A pull at clock c has every push that any live worker
+/// stamped with a clock below c - staleness, and all of the puller's own. (Cipar et al., "Solving the straggler problem with bounded
+/// staleness", 2013; the gate is at reads, as in Wei et al., "Managed communication and consistency", 2015.)
+struct Consistency {
+  bool bounded = true;
+  std::uint64_t staleness = 0;
+  friend bool operator==(const Consistency&, const Consistency&) = default;
+};
+/// Bulk synchronous: staleness 0.
+inline constexpr Consistency bsp{true, 0};
+/// Stale synchronous: a worker may be `staleness` clocks ahead of what it reads of the slowest.
+constexpr Consistency ssp(std::uint64_t staleness) { return {true, staleness}; }
+/// Asynchronous: whatever is there, and the own pushes.
+inline constexpr Consistency asp{false, 0};
+[[gnu::cold]] inline std::string text_of(const Consistency& c) { return !c.bounded ? "asp" : c.staleness == 0 ? "bsp" : detail::concat({"ssp:", c.staleness}); }
+
+/// In which order pushes are folded into the values.
+class FoldOrder {
+ public:
+  /// Each by itself as it arrives: fast, other bits every time.
+  static FoldOrder arrival() { return {}; }
+  /// All of a clock together once every worker has ticked past it, in the order of ranks, bracketed from the left.
+  static FoldOrder by_rank() { return FoldOrder(Kind::by_rank, {}); }
+  /// Likewise, in the order and the brackets in which this algorithm of all_reduce folds them: the same bits.
+  template <class Algorithm>
+  static FoldOrder as() {
+    constexpr AlgorithmRef algorithm = algorithm_ref<Algorithm, Collective::all_reduce>();
+    return FoldOrder(Kind::as_algorithm, algorithm);
+  }
+  bool waits() const { return kind_ != Kind::arrival; }
+  /// None: by rank.
+  const AlgorithmRef& algorithm() const { return algorithm_; }
+  std::string text() const { return kind_ == Kind::arrival ? "arrival" : kind_ == Kind::by_rank ? "by_rank" : detail::concat({"as(", algorithm_.name, ")"}); }
+
+ private:
+  enum class Kind : std::uint8_t { arrival, by_rank, as_algorithm };
+  FoldOrder() = default;
+  FoldOrder(Kind kind, const AlgorithmRef& algorithm) : kind_(kind), algorithm_(algorithm) {}
+  Kind kind_ = Kind::arrival;
+  AlgorithmRef algorithm_;
+};
+
+/// A part of a table that has a name: a vector of `count` elements, or rows of `row` elements that are found by 64-bit keys from
+/// `first_key` to `last_key` and are 0 until somebody pushes them.
+struct TensorSpec {
+  std::string name;
+  std::size_t count = 0;
+  std::size_t row = 0;  // 0: a vector
+  std::uint64_t first_key = 0, last_key = std::numeric_limits<std::uint64_t>::max();
+  bool is_sparse() const { return row > 0; }
+};
+
+struct TableOptions {
+  Consistency consistency = bsp;
+  FoldOrder fold = FoldOrder::arrival();
+  std::vector<Rank> servers = {};  // empty: every rank serves a shard
+  bool dedicated = false;          // servers are not workers: they call serve()
+  int replicas = 0;                // 1: each shard is kept by the next server, too
+  std::size_t credits = 0;         // bytes of pushes of one worker that a shard holds, at most; 0: twice the largest tensor's part, at least 16 MiB
+  std::size_t block_bytes = std::size_t{256} << 10;  // values are published in blocks of so much
+  nanoseconds retry_after{0};      // 0: transports lose nothing. Else what was not answered is sent again after so long
+};
+
+namespace detail {
+
+enum class MessageKind : std::uint8_t { push = 1, pull, advance, leave, acknowledge, reply, refusal, replicated, gone, last = gone };
+constexpr std::string_view name_of(MessageKind kind) {
+  constexpr std::string_view names[] = {"nothing", "push", "pull", "advance", "leave", "acknowledge", "reply", "refusal", "replicated", "gone"};
+  return static_cast<std::size_t>(kind) < std::size(names) ? names[static_cast<std::size_t>(kind)] : "unknown";
+}
+
+/// What every message begins with. What the fields mean depends on its kind.
+struct Envelope {
+  static constexpr std::uint8_t is_replica = 1;  // from a shard's primary to its replica: what it is to do, too
+  static constexpr std::uint8_t is_cut = 2;      // a reply's payload comes in pieces that end where blocks do; `number`: where the first one begins
+  static constexpr std::uint8_t is_rows = 4;     // a push's payload is keys, then their rows: two pieces
+  static constexpr std::uint8_t asks = 8;        // gone: and wants to be told the same
+  MessageKind kind{};
+  std::uint8_t flags = 0;
+  std::uint16_t tensor = 0, shard = 0;
+  std::uint16_t parts = 1;     // push: shards it goes to. pull: its priority
+  std::int32_t worker = -1;    // whom it is about
+  float weight = 1;
+  std::uint64_t sequence = 0;  // push: its number among this worker's to this shard, from 1 on. advance: of the last one before it. acknowledge: whose. pull: of the last own push it must see
+  std::uint64_t number = 0;    // push: among this worker's, whatever shards they go to. advance, leave, gone: all up to it are at all their shards. acknowledge: bytes freed so far
+  std::uint64_t clock = 0;     // the sender's. reply: below which all pushes are in it
+  std::uint64_t first = 0, count = 0;  // elements of the tensor, or keys
+  std::uint64_t bytes = 0;     // of the payload
+  std::uint64_t request = 0;   // the operation of the sender's that it is for, which the answer names
+  std::uint64_t index = 0;     // between replicas: of the entry
+};
+static_assert(sizeof(Envelope) == 80 && std::is_trivially_copyable_v<Envelope>);
+
+/// The table as its members see it.
+struct Table {
+  std::vector<TensorSpec> tensors;
+  RuleOps rule;
+  TableOptions options;
+  std::vector<Rank> servers, workers;  // by shard; by worker
+  int size = 0;                        // ranks
+  Grouping group = {};                 // of the workers, for algorithms that make use of it
+
+  std::int32_t worker_at(Rank r) const {
+    const auto found = std::find(workers.begin(), workers.end(), r);
+    return found == workers.end() ? -1 : static_cast<std::int32_t>(found - workers.begin());
+  }
+  int shards() const { return static_cast<int>(servers.size()); }
+  /// The elements of a tensor that a shard has.
+  Range part(std::size_t tensor, int shard) const { return Chunks(Buffer::input, tensors[tensor].count, shards())[shard]; }
+  /// The first key beyond those of a shard; keys are divided evenly.
+  int shard_of(const TensorSpec& t, std::uint64_t key) const {
+    __extension__ typedef unsigned __int128 Large;
+    const Large all = Large{t.last_key - t.first_key} + 1;
+    return static_cast<int>(Large{key - t.first_key} * static_cast<unsigned>(shards()) / all);
+  }
+  /// The server that keeps a shard if its own is lost; -1 if none does.
+  int replica_of(int shard) const { return options.replicas > 0 && shards() > 1 ? (shard + 1) % shards() : -1; }
+  std::size_t block_elements() const { return std::max<std::size_t>(options.block_bytes / rule.grain, 1); }
+  std::size_t credits() const {
+    if (options.credits > 0) return options.credits;
+    std::size_t largest = 0;
+    for (std::size_t t = 0; t < tensors.size(); ++t)
+      if (!tensors[t].is_sparse()) largest = std::max(largest, part(t, 0).count * rule.grain);
+    return std::max<std::size_t>(2 * largest, std::size_t{16} << 20);
+  }
+  /// Everything that must be the same on all members, line by line.
+  [[gnu::cold]] std::string description() const {
+    std::string text = concat({"elements ", name_of(rule.type), " of ", rule.grain, " bytes; rule ", rule.hash, "; consistency ", text_of(options.consistency), "; fold ", options.fold.text(), "; replicas ", options.replicas,
+                               "; credits ", credits(), "; blocks ", options.block_bytes, "; ", options.dedicated ? "dedicated " : "", "servers ", list_of(servers), "\n"});
+    for (const TensorSpec& t : tensors)
+      text += t.is_sparse() ? concat({"tensor '", t.name, "': rows of ", t.row, " elements, keys ", t.first_key, " to ", t.last_key, "\n"}) : concat({"tensor '", t.name, "': ", t.count, " elements\n"});
+    return text;
+  }
+  static std::string list_of(const std::vector<Rank>& ranks) {
+    std::string text;
+    for (const Rank r : ranks) text += concat({text.empty() ? "" : ",", r});
+    return text;
+  }
+};
+
+}  // namespace detail
+
+}  // namespace tally::inline v0
