@@ -218,7 +218,7 @@ inline tally::Caveats caveats_of(const Json& json) {
 }
 
 inline tally::Collective operation_of(Fields& fields) {
-  return named<tally::Collective>(fields.text("operation"), "operation", static_cast<std::size_t>(tally::Collective::send_receive) + 1);
+  return named<tally::Collective>(fields.text("operation"), "operation", static_cast<std::size_t>(tally::last_operation) + 1);
 }
 
 /// How deep brackets are nested. Whoever parses allocates for each.

@@ -12,7 +12,6 @@
 #include <functional>
 #include <initializer_list>
 #include <memory>
-#include <numeric>
 #include <optional>
 #include <ranges>
 #include <span>
@@ -421,9 +420,7 @@ class Communicator {
   /// Collective. A communicator of the same ranks whose operations are independent of this one's.
   Communicator duplicate() {
     std::vector<detail::Wish> all = agree({.what = detail::Making::duplicate});
-    std::vector<Rank> members(static_cast<std::size_t>(size()));
-    std::iota(members.begin(), members.end(), 0);
-    return *make_group(all, members);
+    return *make_group(all, detail::all_of(size()));
   }
 
   /// Collective. A communicator of the ranks that pass the same colour, ordered by key and then by their rank here; none
@@ -471,8 +468,7 @@ class Communicator {
     std::vector<detail::Wish> all = agree({.what = detail::Making::table, .count = description.size(), .hash = detail::hash_text(description)});
     for (Rank r = 0; r < size(); ++r)
       if (!all[static_cast<std::size_t>(r)].fits(all[0])) refuse_description(all, r, description);
-    std::vector<Rank> members(static_cast<std::size_t>(size()));
-    std::iota(members.begin(), members.end(), 0);
+    const std::vector<Rank> members = detail::all_of(size());
     std::unique_ptr<AnyTransport> opened;
     open_together(
         all, 0, [&] { return engine().reserve(members); }, [&](std::uint64_t token) { if (!(opened = engine().open_transport(token, members))) throw Error(Errc::unsupported, "this transport can be used by collectives alone"); },
@@ -635,8 +631,8 @@ class Communicator {
       if (!text.empty()) broadcast(std::span(text.data(), text.size()), from);
       return text;
     };
-    const std::string theirs = shown(r), first = shown(0);
-    throw Error(Errc::mismatch, {"a table: ", detail::difference(first, theirs, r)}, blaming(r));
+    const std::string theirs = shown(r);
+    throw Error(Errc::mismatch, {"a table: ", detail::difference(shown(0), theirs, r)}, blaming(r));
   }
 
   template <class Op>

@@ -43,6 +43,11 @@ struct Wish {
 };
 static_assert(sizeof(Wish) == 40);
 
+inline std::vector<Rank> all_of(int n) {
+  std::vector<Rank> ranks;
+  for (Rank r = 0; r < n; ++r) ranks.push_back(r);
+  return ranks;
+}
 /// The ranks of this colour, by key and then by rank.
 inline std::vector<Rank> of_colour(const std::vector<Wish>& all, std::int32_t colour) {
   std::vector<Rank> members;

@@ -299,6 +299,7 @@ class ParameterServer {
 
   const Ledger& ledger() const { return node_->ledger(); }
   TransportCounters counters() const { return node_->counters(); }
+  auto traffic() const { return node_->traffic(); }
   /// What this rank's shards have answered, and whether the staleness bound held.
   detail::TableServer::Monitor monitor() const {
     return node_->look([](const detail::TableServer& server) { return server.monitor(); });

@@ -30,6 +30,9 @@ enum class Collective : std::uint8_t {
   all_gather_v, reduce_scatter_v, all_to_all_v, gather_v, scatter_v, neighbour_exchange, send, receive, send_receive,
   push, pull, push_pull, leave, serve
 };
+inline constexpr Collective last_operation = Collective::serve;
+/// What one rank calls by itself: messages, and what a table's workers and servers do.
+constexpr bool is_one_sided(Collective operation) { return operation >= Collective::send; }
 /// Those that are done by algorithms: each but none and messages.
 inline constexpr Collective all_operations[] = {
     Collective::all_reduce, Collective::reduce, Collective::broadcast, Collective::all_gather, Collective::reduce_scatter, Collective::barrier,

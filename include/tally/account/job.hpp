@@ -72,8 +72,6 @@ struct JobAccount {
 
 namespace detail {
 
-inline bool is_message(Collective operation) { return operation == Collective::send || operation == Collective::receive || operation == Collective::send_receive; }
-
 /// Arrival waits with their place in time, to follow chains through: rank p came late to an operation, so others waited for it
 /// up to its arrival there; if p itself was waiting for q just then, in another operation, q is to blame for that part.
 class WaitChains {
@@ -211,7 +209,7 @@ inline JobAccount job_of(std::span<const Account> accounts) {
         for (const Blame& blame : event.waited_for) {
           if (blame.rank < 0 || blame.arrival <= nanoseconds{0}) continue;
           const Rank culprit = account->in_job(blame.rank);
-          if (detail::is_message(event.operation) && event.waited_for.size() == 1) {  // which call of the other it was is not kept; who waits begins to at once
+          if (is_one_sided(event.operation) && event.waited_for.size() == 1) {  // which call of the other it was is not kept; who waits begins to at once
             const nanoseconds called = event.begin + account->clock_offset;
             chains.add(job_rank(account), {called, called + blame.arrival, culprit});
             continue;

@@ -84,7 +84,7 @@ class AccountFields {
     time = nanoseconds(count);
   }
   void field(bool& flag) { code(flag, 1); }
-  void field(Collective& c) { code(c, static_cast<int>(Collective::send_receive)); }
+  void field(Collective& c) { code(c, static_cast<int>(last_operation)); }
   void field(Provenance& p) { code(p, static_cast<int>(Provenance::measured)); }
   void field(Split& s) { code(s, static_cast<int>(Split::equal_time)); }
   void field(Domain& d) { code(d, static_cast<int>(Domain::network_model)); }

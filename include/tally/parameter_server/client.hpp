@@ -104,6 +104,7 @@ class TableClient {
     op.keys.clear();
     op.order.clear();
     op.version = ~std::uint64_t{0};
+    op.number = 0;
     const TableCall& c = op.call;
     const TensorSpec& t = table_.tensors[c.tensor];
     if (t.is_sparse()) sort_keys(op, t);
@@ -156,8 +157,12 @@ class TableClient {
     for (Link& l : links_) l.since_tick = 0;
     settle();
   }
+  /// Errc::aborted after a push that was not finished.
+  void expect_pushing() const {
+    if (pushing_failed_) throw *pushing_failed_;
+  }
   /// Everything that was pushed and ticked is told.
-  bool is_settled() const { return ticks_.empty() && unsettled_.empty(); }
+  bool is_settled() const { return pushing_failed_ || (ticks_.empty() && unsettled_.empty()); }
   /// This worker pushes no more. Done when `op` is.
   void leave(TableOp& op) {
     op.request = ++requests_ << slot_bits | take_slot(op);
@@ -231,8 +236,11 @@ class TableClient {
   }
   /// Without its parts: whatever still comes for it is nobody's.
   void fail(TableOp& op, std::exception_ptr why) {
-    for (const TablePart& p : op.parts)
-      if (p.is_push && !p.done && !pushing_failed_) pushing_failed_.emplace(Errc::aborted, concat({"a push of this worker's was not finished, so it can push no more: ", text_of(op)}));
+    if (op.number > 0 && std::any_of(op.parts.begin(), op.parts.end(), [](const TablePart& p) { return p.is_push && !p.done; })) {
+      if (!pushing_failed_) pushing_failed_.emplace(Errc::aborted, concat({"a push of this worker's was not finished, so it can neither push nor tick any more: ", text_of(op)}));
+      for (const TablePart& p : op.parts)  // where it was sent to it never counts, nor does what was sent after it
+        if (p.is_push && p.sent) link(p.shard).last_to_count = std::min(link(p.shard).last_to_count, p.sequence - 1);
+    }
     for (Link& l : links_) {
       const auto is_its = [&](const TablePart* p) { return p->op == &op; };
       std::erase_if(l.queue, is_its), std::erase_if(l.pulls, is_its), std::erase_if(l.under_way, is_its);
@@ -283,6 +291,7 @@ class TableClient {
   struct Link {
     Rank server = -1;
     std::uint64_t sequence = 0;        // of the last push
+    std::uint64_t last_to_count = ~std::uint64_t{0};  // likewise, of those that ever will
     std::uint64_t used = 0, freed = 0; // bytes of pushes sent, and of those that the shard holds no longer
     std::uint64_t since_tick = 0;      // bytes of pushes of this clock
     std::uint64_t told_after = 0;      // pushes to it before the last tick that it was told of
@@ -329,7 +338,7 @@ class TableClient {
   }
   /// A worker that would wait for what only its own tick sets free is told so.
   void expect_credit(const TableOp& op) {
-    if (pushing_failed_) throw *pushing_failed_;
+    expect_pushing();
     for (const TablePart& p : op.parts) {
       Link& l = link(p.shard);
       if (l.lost) throw lost_error(p.shard, op);
@@ -410,7 +419,7 @@ class TableClient {
       TablePart& p = *l.pulls.front();
       if (!l.lost && std::any_of(l.queue.begin(), l.queue.end(), [&](const TablePart* push) { return push->op->number <= p.op->before; })) return;
       l.pulls.pop_front();
-      p.sequence = l.sequence;
+      p.sequence = std::min(l.sequence, l.last_to_count);
       send_pull(p);
     }
   }

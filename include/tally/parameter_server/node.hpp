@@ -108,7 +108,11 @@ class TableNode final : private TableHost, private Post::Handler, private TableC
     const Inside inside(*this);
     begin(op, true);
     attempt([&] {
-      start(op);
+      try {
+        start(op);
+      } catch (const Error&) {  // it is refused, and nothing of it was sent
+        client_.fail(op, std::current_exception());
+      }
       drain();
       transport_->flush();
     });
@@ -145,6 +149,7 @@ class TableNode final : private TableHost, private Post::Handler, private TableC
   void tick() {
     const Inside inside(*this);
     expect_usable();
+    client_.expect_pushing();
     progress_.drive(timeout_);
     attempt([&] {
       client_.tick();
@@ -204,6 +209,13 @@ class TableNode final : private TableHost, private Post::Handler, private TableC
   TransportCounters counters() {
     const Inside inside(*this);
     return transport_->counters();
+  }
+  /// Bytes of all reports so far, what is still being served included; and what the transport has counted.
+  std::pair<Moved, TransportCounters> traffic() {
+    const Inside inside(*this);
+    Moved all = serving_moved_;
+    for (const LedgerRow& row : ledger_.rows()) all.sent += row.bytes_sent, all.received += row.bytes_received;
+    return {all, transport_->counters()};
   }
 
   // For Progress (see ProgressClient).

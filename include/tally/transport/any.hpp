@@ -31,7 +31,7 @@ class AnyTransport {
     virtual void reducing(Transfer& t) = 0;
     virtual void moved(Transfer& t) = 0;
     virtual FrameTimes stamp(Transfer& t) = 0;
-    virtual FrameTimes credit_stamp(Transfer& t) = 0;
+    virtual FrameTimes credit_stamp(const Transfer& t) = 0;
   };
 
   virtual ~AnyTransport() = default;
@@ -110,7 +110,7 @@ class AnyTransport {
     void reducing(Transfer& t) override { probe.reducing(t); }
     void moved(Transfer& t) override { probe.moved(t); }
     FrameTimes stamp(Transfer& t) override { return probe.stamp(t); }
-    FrameTimes credit_stamp(Transfer& t) override { return probe.credit_stamp(t); }
+    FrameTimes credit_stamp(const Transfer& t) override { return probe.credit_stamp(t); }
   };
 };
 static_assert(Transport<AnyTransport>);
