@@ -9,6 +9,7 @@
 #include <atomic>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <filesystem>
 #include <fstream>
 #include <memory>
@@ -269,6 +270,102 @@ TEST_CASE("a registry that goes without a word, as an earlier job's does, is loo
   CHECK(c.is(Errc::timeout));
   CHECK_THAT(c.text, (Catch::Contains("cannot reach the job's registry at " + never) && Catch::Contains("it was closed before a word was said")) || Catch::Contains("did not speak as a job of tally"));  // the last one was not closed in time
 }
+namespace {
+/// At a port that systems do not give away, so that it is still free between two jobs.
+std::string place_to_meet_again() { return "127.0.0.1:" + std::to_string(20'000 + ::getpid() % 12'000); }
+}  // namespace
+
+TEST_CASE("init() may be called again and again over TCP, as soon as the communicator before is gone", "[processes]") {
+  for (const char* transport : {"tcp", ""}) {  // and where only the meeting is by TCP
+    INFO(transport);
+    const std::string where = place_to_meet_again();
+    const test::Shared<std::array<Caught, 3>> results;
+    std::vector<test::Process> ranks;
+    for (Rank r = 0; r < 3; ++r)
+      ranks.emplace_back([&, r] {
+        ::setenv("TALLY_RANK", std::to_string(r).c_str(), 1);
+        ::setenv("TALLY_SIZE", "3", 1);
+        ::setenv("TALLY_ADDRESS", where.c_str(), 1);
+        ::setenv("TALLY_TRANSPORT", transport, 1);
+        ::setenv("TALLY_TIMEOUT", "10", 1);
+        (*results)[static_cast<std::size_t>(r)].record([&] {
+          for (int round = 0; round < 5; ++round) {
+            Communicator comm = init();
+            int x = round + r;
+            comm.all_reduce(std::span(&x, 1), sum);
+            test::expect(x == 3 * round + 3, "the sum of this round's");
+          }
+        });
+      });
+    for (auto& rank : ranks) CHECK(rank.wait(30s));
+    for (const Caught& c : *results) {
+      INFO(c);
+      CHECK((c.ran && !c.error && !c.foreign));
+    }
+  }
+}
+
+TEST_CASE("who has left a job and is early for the next one waits until that job has ended") {
+  const std::string where = place_to_meet_again();
+  std::vector<std::shared_ptr<detail::NetworkNode>> nodes(3), next(3);
+  on_ranks(3, [&](Rank r) { nodes[static_cast<std::size_t>(r)] = meet(r, 3, where); });
+  const detail::JobKey before = nodes[0]->key();
+  std::vector<std::thread> early;
+  std::atomic<int> met = 0;
+  std::vector<Caught> results(3);
+  const auto join_next = [&](Rank r) {
+    results[static_cast<std::size_t>(r)] = caught([&] { next[static_cast<std::size_t>(r)] = meet(r, 3, where); });
+    ++met;
+  };
+  for (const Rank r : {1, 2}) {
+    nodes[static_cast<std::size_t>(r)].reset();
+    early.emplace_back(join_next, r);
+  }
+  std::this_thread::sleep_for(200ms);
+  CHECK(met == 0);
+  CHECK_FALSE(nodes[0]->is_dead(1));
+  nodes[0].reset();
+  join_next(0);
+  for (auto& rank : early) rank.join();
+  for (const Caught& c : results) {
+    INFO(c);
+    CHECK_FALSE((c.error || c.foreign));
+  }
+  REQUIRE((next[0] && next[1] && next[2]));
+  CHECK(next[1]->key() == next[0]->key());
+  CHECK(next[2]->key() == next[0]->key());
+  CHECK(next[1]->key() != before);
+  // It does so for no longer than its own deadline.
+  next[1].reset();
+  const Caught c = caught([&] { meet(1, 3, where, {}, 300ms); });
+  CHECK(c.is(Errc::timeout));
+  CHECK_THAT(c.text, Catch::Contains("for the job before to end"));
+}
+
+TEST_CASE("an earlier job's registry that says goodbye is looked for again, and one that dies is not") {
+  for (const bool ends : {true, false}) {
+    auto listener = detail::listen_at(loopback(4));
+    const std::string where = detail::own_address(listener).text();
+    std::vector<Caught> results(2);
+    std::thread rank_1([&] { results[1] = caught([&] { meet(1, 2, where, "swordfish"); }); });
+    detail::wait_for_events(listener.get(), POLLIN, std::chrono::steady_clock::now() + 5s);
+    {
+      detail::ControlStream guest(detail::FileDescriptor(::accept4(listener.get(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK)));
+      guest.put(detail::ControlKind::challenge, detail::Challenge{.secured = 1, .nonce = detail::random_nonce()});
+      guest.put(detail::ControlKind::earlier, {});
+      if (ends) guest.put(detail::ControlKind::goodbye, detail::Goodbye{});
+      guest.write();
+    }
+    if (ends) results[0] = caught([&] { meet(0, 2, detail::Meeting(std::move(listener)), "swordfish"); });
+    rank_1.join();
+    INFO(results[0]);
+    INFO(results[1]);
+    CHECK_FALSE((results[0].error || results[0].foreign));
+    CHECK(results[1].error != ends);
+    if (!ends) CHECK(results[1].is(Errc::peer_lost));
+  }
+}
+
 TEST_CASE("ranks meet at the address that all are told, whatever interface rank 0 is to be reached by") {
   const auto own = detail::own_interfaces();
   std::vector<Caught> results(2);

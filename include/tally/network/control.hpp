@@ -25,7 +25,8 @@
 
 namespace tally::inline v0::detail {
 
-enum class ControlKind : std::uint32_t { join = 1, welcome, refusal, status, ask, told, goodbye, abort, dead, clock, challenge, gone, offer, want, offered };
+/// earlier: this registry is of the job before the one that who joins is of; a goodbye follows once that has ended.
+enum class ControlKind : std::uint32_t { join = 1, welcome, refusal, status, ask, told, goodbye, abort, dead, clock, challenge, gone, offer, want, offered, earlier };
 
 struct ControlHeader {
   std::uint32_t bytes = 0;  // that follow

@@ -81,35 +81,24 @@ class NetworkNode {
 
   /// Joins a job; me.listens says where this rank is to listen (family 0: where it reaches the registry from, and anywhere on the
   /// registry's own host). Waits until all are there. Throws what the registry says, or Errc::timeout.
-  NetworkNode(const FindRegistry& find, Join me, const NetworkSettings& settings) : settings_(settings), clock_(settings.clock), me_(me.rank), size_(me.size), peer_limit_(std::chrono::duration_cast<std::chrono::milliseconds>(settings.timeout)) {
+  NetworkNode(const FindRegistry& find, const Join& me, const NetworkSettings& settings) : settings_(settings), clock_(settings.clock), me_(me.rank), size_(me.size), peer_limit_(std::chrono::duration_cast<std::chrono::milliseconds>(settings.timeout)) {
     const nanoseconds timeout = settings.timeout;
     const Instant deadline = std::chrono::steady_clock::now() + timeout;
     dead_.resize(static_cast<std::size_t>(size_));
     gone_.resize(dead_.size());
-    const Place place = connect(find, deadline, timeout);
-    me.job ^= place.nonce;
-    SocketAddress here = me.listens.is_valid() ? me.listens : own_address(link_.descriptor());
-    here.port = me.listens.port;
-    const bool anywhere = !me.listens.is_valid() && !place.is_here_only && (here.is_loopback() || here.same_host_as(registry_));
-    listener_ = anywhere ? listen_anywhere(here.port) : listen_at(here);
-    me.listens.port = own_address(listener_).port;
-    me.nonce = random_nonce();
-    claim_ = me;
-    if (challenge_) answer_challenge();
-    look_out_for(listener_.get());
-    look_out_for(link_.fd());
+    reach(find, me, deadline, timeout);
     const Instant patience_ends = deadline + std::chrono::seconds(1);  // the registry knows better who is missing
     for (std::size_t tries = 0; entries_.empty() || (is_elsewhere(0) && !map_.is_settled());) {
       const bool whole = link_.write();
-      if (whole && !wait_for_events(link_.fd(), link_.events(), challenge_ ? patience_ends : deadline))
-        throw Error(Errc::timeout, {"rank ", me_, challenge_ ? " joined the job, but not all others did within " : " reached what listens at " + registry_.text() + ", but that did not speak as a job of tally within ", timeout.count() / 1'000'000, " ms", challenge_ || settings_.encrypt ? "" : "; if rank 0 has TALLY_TLS_CERTIFICATE, this rank needs it, too"}, {me_, -1, 0, {}});
+      if (whole && !wait_for_events(link_.fd(), link_.events(), challenge_ && !is_early_ ? patience_ends : deadline))
+        throw Error(Errc::timeout, {"rank ", me_, is_early_ ? " waited at " + registry_.text() + " for the job before to end, which it did not within " : challenge_ ? " joined the job, but not all others did within " : " reached what listens at " + registry_.text() + ", but that did not speak as a job of tally within ", timeout.count() / 1'000'000, " ms", challenge_ || settings_.encrypt ? "" : "; if rank 0 has TALLY_TLS_CERTIFICATE, this rank needs it, too"}, {me_, -1, 0, {}});
       // A registry that is gone may have said all before.
       if (!link_.read([&](ControlKind kind, std::string_view record) { return welcome(kind, record); }) || !whole) {
+        const bool has_ended = is_early_ && registry_left_;
         if (const std::string problem = link_.problem(); !problem.empty() && entries_.empty()) throw Error(Errc::protocol, {"the connection to the job's registry, at ", registry_.text(), ", cannot be encrypted: ", problem, problem.ends_with("wrong version number") ? "; rank 0 needs TALLY_TLS_CERTIFICATE, too" : ""}, {me_, 0, 0, {}});
-        if (entries_.empty() && !challenge_ && link_.is_silent()) {  // an earlier job's that ends, or a rank 0 that is started again
-          wait_to_try_again(tries++, deadline, timeout, "it was closed before a word was said");
-          (void)connect(find, deadline, timeout);
-          look_out_for(link_.fd());
+        if (entries_.empty() && (has_ended || (!challenge_ && link_.is_silent()))) {  // an earlier job's that ends, or a rank 0 that is started again
+          wait_to_try_again(tries++, deadline, timeout, has_ended ? "the job before has ended there" : "it was closed before a word was said");
+          reach(find, me, deadline, timeout);
           continue;
         }
         if (entries_.empty() && !challenge_) throw Error(Errc::protocol, {"what listens at ", registry_.text(), " is no job of this version of tally: check the address, and that all ranks were built with the same"}, {me_, 0, 0, {}});
@@ -297,6 +286,24 @@ class NetworkNode {
   static constexpr std::size_t longest_text = 8192, most_unclaimed = 1 << 16;
   static constexpr auto patience = std::chrono::seconds(10);
 
+  /// Connects to the registry, and gets ready to join. Called again it begins anew: it may be another one, at another place.
+  void reach(const FindRegistry& find, Join me, Instant deadline, nanoseconds timeout) {
+    is_early_ = registry_left_ = false;
+    map_ = ClockMap();
+    const Place place = connect(find, deadline, timeout);
+    me.job ^= place.nonce;
+    SocketAddress here = me.listens.is_valid() ? me.listens : own_address(link_.descriptor());
+    here.port = me.listens.port;
+    const bool anywhere = !me.listens.is_valid() && !place.is_here_only && (here.is_loopback() || here.same_host_as(registry_));
+    listener_ = FileDescriptor();  // its port may be wanted again
+    listener_ = anywhere ? listen_anywhere(here.port) : listen_at(here);
+    me.listens.port = own_address(listener_).port;
+    me.nonce = random_nonce();
+    claim_ = me;
+    if (challenge_) answer_challenge();
+    look_out_for(listener_.get());
+    look_out_for(link_.fd());
+  }
   Place connect(const FindRegistry& find, Instant deadline, nanoseconds timeout) {
     std::string problem = "nobody says where it is";
     Place place;
@@ -318,8 +325,10 @@ class NetworkNode {
           error = error_of(fd);
           // A port of this host that nobody listens at may connect to itself.
           if (error == 0 && own_address(fd) != registry_) {
-            tune(fd, std::chrono::seconds(30));
+            // Who connects as a listener closes may be connected to nobody, which Linux tells only who sends something: soon, then.
+            tune(fd, std::chrono::seconds(4));
             link_ = ControlStream(settings_.opened(std::move(fd)));
+            challenge_.reset();
             if (!place.may_be_stale || is_challenged(std::min(deadline, std::chrono::steady_clock::now() + std::chrono::seconds(3)))) return place;
             problem = link_.problem().empty() ? "what listens there now is no job of tally" : "its connection cannot be encrypted: " + link_.problem();
           }
@@ -347,8 +356,10 @@ class NetworkNode {
       answer_challenge();
       return true;
     }
+    // Without a proof, as a refusal: it makes this rank come again, and no more.
+    if (kind == ControlKind::earlier) return is_early_ = entries_.empty();
     // Nobody who has not shown that it is the registry says anything else.
-    if (kind != ControlKind::welcome) return (kind == ControlKind::clock || !entries_.empty()) && heard(kind, record);
+    if (kind != ControlKind::welcome) return (kind == ControlKind::clock || (kind == ControlKind::goodbye && is_early_) || !entries_.empty()) && heard(kind, record);
     if (!entries_.empty()) return false;
     Digest proof;
     if (!ControlStream::take(record, proof)) return false;
@@ -367,6 +378,7 @@ class NetworkNode {
     Challenge challenge;
     if (challenge_ || !ControlStream::take(record, challenge) || challenge.magic != Challenge{}.magic) return false;
     challenge_ = challenge;
+    tune(link_.descriptor(), std::chrono::seconds(30));
     return true;
   }
   void answer_challenge() {
@@ -559,6 +571,7 @@ class NetworkNode {
   std::vector<bool> dead_, gone_;
   std::set<std::uint64_t> left_;  // communicators that this rank has left
   std::uint64_t communicators_ = 1;
+  bool is_early_ = false;  // the registry that was reached is of the job before
   bool registry_gone_ = false, registry_left_ = false;  // left: with rank 0, in an orderly way
 };
 

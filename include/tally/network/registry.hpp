@@ -31,7 +31,7 @@ class Registry {
   using MakeNote = std::function<std::string(const std::vector<RankEntry>&)>;
   /// `like`: what every rank has to say of itself, but for rank and address.
   Registry(FileDescriptor listener, const Join& like, const NetworkSettings& settings, MakeNote note = {})
-      : note_(std::move(note)), settings_(settings), listener_(std::move(listener)), stop_(::eventfd(0, EFD_CLOEXEC)), like_(like), guests_of_(static_cast<std::size_t>(like.size)), entries_(guests_of_.size()), deadline_(Steady::now() + settings.timeout) {
+      : note_(std::move(note)), settings_(settings), listener_(std::move(listener)), stop_(::eventfd(0, EFD_CLOEXEC)), like_(like), guests_of_(static_cast<std::size_t>(like.size)), ended_(guests_of_.size()), entries_(guests_of_.size()), deadline_(Steady::now() + settings.timeout) {
     if (!stop_) throw Error(Errc::no_resources, {"no descriptor for the job's registry: ", errno_text(errno)});
     set_option(listener_, SOL_SOCKET, SO_KEEPALIVE, 1);
     thread_ = quiet_thread([this] { work(); });
@@ -56,8 +56,9 @@ class Registry {
     Nonce nonce{};
     Rank rank = -1;
     std::string told;  // why it is no rank of this job
-    bool gone = false, ended = false;  // ended: it said goodbye to everything
-    bool is_here = false;              // on this host, and did not say by which address others reach it
+    bool gone = false;
+    bool early = false;    // of the next job that meets here
+    bool is_here = false;  // on this host, and did not say by which address others reach it
   };
   struct Entry {
     CommunicatorStatus status;
@@ -76,7 +77,10 @@ class Registry {
       over_ = true;
     }
     for (const auto& guest : guests_) {
-      if (!over_ && joined_ == like_.size) guest->stream.put(ControlKind::goodbye, Goodbye{});  // so that rank 0 has left, and did not die
+      if (!over_ && joined_ == like_.size) {
+        if (guest->rank < 0) guest->stream.put(ControlKind::earlier, {});  // who came too soon for the next job comes again
+        guest->stream.put(ControlKind::goodbye, Goodbye{});                // so that rank 0 has left, and did not die
+      }
       guest->stream.write();
       (void)guest->stream.read([](ControlKind, std::string_view) { return true; });  // what lies unread when it is closed would take back what was said
       ::shutdown(guest->stream.fd(), SHUT_WR);
@@ -140,13 +144,14 @@ class Registry {
       Guest& guest = *guests_[i];
       if (!guest.gone) continue;
       if (guest.rank < 0) note_why(guest);
+      if (guest.early) guest.stream.put(ControlKind::goodbye, Goodbye{}), guest.stream.write();  // it waited for long, or others need its place: it comes again
       if (guest.rank >= 0) {
         if (joined_ < like_.size) {  // it may be started again, as long as not all are here
           --joined_;
         } else {  // who ended in an orderly way has left all there is, also what it never came to join
           const std::int32_t rank = guest.rank;
           for (const auto& other : guests_)
-            if (other.get() != &guest && other->rank >= 0) other->stream.put(guest.ended ? ControlKind::gone : ControlKind::dead, ControlStream::as_bytes(rank)), other->stream.write();
+            if (other.get() != &guest && other->rank >= 0) other->stream.put(ended_[static_cast<std::size_t>(rank)] ? ControlKind::gone : ControlKind::dead, ControlStream::as_bytes(rank)), other->stream.write();
         }
         guests_of_[static_cast<std::size_t>(guest.rank)] = nullptr;
       }
@@ -198,6 +203,7 @@ class Registry {
   }
 
   bool handle(Guest& guest, ControlKind kind, std::string_view record) {
+    if (guest.early) return kind == ControlKind::clock;  // it asked before it knew
     if (guest.rank < 0) return kind == ControlKind::join && join(guest, record);
     if (kind == ControlKind::clock) {
       ClockAnswer answer;
@@ -251,7 +257,7 @@ class Registry {
       case ControlKind::goodbye: {
         Goodbye goodbye;
         if (!ControlStream::take(record, goodbye)) return false;
-        if (goodbye.communicator == 0) return guest.ended = true;
+        if (goodbye.communicator == 0) return ended_[static_cast<std::size_t>(guest.rank)] = true;
         auto& board = board_[goodbye.communicator];
         Entry& entry = board[guest.rank];
         entry.left = true;
@@ -283,12 +289,20 @@ class Registry {
     Join theirs;
     if (!ControlStream::take(record, theirs) || theirs.magic != like_.magic) return false;  // a stranger
     const std::string them = concat({"rank ", theirs.rank});
-    // One that was started again may be here before its first connection's end was looked at.
-    if (theirs.rank >= 0 && theirs.rank < like_.size && joined_ < like_.size)
-      if (Guest* const before = guests_of_[static_cast<std::size_t>(theirs.rank)]; before && !before->gone)
-        if (!before->stream.read([&](ControlKind kind, std::string_view words) { return handle(*before, kind, words); })) leave_early(*before);
+    const bool is_one = theirs.rank >= 0 && theirs.rank < like_.size;
+    // One that was started again, or joins again, may be here before its first connection's end was looked at.
+    if (Guest* const before = is_one ? guests_of_[static_cast<std::size_t>(theirs.rank)] : nullptr; before && !before->gone)
+      if (!before->stream.read([&](ControlKind kind, std::string_view words) { return handle(*before, kind, words); })) {
+        if (joined_ < like_.size) leave_early(*before);
+        else before->gone = true;
+      }
     if (theirs.protocol != like_.protocol) return refuse(guest, Errc::mismatch, concat({them, " was built with another version of tally than rank 0"})), false;
     if (theirs.job != like_.job) return refuse(guest, Errc::invalid_argument, concat({them, " belongs to another job than the one that meets here: check address, port and TALLY_JOB"})), false;
+    if (joined_ == like_.size && is_one && ended_[static_cast<std::size_t>(theirs.rank)]) {  // it has left this job in an orderly way, and others have not yet
+      guest.early = true;
+      guest.stream.put(ControlKind::earlier, {});
+      return true;
+    }
     if (joined_ == like_.size) return refuse(guest, Errc::invalid_argument, concat({them, " comes late: all ", like_.size, " ranks of this job have joined already"})), false;
     Join claim = theirs;
     claim.proof = {};
@@ -297,7 +311,7 @@ class Registry {
     guest.nonce = theirs.nonce;
     std::string problem;
     if (theirs.size != like_.size) problem = concat({"ranks disagree on size: rank 0 says ", like_.size, ", ", them, " says ", theirs.size});
-    else if (theirs.rank < 0 || theirs.rank >= like_.size) problem = concat({them, " is not one of ", like_.size});
+    else if (!is_one) problem = concat({them, " is not one of ", like_.size});
     else if (guests_of_[static_cast<std::size_t>(theirs.rank)]) problem = concat({"two processes say that they are ", them});
     else if (theirs.accounting != like_.accounting) problem = concat({"accounting is on at some ranks and off at others (rank 0: ", like_.accounting ? "on" : "off", ", ", them, " not)"});
     else if (theirs.settings != like_.settings) problem = concat({them, " and rank 0 have different settings of the network"});
@@ -351,6 +365,7 @@ class Registry {
   const JobKey key_ = random_nonce();
   std::vector<std::unique_ptr<Guest>> guests_;
   std::vector<Guest*> guests_of_;  // by rank
+  std::vector<bool> ended_;        // by rank: it said goodbye to everything
   std::vector<RankEntry> entries_;
   std::map<std::uint64_t, std::map<Rank, Entry>> board_;  // of communicators
   std::set<std::uint64_t> aborted_;
