@@ -12,21 +12,28 @@ using namespace test;
 
 namespace {
 
+// Each with payloads that are stored and loaded in place, and with those that are sent.
+constexpr bool both_ways[] = {true, false};
+
 void all_sizes(RankKind kind) {
   for (const int n : {1, 2, 3, 5})
     launch(n, [](Communicator& comm) {
-      for (const std::size_t count : {1u, 2u, 7u, 1000u, 100'003u}) steps_are_exact(comm, count, {.consistency = bsp, .block_bytes = 4096}, 3);
-      steps_are_exact(comm, 50'000, {.consistency = bsp, .fold = FoldOrder::by_rank(), .block_bytes = 10'000}, 3);
-      steps_are_exact(comm, 50'000, {.consistency = bsp, .fold = FoldOrder::as<Ring>(), .servers = {comm.size() - 1}}, 3);
-      if (comm.size() > 1) steps_are_exact(comm, 50'000, {.consistency = bsp, .replicas = 1, .credits = 600'000}, 3);
+      for (const bool one_sided : both_ways) {
+        for (const std::size_t count : {1u, 2u, 7u, 1000u, 100'003u}) steps_are_exact(comm, count, {.consistency = bsp, .block_bytes = 4096, .one_sided = one_sided}, 3);
+        steps_are_exact(comm, 50'000, {.consistency = bsp, .fold = FoldOrder::by_rank(), .block_bytes = 10'000, .one_sided = one_sided}, 3);
+        steps_are_exact(comm, 50'000, {.consistency = bsp, .fold = FoldOrder::as<Ring>(), .servers = {comm.size() - 1}, .one_sided = one_sided}, 3);
+        if (comm.size() > 1) steps_are_exact(comm, 50'000, {.consistency = bsp, .replicas = 1, .credits = 600'000, .one_sided = one_sided}, 3);
+      }
     }, kind);
 }
 void rows(RankKind kind) {
   for (const int n : {1, 3})
     launch(n, [](Communicator& comm) {
-      rows_are_exact(comm, {.consistency = bsp});
-      rows_are_exact(comm, {.consistency = bsp, .fold = FoldOrder::by_rank()});
-      if (comm.size() > 1) rows_are_exact(comm, {.consistency = bsp, .servers = {1, 0}, .replicas = 1});
+      for (const bool one_sided : both_ways) {
+        rows_are_exact(comm, {.consistency = bsp, .one_sided = one_sided});
+        rows_are_exact(comm, {.consistency = bsp, .fold = FoldOrder::by_rank(), .one_sided = one_sided});
+        if (comm.size() > 1) rows_are_exact(comm, {.consistency = bsp, .servers = {1, 0}, .replicas = 1, .one_sided = one_sided});
+      }
     }, kind);
 }
 template <class A, class T>
@@ -39,9 +46,11 @@ void equals(Communicator& comm) {
 void background(RankKind kind) {
   for (const int n : {1, 2, 4})
     launch(n, [](Communicator& comm) {
-      background_is_exact(comm, {.consistency = bsp});
-      background_is_exact(comm, {.consistency = bsp, .fold = FoldOrder::by_rank()});
-      background_is_exact(comm, {.consistency = bsp, .credits = 400'000});
+      for (const bool one_sided : both_ways) {
+        background_is_exact(comm, {.consistency = bsp, .one_sided = one_sided});
+        background_is_exact(comm, {.consistency = bsp, .fold = FoldOrder::by_rank(), .one_sided = one_sided});
+        background_is_exact(comm, {.consistency = bsp, .credits = 400'000, .one_sided = one_sided});
+      }
     }, kind);
 }
 void errors(RankKind kind) {

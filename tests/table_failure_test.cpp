@@ -98,7 +98,7 @@ TEST_CASE("I4: a server killed at any moment: nothing acknowledged is lost, noth
   const int trials = std::getenv("TALLY_TEST_LONG") ? 100 : sanitized ? 4 : 10;
   for (int trial = 0; trial < trials; ++trial) {
     server_killed(trial, {.consistency = ssp(3), .servers = {2, 3}, .dedicated = true, .replicas = 1}, 2 + trial % 2);
-    server_killed(trial + 1, {.consistency = asp, .servers = {3, 2}, .dedicated = true, .replicas = 1, .credits = 100'000}, 2 + trial % 2);
+    server_killed(trial + 1, {.consistency = asp, .servers = {3, 2}, .dedicated = true, .replicas = 1, .credits = 100'000, .one_sided = false}, 2 + trial % 2);
   }
 }
 

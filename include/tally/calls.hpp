@@ -7,6 +7,7 @@
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
+#include <cstdio>
 #include <functional>
 #include <memory>
 #include <numeric>
@@ -84,6 +85,35 @@ class CallMaker {
   Order order() const { return order_; }
   const AlgorithmOverrides& overrides() const { return overrides_; }
   Chooser& chooser() { return chooser_; }
+  /// See Communicator::explain.
+  [[gnu::cold]] std::string explain(Collective operation, std::size_t bytes, bool symmetric, AnyEngine& engine) {
+    const Need need{operation != Collective::barrier && (symmetric || one_address_space_), order_ == Order::fixed ? Folding::fixed : Folding::any};
+    const AlgorithmRef& asked = overrides_.of(operation);
+    const bool follows = asked && reaches(asked, need.direct) && need.met_by(asked, operation);
+    const AlgorithmRef chosen = follows ? asked : chooser_.choose(operation, bytes, need);
+    const Objective objective = chooser_.model().objective;
+    std::string text = detail::concat({name_of(operation), " of ", bytes, " bytes, ", size_, " ranks: ", chosen.name,
+                                       follows ? ", because TALLY_ALGORITHM says so" : detail::concat({", the least ", name_of(objective), " for its size class"}), "\n"});
+    std::vector<Chooser::Candidate> candidates = chooser_.candidates(operation, bytes, need);
+    if (std::ranges::none_of(candidates, [&](const Chooser::Candidate& each) { return each.algorithm.name == chosen.name; })) candidates.push_back({chosen, chooser_.estimate(chosen, operation, bytes)});
+    for (const Chooser::Candidate& candidate : candidates) {
+      char row[160];
+      std::snprintf(row, sizeof row, "  %-20s %12.3f us  %s", std::string(candidate.algorithm.name).c_str(), candidate.estimate.microseconds, candidate.estimate.measured ? "measured" : "estimated");
+      text += row;
+      if (objective != Objective::time) std::snprintf(row, sizeof row, "  energy %12.3f, relative", candidate.estimate.energy), text += row;
+      text += '\n';
+    }
+    const std::string ways = engine.ways();
+    if (group().matters(size_)) text += detail::concat({"  ", group().count(size_), " groups of ranks share ", ways.empty() ? "a cache or a socket" : "a host", ", at most ", group().largest(size_), " in each\n"});
+    else if (find_algorithm(operation, Hierarchical::name)) text += "  hierarchical needs ranks that share a host, or else a cache or a socket, and others that do not: here are none, as far as is known (TALLY_GROUP)\n";
+    if (!ways.empty()) text += detail::concat({"  rank ", rank_, " goes by ", ways, "\n"});
+    if (const AlgorithmRef kernel = find_algorithm(operation, SingleCopy::name)) {
+      if (const std::string problem = engine.kernel_problem(); !problem.empty()) text += detail::concat({"  single_copy is done as staged: ", problem, "\n"});
+      else if (engine.stages() && !chooser_.has_measured(kernel, operation, bytes)) text += "  single_copy is not measured: the kernel's copies are chosen by measurement alone (tally_perf --tune)\n";
+      if (!need.direct) text += "  zero_copy needs memory from allocate(): these ranks cannot reach each other's private memory\n";
+    }
+    return text;
+  }
   bool one_address_space() const { return one_address_space_; }
   bool reaches(const AlgorithmRef& algorithm, bool direct) const { return !algorithm.share || (algorithm.is(Reach::direct) ? direct : stages_); }
 

@@ -463,8 +463,9 @@ class Communicator {
     return {std::move(memory), count, rank()};
   }
 
-  /// Collective, for primitives that are no collectives: a transport of their own between these ranks, if all describe what it is for alike.
-  std::unique_ptr<AnyTransport> open_transport(const std::string& description) {
+  /// Collective, for primitives that are no collectives: a transport of their own between these ranks, if all describe what it is for alike;
+  /// and, where `stride` is not 0 and they can share it, so much memory for each of them, zero and untouched.
+  std::unique_ptr<AnyTransport> open_transport(const std::string& description, std::size_t stride, std::unique_ptr<SymmetricMemory>& memory) {
     std::vector<detail::Wish> all = agree({.what = detail::Making::table, .count = description.size(), .hash = detail::hash_text(description)});
     for (Rank r = 0; r < size(); ++r)
       if (!all[static_cast<std::size_t>(r)].fits(all[0])) refuse_description(all, r, description);
@@ -473,6 +474,14 @@ class Communicator {
     open_together(
         all, 0, [&] { return engine().reserve(members); }, [&](std::uint64_t token) { if (!(opened = engine().open_transport(token, members))) throw Error(Errc::unsupported, "this transport can be used by collectives alone"); },
         [&] { opened.reset(); }, [&](std::uint64_t token) { engine_->discard(token, members); });
+    if (stride == 0) return opened;
+    try {
+      open_together(
+          all, 0, [&] { return engine().reserve_memory(stride); }, [&](std::uint64_t token) { memory = engine_->map_memory(token, stride); },
+          [&] { memory.reset(); }, [&](std::uint64_t token) { engine_->discard_memory(token, stride); });
+    } catch (const Error& error) {
+      if (error.errc() != Errc::no_resources) throw;
+    }
     return opened;
   }
   AnyEngine::Settings settings() const { return engine().settings(); }
@@ -488,35 +497,7 @@ class Communicator {
 
   /// Which algorithm a call of so many bytes would take (of the larger side, see Layout::items) and why: what each was
   /// measured or is estimated to take. `symmetric`: the buffers come from allocate(). Local; the same on all ranks.
-  [[gnu::cold]] std::string explain(Collective operation, std::size_t bytes, bool symmetric = false) {
-    Chooser& chooser = make().chooser();
-    const Need need{operation != Collective::barrier && (symmetric || make().one_address_space()), make().order() == Order::fixed ? Folding::fixed : Folding::any};
-    const AlgorithmRef& asked = make().overrides().of(operation);
-    const bool follows = asked && make().reaches(asked, need.direct) && need.met_by(asked, operation);
-    const AlgorithmRef chosen = follows ? asked : chooser.choose(operation, bytes, need);
-    const Objective objective = chooser.model().objective;
-    std::string text = detail::concat({name_of(operation), " of ", bytes, " bytes, ", size(), " ranks: ", chosen.name,
-                                       follows ? ", because TALLY_ALGORITHM says so" : detail::concat({", the least ", name_of(objective), " for its size class"}), "\n"});
-    std::vector<Chooser::Candidate> candidates = chooser.candidates(operation, bytes, need);
-    if (std::ranges::none_of(candidates, [&](const Chooser::Candidate& each) { return each.algorithm.name == chosen.name; })) candidates.push_back({chosen, chooser.estimate(chosen, operation, bytes)});
-    for (const Chooser::Candidate& candidate : candidates) {
-      char row[160];
-      std::snprintf(row, sizeof row, "  %-20s %12.3f us  %s", std::string(candidate.algorithm.name).c_str(), candidate.estimate.microseconds, candidate.estimate.measured ? "measured" : "estimated");
-      text += row;
-      if (objective != Objective::time) std::snprintf(row, sizeof row, "  energy %12.3f, relative", candidate.estimate.energy), text += row;
-      text += '\n';
-    }
-    const std::string ways = engine().ways();
-    if (group().matters(size())) text += detail::concat({"  ", group().count(size()), " groups of ranks share ", ways.empty() ? "a cache or a socket" : "a host", ", at most ", group().largest(size()), " in each\n"});
-    else if (find_algorithm(operation, Hierarchical::name)) text += "  hierarchical needs ranks that share a host, or else a cache or a socket, and others that do not: here are none, as far as is known (TALLY_GROUP)\n";
-    if (!ways.empty()) text += detail::concat({"  rank ", rank(), " goes by ", ways, "\n"});
-    if (const AlgorithmRef kernel = find_algorithm(operation, SingleCopy::name)) {
-      if (const std::string problem = engine().kernel_problem(); !problem.empty()) text += detail::concat({"  single_copy is done as staged: ", problem, "\n"});
-      else if (engine().stages() && !chooser.has_measured(kernel, operation, bytes)) text += "  single_copy is not measured: the kernel's copies are chosen by measurement alone (tally_perf --tune)\n";
-      if (!need.direct) text += "  zero_copy needs memory from allocate(): these ranks cannot reach each other's private memory\n";
-    }
-    return text;
-  }
+  [[gnu::cold]] std::string explain(Collective operation, std::size_t bytes, bool symmetric = false) { return make().explain(operation, bytes, symmetric, engine()); }
 
   const Ledger& ledger() const { return engine().ledger(); }
   /// This rank's account of this communicator as plain data. Of a communicator that was made of another one it names ranks as the

@@ -257,15 +257,16 @@ class ParameterServer {
     detail::Erasure<SlotTransport>::enable();
     const auto kept = std::make_shared<const Rule>(rule);
     detail::Table table = detail::make_table(std::move(tensors), std::move(options), detail::rule_ops<T>(*kept), comm.size(), comm.group());
-    auto transport = comm.open_transport(table.description());
+    std::unique_ptr<SymmetricMemory> memory;
+    auto transport = comm.open_transport(table.description(), table.shared_bytes(), memory);
     const AnyEngine::Settings engine = comm.settings();
-    node_ = std::make_shared<detail::TableNode>(std::move(transport), std::move(table), kept, detail::TableSettings{engine.clock, engine.wait, engine.accounting, comm.timeout(), comm.ledger().settings(), true});
+    node_ = std::make_shared<detail::TableNode>(std::move(transport), std::move(memory), std::move(table), kept, detail::TableSettings{engine.clock, engine.wait, engine.accounting, comm.timeout(), comm.ledger().settings(), true});
   }
   /// Over a transport of its own; for tests.
   ParameterServer(std::unique_ptr<AnyTransport> transport, std::vector<TensorSpec> tensors, TableOptions options, const Rule& rule, const detail::TableSettings& settings) {
     const auto kept = std::make_shared<const Rule>(rule);
     const int n = transport->size();
-    node_ = std::make_shared<detail::TableNode>(std::move(transport), detail::make_table(std::move(tensors), std::move(options), detail::rule_ops<T>(*kept), n, {}), kept, settings);
+    node_ = std::make_shared<detail::TableNode>(std::move(transport), nullptr, detail::make_table(std::move(tensors), std::move(options), detail::rule_ops<T>(*kept), n, {}), kept, settings);
   }
 
   /// A vector of the table's; Errc::invalid_argument if there is none of that name.

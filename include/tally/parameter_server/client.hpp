@@ -20,6 +20,7 @@
 #include <vector>
 
 #include "../account/ledger.hpp"
+#include "../copy.hpp"
 #include "../progress.hpp"
 #include "server.hpp"
 
@@ -88,11 +89,18 @@ class TableClient {
     virtual void finished(TableOp& op) = 0;
     /// An answer came from this rank itself; what held it up.
     virtual void heard_here(TableOp& op, const Lateness* late) = 0;
+    /// From here on this thread copies for the operation, until done; that it has stored and loaded so many bytes of others' memory.
+    virtual void copying(TableOp& op) = 0;
+    virtual void copied(TableOp& op, std::uint64_t stored, std::uint64_t loaded) = 0;
     virtual bool is_gone(Rank r) const = 0;
   };
 
   TableClient(TableHost& host, Events& events, const Table& table) : host_(host), events_(events), table_(table), me_(table.worker_at(host.rank())), links_(static_cast<std::size_t>(table.shards())) {
-    for (int s = 0; s < table.shards(); ++s) links_[static_cast<std::size_t>(s)].server = table.servers[static_cast<std::size_t>(s)];
+    for (int s = 0; s < table.shards(); ++s) {
+      Link& l = link(s);
+      l.server = table.servers[static_cast<std::size_t>(s)];
+      if (const auto shared = host.shared_of(l.server); me_ >= 0 && l.server != host.rank() && !shared.empty()) l.window = shared.data() + table.arena_bytes() + static_cast<std::size_t>(me_) * table.window_bytes();
+    }
   }
 
   bool is_worker() const { return me_ >= 0; }
@@ -131,7 +139,7 @@ class TableClient {
       expect_credit(op);
       op.number = ++pushed_;
       unsettled_.push_back({op.number, pushes, pushes > 1});
-      for (const TablePart& p : op.parts) link(p.shard).since_tick += payload_of(p, op);
+      for (const TablePart& p : op.parts) link(p.shard).since_tick += in_lines(payload_of(p, op));
     }
     if (c.tick) tick();
     op.clock = clock_;
@@ -176,11 +184,11 @@ class TableClient {
     for (std::size_t i = 0; i < op.parts.size() && !op.done; ++i) send_again(op.parts[i]);
   }
 
-  void received(Rank peer, const Envelope& e, Payload&& payload, const Lateness* here = nullptr) {
+  void received(Rank peer, const Envelope& e, Payload&& payload) {
     if (e.shard >= links_.size()) return;
     Link& l = links_[e.shard];
     if (e.kind == MessageKind::acknowledge) {
-      if (e.number > l.freed) l.freed = e.number;
+      for (; !l.held.empty() && l.held.front().sequence <= e.number; l.held.pop_front()) l.used -= l.held.front().bytes;
       if (e.request != 0) acknowledged(l, e);
       return pump(l);
     }
@@ -192,14 +200,27 @@ class TableClient {
     }
     if (e.kind != MessageKind::reply || p->is_push) return;
     TableOp& op = *p->op;
-    if (peer == host_.rank()) events_.heard_here(op, here);
-    if (!p->receiving) {  // it came with its envelope, or twice
+    if ((e.flags & Envelope::is_direct) != 0) {
+      load(*p, peer, e, payload);
+    } else if (!p->receiving) {  // it came with its envelope, or twice
       if (payload.size() != p->count * unit(op)) return;
       std::memcpy(place(*p), payload.data(), payload.size());
     } else if (payload.size() > 0) {
       return;
     }
     op.version = std::min(op.version, e.clock);
+    finish(*p);
+  }
+  /// A reply of this rank's own.
+  void take(const Envelope& e, std::span<const std::span<const std::byte>> pieces, const Lateness* late) {
+    TablePart* const p = find(e);
+    if (!p || p->done) return;
+    events_.heard_here(*p->op, late);
+    events_.copying(*p->op);
+    std::byte* to = place(*p);
+    for (const auto& piece : pieces) copy(to, piece.data(), piece.size()), to += piece.size();
+    events_.copied(*p->op, 0, 0);
+    p->op->version = std::min(p->op->version, e.clock);
     finish(*p);
   }
   /// Where a reply goes; null if nobody waits for it.
@@ -246,6 +267,7 @@ class TableClient {
       std::erase_if(l.queue, is_its), std::erase_if(l.pulls, is_its), std::erase_if(l.under_way, is_its);
     }
     op.error = std::move(why);
+    if (op.call.in && op.call.out) host_.disown();
     end(op);
   }
 
@@ -258,6 +280,7 @@ class TableClient {
       const Rank next = replica < 0 ? -1 : table_.servers[static_cast<std::size_t>(replica)];
       if (next >= 0 && next != l.server && !events_.is_gone(next)) {
         l.server = next;
+        l.window = nullptr;  // that was with the other
         send_all_again(static_cast<int>(s));
         continue;
       }
@@ -287,12 +310,21 @@ class TableClient {
 
  private:
   static constexpr int slot_bits = 16;
+  static constexpr std::size_t past_caches = std::size_t{128} << 10;  // copies of so much do not stay in caches in any case
   static constexpr std::size_t most_under_way = std::size_t{4} << 20;  // bytes that are sent before anything of them is acknowledged; what is more urgent goes before the rest
   struct Link {
     Rank server = -1;
     std::uint64_t sequence = 0;        // of the last push
     std::uint64_t last_to_count = ~std::uint64_t{0};  // likewise, of those that ever will
-    std::uint64_t used = 0, freed = 0; // bytes of pushes sent, and of those that the shard holds no longer
+    std::size_t used = 0;              // bytes of pushes that the shard may still hold
+    struct Held {
+      std::uint64_t sequence;
+      std::size_t bytes;
+      std::ptrdiff_t place;  // in the window; -1: it was sent
+    };
+    std::deque<Held> held;             // those
+    std::byte* window = nullptr;       // where they are stored for it; null: they are sent
+    std::size_t at = 0;                // where the next one goes there
     std::uint64_t since_tick = 0;      // bytes of pushes of this clock
     std::uint64_t told_after = 0;      // pushes to it before the last tick that it was told of
     std::vector<TablePart*> queue;     // pushes that wait to be sent, by clock, then the most urgent first
@@ -342,7 +374,7 @@ class TableClient {
     for (const TablePart& p : op.parts) {
       Link& l = link(p.shard);
       if (l.lost) throw lost_error(p.shard, op);
-      const std::size_t bytes = payload_of(p, op), held = table_.options.fold.waits() ? l.since_tick : 0;
+      const std::size_t bytes = in_lines(payload_of(p, op)), held = table_.options.fold.waits() ? l.since_tick : 0;
       if (held + bytes > table_.credits() && held > 0)
         throw Error(Errc::invalid_argument, {text_of(op), ": with it this clock's pushes to shard ", p.shard, " are ", held + bytes, " bytes, more than its credits, ", table_.credits(), " bytes, and they are kept until the clock ends: tick, push less, or give the table more (TableOptions::credits)"});
       if (bytes > table_.credits())
@@ -405,14 +437,15 @@ class TableClient {
   void pump(Link& l) {
     while (!l.queue.empty() && !l.lost) {
       TablePart& p = *l.queue.front();
-      const std::size_t bytes = payload_of(p, *p.op);
-      if (l.used - l.freed + bytes > table_.credits() || l.under_way.size() >= Shard::window || l.under_way_bytes >= most_under_way) break;
+      const std::size_t bytes = payload_of(p, *p.op), room = in_lines(bytes);
+      if (l.used + room > table_.credits() || l.under_way.size() >= Shard::window || l.under_way_bytes >= most_under_way) break;
       l.queue.erase(l.queue.begin());
-      l.used += bytes;
+      l.used += room;
       l.under_way_bytes += bytes;
       l.under_way.push_back(&p);
       p.sequence = ++l.sequence;
       p.sent = true;
+      l.held.push_back({p.sequence, room, -1});
       send_push(p);
     }
     while (!l.pulls.empty()) {
@@ -423,22 +456,72 @@ class TableClient {
       send_pull(p);
     }
   }
+  /// Where `bytes` may be stored in the window, which is used from its begin to its end and again from its begin; -1: nowhere just now.
+  std::ptrdiff_t place_in(const Link& l, std::size_t bytes) const {
+    const auto oldest = std::find_if(l.held.begin(), l.held.end(), [](const auto& h) { return h.place >= 0; });
+    if (!l.window) return -1;
+    if (oldest == l.held.end()) return 0;
+    const std::size_t at = l.at, from = static_cast<std::size_t>(oldest->place);
+    if (from < at && at + bytes <= table_.window_bytes()) return static_cast<std::ptrdiff_t>(at);
+    if (from < at) return bytes <= from ? 0 : -1;
+    return at + bytes <= from ? static_cast<std::ptrdiff_t>(at) : -1;
+  }
+  /// Where the server finds it.
+  void store_push(Link& l, const TablePart& p, Envelope& e, std::span<const std::span<const std::byte>> pieces, std::size_t place) {
+    e.flags |= Envelope::is_direct;
+    e.index = place;
+    events_.copying(*p.op);
+    std::byte* to = l.window + place;
+    for (const auto& piece : pieces) copy(to, piece.data(), piece.size()), to += piece.size();
+    events_.copied(*p.op, e.bytes, 0);
+    l.at = place + in_lines(e.bytes);
+  }
+  static std::size_t in_lines(std::size_t bytes) { return (bytes + 63) / 64 * 64; }
+  static void copy(std::byte* to, const std::byte* from, std::size_t bytes) {
+    if (bytes >= past_caches) copy_past_caches(to, from, bytes);
+    else if (bytes > 0) std::memcpy(to, from, bytes);
+  }
+  /// Of a reply that says where the pieces lie.
+  void load(TablePart& p, Rank peer, const Envelope& e, const Payload& places) {
+    const auto shared = host_.shared_of(peer);
+    events_.copying(*p.op);
+    std::byte* const to = place(p);
+    std::size_t i = 0;
+    bool whole = e.bytes == p.count * unit(*p.op);
+    whole = whole && each_piece(e, table_.options.block_bytes, [&](std::size_t begin, std::size_t bytes) {
+      if (!whole || (++i) * sizeof(std::uint64_t) > places.size()) return void(whole = false);
+      const auto at = detail::load<std::uint64_t>(places.data() + (i - 1) * sizeof(std::uint64_t));
+      if (at > shared.size() || bytes > shared.size() - at) return void(whole = false);
+      copy(to + begin, shared.data() + at, bytes);
+    }) && whole;
+    events_.copied(*p.op, 0, e.bytes);
+    if (!whole) throw Error(Errc::protocol, {"rank ", peer, " says that values lie where it shares none"}, {host_.rank(), peer, 0, {}});
+    Envelope done;
+    done.kind = MessageKind::release;
+    done.shard = e.shard;
+    done.request = e.request;
+    host_.send(peer, done);
+  }
   void send_push(const TablePart& p) {
     const_cast<TablePart&>(p).sent_at = host_.now();
     const TableOp& op = *p.op;
     Envelope e = envelope(p, MessageKind::push);
     e.parts = static_cast<std::uint16_t>(std::count_if(op.parts.begin(), op.parts.end(), [](const TablePart& each) { return each.is_push; }));
     e.bytes = payload_of(p, op);
-    const std::span<const std::byte> values(source(p), p.count * unit(op));
-    Post::Parcel& parcel = host_.parcel(link(p.shard).server);
+    const bool rows = is_sparse(op);
+    if (rows) e.flags |= Envelope::is_rows;
+    if (op.call.in && op.call.out) e.flags |= Envelope::stays;
+    const std::span<const std::byte> both[] = {rows ? keys_of(p) : std::span<const std::byte>{}, {source(p), p.count * unit(op)}};
+    const std::span<const std::span<const std::byte>> pieces = std::span(both).subspan(rows ? 0 : 1);
+    Link& l = link(p.shard);
+    Post::Parcel& parcel = host_.parcel(l.server);
     parcel.op = p.op;
-    if (is_sparse(op)) {
-      e.flags |= Envelope::is_rows;
-      const std::span<const std::byte> pieces[] = {keys_of(p), values};
-      host_.send(parcel, e, pieces, nullptr);
-    } else {
-      host_.send(parcel, e, std::span(&values, 1), nullptr);
-    }
+    const bool again = l.held.empty() || l.held.back().sequence != p.sequence;
+    const std::ptrdiff_t place = again ? -1 : place_in(l, in_lines(e.bytes));
+    if (place < 0) return host_.send(parcel, e, pieces, nullptr);
+    l.held.back().place = place;
+    store_push(l, p, e, pieces, static_cast<std::size_t>(place));
+    host_.send(parcel, e, {}, nullptr);
   }
   void send_pull(TablePart& p) {
     if (link(p.shard).lost) return fail(*p.op, std::make_exception_ptr(lost_error(p.shard, *p.op)));

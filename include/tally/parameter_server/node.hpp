@@ -39,8 +39,9 @@ struct TableSettings {
 
 class TableNode final : private TableHost, private Post::Handler, private TableClient::Events {
  public:
-  TableNode(std::unique_ptr<AnyTransport> transport, Table table, std::shared_ptr<const void> rule, TableSettings settings)
-      : transport_(std::move(transport)), table_(std::move(table)), rule_(std::move(rule)), clock_(settings.clock), timeout_(settings.timeout), accounting_(settings.accounting),
+  TableNode(std::unique_ptr<AnyTransport> transport, std::unique_ptr<SymmetricMemory> memory, Table table, std::shared_ptr<const void> rule, TableSettings settings)
+      : transport_(std::move(transport)), memory_(std::move(memory)), table_(std::move(table)), rule_(std::move(rule)), clock_(settings.clock), timeout_(settings.timeout), accounting_(settings.accounting),
+        pool_(shared_of(transport_->rank()).first(memory_ ? table_.arena_bytes() : 0)),
         ledger_(transport_->size(), transport_->rank(), transport_->name(), clock_, std::move(settings.account)), progress_(*transport_, clock_, settings.wait, settings.accounting),
         serving_(transport_->size()), gone_(static_cast<std::size_t>(transport_->size())), post_(*transport_, progress_, *this, pool_, table_.options.block_bytes),
         client_(*this, *this, table_), server_(*this, table_, pool_, rule_.get()), name_(text_of(table_.options.consistency)), retry_after_(clock_.to_ticks(table_.options.retry_after)) {
@@ -283,13 +284,9 @@ class TableNode final : private TableHost, private Post::Handler, private TableC
     }
     // From one side of this rank to the other.
     if (e.kind == MessageKind::reply) {
-      std::byte* to = client_.place(e);
-      for (const auto& piece : pieces) {
-        if (to && !piece.empty()) std::memcpy(to, piece.data(), piece.size()), to += piece.size();
-      }
-      client_.received(rank(), e, {}, late);
+      client_.take(e, pieces, late);
     } else if (e.kind == MessageKind::acknowledge || e.kind == MessageKind::refusal) {
-      client_.received(rank(), e, pieces.empty() ? Payload() : Payload::borrowed(pieces[0].data(), pieces[0].size()), late);
+      client_.received(rank(), e, pieces.empty() ? Payload() : Payload::borrowed(pieces[0].data(), pieces[0].size()));
     } else if (pieces.size() > 1) {
       Payload joined(pool_, e.bytes);
       std::size_t at = 0;
@@ -298,7 +295,7 @@ class TableNode final : private TableHost, private Post::Handler, private TableC
       }
       server_.received(rank(), e, std::move(joined), clock_.now());
     } else {
-      server_.received(rank(), e, pieces.empty() ? Payload() : Payload::borrowed(pieces[0].data(), pieces[0].size()), clock_.now());
+      server_.received(rank(), e, pieces.empty() ? Payload() : Payload::borrowed(pieces[0].data(), pieces[0].size(), (e.flags & Envelope::stays) != 0), clock_.now());
     }
     drop(p);
   }
@@ -314,6 +311,8 @@ class TableNode final : private TableHost, private Post::Handler, private TableC
     progress_.enter(state);
   }
   Ticks now() const override { return clock_.now(); }
+  std::span<std::byte> shared_of(Rank r) const override { return memory_ ? std::span(memory_->of(r), table_.shared_bytes()) : std::span<std::byte>{}; }
+  void disown() override { server_.own_all(table_.worker_at(rank())); }
   bool is_gone(Rank r) const override { return gone_[static_cast<std::size_t>(r)] == Gone::yes; }
 
   // Post::Handler
@@ -342,6 +341,16 @@ class TableNode final : private TableHost, private Post::Handler, private TableC
     op.report.sequence = op.sequence;
     if (op.row) op.report.algorithm = op.row->algorithm;
     if (!op.background) book(op);
+  }
+  void copying(TableOp& op) override {
+    progress_.serve(op.account);
+    progress_.enter(State::copy);
+  }
+  void copied(TableOp& op, std::uint64_t stored, std::uint64_t loaded) override {
+    progress_.enter(State::protocol);
+    transport_->shared(stored, loaded);
+    op.moved.sent += stored, op.moved.received += loaded;
+    counted_.bytes_sent += stored, counted_.bytes_received += loaded;
   }
   void heard_here(TableOp& op, const Lateness* late) override { progress_.released(op.account, late ? *late : Lateness{0, rank()}); }
 
@@ -578,6 +587,7 @@ class TableNode final : private TableHost, private Post::Handler, private TableC
   enum class Gone : std::uint8_t { no, perhaps, yes };
 
   std::unique_ptr<AnyTransport> transport_;
+  std::unique_ptr<SymmetricMemory> memory_;  // that ranks share, where they do
   const Table table_;
   std::shared_ptr<const void> rule_;
   Clock clock_;

@@ -83,7 +83,11 @@ class Post {
   void send(C& client, Parcel& p, const Envelope& e, std::span<const std::span<const std::byte>> pieces, OperationAccount& account, const Lateness* late = nullptr) {
     std::size_t length = sizeof e;
     std::memcpy(p.buffer.data(), &e, sizeof e);
-    const bool with_it = e.bytes <= most_inline;
+    const bool direct = (e.flags & Envelope::is_direct) != 0;  // the payload is elsewhere: what is sent is where
+    std::size_t all = 0;
+    for (const auto& piece : pieces) all += piece.size();
+    if (all > most_inline && direct) refuse(p.to, "too many places at once");
+    const bool with_it = all <= most_inline;
     if (with_it)
       for (const auto& piece : pieces) {
         if (!piece.empty()) std::memcpy(p.buffer.data() + length, piece.data(), piece.size());
@@ -273,8 +277,9 @@ class Post {
     std::memcpy(&e, i.buffer.data(), sizeof e);
     if (e.kind == MessageKind{} || e.kind > MessageKind::last) refuse(i.peer, concat({"a message of the unknown kind ", static_cast<int>(e.kind)}));
     const std::size_t with_it = i.head.bytes - sizeof e;
-    if (e.bytes <= most_inline) {
-      if (with_it != e.bytes) refuse(i.peer, concat({"a message with ", with_it, " bytes that announces ", e.bytes}));
+    const bool direct = (e.flags & Envelope::is_direct) != 0;
+    if (direct || e.bytes <= most_inline) {
+      if (!direct && with_it != e.bytes) refuse(i.peer, concat({"a message with ", with_it, " bytes that announces ", e.bytes}));
       Payload payload(pool_, with_it);
       if (with_it > 0) std::memcpy(payload.data(), i.buffer.data() + sizeof e, with_it);
       const Ticks sent_at = i.sent_at;
@@ -299,29 +304,12 @@ class Post {
       t.fingerprint = e.kind == MessageKind::reply ? e.request : 0;
       t.owner = a;
     };
-    if ((e.flags & Envelope::is_cut) != 0) {
-      cut(e, piece);
-    } else if (const std::uint64_t keys = e.count * sizeof(std::uint64_t); (e.flags & Envelope::is_rows) != 0 && e.count < e.bytes && keys < e.bytes) {
-      piece(0, keys), piece(keys, e.bytes - keys);
-    } else {
-      piece(0, e.bytes);
-    }
+    if (const std::uint64_t keys = e.count * sizeof(std::uint64_t); (e.flags & Envelope::is_rows) != 0 && e.count < e.bytes && keys < e.bytes) piece(0, keys), piece(keys, e.bytes - keys);
+    else if (!each_piece(e, block_bytes_, piece)) refuse(i.peer, "a payload in pieces that do not make sense");
     a->remaining = a->bodies.size();
     expected_.push_back(a);
     listen(i, client);
     for (Transfer& t : a->bodies) progress_.post(t, client);
-  }
-  /// A payload that is sent from several blocks.
-  template <class F>
-  void cut(const Envelope& e, F&& piece) const {
-    const std::size_t grain = e.count > 0 ? e.bytes / e.count : 0;
-    if (grain == 0 || grain * e.count != e.bytes || e.number > e.first) refuse(transport_.rank(), "a payload in pieces that do not make sense");
-    const std::size_t block = std::max<std::size_t>(block_bytes_ / grain, 1);
-    for (std::size_t done = 0; done < e.count;) {
-      const std::size_t n = std::min(block - (e.first - e.number + done) % block, e.count - done);
-      piece(done * grain, n * grain);
-      done += n;
-    }
   }
   [[noreturn]] void refuse(Rank peer, const std::string& what) const { throw Error(Errc::protocol, {"rank ", peer, " sent ", what, " about a table"}, {transport_.rank(), peer, 0, {}}); }
 

@@ -168,8 +168,20 @@ template <class T, class R, std::size_t width, std::size_t... i>
   using W = Working<T>;
   [[maybe_unused]] W* const all[] = {reinterpret_cast<W*>(states ? states[i] : nullptr)..., nullptr};
   std::size_t at = 0;
-  // Of fixed length, so that compilers make vectors of it at -O2, too.
-  if constexpr (std::is_arithmetic_v<W> || Small<T>) {
+  // Of fixed length and said to be apart, or one on the other, so that compilers make vectors of it at -O2, too.
+  if constexpr (std::is_arithmetic_v<T>) {
+    typedef T Value [[gnu::aligned(1), gnu::may_alias]];
+    for (; at + width <= n; at += width) {
+      Value* const x = reinterpret_cast<Value*>(to + at * sizeof(T));
+      const Value *const a = reinterpret_cast<const Value*>(from + at * sizeof(T)), *const b = reinterpret_cast<const Value*>(pushed + at * sizeof(T));
+#if defined(__clang__)
+#pragma clang loop vectorize(assume_safety)
+#else
+#pragma GCC ivdep
+#endif
+      for (std::size_t k = 0; k < width; ++k) x[k] = rule(static_cast<T>(a[k]), static_cast<T>(b[k]), update, all[i][at + k]...);
+    }
+  } else if constexpr (Small<T>) {
     for (; at + width <= n; at += width) {
       T a[width], b[width];
       std::memcpy(a, from + at * sizeof(T), sizeof a), std::memcpy(b, pushed + at * sizeof(T), sizeof b);
@@ -218,6 +230,7 @@ RuleOps rule_ops(const R& rule) {
   ops.apply = &apply_rule<T, R>;
   if constexpr (requires { R::weighs; }) ops.weigh = &weigh<T>;
   if constexpr (std::invocable<const Op&, T, T> || is_builtin<Op>) ops.combine = fold_of<T>(combine);
+  static_assert(states_of<R>() <= 8, "a rule has at most eight states");
   ops.states = states_of<R>();
   ops.grain = sizeof(T);
   ops.state_grain = sizeof(Working<T>);

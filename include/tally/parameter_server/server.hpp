@@ -31,6 +31,10 @@ struct TableHost {
   /// What this thread does from here on is work for others, of this kind.
   virtual void at_work(State state) = 0;
   virtual Ticks now() const = 0;
+  /// What that rank shares with this one, a stride of Table::shared_bytes(); empty if nothing.
+  virtual std::span<std::byte> shared_of(Rank r) const = 0;
+  /// What this worker has pushed and waits for no longer may not be looked at where it is.
+  virtual void disown() = 0;
   /// Whether the rank is gone for good, and nothing of it is under way.
   virtual bool is_gone(Rank r) const = 0;
 };
@@ -61,6 +65,10 @@ class TableServer {
     Served* const s = find(e.shard);
     if (e.kind == MessageKind::gone) return hear(e);
     if (!s) return refuse(peer, e, Errc::invalid_argument, concat({"rank ", host_.rank(), " does not keep shard ", e.shard}));
+    if (e.kind == MessageKind::release) {
+      std::erase_if(grants_, [&](Grant& g) { return g.peer == peer && g.request == e.request && g.shard == e.shard && (take_back(g), true); });
+      return;
+    }
     if (e.kind == MessageKind::replicated) {
       if (peer == s->replica)
         while (!s->log.empty() && s->log.front().e.index <= e.index) execute_next(*s);
@@ -76,6 +84,12 @@ class TableServer {
       payload.own(pool_);
       s->early.push_back({e, std::move(payload), sent_at, peer});
       return;
+    }
+    if (e.kind == MessageKind::push && (e.flags & Envelope::is_direct) != 0) {
+      const std::span<std::byte> shared = host_.shared_of(host_.rank());
+      const std::size_t window = table_.window_bytes(), begin = table_.arena_bytes() + static_cast<std::size_t>(worker) * window;
+      if (shared.empty() || e.bytes > window || e.index > window - e.bytes) return refuse(peer, e, Errc::protocol, concat({e.bytes, " bytes at ", e.index, " are not within its window of ", window}));
+      payload = Payload::borrowed(shared.data() + begin + e.index, e.bytes, true);
     }
     switch (e.kind) {
       case MessageKind::push:
@@ -112,6 +126,7 @@ class TableServer {
       }
       std::erase_if(s.parked, [&](const Parked& p) { return p.peer == r; });
     }
+    std::erase_if(grants_, [&](Grant& g) { return g.peer == r && (take_back(g), true); });
     if (const std::int32_t worker = table_.worker_at(r); worker >= 0) views_[static_cast<std::size_t>(worker)].wanted = true;
     settle();
   }
@@ -129,6 +144,13 @@ class TableServer {
     told_at_ = now;
     for (std::size_t w = 0; w < views_.size(); ++w)
       if (views_[w].wanted) show(static_cast<std::int32_t>(w), Envelope::asks);
+  }
+  void own_all(std::int32_t worker) {
+    for (const auto& s : served_) {
+      s->shard.own_all(worker);
+      for (Entry& entry : s->log)
+        if (entry.e.worker == worker) entry.payload.own(pool_, true);
+    }
   }
   void let_go(const Post::Parcel& p) {
     for (Published* lease : p.leases) find(p.shard)->shard.let_go(p.tensor, lease);
@@ -158,6 +180,14 @@ class TableServer {
     Rank peer;
     Payload payload;
     bool bounded;  // it is the staleness bound that it waits for
+  };
+  /// What a rank may load until it says that it has.
+  struct Grant {
+    Rank peer = -1;
+    std::uint64_t request = 0;
+    std::size_t shard = 0, tensor = 0;
+    std::vector<Published*> leases;
+    Payload payload;
   };
   struct Served {
     Served(const Table& table, int s, Pool& pool, const void* rule) : shard(table, s, pool, rule) {}
@@ -196,7 +226,7 @@ class TableServer {
   void forward(Served& s, Entry& kept) {
     kept.forwarded_at = host_.now();
     Envelope e = kept.e;
-    e.flags |= Envelope::is_replica;
+    e.flags = static_cast<std::uint8_t>((e.flags | Envelope::is_replica) & ~Envelope::is_direct);
     const std::span<const std::byte> all(kept.payload.data(), kept.payload.size());
     const std::size_t keys = (e.flags & Envelope::is_rows) != 0 && e.bytes > Post::most_inline ? e.count * sizeof(std::uint64_t) : 0;
     const std::span<const std::byte> pieces[] = {all.first(keys), all.subspan(keys)};
@@ -305,7 +335,28 @@ class TableServer {
       }
     }
     host_.at_work(State::protocol);
+    grant(parcel, e);
     host_.send(parcel, e, pieces_, late);
+  }
+  /// A long answer to a rank that can load it where it is: it is told where, and has it until it says that it is done.
+  void grant(Post::Parcel& parcel, Envelope& e) {
+    if (parcel.to == host_.rank() || e.bytes <= Post::most_inline || host_.shared_of(parcel.to).empty()) return;
+    for (const auto& piece : pieces_)
+      if (!pool_.is_shared(piece.data())) return;
+    Grant& g = grants_.emplace_back();
+    g.peer = parcel.to;
+    g.request = e.request;
+    g.shard = e.shard;
+    g.tensor = e.tensor;
+    g.leases.swap(parcel.leases);
+    g.payload = std::move(parcel.payload);
+    e.flags |= Envelope::is_direct;
+    parcel.payload = Payload(pool_, pieces_.size() * sizeof(std::uint64_t));
+    for (std::size_t i = 0; i < pieces_.size(); ++i) store(parcel.payload.data() + i * sizeof(std::uint64_t), std::uint64_t{pool_.place_of(pieces_[i].data())});
+    pieces_.assign(1, {parcel.payload.data(), parcel.payload.size()});
+  }
+  void take_back(Grant& g) {
+    for (Published* lease : g.leases) find(g.shard)->shard.let_go(g.tensor, lease);
   }
   /// The staleness monitor: looks at every answer for itself.
   void watch(const Served& s, const Envelope& e) {
@@ -405,6 +456,7 @@ class TableServer {
   Pool& pool_;
   std::vector<std::unique_ptr<Served>> served_;
   std::vector<Views> views_;  // by worker
+  std::vector<Grant> grants_;
   Monitor monitor_;
   Ticks told_at_ = 0;
   std::vector<Shard::Span> spans_;

@@ -91,6 +91,14 @@ class Shard {
     update_least();
   }
 
+  /// What a worker pushed may be kept, but not where it is.
+  void own_all(std::int32_t worker) {
+    Member* const m = member(worker);
+    if (!m) return;
+    for (Staged& s : m->staged) s.payload.own(pool_, true);
+    for (Contribution& c : m->contributions) c.payload.own(pool_, true);
+  }
+
   // What it is.
 
   int index() const { return index_; }
@@ -222,7 +230,7 @@ class Shard {
     std::uint64_t clock = 0, announced = 0, announced_after = 0;
     std::uint64_t accepted = 0;   // pushes up to this number are in, or contributions
     std::uint64_t committed = 0;  // all its pushes up to this one, to whatever shards, are where they belong
-    std::uint64_t freed = 0;
+    std::uint64_t freed = 0;      // of these, those whose payload is held no longer
     std::deque<Staged> staged;    // those behind it, as far as they are here
     std::deque<Contribution> contributions;  // to clocks that are not folded yet
   };
@@ -246,7 +254,7 @@ class Shard {
       if (!waits() && s.e.parts > 1 && s.e.number > m.committed) break;
       if (waits()) {
         if (const double weight = s.e.weight; table_.rule.weigh) {
-          s.payload.own(pool_);
+          s.payload.own(pool_, true);
           const std::size_t keys = table_.tensors[s.e.tensor].is_sparse() ? s.e.count * sizeof(std::uint64_t) : 0;
           table_.rule.weigh(&weight, s.payload.data() + keys, s.payload.data() + keys, s.payload.size() - keys);
         }
@@ -256,7 +264,7 @@ class Shard {
       } else {
         ++updates_;
         apply(s.e, s.payload.data(), {1, s.e.weight, 1});
-        m.freed += s.payload.size();
+        m.freed = s.e.sequence;
         events.freed = true;
       }
       m.staged.pop_front();
@@ -302,7 +310,7 @@ class Shard {
       for (std::size_t t = 0; t < parts_.size(); ++t) parts_[t].rows ? fold_rows(t, next) : fold_values(t, next);
       for (Member& m : members_)
         while (!m.contributions.empty() && m.contributions.front().e.clock == next) {
-          m.freed += m.contributions.front().payload.size();
+          m.freed = m.contributions.front().e.sequence;
           m.contributions.pop_front();
           events.freed = true;
         }

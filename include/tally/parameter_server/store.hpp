@@ -11,6 +11,7 @@
 #include <cstring>
 #include <memory>
 #include <new>
+#include <span>
 #include <utility>
 #include <vector>
 
@@ -19,16 +20,19 @@
 
 namespace tally::inline v0::detail {
 
-/// Memory in sizes of powers of two, aligned to lines.
+/// Memory in sizes of powers of two, aligned to lines: of an arena that other ranks can load, as long as there is any left.
 class Pool {
  public:
-  Pool() = default;
+  explicit Pool(std::span<std::byte> arena = {}) : arena_(arena) {}
   Pool(const Pool&) = delete;
   Pool& operator=(const Pool&) = delete;
   ~Pool() {
     for (auto& list : free_)
-      for (std::byte* memory : list) ::operator delete(memory, std::align_val_t{64});
+      for (std::byte* memory : list)
+        if (!is_shared(memory)) ::operator delete(memory, std::align_val_t{64});
   }
+  bool is_shared(const std::byte* memory) const { return memory >= arena_.data() && memory < arena_.data() + arena_.size(); }
+  std::size_t place_of(const std::byte* memory) const { return static_cast<std::size_t>(memory - arena_.data()); }
   std::byte* take(std::size_t bytes) {
     auto& list = free_[size_class(bytes)];
     held_ += std::size_t{1} << size_class(bytes);
@@ -37,7 +41,9 @@ class Pool {
       list.pop_back();
       return memory;
     }
-    void* const memory = ::operator new(std::size_t{1} << size_class(bytes), std::align_val_t{64}, std::nothrow);
+    const std::size_t size = std::size_t{1} << size_class(bytes);
+    if (size <= arena_.size() - taken_) return arena_.data() + std::exchange(taken_, taken_ + size);
+    void* const memory = ::operator new(size, std::align_val_t{64}, std::nothrow);
     if (!memory) throw Error(Errc::no_resources, {"a parameter server has no memory for ", bytes, " bytes"});
     return static_cast<std::byte*>(memory);
   }
@@ -50,6 +56,8 @@ class Pool {
 
  private:
   static std::size_t size_class(std::size_t bytes) { return bytes <= 64 ? 6 : static_cast<std::size_t>(std::bit_width(bytes - 1)); }
+  std::span<std::byte> arena_;
+  std::size_t taken_ = 0;  // of it
   std::vector<std::byte*> free_[65];
   std::size_t held_ = 0;
 };
@@ -59,15 +67,17 @@ class Payload {
  public:
   Payload() = default;
   Payload(Pool& pool, std::size_t bytes) : pool_(&pool), data_(bytes > 0 ? pool.take(bytes) : nullptr), bytes_(bytes) {}
-  static Payload borrowed(const std::byte* data, std::size_t bytes) {
+  /// For as long as the call that it is passed to lasts; or, if it `stays`, until whoever keeps it says that it is done with it.
+  static Payload borrowed(const std::byte* data, std::size_t bytes, bool stays = false) {
     Payload p;
     p.data_ = const_cast<std::byte*>(data);
     p.bytes_ = bytes;
+    p.stays_ = stays;
     return p;
   }
-  Payload(Payload&& other) noexcept : pool_(std::exchange(other.pool_, nullptr)), data_(std::exchange(other.data_, nullptr)), bytes_(std::exchange(other.bytes_, 0)) {}
+  Payload(Payload&& other) noexcept : pool_(std::exchange(other.pool_, nullptr)), data_(std::exchange(other.data_, nullptr)), bytes_(std::exchange(other.bytes_, 0)), stays_(std::exchange(other.stays_, false)) {}
   Payload& operator=(Payload&& other) noexcept {
-    std::swap(pool_, other.pool_), std::swap(data_, other.data_), std::swap(bytes_, other.bytes_);
+    std::swap(pool_, other.pool_), std::swap(data_, other.data_), std::swap(bytes_, other.bytes_), std::swap(stays_, other.stays_);
     return *this;
   }
   ~Payload() {
@@ -76,9 +86,9 @@ class Payload {
   std::byte* data() const { return data_; }
   std::size_t size() const { return bytes_; }
   bool owned() const { return pool_ || bytes_ == 0; }
-  /// The same bytes in memory of the pool's.
-  void own(Pool& pool) {
-    if (owned()) return;
+  /// It may be kept: else the same bytes in memory of the pool's. `even_if_it_stays`: no more.
+  void own(Pool& pool, bool even_if_it_stays = false) {
+    if (owned() || (stays_ && !even_if_it_stays)) return;
     Payload copy(pool, bytes_);
     std::memcpy(copy.data_, data_, bytes_);
     *this = std::move(copy);
@@ -88,6 +98,7 @@ class Payload {
   Pool* pool_ = nullptr;
   std::byte* data_ = nullptr;
   std::size_t bytes_ = 0;
+  bool stays_ = false;
 };
 
 /// A block's values as they were published; whoever reads them later holds a lease.

@@ -84,14 +84,15 @@ struct TableOptions {
   int replicas = 0;                // 1: each shard is kept by the next server, too
   std::size_t credits = 0;         // bytes of pushes of one worker that a shard holds, at most; 0: twice the largest tensor's part, at least 16 MiB
   std::size_t block_bytes = std::size_t{256} << 10;  // values are published in blocks of so much
+  bool one_sided = true;           // where ranks share memory, workers store what they push where the server looks for it, and load what they pull
   nanoseconds retry_after{0};      // 0: transports lose nothing. Else what was not answered is sent again after so long
 };
 
 namespace detail {
 
-enum class MessageKind : std::uint8_t { push = 1, pull, advance, leave, acknowledge, reply, refusal, replicated, gone, last = gone };
+enum class MessageKind : std::uint8_t { push = 1, pull, advance, leave, acknowledge, reply, refusal, replicated, gone, release, last = release };
 constexpr std::string_view name_of(MessageKind kind) {
-  constexpr std::string_view names[] = {"nothing", "push", "pull", "advance", "leave", "acknowledge", "reply", "refusal", "replicated", "gone"};
+  constexpr std::string_view names[] = {"nothing", "push", "pull", "advance", "leave", "acknowledge", "reply", "refusal", "replicated", "gone", "release"};
   return static_cast<std::size_t>(kind) < std::size(names) ? names[static_cast<std::size_t>(kind)] : "unknown";
 }
 
@@ -101,6 +102,8 @@ struct Envelope {
   static constexpr std::uint8_t is_cut = 2;      // a reply's payload comes in pieces that end where blocks do; `number`: where the first one begins
   static constexpr std::uint8_t is_rows = 4;     // a push's payload is keys, then their rows: two pieces
   static constexpr std::uint8_t asks = 8;        // gone: and wants to be told the same
+  static constexpr std::uint8_t is_direct = 16;  // a push's payload lies at `index` in the worker's window; a reply's are the places in the server's memory where the pieces lie
+  static constexpr std::uint8_t stays = 32;      // a push on one rank: its memory is there until it is done
   MessageKind kind{};
   std::uint8_t flags = 0;
   std::uint16_t tensor = 0, shard = 0;
@@ -108,7 +111,7 @@ struct Envelope {
   std::int32_t worker = -1;    // whom it is about
   float weight = 1;
   std::uint64_t sequence = 0;  // push: its number among this worker's to this shard, from 1 on. advance: of the last one before it. acknowledge: whose. pull: of the last own push it must see
-  std::uint64_t number = 0;    // push: among this worker's, whatever shards they go to. advance, leave, gone: all up to it are at all their shards. acknowledge: bytes freed so far
+  std::uint64_t number = 0;    // push: among this worker's, whatever shards they go to. advance, leave, gone: all up to it are at all their shards. acknowledge: the last one that the shard holds no longer
   std::uint64_t clock = 0;     // the sender's. reply: below which all pushes are in it
   std::uint64_t first = 0, count = 0;  // elements of the tensor, or keys
   std::uint64_t bytes = 0;     // of the payload
@@ -116,6 +119,21 @@ struct Envelope {
   std::uint64_t index = 0;     // between replicas: of the entry
 };
 static_assert(sizeof(Envelope) == 80 && std::is_trivially_copyable_v<Envelope>);
+
+/// f(begin, bytes) for each piece that a payload is sent in. False if it makes no sense.
+template <class F>
+bool each_piece(const Envelope& e, std::size_t block_bytes, F&& f) {
+  if ((e.flags & Envelope::is_cut) == 0) return f(std::size_t{0}, e.bytes), true;
+  const std::size_t grain = e.count > 0 ? e.bytes / e.count : 0;
+  if (grain == 0 || grain * e.count != e.bytes || e.number > e.first) return false;
+  const std::size_t block = std::max<std::size_t>(block_bytes / grain, 1);
+  for (std::size_t done = 0; done < e.count;) {
+    const std::size_t n = std::min(block - (e.first - e.number + done) % block, e.count - done);
+    f(done * grain, n * grain);
+    done += n;
+  }
+  return true;
+}
 
 /// The table as its members see it.
 struct Table {
@@ -143,16 +161,26 @@ struct Table {
   int replica_of(int shard) const { return options.replicas > 0 && shards() > 1 ? (shard + 1) % shards() : -1; }
   std::size_t block_elements() const { return std::max<std::size_t>(options.block_bytes / rule.grain, 1); }
   std::size_t credits() const {
-    if (options.credits > 0) return options.credits;
+    if (options.credits > 0) return (options.credits + 63) / 64 * 64;
     std::size_t largest = 0;
     for (std::size_t t = 0; t < tensors.size(); ++t)
       if (!tensors[t].is_sparse()) largest = std::max(largest, part(t, 0).count * rule.grain);
-    return std::max<std::size_t>(2 * largest, std::size_t{16} << 20);
+    return (std::max<std::size_t>(2 * largest, std::size_t{16} << 20) + 127) / 64 * 64;
   }
+  // Memory that ranks share: each server's is its values and what it works with, and then a window for each worker's pushes.
+  std::size_t window_bytes() const { return credits(); }
+  std::size_t arena_bytes() const {
+    std::size_t bytes = std::size_t{64} << 20;
+    for (std::size_t t = 0; t < tensors.size(); ++t)
+      if (!tensors[t].is_sparse()) bytes += 3 * (part(t, 0).count * rule.grain + 2 * options.block_bytes);
+    return (bytes + 4095) / 4096 * 4096;
+  }
+  std::size_t shared_bytes() const { return options.one_sided ? (arena_bytes() + workers.size() * window_bytes() + 4095) / 4096 * 4096 : 0; }
+
   /// Everything that must be the same on all members, line by line.
   [[gnu::cold]] std::string description() const {
     std::string text = concat({"elements ", name_of(rule.type), " of ", rule.grain, " bytes; rule ", rule.hash, "; consistency ", text_of(options.consistency), "; fold ", options.fold.text(), "; replicas ", options.replicas,
-                               "; credits ", credits(), "; blocks ", options.block_bytes, "; ", options.dedicated ? "dedicated " : "", "servers ", list_of(servers), "\n"});
+                               "; credits ", credits(), "; blocks ", options.block_bytes, options.one_sided ? "; one-sided; " : "; two-sided; ", options.dedicated ? "dedicated " : "", "servers ", list_of(servers), "\n"});
     for (const TensorSpec& t : tensors)
       text += t.is_sparse() ? concat({"tensor '", t.name, "': rows of ", t.row, " elements, keys ", t.first_key, " to ", t.last_key, "\n"}) : concat({"tensor '", t.name, "': ", t.count, " elements\n"});
     return text;

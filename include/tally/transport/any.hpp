@@ -62,6 +62,8 @@ class AnyTransport {
   virtual bool pass_time(nanoseconds limit) = 0;
   /// Whether another thread may poll while one sleeps in park(), after its recheck.
   virtual bool sleeps_apart() const = 0;
+  /// To count: bytes stored to and loaded from other ranks' memory.
+  virtual void shared(std::uint64_t sent, std::uint64_t received) = 0;
 
   template <class P>
   void post(Transfer& t, P& probe) {
@@ -158,6 +160,10 @@ class ErasedTransport final : public AnyTransport {
   bool sleeps_apart() const override {
     if constexpr (requires { T::sleeps_apart; }) return T::sleeps_apart;
     else return false;
+  }
+
+  void shared([[maybe_unused]] std::uint64_t sent, [[maybe_unused]] std::uint64_t received) override {
+    if constexpr (requires { t_->shared(sent, received); }) t_->shared(sent, received);
   }
 
  protected:
