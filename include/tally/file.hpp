@@ -71,38 +71,61 @@ inline FileText read_start(const std::string& path, std::size_t most) {
 
 }  // namespace detail
 
-/// Writes a file that is complete whenever it is there, e.g. for node_exporter's textfile collector: a temporary file beside it,
-/// whose name does not end like that of `path`, is written, synchronised and renamed. Throws Errc::invalid_argument if there is
-/// something at `path` that is not a plain file, and Errc::no_resources if the system refuses; the temporary file is gone then.
-inline void write_file_atomically(const std::string& path, std::string_view text) {
-  struct ::stat there {};
-  if (::lstat(path.c_str(), &there) == 0 && !S_ISREG(there.st_mode))
-    throw Error(Errc::invalid_argument, {"cannot replace '", path, "': it is not a plain file; name a file, or a path where there is nothing yet"});
+/// A file that is complete whenever it is there: a temporary file beside it, whose name does not end like that of `path`, is
+/// written, synchronised and renamed. Throws Errc::invalid_argument if there is something at `path` that is not a plain file, and
+/// Errc::no_resources if the system refuses; the temporary file is gone then, as it is without a commit().
+class AtomicFile {
+ public:
+  explicit AtomicFile(std::string path) : path_(std::move(path)) {
+    struct ::stat there {};
+    if (::lstat(path_.c_str(), &there) == 0 && !S_ISREG(there.st_mode))
+      throw Error(Errc::invalid_argument, {"cannot replace '", path_, "': it is not a plain file; name a file, or a path where there is nothing yet"});
+    for (int attempt = 0; !file_ && attempt < 100; ++attempt) {  // what a killed process of the same number left is not touched
+      partial_ = detail::concat({path_, ".", ::getpid(), ".", attempt, ".partial"});
+      file_ = detail::FileDescriptor(::open(partial_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666));
+      if (!file_ && errno != EEXIST) break;
+    }
+    if (!file_) fail("creating");
+    made_ = true;
+  }
+  AtomicFile(const AtomicFile&) = delete;
+  AtomicFile& operator=(const AtomicFile&) = delete;
+  ~AtomicFile() {
+    if (made_) ::unlink(partial_.c_str());
+  }
+  void write(std::string_view text) {
+    while (!text.empty()) {
+      const ssize_t written = ::write(file_.get(), text.data(), text.size());
+      if (written < 0 && errno == EINTR) continue;
+      if (written < 0) fail("writing");
+      text.remove_prefix(static_cast<std::size_t>(written));
+    }
+  }
+  void commit() {
+    if (::fsync(file_.get()) != 0) fail("synchronising");
+    if (::close(file_.release()) != 0) fail("closing");
+    if (std::rename(partial_.c_str(), path_.c_str()) != 0) fail("renaming");
+    made_ = false;
+  }
 
-  std::string partial;
-  detail::FileDescriptor file;
-  for (int attempt = 0; !file && attempt < 100; ++attempt) {  // what a killed process of the same number left is not touched
-    partial = detail::concat({path, ".", ::getpid(), ".", attempt, ".partial"});
-    file = detail::FileDescriptor(::open(partial.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666));
-    if (!file && errno != EEXIST) break;
-  }
-  const auto fail = [&](const char* step, bool remove) {
+ private:
+  [[noreturn]] void fail(const char* step) const {
     const int error = errno;
-    if (remove) ::unlink(partial.c_str());
+    if (made_) ::unlink(partial_.c_str());
     const bool full = error == ENOSPC || error == EDQUOT || error == EFBIG;
-    throw Error(Errc::no_resources, {"cannot write '", path, "': ", step, " '", partial, "' failed: ", detail::errno_text(error),
+    throw Error(Errc::no_resources, {"cannot write '", path_, "': ", step, " '", partial_, "' failed: ", detail::errno_text(error),
                                      full ? "; make room there or choose another folder" : "; choose a path in a folder that exists and that this user may write to"});
-  };
-  if (!file) fail("creating", false);
-  while (!text.empty()) {
-    const ssize_t written = ::write(file.get(), text.data(), text.size());
-    if (written < 0 && errno == EINTR) continue;
-    if (written < 0) fail("writing", true);
-    text.remove_prefix(static_cast<std::size_t>(written));
   }
-  if (::fsync(file.get()) != 0) fail("synchronising", true);
-  if (::close(file.release()) != 0) fail("closing", true);
-  if (std::rename(partial.c_str(), path.c_str()) != 0) fail("renaming", true);
+  std::string path_, partial_;
+  detail::FileDescriptor file_;
+  bool made_ = false;
+};
+
+/// The same of a text, e.g. for node_exporter's textfile collector.
+inline void write_file_atomically(const std::string& path, std::string_view text) {
+  AtomicFile file(path);
+  file.write(text);
+  file.commit();
 }
 
 }  // namespace tally::inline v0

@@ -21,6 +21,7 @@
 
 #include "communicator.hpp"
 #include "parameter_server/node.hpp"
+#include "parameter_server/snapshot.hpp"
 #include "transport/slots.hpp"
 
 namespace tally::inline v0 {
@@ -292,6 +293,13 @@ class ParameterServer {
   }
   std::uint64_t clock() const { return node_->clock(); }
   bool is_worker() const { return node_->is_worker(); }
+
+  /// What every push with a clock below this makes, and no other, whoever calls: this one worker does, before anybody has pushed at
+  /// that clock or later, else Errc::invalid_argument. The table goes on; the snapshot can be streamed when all have ticked that far.
+  Snapshot snapshot_at(std::uint64_t clock) const { return {node_, clock}; }
+  /// Sets all values and the rule's state to those of a file that Snapshot::write() made, of a table with the same tensors, and
+  /// returns its clock. One worker calls it, while nobody pushes. Nothing is changed if the file is not whole and right.
+  std::uint64_t restore(const std::string& path) { return detail::restore_table(*node_, path); }
 
   /// Of a dedicated server: serves until all workers have left.
   void serve() { node_->serve(); }

@@ -77,6 +77,9 @@ struct TableOp {
   std::uint32_t sequence = 0;
   Moved moved;
   Ticks exposed = 0, deadline = 0;
+  // Of one that asks one shard for something else:
+  Envelope asked, answer;
+  std::size_t capacity = 0;     // of where the answer goes
   bool background = false, done = false, booked = false, in_flight = false;
   Report report;
   std::exception_ptr error;
@@ -171,6 +174,23 @@ class TableClient {
   }
   /// Everything that was pushed and ticked is told.
   bool is_settled() const { return pushing_failed_ || (ticks_.empty() && unsettled_.empty()); }
+  /// Asks a shard for something else; what goes with it is in rows_in.
+  void ask(TableOp& op, int shard, Envelope e) {
+    op.request = ++requests_ << slot_bits | take_slot(op);
+    op.parts.clear();
+    op.order.clear();
+    op.number = 0;
+    add(op, shard, false, e.first, e.count);
+    op.remaining = 1;
+    op.parts[0].op = &op;
+    e.shard = static_cast<std::uint16_t>(shard);
+    e.worker = me_;
+    e.request = op.request;
+    e.bytes = op.rows_in.size();
+    op.asked = e;
+    if (link(shard).lost) return fail(op, std::make_exception_ptr(lost_error(shard, op)));
+    send_again(op.parts[0]);
+  }
   /// This worker pushes no more. Done when `op` is.
   void leave(TableOp& op) {
     op.request = ++requests_ << slot_bits | take_slot(op);
@@ -200,6 +220,12 @@ class TableClient {
     }
     if (e.kind != MessageKind::reply || p->is_push) return;
     TableOp& op = *p->op;
+    if (asks(op)) {
+      if (!p->receiving && (payload.size() != e.bytes || e.bytes > op.capacity)) return;
+      if (!p->receiving && payload.size() > 0) std::memcpy(op.call.out, payload.data(), payload.size());
+      op.answer = e;
+      return finish(*p);
+    }
     if ((e.flags & Envelope::is_direct) != 0) {
       load(*p, peer, e, payload);
     } else if (!p->receiving) {  // it came with its envelope, or twice
@@ -217,6 +243,12 @@ class TableClient {
     if (!p || p->done) return;
     events_.heard_here(*p->op, late);
     events_.copying(*p->op);
+    if (asks(*p->op)) {
+      if (e.bytes <= p->op->capacity && !pieces.empty()) std::memcpy(p->op->call.out, pieces[0].data(), e.bytes);
+      p->op->answer = e;
+      events_.copied(*p->op, 0, 0);
+      return finish(*p);
+    }
     std::byte* to = place(*p);
     for (const auto& piece : pieces) copy(to, piece.data(), piece.size()), to += piece.size();
     events_.copied(*p->op, 0, 0);
@@ -226,8 +258,9 @@ class TableClient {
   /// Where a reply goes; null if nobody waits for it.
   std::byte* place(const Envelope& e) {
     TablePart* const p = find(e);
-    if (!p || p->receiving || e.kind != MessageKind::reply || e.bytes != p->count * unit(*p->op)) return nullptr;
+    if (!p || p->receiving || e.kind != MessageKind::reply || (asks(*p->op) ? e.bytes > p->op->capacity : e.bytes != p->count * unit(*p->op))) return nullptr;
     p->receiving = true;
+    if (asks(*p->op)) return p->op->call.out;
     return place(*p);
   }
   TableOp* op_of(std::uint64_t request) const {
@@ -251,7 +284,7 @@ class TableClient {
   Rank server_of(int shard) const { return links_[static_cast<std::size_t>(shard)].server; }
   std::string text_of(const TableOp& op) const {
     const TableCall& c = op.call;
-    if (c.what == Collective::leave) return "leaving the table";
+    if (c.what == Collective::leave) return op.asked.kind == MessageKind{} ? "leaving the table" : concat({"a snapshot at clock ", op.asked.clock});
     const TensorSpec& t = table_.tensors[c.tensor];
     return t.is_sparse() ? concat({name_of(c.what), "('", t.name, "', ", op.keys.size(), " rows)"}) : concat({name_of(c.what), "('", t.name, "', elements ", c.first, " to ", c.first + c.count, ")"});
   }
@@ -287,7 +320,7 @@ class TableClient {
       l.lost = true;
       for (TableOp* op : std::vector<TableOp*>(slots_))
         if (op && !op->done && std::any_of(op->parts.begin(), op->parts.end(), [&](const TablePart& p) { return !p.done && p.shard == static_cast<int>(s); })) {
-          if (op->call.what == Collective::leave) {  // who leaves need not tell who is gone
+          if (op->call.what == Collective::leave && !asks(*op)) {  // who leaves need not tell who is gone
             for (TablePart& p : op->parts)
               if (p.shard == static_cast<int>(s) && !p.done) finish(p);
             continue;
@@ -347,6 +380,7 @@ class TableClient {
     friend bool operator==(const Told&, const Told&) = default;
   };
 
+  static bool asks(const TableOp& op) { return op.asked.kind != MessageKind{}; }
   Link& link(int shard) { return links_[static_cast<std::size_t>(shard)]; }
   bool is_lost(const Link& l) const { return l.lost; }
   std::size_t unit(const TableOp& op) const {
@@ -536,6 +570,11 @@ class TableClient {
     host_.send(parcel, e, std::span(&keys, 1), nullptr);
   }
   void send_again(TablePart& p) {
+    if (asks(*p.op)) {
+      p.sent = true;
+      p.sent_at = host_.now();
+      return host_.send(link(p.shard).server, p.op->asked, std::as_bytes(std::span(p.op->rows_in)));
+    }
     if (p.op->call.what == Collective::leave) {
       p.sent = true;
       p.sent_at = host_.now();

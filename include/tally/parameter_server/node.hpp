@@ -83,6 +83,8 @@ class TableNode final : private TableHost, private Post::Handler, private TableC
     op->error = nullptr;
     op->done = op->booked = false;
     op->moved = {};
+    op->asked = {};
+    op->rows_in.clear();
     op->exposed = 0;
     op->report = {};
     return *op;
@@ -104,6 +106,30 @@ class TableNode final : private TableHost, private Post::Handler, private TableC
     give_back(op);
     if (error) std::rethrow_exception(error);
     return report;
+  }
+  /// A shard is asked for something that is no push or pull, with `payload`. Returns the answer, of which up to `capacity` bytes go to `out`.
+  Envelope ask(int shard, const Envelope& e, std::vector<std::byte>&& payload, std::byte* out = nullptr, std::size_t capacity = 0) {
+    TableOp& op = take();
+    op.rows_in = std::move(payload);
+    op.call = {};
+    op.call.what = Collective::leave;  // of what is booked the least like it
+    op.call.out = out;
+    op.capacity = capacity;
+    op.asked = e;
+    const Inside inside(*this);
+    begin(op, false);
+    attempt([&] {
+      client_.ask(op, shard, e);
+      while (!op.done) turn();
+      transport_->flush();
+    });
+    if (!op.done) client_.fail(op, std::make_exception_ptr(*failed_));
+    progress_.stop();
+    const auto error = op.error;
+    const Envelope answer = op.answer;
+    give_back(op);
+    if (error) std::rethrow_exception(error);
+    return answer;
   }
   void start_in_background(TableOp& op) {
     const Inside inside(*this);

@@ -80,6 +80,7 @@ class TableServer {
     }
     const std::int32_t worker = table_.worker_at(peer);
     if (e.worker != worker) return refuse(peer, e, Errc::protocol, concat({"rank ", peer, " speaks for worker ", e.worker, ", which it is not"}));
+    if (worker < 0 && e.kind != MessageKind::pull) return refuse(peer, e, Errc::invalid_argument, concat({"rank ", peer, " is no worker of this table: it may only pull"}));
     if (s->primary != host_.rank()) {  // it knows earlier than this rank that the primary is gone
       payload.own(pool_);
       s->early.push_back({e, std::move(payload), sent_at, peer});
@@ -95,7 +96,7 @@ class TableServer {
       case MessageKind::push:
       case MessageKind::pull: {
         std::string problem = s->shard.problem_with(e);
-        if (problem.empty() && table_.tensors[e.tensor].is_sparse()) problem = s->shard.problem_with_keys(e, payload.data());
+        if (problem.empty() && table_.tensors[e.tensor].is_sparse() && !(e.flags & Envelope::of_cut)) problem = s->shard.problem_with_keys(e, payload.data());
         if (!problem.empty()) return refuse(peer, e, Errc::invalid_argument, problem);
         if (e.kind == MessageKind::push) return submit(*s, {e, std::move(payload), sent_at, peer});
         Parked pull{e, peer, std::move(payload), false};
@@ -105,6 +106,10 @@ class TableServer {
         s->parked.push_back(std::move(pull));
         return;
       }
+      case MessageKind::set:
+        if (std::string problem = s->shard.problem_with(e); !problem.empty()) return refuse(peer, e, Errc::invalid_argument, problem);
+        return submit(*s, {e, std::move(payload), sent_at, peer});
+      case MessageKind::cut:
       case MessageKind::advance:
       case MessageKind::leave: return submit(*s, {e, std::move(payload), sent_at, peer});
       default: return refuse(peer, e, Errc::protocol, concat({"a server has no use for a ", name_of(e.kind)}));
@@ -264,6 +269,8 @@ class TableServer {
       case MessageKind::push: s.shard.push(e, std::move(entry.payload)); break;
       case MessageKind::advance: s.shard.advance(e); break;
       case MessageKind::leave: s.shard.remove(e); break;
+      case MessageKind::cut: s.shard.cut(e); break;
+      case MessageKind::set: s.shard.set(e, entry.payload.data()); break;
       default: break;
     }
     if (s.shard.version() > before && e.worker >= 0) s.gate = {entry.sent_at, table_.workers[static_cast<std::size_t>(e.worker)]};
@@ -289,7 +296,8 @@ class TableServer {
     const auto acknowledged = std::exchange(s.shard.events.acknowledge, {});
     const bool freed = std::exchange(s.shard.events.freed, false), readable = std::exchange(s.shard.events.readable, false);
     for (const auto& [worker, sequence, request] : acknowledged) send(worker, sequence, request);
-    if (e.request != 0 && (e.kind == MessageKind::leave || e.kind == MessageKind::advance)) send(e.worker, 0, e.request);
+    if (const std::string why = std::exchange(s.shard.events.refused, {}); !why.empty()) refuse(table_.workers[static_cast<std::size_t>(e.worker)], e, Errc::invalid_argument, why);
+    else if (e.request != 0 && e.kind != MessageKind::push) send(e.worker, 0, e.request);
     for (std::size_t w = 0; freed && w < s.told.size(); ++w)
       if (s.told[w] != s.shard.freed(static_cast<std::int32_t>(w)) && s.shard.is_live(static_cast<std::int32_t>(w))) send(static_cast<std::int32_t>(w), 0, 0, s.gate.until > 0 ? &s.gate : nullptr);
     if (readable) release(s);
@@ -317,7 +325,12 @@ class TableServer {
     Post::Parcel& parcel = host_.parcel(pull.peer);
     host_.at_work(State::copy);
     pieces_.clear();
-    if (table_.tensors[e.tensor].is_sparse()) {
+    if (pull.e.flags & Envelope::of_cut) {
+      e.clock = pull.e.clock;
+      parcel.payload = s.shard.fetch(pull.e, e.count, e.number);
+      e.bytes = parcel.payload.size();
+      if (e.bytes > 0) pieces_.emplace_back(parcel.payload.data(), parcel.payload.size());
+    } else if (table_.tensors[e.tensor].is_sparse()) {
       parcel.payload = s.shard.read_rows(e, pull.payload.data());
       e.bytes = parcel.payload.size();
       pieces_.emplace_back(parcel.payload.data(), parcel.payload.size());
@@ -335,7 +348,7 @@ class TableServer {
       }
     }
     host_.at_work(State::protocol);
-    grant(parcel, e);
+    if (!(pull.e.flags & Envelope::of_cut)) grant(parcel, e);
     host_.send(parcel, e, pieces_, late);
   }
   /// A long answer to a rank that can load it where it is: it is told where, and has it until it says that it is done.
@@ -360,6 +373,7 @@ class TableServer {
   }
   /// The staleness monitor: looks at every answer for itself.
   void watch(const Served& s, const Envelope& e) {
+    if (e.flags & Envelope::of_cut) return;
     ++monitor_.answered;
     if (e.worker < 0) return;
     std::uint64_t least = ~std::uint64_t{0};

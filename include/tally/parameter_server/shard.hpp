@@ -46,9 +46,10 @@ class Shard {
       std::uint64_t sequence, request;
     };
     std::vector<Acknowledge> acknowledge;  // pushes that are kept now, or were already
+    std::string refused;                   // why a cut or values were not taken
     bool readable = false;                 // some pulls may be ready that were not
     bool freed = false;                    // some workers have more credit
-    void clear() { acknowledge.clear(), readable = freed = false; }
+    void clear() { acknowledge.clear(), refused.clear(), readable = freed = false; }
   } events;
 
   // Entries.
@@ -91,6 +92,61 @@ class Shard {
     update_least();
   }
 
+  /// Keeps what every push with a clock below this makes, and no other: from now on if that is not over. The last few are kept.
+  void cut(const Envelope& e) {
+    const auto known = std::find_if(cuts_.begin(), cuts_.end(), [&](const Cut& c) { return c.clock == e.clock; });
+    if (e.flags & Envelope::drops) {
+      if (known != cuts_.end()) cuts_.erase(known);
+      return;
+    }
+    if (known != cuts_.end()) return;
+    if (newest_ > e.clock) return void(events.refused = concat({"the cut at clock ", e.clock, " is not kept any more: shard ", index_, " has a push of clock ", newest_ - 1, " already; ask for one before anybody is past it"}));
+    if (cuts_.size() == most_cuts) cuts_.pop_front();
+    cuts_.emplace_back().clock = e.clock;
+    finish_cuts();
+  }
+  /// Values as they were, e.g. in a snapshot.
+  void set(const Envelope& e, const std::byte* data) {
+    Part& part = parts_[e.tensor];
+    if (part.rows) {
+      const std::size_t bytes = part.rows->row_bytes();
+      for (std::size_t i = 0; i < e.count; ++i, data += sizeof(std::uint64_t) + bytes) std::memcpy(part.rows->find_or_add(load<std::uint64_t>(data)), data + sizeof(std::uint64_t), bytes);
+    } else if (e.parts == Column::steps) {
+      part.values->set_steps(e.first - part.first, e.count, load<std::uint64_t>(data));
+    } else {
+      part.values->set(e.parts, e.first - part.first, e.count, data);
+    }
+  }
+  /// What was asked for of a cut, and of how much in all.
+  Payload fetch(const Envelope& e, std::uint64_t& count, std::uint64_t& all) {
+    const Cut& c = *std::find_if(cuts_.begin(), cuts_.end(), [&](const Cut& each) { return each.clock == e.clock; });
+    const Part& part = c.parts[e.tensor];
+    if (part.rows) {
+      all = part.rows->rows();
+      count = e.first < all ? std::min(e.count, all - e.first) : 0;
+      const std::size_t bytes = part.rows->row_bytes();
+      Payload out(pool_, count * (sizeof(std::uint64_t) + bytes));
+      for (std::size_t i = 0; i < count; ++i) {
+        std::byte* const to = out.data() + i * (sizeof(std::uint64_t) + bytes);
+        store(to, part.rows->key(e.first + i));
+        std::memcpy(to + sizeof(std::uint64_t), part.rows->row(e.first + i), bytes);
+      }
+      return out;
+    }
+    if (e.parts == Column::steps) {
+      std::vector<std::uint64_t> numbers;
+      part.values->each_step([&](std::size_t first, std::size_t n, std::uint64_t steps) { numbers.insert(numbers.end(), {part.first + first, n, steps}); });
+      count = all = numbers.size() / 3;
+      Payload out(pool_, numbers.size() * sizeof(std::uint64_t));
+      if (!numbers.empty()) std::memcpy(out.data(), numbers.data(), out.size());
+      return out;
+    }
+    count = e.count, all = part.values->count();
+    Payload out(pool_, e.count * part.values->column_grain(e.parts));
+    part.values->get(e.parts, e.first - part.first, e.count, out.data());
+    return out;
+  }
+
   /// What a worker pushed may be kept, but not where it is.
   void own_all(std::int32_t worker) {
     Member* const m = member(worker);
@@ -130,6 +186,7 @@ class Shard {
 
   /// Whether a pull may be answered: all own pushes before it are here, and the staleness bound holds.
   bool ready(const Envelope& e) const {
+    if (e.flags & Envelope::of_cut) return std::any_of(cuts_.begin(), cuts_.end(), [&](const Cut& c) { return c.clock == e.clock && c.complete; });
     const Member* const m = member(e.worker);
     if (!m) return true;  // a reader
     return m->accepted >= e.sequence && within_bound(e);
@@ -194,6 +251,7 @@ class Shard {
     const TensorSpec& t = table_.tensors[e.tensor];
     if (!(e.weight >= 0)) return "a weight is not a positive number";
     const std::size_t grain = table_.rule.grain;
+    if (e.flags & Envelope::of_cut || e.kind == MessageKind::set) return problem_past_the_rule(e, t);
     if (t.is_sparse()) {
       const std::size_t row = sizeof(std::uint64_t) + (e.kind == MessageKind::push ? t.row * grain : 0);
       if (e.count > e.bytes || e.bytes != e.count * row) return concat({"'", t.name, "': ", e.bytes, " bytes are not ", e.count, " keys", e.kind == MessageKind::push ? " with rows" : ""});
@@ -215,7 +273,28 @@ class Shard {
     return {};
   }
 
+  std::size_t row_bytes(std::size_t tensor) const { return parts_[tensor].rows->row_bytes(); }
+
  private:
+  static constexpr std::size_t most_cuts = 4;
+  static constexpr std::size_t most_fetched = std::size_t{64} << 20;  // bytes at once
+  std::string problem_past_the_rule(const Envelope& e, const TensorSpec& t) const {
+    const bool sets = e.kind == MessageKind::set;
+    if (!sets && !std::any_of(cuts_.begin(), cuts_.end(), [&](const Cut& c) { return c.clock == e.clock; })) return concat({"there is no cut at clock ", e.clock, " any more"});
+    if (t.is_sparse()) {
+      const std::size_t row = sizeof(std::uint64_t) + parts_[e.tensor].rows->row_bytes();
+      if (e.parts != Column::rows || e.count > most_fetched / row || e.bytes != (sets ? e.count * row : 0)) return concat({"'", t.name, "': ", e.count, " rows in ", e.bytes, " bytes"});
+      return {};
+    }
+    const Range mine = table_.part(e.tensor, index_);
+    if (e.parts == Column::steps && !sets) return {};
+    if (e.first < mine.first || e.count > mine.count || e.first - mine.first > mine.count - e.count) return concat({"'", t.name, "': elements ", e.first, " to ", e.first + e.count, " are not shard ", index_, "'s"});
+    if (e.parts == Column::steps) return e.bytes == sizeof(std::uint64_t) ? "" : "a number of updates has eight bytes";
+    if (e.parts >= parts_[e.tensor].values->columns()) return concat({"'", t.name, "' has no state number ", e.parts});
+    const std::size_t column = parts_[e.tensor].values->column_grain(e.parts);
+    if (e.count > most_fetched / column || e.bytes != (sets ? e.count * column : 0)) return concat({"'", t.name, "': ", e.count, " elements in ", e.bytes, " bytes"});
+    return {};
+  }
   struct Staged {
     Envelope e;
     Payload payload;
@@ -241,6 +320,27 @@ class Shard {
     std::unique_ptr<SparsePart> rows;
     std::map<int, Association> associations;  // by how many workers contribute
   };
+
+  /// What the table is at a clock.
+  struct Cut {
+    std::uint64_t clock = 0;
+    bool apart = false;     // it has parts of its own
+    bool complete = false;
+    std::vector<Part> parts;
+  };
+  void set_apart(Cut& c) {
+    if (std::exchange(c.apart, true)) return;
+    for (const Part& part : parts_) {
+      Part& twin = c.parts.emplace_back(part.first);
+      if (part.rows) twin.rows = part.rows->clone();
+      else twin.values = part.values->clone();
+    }
+  }
+  /// Those behind whose clock nothing is missing.
+  void finish_cuts() {
+    for (Cut& c : cuts_)
+      if (!c.complete && c.clock <= least_) set_apart(c), c.complete = true, events.readable = true;
+  }
 
   Member* member(std::int32_t worker) { return worker >= 0 && static_cast<std::size_t>(worker) < members_.size() ? &members_[static_cast<std::size_t>(worker)] : nullptr; }
   const Member* member(std::int32_t worker) const { return const_cast<Shard*>(this)->member(worker); }
@@ -288,9 +388,18 @@ class Shard {
     if (least <= least_) return;
     if (waits()) fold_below(least);
     least_ = least;
+    finish_cuts();
   }
   void apply(const Envelope& e, const std::byte* data, const Update& how) {
-    Part& part = parts_[e.tensor];
+    newest_ = std::max(newest_, e.clock + 1);
+    for (Cut& c : cuts_) {
+      if (c.complete) continue;
+      if (e.clock >= c.clock) set_apart(c);
+      else if (c.apart) apply_to(c.parts[e.tensor], e, data, how);
+    }
+    apply_to(parts_[e.tensor], e, data, how);
+  }
+  void apply_to(Part& part, const Envelope& e, const std::byte* data, const Update& how) {
     if (part.rows) part.rows->update(data, e.count, data + e.count * sizeof(std::uint64_t), how);
     else part.values->update(e.first - part.first, e.count, data, how, updates_);
   }
@@ -306,6 +415,9 @@ class Shard {
       for (const Member& m : members_)
         if (!m.contributions.empty()) next = std::min(next, m.contributions.front().e.clock);
       if (next >= clock) return;
+      newest_ = next + 1;
+      for (Cut& c : cuts_)
+        if (!c.complete && next >= c.clock) set_apart(c);
       ++updates_;
       for (std::size_t t = 0; t < parts_.size(); ++t) parts_[t].rows ? fold_rows(t, next) : fold_values(t, next);
       for (Member& m : members_)
@@ -405,7 +517,9 @@ class Shard {
   Pool& pool_;
   std::vector<Part> parts_;
   std::vector<Member> members_;
+  std::deque<Cut> cuts_;
   std::uint64_t least_ = 0;
+  std::uint64_t newest_ = 0;   // the clock beyond that of the newest push that was applied
   std::uint64_t updates_ = 0;  // pushes or clocks that were applied
   // Kept so that nothing is allocated.
   std::vector<std::size_t> bounds_;

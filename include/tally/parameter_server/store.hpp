@@ -173,9 +173,35 @@ class DensePart {
     });
   }
   void use(const void* rule) { rule_now_ = rule; }
-  /// Sets values without the rule.
-  void set(std::size_t first, std::size_t count, const std::byte* values) {
-    each(first, count, [&](std::size_t b, std::size_t at, std::size_t n, std::size_t done) { std::memcpy(writable(blocks_[b], at, n) + at * rule_.grain, values + done * rule_.grain, n * rule_.grain); });
+  std::unique_ptr<DensePart> clone() {
+    auto twin = std::make_unique<DensePart>(pool_, rule_, count_, block_);
+    twin->rule_now_ = rule_now_;
+    twin->states_ = states_;
+    for (std::size_t b = 0; b < blocks_.size(); ++b) {
+      std::memcpy(twin->blocks_[b].now->data, blocks_[b].now->data, block_ * rule_.grain);
+      twin->blocks_[b].step = blocks_[b].step;
+    }
+    return twin;
+  }
+  // Past the rule. Columns: the values, then the states.
+  std::size_t column_grain(std::size_t column) const { return column == 0 ? rule_.grain : rule_.state_grain; }
+  std::size_t columns() const { return 1 + states_.size(); }
+  void get(std::size_t column, std::size_t first, std::size_t count, std::byte* to) {
+    if (column > 0) return void(std::memcpy(to, states_[column - 1].data() + first * rule_.state_grain, count * rule_.state_grain));
+    read(first, count, [&](const std::byte* data, std::size_t n, Published*) { std::memcpy(to, data, n * rule_.grain), to += n * rule_.grain; });
+  }
+  void set(std::size_t column, std::size_t first, std::size_t count, const std::byte* from) {
+    if (column > 0) return void(std::memcpy(states_[column - 1].data() + first * rule_.state_grain, from, count * rule_.state_grain));
+    each(first, count, [&](std::size_t b, std::size_t at, std::size_t n, std::size_t done) { std::memcpy(writable(blocks_[b], at, n) + at * rule_.grain, from + done * rule_.grain, n * rule_.grain); });
+  }
+  /// f(first, count, steps) for each block.
+  template <class F>
+  void each_step(F&& f) const {
+    for (std::size_t b = 0; b < blocks_.size(); ++b) f(b * block_, std::min(block_, count_ - b * block_), blocks_[b].step);
+  }
+  /// Of the blocks that begin in there.
+  void set_steps(std::size_t first, std::size_t count, std::uint64_t steps) {
+    for (std::size_t b = (first + block_ - 1) / block_; b < blocks_.size() && b * block_ < first + count; ++b) blocks_[b].step = steps;
   }
 
  private:
@@ -279,6 +305,12 @@ class SparsePart {
   std::size_t rows() const { return index_.size(); }
   std::uint64_t key(std::size_t i) const { return index_.key(i); }
   void use(const void* rule) { rule_now_ = rule; }
+  std::unique_ptr<SparsePart> clone() const {
+    auto twin = std::make_unique<SparsePart>(rule_, row_);
+    twin->rule_now_ = rule_now_;
+    for (std::size_t i = 0; i < rows(); ++i) std::memcpy(twin->find_or_add(key(i)), at(i), bytes_);
+    return twin;
+  }
   const std::byte* row(std::size_t i) const { return at(i); }
 
   void update(const std::byte* keys, std::size_t count, const std::byte* pushed, Update how) {

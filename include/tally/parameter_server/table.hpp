@@ -90,9 +90,9 @@ struct TableOptions {
 
 namespace detail {
 
-enum class MessageKind : std::uint8_t { push = 1, pull, advance, leave, acknowledge, reply, refusal, replicated, gone, release, last = release };
+enum class MessageKind : std::uint8_t { push = 1, pull, advance, leave, acknowledge, reply, refusal, replicated, gone, release, cut, set, last = set };
 constexpr std::string_view name_of(MessageKind kind) {
-  constexpr std::string_view names[] = {"nothing", "push", "pull", "advance", "leave", "acknowledge", "reply", "refusal", "replicated", "gone", "release"};
+  constexpr std::string_view names[] = {"nothing", "push", "pull", "advance", "leave", "acknowledge", "reply", "refusal", "replicated", "gone", "release", "cut", "set"};
   return static_cast<std::size_t>(kind) < std::size(names) ? names[static_cast<std::size_t>(kind)] : "unknown";
 }
 
@@ -104,6 +104,8 @@ struct Envelope {
   static constexpr std::uint8_t asks = 8;        // gone: and wants to be told the same
   static constexpr std::uint8_t is_direct = 16;  // a push's payload lies at `index` in the worker's window; a reply's are the places in the server's memory where the pieces lie
   static constexpr std::uint8_t stays = 32;      // a push on one rank: its memory is there until it is done
+  static constexpr std::uint8_t of_cut = 64;     // a pull: of the cut at `clock`, what `parts` says (see Column)
+  static constexpr std::uint8_t drops = 128;     // a cut: it is not needed any more
   MessageKind kind{};
   std::uint8_t flags = 0;
   std::uint16_t tensor = 0, shard = 0;
@@ -119,6 +121,12 @@ struct Envelope {
   std::uint64_t index = 0;     // between replicas: of the entry
 };
 static_assert(sizeof(Envelope) == 80 && std::is_trivially_copyable_v<Envelope>);
+
+/// What is kept of a tensor: 0 values, 1 to 8 states of its rule, or
+struct Column {
+  static constexpr std::uint16_t steps = 100;  // three numbers for a run of elements: first, count, and how often they were updated
+  static constexpr std::uint16_t rows = 101;   // a key and the row with all that belongs to it, by their place in the shard's part
+};
 
 /// f(begin, bytes) for each piece that a payload is sent in. False if it makes no sense.
 template <class F>
