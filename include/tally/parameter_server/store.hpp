@@ -118,10 +118,10 @@ class DensePart {
     }
     for (auto& state : states_) state.assign(count * rule.state_grain, std::byte{});
   }
-  DensePart(DensePart&&) = default;
+  DensePart(const DensePart&) = delete;
   ~DensePart() {
-    for (const Block& b : blocks_)
-      if (b.now) pool_.give_back(b.now->data, block_ * rule_.grain);
+    for (const auto& p : all_)  // those whose readers never said that they are done, too
+      if (p->data) pool_.give_back(p->data, block_ * rule_.grain);
   }
   std::size_t count() const { return count_; }
 
@@ -133,7 +133,7 @@ class DensePart {
   static void lease(Published* p) { ++p->leases; }
   void let_go(Published* p) {
     if (--p->leases > 0 || p->current) return;
-    pool_.give_back(p->data, block_ * rule_.grain);
+    pool_.give_back(std::exchange(p->data, nullptr), block_ * rule_.grain);
     spare_.push_back(p);
   }
   /// `number`: the same for all parts of one update.
