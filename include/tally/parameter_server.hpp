@@ -84,7 +84,7 @@ class TensorHandle {
   const TensorSpec& spec() const { return node_->table().tensors[tensor_]; }
   TableOp& make(Collective what, const T* in, T* out, double weight, int priority, nanoseconds timeout) const {
     if (!node_->is_worker() && in) throw Error(Errc::invalid_argument, {name_of(what), "('", spec().name, "'): rank ", node_->rank(), " is no worker of this table: it serves, and may only pull"});
-    if (!(weight > 0) || !(weight <= 3e38)) throw Error(Errc::invalid_argument, {name_of(what), "('", spec().name, "'): a weight must be a positive number"});
+    if (!(static_cast<float>(weight) > 0) || !(weight <= 3e38)) throw Error(Errc::invalid_argument, {name_of(what), "('", spec().name, "'): a weight must be a positive number"});
     TableOp& op = node_->take();
     op.call = {};
     op.call.what = what;

@@ -248,7 +248,9 @@ class Progress {
     void moved(Transfer& t) { client.moved(t); }
     FrameTimes stamp(Transfer& t) const {
       if (progress.first_stall_ == 0 && !t.prompt) t.late.raise({progress.began_, progress.transport_.rank()});  // it could have left before, had anybody driven it
-      return progress.stamp(client.account_of(t), t.late);
+      FrameTimes times = progress.stamp(client.account_of(t), t.late);
+      if (t.prompt && progress.timed_) times.arrive_age = age_limit;  // who sends it was there all the time
+      return times;
     }
     FrameTimes credit_stamp(const Transfer& t) const {
       FrameTimes times = progress.stamp(client.account_of(t), t.inherited);

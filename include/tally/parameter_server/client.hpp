@@ -19,71 +19,11 @@
 #include <utility>
 #include <vector>
 
-#include "../account/ledger.hpp"
 #include "../copy.hpp"
-#include "../progress.hpp"
+#include "operation.hpp"
 #include "server.hpp"
 
 namespace tally::inline v0::detail {
-
-/// A push, a pull, or both.
-struct TableCall {
-  Collective what = Collective::push;
-  std::size_t tensor = 0;
-  std::size_t first = 0, count = 0;             // elements; of rows, `count` keys
-  std::span<const std::uint64_t> keys = {};
-  const std::byte* in = nullptr;                // what is pushed: elements, or rows in the order of keys
-  std::byte* out = nullptr;                     // where to pull to
-  double weight = 1;
-  int priority = 0;
-  bool tick = false;                            // between pushing and pulling
-  nanoseconds timeout{};
-};
-
-/// Bytes that the transport moved for somebody.
-struct Moved {
-  std::uint64_t sent = 0, received = 0, overhead = 0;
-};
-struct TableOp;
-
-/// What an operation has to do with one shard.
-struct TablePart {
-  TableOp* op = nullptr;
-  int shard = 0;
-  bool is_push = false, sent = false, done = false;
-  bool receiving = false;  // an answer is on its way into the caller's memory
-  std::uint64_t sequence = 0;
-  std::uint64_t clock = 0;
-  std::size_t first = 0, count = 0;  // elements, or keys from that one on
-  Ticks sent_at = 0;
-};
-
-struct TableOp {
-  explicit TableOp(int n) : account(n) {}
-  TableCall call;
-  std::uint64_t request = 0;
-  std::uint64_t number = 0;     // of its push
-  std::uint64_t before = 0;     // pushes that it has to see
-  std::vector<TablePart> parts;
-  std::size_t remaining = 0;    // parts
-  std::uint64_t version = 0;    // of what was pulled: the least of its shards'
-  std::uint64_t clock = 0;      // of the worker's then
-  // Rows whose keys are not in order are gathered here in order, and scattered after.
-  std::vector<std::uint64_t> keys;
-  std::vector<std::uint32_t> order;
-  std::vector<std::byte> rows_in, rows_out;
-  OperationAccount account;
-  LedgerRow* row = nullptr;
-  std::uint32_t sequence = 0;
-  Moved moved;
-  Ticks exposed = 0, deadline = 0;
-  // Of one that asks one shard for something else:
-  Envelope asked, answer;
-  std::size_t capacity = 0;     // of where the answer goes
-  bool background = false, done = false, booked = false, in_flight = false;
-  Report report;
-  std::exception_ptr error;
-};
 
 class TableClient {
  public:
@@ -138,33 +78,27 @@ class TableClient {
     };
     if (c.in) each_part(true);
     const std::size_t pushes = op.parts.size();
-    if (pushes > 0) {
-      expect_credit(op);
-      op.number = ++pushed_;
-      unsettled_.push_back({op.number, pushes, pushes > 1});
-      for (const TablePart& p : op.parts) link(p.shard).since_tick += in_lines(payload_of(p, op));
-    }
-    if (c.tick) tick();
-    op.clock = clock_;
-    op.before = pushed_;
+    if (c.in) expect_credit(op);
+    for (const TablePart& p : op.parts)
+      if (link(p.shard).lost) return fail(op, std::make_exception_ptr(lost_error(p.shard, op)));
+    op.call_number = ++calls_;
     if (c.out) each_part(false);
     op.remaining = op.parts.size();
+    op.clock = clock_ + (c.tick ? 1 : 0);
     for (TablePart& p : op.parts) {
       p.op = &op;
-      p.clock = p.is_push && c.tick ? clock_ - 1 : clock_;
+      p.clock = p.is_push ? clock_ : op.clock;
     }
+    for (std::size_t i = 0; i < pushes; ++i) enqueue(op.parts[i]);
+    if (c.tick) tick();
     if (op.remaining == 0) return end(op);
-    for (std::size_t i = 0; i < op.parts.size() && !op.done; ++i) {
-      TablePart& p = op.parts[i];
-      if (p.is_push) enqueue(p);
-      else link(p.shard).pulls.push_back(&p);
-      pump(link(p.shard));
-    }
+    for (std::size_t i = pushes; i < op.parts.size(); ++i) link(op.parts[i].shard).pulls.push_back(&op.parts[i]);
+    for (Link& l : links_) pump(l);
   }
   /// One more clock. It is told to the servers when everything pushed so far is where it belongs.
   void tick() {
     ++clock_;
-    ticks_.push_back({clock_, pushed_});
+    ticks_.push_back(clock_);
     for (Link& l : links_) l.since_tick = 0;
     settle();
   }
@@ -173,7 +107,9 @@ class TableClient {
     if (pushing_failed_) throw *pushing_failed_;
   }
   /// Everything that was pushed and ticked is told.
-  bool is_settled() const { return pushing_failed_ || (ticks_.empty() && unsettled_.empty()); }
+  bool is_settled() const {
+    return pushing_failed_ || (ticks_.empty() && unsettled_.empty() && std::all_of(links_.begin(), links_.end(), [](const Link& l) { return l.queue.empty(); }));
+  }
   /// Asks a shard for something else; what goes with it is in rows_in.
   void ask(TableOp& op, int shard, Envelope e) {
     op.request = ++requests_ << slot_bits | take_slot(op);
@@ -207,13 +143,17 @@ class TableClient {
   void received(Rank peer, const Envelope& e, Payload&& payload) {
     if (e.shard >= links_.size()) return;
     Link& l = links_[e.shard];
+    if (TableOp* const op = op_of(e.request); op && op->failing) end_if_unused(*op);
     if (e.kind == MessageKind::acknowledge) {
       for (; !l.held.empty() && l.held.front().sequence <= e.number; l.held.pop_front()) l.used -= l.held.front().bytes;
       if (e.request != 0) acknowledged(l, e);
       return pump(l);
     }
     TablePart* const p = find(e);
-    if (!p || p->done) return;  // a second answer
+    if (!p || p->done || peer != l.server) {  // a second answer, or one that comes too late
+      if (e.kind == MessageKind::reply && (e.flags & Envelope::is_direct) != 0) release(peer, e);
+      return;
+    }
     if (e.kind == MessageKind::refusal) {
       const std::string why(reinterpret_cast<const char*>(payload.data()), payload.size());
       return fail(*p->op, std::make_exception_ptr(Error(static_cast<Errc>(e.count), {text_of(*p->op), ": ", why}, {host_.rank(), peer, p->op->sequence, {}})));
@@ -228,6 +168,8 @@ class TableClient {
     }
     if ((e.flags & Envelope::is_direct) != 0) {
       load(*p, peer, e, payload);
+    } else if (e.bytes != p->count * unit(op)) {
+      return;
     } else if (!p->receiving) {  // it came with its envelope, or twice
       if (payload.size() != p->count * unit(op)) return;
       std::memcpy(place(*p), payload.data(), payload.size());
@@ -267,9 +209,6 @@ class TableClient {
     const std::size_t slot = request & ((1u << slot_bits) - 1);
     return request != 0 && slot < slots_.size() && slots_[slot] && slots_[slot]->request == request ? slots_[slot] : nullptr;
   }
-  bool lacks_credit(const TableOp& op) const {
-    return std::any_of(op.parts.begin(), op.parts.end(), [](const TablePart& p) { return p.is_push && !p.sent; });
-  }
   /// The next operation that waits for this server's credit.
   TableOp* starved_of(Rank server) const {
     for (const Link& l : links_)
@@ -288,8 +227,11 @@ class TableClient {
     const TensorSpec& t = table_.tensors[c.tensor];
     return t.is_sparse() ? concat({name_of(c.what), "('", t.name, "', ", op.keys.size(), " rows)"}) : concat({name_of(c.what), "('", t.name, "', elements ", c.first, " to ", c.first + c.count, ")"});
   }
-  /// Without its parts: whatever still comes for it is nobody's.
+  /// Without its parts: whatever still comes for it is nobody's. It ends when nothing of its memory is being sent or received into.
   void fail(TableOp& op, std::exception_ptr why) {
+    if (op.done || op.failing) return;
+    op.error = std::move(why);
+    op.failing = true;
     if (op.number > 0 && std::any_of(op.parts.begin(), op.parts.end(), [](const TablePart& p) { return p.is_push && !p.done; })) {
       if (!pushing_failed_) pushing_failed_.emplace(Errc::aborted, concat({"a push of this worker's was not finished, so it can neither push nor tick any more: ", text_of(op)}));
       for (const TablePart& p : op.parts)  // where it was sent to it never counts, nor does what was sent after it
@@ -297,11 +239,19 @@ class TableClient {
     }
     for (Link& l : links_) {
       const auto is_its = [&](const TablePart* p) { return p->op == &op; };
+      for (const TablePart* p : l.under_way)
+        if (is_its(p)) l.under_way_bytes -= payload_of(*p, op);
       std::erase_if(l.queue, is_its), std::erase_if(l.pulls, is_its), std::erase_if(l.under_way, is_its);
     }
-    op.error = std::move(why);
     if (op.call.in && op.call.out) host_.disown();
-    end(op);
+    end_if_unused(op);
+    if (!pushing_failed_) return;
+    for (TableOp* other : std::vector<TableOp*>(slots_))  // no other push can be finished either
+      if (other && !other->failing && std::any_of(other->parts.begin(), other->parts.end(), [](const TablePart& p) { return p.is_push && !p.done; })) fail(*other, std::make_exception_ptr(*pushing_failed_));
+  }
+  /// Of one that has failed.
+  void end_if_unused(TableOp& op) {
+    if (op.failing && !op.done && !host_.uses(op.request, &op)) end(op);
   }
 
   /// A server is gone for good: what it has not answered goes to its replica, or fails.
@@ -334,11 +284,11 @@ class TableClient {
   void retry(Ticks now, Ticks after) {
     for (TableOp* op : std::vector<TableOp*>(slots_))
       for (std::size_t i = 0; op && !op->done && i < op->parts.size(); ++i)
-        if (TablePart& p = op->parts[i]; p.sent && !p.done && !p.receiving && now - p.sent_at > after) send_again(p);
-    if (told_ == Told{} || now - told_at_ <= after) return;
+        if (TablePart& p = op->parts[i]; p.sent && !p.done && !p.receiving && now - p.sent_at > after && !host_.uses(op->request, op)) send_again(p);
+    if (told_at_ == 0 || now - told_at_ <= after) return;  // nothing was told yet, or just now
     told_at_ = now;
     for (int s = 0; s < table_.shards(); ++s)
-      if (!is_lost(link(s))) tell(s);
+      if (!is_lost(link(s))) tell_all(s);
   }
 
  private:
@@ -364,20 +314,16 @@ class TableClient {
     std::deque<TablePart*> pulls;      // that wait until the own pushes before them have been sent
     std::deque<TablePart*> under_way;  // pushes that are not acknowledged
     std::size_t under_way_bytes = 0;
-    bool lost = false;
+    bool lost = false, pumping = false;
   };
-  struct Tick {
-    std::uint64_t clock = 0, number = 0;
-  };
-  /// A push of which not all shards have said that they keep it.
+  /// A push that has begun to be sent, and of which not all shards have said that they keep it, or one before it.
   struct Unsettled {
-    std::uint64_t number;
+    std::uint64_t number, clock;
     std::size_t missing;
     bool several;
   };
   struct Told {
     std::uint64_t clock = 0, number = 0;
-    friend bool operator==(const Told&, const Told&) = default;
   };
 
   static bool asks(const TableOp& op) { return op.asked.kind != MessageKind{}; }
@@ -407,7 +353,6 @@ class TableClient {
     expect_pushing();
     for (const TablePart& p : op.parts) {
       Link& l = link(p.shard);
-      if (l.lost) throw lost_error(p.shard, op);
       const std::size_t bytes = in_lines(payload_of(p, op)), held = table_.options.fold.waits() ? l.since_tick : 0;
       if (held + bytes > table_.credits() && held > 0)
         throw Error(Errc::invalid_argument, {text_of(op), ": with it this clock's pushes to shard ", p.shard, " are ", held + bytes, " bytes, more than its credits, ", table_.credits(), " bytes, and they are kept until the clock ends: tick, push less, or give the table more (TableOptions::credits)"});
@@ -462,18 +407,44 @@ class TableClient {
     e.request = op.request;
     return e;
   }
+  /// In the order in which they are to be sent: by clock, then those of which a part has been sent already, as they were, so that no two
+  /// pushes wait for each other's room on two shards; then the most urgent.
+  static bool goes_before(const TablePart* a, const TablePart* b) {
+    const TableOp &x = *a->op, &y = *b->op;
+    if (a->clock != b->clock) return a->clock < b->clock;
+    if ((x.number > 0) != (y.number > 0)) return x.number > 0;
+    if (x.number != y.number) return x.number < y.number;
+    return x.call.priority > y.call.priority;
+  }
   void enqueue(TablePart& p) {
-    auto& queue = link(p.shard).queue;
-    const auto after = [](const TablePart* a, const TablePart* b) { return a->clock != b->clock ? a->clock < b->clock : a->op->call.priority > b->op->call.priority; };
-    queue.insert(std::upper_bound(queue.begin(), queue.end(), &p, after), &p);
+    Link& l = link(p.shard);
+    l.since_tick += in_lines(payload_of(p, *p.op));
+    l.queue.insert(std::upper_bound(l.queue.begin(), l.queue.end(), &p, goes_before), &p);
+  }
+  /// The first part of a push is being sent.
+  void begin(TableOp& op) {
+    op.number = ++pushed_;
+    std::size_t pushes = 0;
+    for (const TablePart& p : op.parts) {
+      if (!p.is_push) continue;
+      ++pushes;
+      auto& queue = link(p.shard).queue;
+      if (const auto found = std::find(queue.begin(), queue.end(), &p); found != queue.end()) {  // it comes before what has not begun
+        queue.erase(found);
+        queue.insert(std::upper_bound(queue.begin(), queue.end(), &p, goes_before), const_cast<TablePart*>(&p));
+      }
+    }
+    unsettled_.push_back({op.number, op.parts[0].clock, pushes, pushes > 1});
   }
   /// Sends what there is credit for.
   void pump(Link& l) {
+    if (std::exchange(l.pumping, true)) return;  // what is sent to this rank itself comes back here at once
     while (!l.queue.empty() && !l.lost) {
       TablePart& p = *l.queue.front();
       const std::size_t bytes = payload_of(p, *p.op), room = in_lines(bytes);
-      if (l.used + room > table_.credits() || l.under_way.size() >= Shard::window || l.under_way_bytes >= most_under_way) break;
-      l.queue.erase(l.queue.begin());
+      if (l.used + room > table_.credits() || l.under_way_bytes >= most_under_way || (p.op->number == 0 && pushed_ - committed_ >= Shard::most_pushes)) break;
+      if (p.op->number == 0) begin(*p.op);
+      l.queue.erase(std::find(l.queue.begin(), l.queue.end(), &p));
       l.used += room;
       l.under_way_bytes += bytes;
       l.under_way.push_back(&p);
@@ -484,11 +455,12 @@ class TableClient {
     }
     while (!l.pulls.empty()) {
       TablePart& p = *l.pulls.front();
-      if (!l.lost && std::any_of(l.queue.begin(), l.queue.end(), [&](const TablePart* push) { return push->op->number <= p.op->before; })) return;
+      if (!l.lost && std::any_of(l.queue.begin(), l.queue.end(), [&](const TablePart* push) { return push->op->call_number < p.op->call_number; })) break;
       l.pulls.pop_front();
       p.sequence = std::min(l.sequence, l.last_to_count);
       send_pull(p);
     }
+    l.pumping = false;
   }
   /// Where `bytes` may be stored in the window, which is used from its begin to its end and again from its begin; -1: nowhere just now.
   std::ptrdiff_t place_in(const Link& l, std::size_t bytes) const {
@@ -530,6 +502,9 @@ class TableClient {
     }) && whole;
     events_.copied(*p.op, 0, e.bytes);
     if (!whole) throw Error(Errc::protocol, {"rank ", peer, " says that values lie where it shares none"}, {host_.rank(), peer, 0, {}});
+    release(peer, e);
+  }
+  void release(Rank peer, const Envelope& e) {
     Envelope done;
     done.kind = MessageKind::release;
     done.shard = e.shard;
@@ -563,10 +538,10 @@ class TableClient {
     p.sent_at = host_.now();
     Envelope e = envelope(p, MessageKind::pull);
     Post::Parcel& parcel = host_.parcel(link(p.shard).server);
+    parcel.op = p.op;
     if (!is_sparse(*p.op)) return host_.send(parcel, e, {}, nullptr);
     const std::span<const std::byte> keys = keys_of(p);
     e.bytes = keys.size();
-    parcel.op = p.op;
     host_.send(parcel, e, std::span(&keys, 1), nullptr);
   }
   void send_again(TablePart& p) {
@@ -586,7 +561,7 @@ class TableClient {
     else send_pull(p);
   }
   void send_all_again(int shard) {
-    tell(shard);
+    tell_all(shard);
     for (TableOp* op : std::vector<TableOp*>(slots_))
       for (std::size_t i = 0; op && !op->done && i < op->parts.size(); ++i)
         if (TablePart& p = op->parts[i]; p.shard == shard && p.sent && !p.done) p.receiving = false, send_again(p);
@@ -604,34 +579,47 @@ class TableClient {
     l.under_way.erase(found);
     l.under_way_bytes -= payload_of(p, *p.op);
     for (Unsettled& u : unsettled_)
-      if (u.number == p.op->number) --u.missing;
+      if (u.number == p.op->number && --u.missing == 0 && u.several && unsettled_.front().number != u.number) newly_complete_ = u.number;
     if (host_.rank() == l.server) events_.heard_here(*p.op, nullptr);
     finish(p);
     settle();
   }
   /// Tells of pushes that are at all their shards, and of clocks behind which nothing is missing.
   void settle() {
-    bool several = false;
+    std::uint64_t complete = std::exchange(newly_complete_, 0);  // though one before it is not
+    bool several = complete > 0;
     while (!unsettled_.empty() && unsettled_.front().missing == 0) {
       committed_ = unsettled_.front().number;
       several = several || unsettled_.front().several;
       unsettled_.pop_front();
     }
     bool ticked = false;
-    while (!ticks_.empty() && ticks_.front().number <= committed_) {
-      told_.clock = ticks_.front().clock;
+    for (; !ticks_.empty() && !misses_before(ticks_.front()); ticks_.pop_front(), ticked = true) {
+      told_.clock = ticks_.front();
       for (Link& l : links_) l.told_after = l.sequence;  // all before it, and perhaps some that were sent since
-      ticks_.pop_front();
-      ticked = true;
     }
-    if (!ticked && !(several && !table_.options.fold.waits())) return;
-    told_.number = committed_;
-    told_at_ = host_.now();
-    for (int s = 0; s < table_.shards(); ++s)
-      if (!is_lost(link(s))) tell(s);
+    if (ticked || (several && !table_.options.fold.waits())) {
+      told_.number = committed_;
+      told_at_ = host_.now();
+      for (int s = 0; s < table_.shards(); ++s)
+        if (!is_lost(link(s))) tell(s, complete > committed_ ? complete : 0);
+    }
+    for (Link& l : links_) pump(l);
   }
-  void tell(int shard) {
+  /// A push of a clock below this is not at all its shards.
+  bool misses_before(std::uint64_t clock) const {
+    return std::any_of(unsettled_.begin(), unsettled_.end(), [&](const Unsettled& u) { return u.clock < clock && u.missing > 0; }) ||
+           std::any_of(links_.begin(), links_.end(), [&](const Link& l) { return !l.queue.empty() && l.queue.front()->clock < clock; });
+  }
+  /// Of a server that may know nothing of it yet.
+  void tell_all(int shard) {
+    tell(shard, 0);
+    for (const Unsettled& u : unsettled_)
+      if (u.several && u.missing == 0) tell(shard, u.number);
+  }
+  void tell(int shard, std::uint64_t complete) {
     Envelope e;
+    e.first = complete;
     e.kind = MessageKind::advance;
     e.shard = static_cast<std::uint16_t>(shard);
     e.worker = me_;
@@ -642,7 +630,7 @@ class TableClient {
   }
   TablePart* find(const Envelope& e) const {
     TableOp* const op = op_of(e.request);
-    if (!op) return nullptr;
+    if (!op || op->failing) return nullptr;
     for (TablePart& p : op->parts)
       if (p.shard == e.shard && !p.done && (e.kind == MessageKind::refusal || p.is_push == (e.kind == MessageKind::acknowledge && e.sequence != 0)) && (e.kind != MessageKind::reply || p.first == e.first)) return &p;
     return nullptr;
@@ -653,6 +641,7 @@ class TableClient {
   }
   void end(TableOp& op) {
     if (op.done) return;
+    if (op.version == ~std::uint64_t{0}) op.version = 0;  // nothing was pulled
     if (!op.error && !op.order.empty() && op.call.out) {
       const std::size_t row = unit(op);
       for (std::size_t i = 0; i < op.order.size(); ++i) std::memcpy(op.call.out + op.order[i] * row, op.rows_out.data() + i * row, row);
@@ -673,9 +662,10 @@ class TableClient {
   std::int32_t me_;
   std::vector<Link> links_;
   std::vector<TableOp*> slots_;
-  std::uint64_t requests_ = 0, pushed_ = 0, committed_ = 0, clock_ = 0;
+  std::uint64_t requests_ = 0, calls_ = 0, pushed_ = 0, committed_ = 0, clock_ = 0;
   std::deque<Unsettled> unsettled_;
-  std::deque<Tick> ticks_;
+  std::deque<std::uint64_t> ticks_;  // clocks that are not told yet
+  std::uint64_t newly_complete_ = 0;
   Told told_;
   Ticks told_at_ = 0;
   std::optional<Error> pushing_failed_;

@@ -52,7 +52,8 @@ class TableNode final : private TableHost, private Post::Handler, private TableC
     post_.open(*this);
     drain();
     progress_.rest();
-    threaded_ = settings.threaded && server_.keeps_any();
+    threaded_ = settings.threaded;  // also where nothing is served: what a worker has started goes on
+
     if (threaded_) thread_ = quiet_thread([this] { serve_others(); });
   }
   /// Says goodbye to nobody but the transport: close() does.
@@ -81,6 +82,9 @@ class TableNode final : private TableHost, private Post::Handler, private TableC
     TableOp* const op = free_.back();
     free_.pop_back();
     op->error = nullptr;
+    op->parts.clear();
+    op->number = 0;
+    op->failing = false;
     op->done = op->booked = false;
     op->moved = {};
     op->asked = {};
@@ -91,15 +95,16 @@ class TableNode final : private TableHost, private Post::Handler, private TableC
   }
   /// To its end.
   Report run(TableOp& op) {
+    const Ticks called = clock_.now();
     const Inside inside(*this);
-    begin(op, false);
+    begin(op, false, called);
     attempt([&] {
       start(op);
       while (!op.done) turn();
       if (!threaded_) look_after_others();
       transport_->flush();
     });
-    if (!op.done) client_.fail(op, std::make_exception_ptr(*failed_));
+    if (!op.done) fail(op);
     progress_.stop();
     const Report report = op.report;
     const auto error = op.error;
@@ -116,14 +121,15 @@ class TableNode final : private TableHost, private Post::Handler, private TableC
     op.call.out = out;
     op.capacity = capacity;
     op.asked = e;
+    const Ticks called = clock_.now();
     const Inside inside(*this);
-    begin(op, false);
+    begin(op, false, called);
     attempt([&] {
       client_.ask(op, shard, e);
       while (!op.done) turn();
       transport_->flush();
     });
-    if (!op.done) client_.fail(op, std::make_exception_ptr(*failed_));
+    if (!op.done) fail(op);
     progress_.stop();
     const auto error = op.error;
     const Envelope answer = op.answer;
@@ -132,19 +138,16 @@ class TableNode final : private TableHost, private Post::Handler, private TableC
     return answer;
   }
   void start_in_background(TableOp& op) {
+    const Ticks called = clock_.now();
     const Inside inside(*this);
-    begin(op, true);
+    begin(op, true, called);
     attempt([&] {
-      try {
-        start(op);
-      } catch (const Error&) {  // it is refused, and nothing of it was sent
-        client_.fail(op, std::current_exception());
-      }
+      start(op);
       drain();
       transport_->flush();
     });
-    if (failed_ && !op.done) client_.fail(op, std::make_exception_ptr(*failed_));
-    op.exposed = progress_.rest() - op.account.arrival;
+    if (failed_ && !op.done) fail(op);
+    op.exposed = progress_.rest() - called;
   }
   bool is_done(TableOp& op) {
     const Inside inside(*this);
@@ -152,10 +155,10 @@ class TableNode final : private TableHost, private Post::Handler, private TableC
     return op.done;
   }
   Report wait(TableOp& op) {
+    const Ticks before = clock_.now();
     const Inside inside(*this);
     if (!op.done) {
-      const Ticks before = clock_.now();
-      wait_for([&] { return op.done; }, op, timeout_);
+      wait_for([&] { return op.done; }, op, timeout_of(op));
       op.exposed += clock_.now() - before;
     }
     if (!op.booked) book(op);
@@ -167,7 +170,7 @@ class TableNode final : private TableHost, private Post::Handler, private TableC
   void abandon(TableOp& op) {
     const Inside inside(*this);
     try {
-      if (!op.done) wait_for([&] { return op.done; }, op, timeout_);
+      if (!op.done) wait_for([&] { return op.done; }, op, timeout_of(op));
       if (!op.booked) book(op);
     } catch (const Error&) {  // who waited for it would have heard
     }
@@ -195,15 +198,16 @@ class TableNode final : private TableHost, private Post::Handler, private TableC
       op.call = {};
       op.call.what = Collective::leave;
       op.call.timeout = timeout_;
+      const Ticks called = clock_.now();
       const Inside inside(*this);
-      begin(op, false);
+      begin(op, false, called);
       attempt([&] {
         while (!client_.is_settled()) turn();
         client_.leave(op);
         while (!op.done) turn();
         transport_->flush();
       });
-      if (!op.done) client_.fail(op, std::make_exception_ptr(*failed_));
+      if (!op.done) fail(op);
       progress_.stop();
       const auto error = op.error;
       give_back(op);
@@ -213,6 +217,7 @@ class TableNode final : private TableHost, private Post::Handler, private TableC
   }
   /// Until no worker needs what this rank keeps.
   void serve() {
+    if (client_.is_worker() && !closed_) throw Error(Errc::invalid_argument, "serve: this rank is a worker, whose server serves anyway; close() when its work is done");
     const Inside inside(*this);
     if (failed_) throw *failed_;
     forever_ = true;
@@ -338,6 +343,14 @@ class TableNode final : private TableHost, private Post::Handler, private TableC
   }
   Ticks now() const override { return clock_.now(); }
   std::span<std::byte> shared_of(Rank r) const override { return memory_ ? std::span(memory_->of(r), table_.shared_bytes()) : std::span<std::byte>{}; }
+  bool uses(std::uint64_t request, const void* op) const override { return post_.uses(op) || post_.receives(request); }
+  std::uint64_t bound(const Envelope& e) const override {
+    std::size_t part = std::size_t{128} << 20;  // of snapshots
+    if (e.tensor < table_.tensors.size()) part = std::max(part, table_.part(e.tensor, 0).count * table_.rule.grain);
+    if (e.kind == MessageKind::reply)
+      if (const TableOp* op = client_.op_of(e.request)) part = std::max<std::size_t>(part, op->call.count * table_.rule.grain * std::max<std::size_t>(table_.tensors[op->call.tensor].row, 1));
+    return std::max(part, table_.credits());
+  }
   void disown() override { server_.own_all(table_.worker_at(rank())); }
   bool is_gone(Rank r) const override { return gone_[static_cast<std::size_t>(r)] == Gone::yes; }
 
@@ -347,7 +360,10 @@ class TableNode final : private TableHost, private Post::Handler, private TableC
     if (e.kind == MessageKind::acknowledge || e.kind == MessageKind::reply || e.kind == MessageKind::refusal) client_.received(peer, e, std::move(payload));
     else server_.received(peer, e, std::move(payload), sent_at);
   }
-  void sent(Post::Parcel& parcel) override { server_.let_go(parcel); }
+  void sent(Post::Parcel& parcel) override {
+    server_.let_go(parcel);
+    if (TableOp* const op = static_cast<TableOp*>(parcel.op); op && op->failing && client_.op_of(op->request) == op) client_.end_if_unused(*op);
+  }
   OperationAccount* account_of(Rank peer, std::uint64_t fingerprint) override {
     TableOp* const op = fingerprint == Post::credit ? client_.starved_of(peer) : client_.op_of(fingerprint);
     return op ? &op->account : nullptr;
@@ -355,7 +371,6 @@ class TableNode final : private TableHost, private Post::Handler, private TableC
 
   // TableClient::Events
   void finished(TableOp& op) override {
-    op.in_flight = false;
     if (op.error) {
       op.report = progress_.finish_failed(op.account, -1, State::wait_transfer);
       if (op.row) ++op.row->failed;
@@ -400,15 +415,21 @@ class TableNode final : private TableHost, private Post::Handler, private TableC
     if (failed_) throw *failed_;
     if (closed_) throw Error(Errc::invalid_argument, "this table is closed");
   }
-  void begin(TableOp& op, bool background) {
-    if (failed_) give_back(op);
+  void begin(TableOp& op, bool background, Ticks called) {
+    if (failed_ || (closed_ && op.call.what != Collective::leave)) give_back(op);
     if (failed_) throw *failed_;
+    if (closed_ && op.call.what != Collective::leave) throw Error(Errc::invalid_argument, "this table is closed");
     if (timeout_of(op) <= nanoseconds{0}) op.call.timeout = timeout_;
     book_serving(false);
     op.background = background;
     op.sequence = ++number_;
-    op.in_flight = true;
     progress_.begin(op.account, timeout_of(op));
+    op.deadline = clock_.now() + clock_.to_ticks(timeout_of(op));
+    if (accounting_ && called < op.account.arrival) {  // the server's thread had to go first
+      const Ticks waited = op.account.arrival - called;
+      op.account.arrival = called;
+      op.account.watch.book(State::wait_local, waited);
+    }
     op.row = &row_of(op);
     waited_ = background ? nullptr : &op;
     limit_is_error_ = true;
@@ -416,7 +437,12 @@ class TableNode final : private TableHost, private Post::Handler, private TableC
   static nanoseconds timeout_of(const TableOp& op) { return op.call.timeout; }
   void start(TableOp& op) {
     if (transport_->aborted()) raise_abort();
-    client_.start(op);
+    try {
+      client_.start(op);
+    } catch (const Error& error) {
+      if (error.errc() != Errc::invalid_argument && error.errc() != Errc::aborted) throw;
+      client_.fail(op, std::current_exception());  // it is refused, and nothing of it was sent
+    }
   }
   LedgerRow& row_of(const TableOp& op) {
     const TableCall& c = op.call;
@@ -439,7 +465,7 @@ class TableNode final : private TableHost, private Post::Handler, private TableC
   }
   /// What was done for others, now and then. By the caller's thread: the ledger is its.
   void book_serving(bool all) {
-    if (!accounting_ || !server_.keeps_any()) return;
+    if (!accounting_ || (!server_.keeps_any() && serving_moved_.sent + serving_moved_.received == 0)) return;
     const Ticks now = clock_.now();
     if (!all && now - serving_.arrival < clock_.to_ticks(std::chrono::milliseconds(100))) return;
     progress_.drive(timeout_);
@@ -472,10 +498,12 @@ class TableNode final : private TableHost, private Post::Handler, private TableC
     try {
       throw;
     } catch (const Error& error) {
-      if (waited_ && !waited_->done && error.errc() != Errc::protocol && error.errc() != Errc::aborted && !post_.uses(waited_) && !post_.receives(waited_->request)) return client_.fail(*waited_, thrown);
+      if (waited_ && !waited_->done && error.errc() == Errc::timeout && !uses(waited_->request, waited_)) return client_.fail(*waited_, thrown);
       give_up(error);
     } catch (const std::exception& error) {
       give_up(Error(Errc::aborted, {"a table's rule threw: ", error.what()}));
+    } catch (...) {
+      give_up(Error(Errc::aborted, "a table's rule threw"));
     }
   }
   [[gnu::cold]] void give_up(const Error& error) {
@@ -483,7 +511,12 @@ class TableNode final : private TableHost, private Post::Handler, private TableC
     post_.withdraw();
     drain_quietly();
     leave();
-    if (waited_ && !waited_->done) client_.fail(*waited_, std::make_exception_ptr(*failed_));
+    if (waited_ && !waited_->done) fail(*waited_);
+  }
+  /// With the table.
+  void fail(TableOp& op) {
+    client_.fail(op, std::make_exception_ptr(*failed_));
+    client_.end_if_unused(op);
   }
   void leave() {
     if (!std::exchange(left_, true)) transport_->leave();
@@ -498,6 +531,11 @@ class TableNode final : private TableHost, private Post::Handler, private TableC
   void turn() {
     progress_.turn(*this);
     drain();
+    if (++turns_ % 32 != 0) return;
+    // Where there is always something to do nobody waits, and Progress looks neither at peers nor at deadlines.
+    const Ticks now = clock_.now();
+    if (now - looked_ > clock_.to_ticks(std::chrono::milliseconds(20))) looked_ = now, watch();
+    if (waited_ && !waited_->done && limit_is_error_ && now > waited_->deadline) expired();
   }
   bool step() {
     const bool moved = progress_.poll(*this);
@@ -512,12 +550,19 @@ class TableNode final : private TableHost, private Post::Handler, private TableC
     limit_is_error_ = !once;
     out_of_time_ = false;
     attempt([&] {
-      if (once) step();
-      else
+      if (failed_) throw *failed_;
+      if (!once) {
         while (!done() && !out_of_time_) turn();
+      } else {
+        step();
+        const Ticks now = clock_.now();
+        if (now - looked_ > clock_.to_ticks(std::chrono::milliseconds(20))) looked_ = now, watch();
+        limit_is_error_ = true;
+        if (!op.done && now > op.deadline) expired();
+      }
       transport_->flush();
     });
-    if (failed_ && !op.done) client_.fail(op, std::make_exception_ptr(*failed_));
+    if (failed_ && !op.done) fail(op);
     waited_ = nullptr;
     progress_.rest();
   }
@@ -631,7 +676,7 @@ class TableNode final : private TableHost, private Post::Handler, private TableC
   Ticks retry_after_, looked_ = 0;
   TransportCounters counted_;
   Moved serving_moved_;
-  std::uint32_t number_ = 0;
+  std::uint32_t number_ = 0, turns_ = 0;
   TableOp* waited_ = nullptr;
   bool limit_is_error_ = true, out_of_time_ = false, forever_ = false, closed_ = false, left_ = false;
   std::optional<Error> failed_;

@@ -52,6 +52,8 @@ class Post {
     virtual void sent(Parcel& parcel) = 0;
     /// The account of the operation that a message from there is for, an answer or `credit`; null: it is the server's business.
     virtual OperationAccount* account_of(Rank peer, std::uint64_t fingerprint) = 0;
+    /// More bytes than any message of this kind can announce.
+    virtual std::uint64_t bound(const Envelope& e) const = 0;
   };
   static constexpr std::uint64_t credit = ~std::uint64_t{0};
 
@@ -193,7 +195,7 @@ class Post {
   }
   /// Whether memory of this operation's is being sent or received into.
   bool uses(const void* op) const {
-    return std::any_of(under_way_.begin(), under_way_.end(), [&](const Parcel* p) { return p->op == op && p->remaining > 0; });
+    return std::any_of(under_way_.begin(), under_way_.end(), [&](const Parcel* p) { return p->op == op && p->remaining > 0 && !p->bodies.empty(); });
   }
   bool receives(std::uint64_t request) const {
     return std::any_of(expected_.begin(), expected_.end(), [&](const Arrival* a) { return a->e.request == request && a->e.kind == MessageKind::reply; });
@@ -286,7 +288,7 @@ class Post {
       listen(i, client);
       return handler_.received(i.peer, e, std::move(payload), sent_at);
     }
-    if (with_it != 0 || e.bytes > most_bytes) refuse(i.peer, concat({"a message that announces ", e.bytes, " bytes"}));
+    if (with_it != 0 || e.bytes > handler_.bound(e)) refuse(i.peer, concat({"a message that announces ", e.bytes, " bytes"}));
     Arrival* a;
     if (spare_.empty()) a = arrivals_.emplace_back(std::make_unique<Arrival>()).get();
     else a = spare_.back(), spare_.pop_back();
@@ -313,7 +315,6 @@ class Post {
   }
   [[noreturn]] void refuse(Rank peer, const std::string& what) const { throw Error(Errc::protocol, {"rank ", peer, " sent ", what, " about a table"}, {transport_.rank(), peer, 0, {}}); }
 
-  static constexpr std::uint64_t most_bytes = std::uint64_t{1} << 40;
   AnyTransport& transport_;
   Progress<AnyTransport>& progress_;
   Handler& handler_;

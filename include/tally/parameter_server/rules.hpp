@@ -236,9 +236,16 @@ RuleOps rule_ops(const R& rule) {
   ops.state_grain = sizeof(Working<T>);
   ops.type = element_type<T>();
   ops.whole_clocks = needs_whole_clocks<R>();
-  std::string bytes;
-  if constexpr (!std::is_empty_v<R>) bytes.assign(reinterpret_cast<const char*>(&rule), sizeof rule);
-  ops.hash = hash_type<R>() ^ hash_text(bytes);
+  ops.hash = hash_type<R>();
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_clear_padding)  // else settings that differ are not noticed
+  if constexpr (!std::is_empty_v<R>) {
+    R settings = rule;
+    __builtin_clear_padding(&settings);
+    ops.hash ^= hash_text({reinterpret_cast<const char*>(&settings), sizeof settings});
+  }
+#endif
+#endif
   return ops;
 }
 

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstring>
 #include <deque>
+#include <map>
 #include <memory>
 #include <optional>
 #include <span>
@@ -33,6 +34,8 @@ struct TableHost {
   virtual Ticks now() const = 0;
   /// What that rank shares with this one, a stride of Table::shared_bytes(); empty if nothing.
   virtual std::span<std::byte> shared_of(Rank r) const = 0;
+  /// Whether memory of this operation's is being sent or received into.
+  virtual bool uses(std::uint64_t request, const void* op) const = 0;
   /// What this worker has pushed and waits for no longer may not be looked at where it is.
   virtual void disown() = 0;
   /// Whether the rank is gone for good, and nothing of it is under way.
@@ -63,7 +66,7 @@ class TableServer {
   /// Of any kind that is for servers. `sent_at`: when it left, by this rank's clock.
   void received(Rank peer, const Envelope& e, Payload&& payload, Ticks sent_at) {
     Served* const s = find(e.shard);
-    if (e.kind == MessageKind::gone) return hear(e);
+    if (e.kind == MessageKind::gone) return hear(peer, e, payload);
     if (!s) return refuse(peer, e, Errc::invalid_argument, concat({"rank ", host_.rank(), " does not keep shard ", e.shard}));
     if (e.kind == MessageKind::release) {
       std::erase_if(grants_, [&](Grant& g) { return g.peer == peer && g.request == e.request && g.shard == e.shard && (take_back(g), true); });
@@ -82,6 +85,7 @@ class TableServer {
     if (e.worker != worker) return refuse(peer, e, Errc::protocol, concat({"rank ", peer, " speaks for worker ", e.worker, ", which it is not"}));
     if (worker < 0 && e.kind != MessageKind::pull) return refuse(peer, e, Errc::invalid_argument, concat({"rank ", peer, " is no worker of this table: it may only pull"}));
     if (s->primary != host_.rank()) {  // it knows earlier than this rank that the primary is gone
+      if (std::any_of(s->early.begin(), s->early.end(), [&](const Entry& known) { return known.from == peer && known.e.request == e.request && known.e.kind == e.kind && known.e.sequence == e.sequence && known.e.clock == e.clock; })) return;
       payload.own(pool_);
       s->early.push_back({e, std::move(payload), sent_at, peer});
       return;
@@ -99,6 +103,7 @@ class TableServer {
         if (problem.empty() && table_.tensors[e.tensor].is_sparse() && !(e.flags & Envelope::of_cut)) problem = s->shard.problem_with_keys(e, payload.data());
         if (!problem.empty()) return refuse(peer, e, Errc::invalid_argument, problem);
         if (e.kind == MessageKind::push) return submit(*s, {e, std::move(payload), sent_at, peer});
+        if (std::any_of(s->parked.begin(), s->parked.end(), [&](const Parked& p) { return p.peer == peer && p.e.request == e.request && p.e.first == e.first; })) return;  // said again
         Parked pull{e, peer, std::move(payload), false};
         if (s->shard.ready(e)) return answer(*s, pull);
         pull.payload.own(pool_);
@@ -127,6 +132,12 @@ class TableServer {
       if (s.primary == r && s.replica == host_.rank()) {
         s.primary = host_.rank();
         s.replica = -1;
+        for (std::size_t w = 0; w < table_.workers.size(); ++w) {
+          const auto worker = static_cast<std::int32_t>(w);
+          if (!s.shard.is_live(worker)) continue;
+          if (host_.is_gone(table_.workers[w])) views_[w].wanted = true, ask_for_ = true;  // the primary knew, and perhaps the others, too
+          else tell_credit(s, worker);  // it may have been about to
+        }
         for (Entry& early : std::exchange(s.early, {})) received(early.from, early.e, std::move(early.payload), early.sent_at);
       }
       std::erase_if(s.parked, [&](const Parked& p) { return p.peer == r; });
@@ -134,6 +145,9 @@ class TableServer {
     std::erase_if(grants_, [&](Grant& g) { return g.peer == r && (take_back(g), true); });
     if (const std::int32_t worker = table_.worker_at(r); worker >= 0) views_[static_cast<std::size_t>(worker)].wanted = true;
     settle();
+    if (std::exchange(ask_for_, false))
+      for (std::size_t w = 0; w < views_.size(); ++w)
+        if (views_[w].wanted) show(static_cast<std::int32_t>(w), Envelope::asks);
   }
   /// What waits for others: who is gone, or for their replicas.
   void settle() {
@@ -211,6 +225,7 @@ class TableServer {
     bool wanted = false;
     struct View {
       std::uint64_t clock = 0, committed = 0;
+      std::vector<std::uint64_t> undecided;
     };
     std::vector<std::optional<View>> of;  // by shard
   };
@@ -239,6 +254,12 @@ class TableServer {
   }
   /// What a primary has in its log: in that order, once.
   void replicate(Served& s, Entry&& entry) {
+    const MessageKind kind = entry.e.kind;
+    const bool values = kind == MessageKind::push || kind == MessageKind::set;
+    std::string problem = values ? s.shard.problem_with(entry.e) : "";
+    if (problem.empty() && values && (entry.payload.size() != entry.e.bytes || (kind == MessageKind::push && table_.tensors[entry.e.tensor].is_sparse()))) problem = entry.payload.size() != entry.e.bytes ? "its payload is missing" : s.shard.problem_with_keys(entry.e, entry.payload.data());
+    if (!problem.empty() || (!values && kind != MessageKind::advance && kind != MessageKind::leave && kind != MessageKind::cut))
+      throw Error(Errc::protocol, {"rank ", s.primary, " sent its replica an entry that cannot be done: ", problem.empty() ? std::string(name_of(kind)) : problem}, {host_.rank(), s.primary, 0, {}});
     const auto is_next = [&](const Entry& each) { return each.e.index == s.last_index + 1; };
     if (entry.e.index > s.last_index && std::none_of(s.ahead.begin(), s.ahead.end(), [&](const Entry& known) { return known.e.index == entry.e.index; })) {
       entry.payload.own(pool_);
@@ -268,7 +289,7 @@ class TableServer {
     switch (e.kind) {
       case MessageKind::push: s.shard.push(e, std::move(entry.payload)); break;
       case MessageKind::advance: s.shard.advance(e); break;
-      case MessageKind::leave: s.shard.remove(e); break;
+      case MessageKind::leave: s.shard.remove(e, {entry.payload.data(), entry.payload.size()}); break;
       case MessageKind::cut: s.shard.cut(e); break;
       case MessageKind::set: s.shard.set(e, entry.payload.data()); break;
       default: break;
@@ -293,14 +314,28 @@ class TableServer {
       host_.send(to, answer, {}, late);
     };
     // Of a copy: who is told may be on this rank, and go on at once.
-    const auto acknowledged = std::exchange(s.shard.events.acknowledge, {});
+    std::vector<Shard::Events::Acknowledge> acknowledged = std::exchange(acknowledged_, {});  // memory that is used again
+    acknowledged.swap(s.shard.events.acknowledge);
     const bool freed = std::exchange(s.shard.events.freed, false), readable = std::exchange(s.shard.events.readable, false);
     for (const auto& [worker, sequence, request] : acknowledged) send(worker, sequence, request);
-    if (const std::string why = std::exchange(s.shard.events.refused, {}); !why.empty()) refuse(table_.workers[static_cast<std::size_t>(e.worker)], e, Errc::invalid_argument, why);
+    acknowledged.clear();
+    acknowledged_ = std::move(acknowledged);
+    const std::string why = std::exchange(s.shard.events.refused, {});
+    // A repeated word of a clock is answered as well: what was said of credit may have been lost.
+    if (e.kind == MessageKind::advance && table_.options.retry_after > nanoseconds{0} && s.shard.is_live(e.worker)) send(e.worker, 0, 0);
+    if (!why.empty()) refuse(table_.workers[static_cast<std::size_t>(e.worker)], e, Errc::invalid_argument, why);
     else if (e.request != 0 && e.kind != MessageKind::push) send(e.worker, 0, e.request);
     for (std::size_t w = 0; freed && w < s.told.size(); ++w)
       if (s.told[w] != s.shard.freed(static_cast<std::int32_t>(w)) && s.shard.is_live(static_cast<std::int32_t>(w))) send(static_cast<std::int32_t>(w), 0, 0, s.gate.until > 0 ? &s.gate : nullptr);
     if (readable) release(s);
+  }
+  void tell_credit(Served& s, std::int32_t worker) {
+    Envelope e;
+    e.kind = MessageKind::acknowledge;
+    e.shard = static_cast<std::uint16_t>(s.shard.index());
+    e.worker = worker;
+    e.number = s.told[static_cast<std::size_t>(worker)] = s.shard.freed(worker);
+    host_.send(table_.workers[static_cast<std::size_t>(worker)], e);
   }
   void release(Served& s) {
     for (std::size_t i = 0; i < s.parked.size();) {
@@ -406,9 +441,14 @@ class TableServer {
     v.of.resize(static_cast<std::size_t>(table_.shards()));
     return v;
   }
-  void hear(const Envelope& e) {
-    if (e.worker < 0 || static_cast<std::size_t>(e.worker) >= views_.size() || e.shard >= table_.shards()) return;
-    views(e.worker).of[e.shard] = Views::View{e.clock, e.number};
+  void hear(Rank peer, const Envelope& e, const Payload& payload) {
+    if (e.worker < 0 || static_cast<std::size_t>(e.worker) >= views_.size() || e.shard >= table_.shards() || payload.size() % (2 * sizeof(std::uint64_t)) != 0) return;
+    const int replica = table_.replica_of(e.shard);
+    if (peer != table_.servers[e.shard] && (replica < 0 || peer != table_.servers[static_cast<std::size_t>(replica)])) return;
+    if (const Served* const own = find(e.shard); own && own->primary == host_.rank()) return;
+    Views::View view{e.clock, e.number, std::vector<std::uint64_t>(payload.size() / sizeof(std::uint64_t))};
+    if (payload.size() > 0) std::memcpy(view.undecided.data(), payload.data(), payload.size());
+    views(e.worker).of[e.shard] = std::move(view);
     settle(e.worker);
     if (e.flags & Envelope::asks) show(e.worker, 0);
   }
@@ -426,8 +466,15 @@ class TableServer {
       e.clock = v.of[index]->clock;
       e.number = v.of[index]->committed;
       for (const Rank to : table_.servers)
-        if (to != host_.rank() && !host_.is_gone(to)) host_.send(to, e);
+        if (to != host_.rank() && !host_.is_gone(to)) send_list(to, e, v.of[index]->undecided);
     }
+  }
+  void send_list(Rank to, Envelope& e, const std::vector<std::uint64_t>& list) {
+    Post::Parcel& parcel = host_.parcel(to);
+    parcel.payload = Payload(pool_, e.bytes = list.size() * sizeof(std::uint64_t));
+    if (!list.empty()) std::memcpy(parcel.payload.data(), list.data(), e.bytes);
+    const std::span<const std::byte> piece(parcel.payload.data(), e.bytes);
+    host_.send(parcel, e, std::span(&piece, list.empty() ? 0 : 1), nullptr);
   }
   void settle(std::int32_t worker) {
     Views& v = views(worker);
@@ -437,14 +484,20 @@ class TableServer {
       Served& s = *each;
       auto& mine = v.of[static_cast<std::size_t>(s.shard.index())];
       if (s.primary != host_.rank() || mine || !s.log.empty()) continue;
-      mine = Views::View{s.shard.clock_of(worker), s.shard.committed_of(worker)};
+      mine = Views::View{s.shard.clock_of(worker), s.shard.committed_of(worker), s.shard.undecided(worker)};
       news = true;
     }
     if (news) show(worker, 0);
     Views::View all;
+    std::map<std::uint64_t, std::uint64_t> at;  // number of a push: shards that have it, of as many as it goes to
+    std::vector<std::uint64_t> complete;
     for (std::size_t s = 0; s < v.of.size(); ++s) {
       if (!v.of[s] && !is_lost(static_cast<int>(s))) return;
-      if (v.of[s]) all.clock = std::max(all.clock, v.of[s]->clock), all.committed = std::max(all.committed, v.of[s]->committed);
+      if (!v.of[s]) continue;
+      all.clock = std::max(all.clock, v.of[s]->clock), all.committed = std::max(all.committed, v.of[s]->committed);
+      const auto& list = v.of[s]->undecided;
+      for (std::size_t i = 0; i + 1 < list.size(); i += 2)
+        if (list[i + 1] == 0 || ++at[list[i]] == list[i + 1]) complete.push_back(list[i]);
     }
     v.wanted = false;
     for (const auto& each : served_) {
@@ -455,6 +508,9 @@ class TableServer {
       entry.e.worker = worker;
       entry.e.clock = all.clock;
       entry.e.number = all.committed;
+      entry.e.bytes = complete.size() * sizeof(std::uint64_t);
+      entry.payload = Payload(pool_, entry.e.bytes);
+      if (!complete.empty()) std::memcpy(entry.payload.data(), complete.data(), entry.e.bytes);
       entry.sent_at = host_.now();
       submit(*each, std::move(entry));
     }
@@ -473,6 +529,8 @@ class TableServer {
   std::vector<Grant> grants_;
   Monitor monitor_;
   Ticks told_at_ = 0;
+  bool ask_for_ = false;  // what the others know of workers that are gone
+  std::vector<Shard::Events::Acknowledge> acknowledged_;
   std::vector<Shard::Span> spans_;
   std::vector<std::span<const std::byte>> pieces_;
 };

@@ -25,8 +25,8 @@ namespace tally::inline v0::detail {
 
 class Shard {
  public:
-  /// A worker may have so many pushes to a shard under way.
-  static constexpr std::size_t window = 1024;
+  /// A worker may have so many pushes under way; and, since some may overtake others, a shard takes those that are so far ahead.
+  static constexpr std::size_t most_pushes = 1024, window = 4 * most_pushes;
 
   /// `rule`: the object that the table's rule functions are called with; outlives this.
   Shard(const Table& table, int index, Pool& pool, const void* rule) : table_(table), index_(index), pool_(pool), members_(table.workers.size()) {
@@ -46,7 +46,7 @@ class Shard {
       std::uint64_t sequence, request;
     };
     std::vector<Acknowledge> acknowledge;  // pushes that are kept now, or were already
-    std::string refused;                   // why a cut or values were not taken
+    std::string refused;                   // why the entry was not
     bool readable = false;                 // some pulls may be ready that were not
     bool freed = false;                    // some workers have more credit
     void clear() { acknowledge.clear(), refused.clear(), readable = freed = false; }
@@ -56,13 +56,16 @@ class Shard {
 
   void push(const Envelope& e, Payload&& payload) {
     Member* const m = member(e.worker);
-    if (!m || !m->live) return;  // a worker that is gone
-    if (e.sequence > m->accepted + window) return;  // no worker of ours is so far ahead
+    if (!m || !m->live) return void(events.refused = "this worker has left");
+    if (e.sequence > m->accepted + window || e.sequence == 0) return void(events.refused = concat({"push number ", e.sequence, " where number ", m->accepted + 1, " is next"}));
     if (e.sequence > m->accepted) {
       const std::size_t at = e.sequence - m->accepted - 1;
       if (m->staged.size() <= at) m->staged.resize(at + 1);
       Staged& s = m->staged[at];
       if (!s.here) {
+        const std::size_t room = (payload.size() + 63) / 64 * 64;
+        if (m->held + room > table_.credits()) return void(events.refused = concat({m->held + room, " bytes of pushes at once, more than its credits, ", table_.credits()}));
+        m->held += room;
         s.e = e;
         s.payload = std::move(payload);
         s.here = true;
@@ -74,22 +77,47 @@ class Shard {
   void advance(const Envelope& e) {
     Member* const m = member(e.worker);
     if (!m || !m->live) return;
-    if (e.number > m->committed) m->committed = e.number, accept(*m);
+    if (e.number > m->committed) {
+      m->committed = e.number;
+      std::erase_if(m->complete, [&](std::uint64_t number) { return number <= e.number; });
+    }
+    if (e.first > m->committed && std::find(m->complete.begin(), m->complete.end(), e.first) == m->complete.end() && m->complete.size() < window) m->complete.push_back(e.first);
+    accept(*m);
     if (e.clock > m->announced) m->announced = e.clock, m->announced_after = e.sequence;
     settle(*m);
   }
-  /// A worker goes: of what it pushed, all is in that it knew to be at all shards (`number`), or that belongs to clocks that it had left
-  /// (`clock`), and nothing else.
-  void remove(const Envelope& e) {
+  /// A worker goes. Of what it pushed all is in that was at all its shards: up to `number`, and what `complete` lists (eight bytes each); nothing else.
+  void remove(const Envelope& e, std::span<const std::byte> complete) {
     Member* const m = member(e.worker);
     if (!m || !m->live) return;
-    if (e.number > m->committed) m->committed = e.number, accept(*m);
-    std::erase_if(m->contributions, [&](const Contribution& c) { return c.e.clock >= e.clock; });
-    m->staged.clear();
+    const auto counts = [&](const Envelope& push) {
+      if (push.parts == 1 || push.number <= e.number) return true;
+      for (std::size_t at = 0; at + sizeof(std::uint64_t) <= complete.size(); at += sizeof(std::uint64_t))
+        if (load<std::uint64_t>(complete.data() + at) == push.number) return true;
+      return false;
+    };
+    std::erase_if(m->contributions, [&](const Contribution& c) { return !counts(c.e); });
+    std::erase_if(m->staged, [&](const Staged& s) { return !s.here || !counts(s.e); });
+    m->committed = ~std::uint64_t{0};
+    accept(*m);
     m->live = false;
     m->clock = std::max(m->clock, e.clock);
     events.readable = events.freed = true;
     update_least();
+  }
+  /// Pushes of a worker's to several shards that are not known to be at all of them: number and shards of each; and those that are, with
+  /// 0 shards. For remove().
+  std::vector<std::uint64_t> undecided(std::int32_t worker) const {
+    std::vector<std::uint64_t> list;
+    const Member* const m = member(worker);
+    const auto look = [&](const Envelope& e) {
+      if (e.parts > 1 && e.number > m->committed) list.insert(list.end(), {e.number, e.parts});
+    };
+    for (const Contribution& c : m->contributions) look(c.e);
+    for (const Staged& s : m->staged)
+      if (s.here) look(s.e);
+    for (const std::uint64_t number : m->complete) list.insert(list.end(), {number, 0});
+    return list;
   }
 
   /// Keeps what every push with a clock below this makes, and no other: from now on if that is not over. The last few are kept.
@@ -174,16 +202,6 @@ class Shard {
       if (members_[w].live && (found < 0 || members_[w].clock < members_[static_cast<std::size_t>(found)].clock)) found = static_cast<std::int32_t>(w);
     return found;
   }
-  /// Bytes of pushes that are held.
-  std::size_t staged_bytes() const {
-    std::size_t bytes = 0;
-    for (const Member& m : members_) {
-      for (const Staged& s : m.staged) bytes += s.payload.size();
-      for (const Contribution& c : m.contributions) bytes += c.payload.size();
-    }
-    return bytes;
-  }
-
   /// Whether a pull may be answered: all own pushes before it are here, and the staleness bound holds.
   bool ready(const Envelope& e) const {
     if (e.flags & Envelope::of_cut) return std::any_of(cuts_.begin(), cuts_.end(), [&](const Cut& c) { return c.clock == e.clock && c.complete; });
@@ -208,11 +226,12 @@ class Shard {
     const std::size_t first = e.first - part.first, grain = table_.rule.grain;
     if (const Member* m = member(e.worker); m && has_pending(*m, e.tensor)) {
       DensePart::View view = part.values->copy(first, e.count);
-      std::uint64_t more = 0;
+      std::uint64_t clocks = 0, last = ~std::uint64_t{0};  // each is one update
       for (const Contribution& c : m->contributions) {
         if (c.e.tensor != e.tensor) continue;
+        clocks += std::exchange(last, c.e.clock) != c.e.clock;
         const std::size_t begin = std::max(c.e.first, e.first), end = std::min(c.e.first + c.e.count, e.first + e.count);
-        if (begin < end) part.values->update(view, begin - part.first, end - begin, c.payload.data() + (begin - c.e.first) * grain, {1, c.e.weight, 1}, more++);
+        if (begin < end) part.values->update(view, begin - part.first, end - begin, c.payload.data() + (begin - c.e.first) * grain, {1, c.e.weight, 1}, clocks);
       }
       copy = Payload(pool_, view.values.size());
       if (!view.values.empty()) std::memcpy(copy.data(), view.values.data(), view.values.size());
@@ -308,8 +327,10 @@ class Shard {
     bool live = true;
     std::uint64_t clock = 0, announced = 0, announced_after = 0;
     std::uint64_t accepted = 0;   // pushes up to this number are in, or contributions
-    std::uint64_t committed = 0;  // all its pushes up to this one, to whatever shards, are where they belong
+    std::uint64_t committed = 0;  // all its pushes up to this one, to whatever shards, are where they belong,
+    std::vector<std::uint64_t> complete;  // and so are these behind it
     std::uint64_t freed = 0;      // of these, those whose payload is held no longer
+    std::size_t held = 0;         // bytes of payloads that are
     std::deque<Staged> staged;    // those behind it, as far as they are here
     std::deque<Contribution> contributions;  // to clocks that are not folded yet
   };
@@ -351,7 +372,7 @@ class Shard {
   void accept(Member& m) {
     while (!m.staged.empty() && m.staged.front().here) {
       Staged& s = m.staged.front();
-      if (!waits() && s.e.parts > 1 && s.e.number > m.committed) break;
+      if (!waits() && s.e.parts > 1 && s.e.number > m.committed && std::find(m.complete.begin(), m.complete.end(), s.e.number) == m.complete.end()) break;
       if (waits()) {
         if (const double weight = s.e.weight; table_.rule.weigh) {
           s.payload.own(pool_, true);
@@ -364,8 +385,7 @@ class Shard {
       } else {
         ++updates_;
         apply(s.e, s.payload.data(), {1, s.e.weight, 1});
-        m.freed = s.e.sequence;
-        events.freed = true;
+        free(m, s.e, s.payload);
       }
       m.staged.pop_front();
       ++m.accepted;
@@ -373,6 +393,11 @@ class Shard {
     }
     for (Staged& s : m.staged) s.payload.own(pool_);  // it stays
     settle(m);
+  }
+  void free(Member& m, const Envelope& e, const Payload& payload) {
+    m.freed = e.sequence;
+    m.held -= (payload.size() + 63) / 64 * 64;
+    events.freed = true;
   }
   void settle(Member& m) {
     if (m.clock >= m.announced || m.accepted < m.announced_after) return;
@@ -422,9 +447,8 @@ class Shard {
       for (std::size_t t = 0; t < parts_.size(); ++t) parts_[t].rows ? fold_rows(t, next) : fold_values(t, next);
       for (Member& m : members_)
         while (!m.contributions.empty() && m.contributions.front().e.clock == next) {
-          m.freed = m.contributions.front().e.sequence;
+          free(m, m.contributions.front().e, m.contributions.front().payload);
           m.contributions.pop_front();
-          events.freed = true;
         }
     }
   }

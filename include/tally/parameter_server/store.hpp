@@ -35,7 +35,6 @@ class Pool {
   std::size_t place_of(const std::byte* memory) const { return static_cast<std::size_t>(memory - arena_.data()); }
   std::byte* take(std::size_t bytes) {
     auto& list = free_[size_class(bytes)];
-    held_ += std::size_t{1} << size_class(bytes);
     if (!list.empty()) {
       std::byte* const memory = list.back();
       list.pop_back();
@@ -48,18 +47,14 @@ class Pool {
     return static_cast<std::byte*>(memory);
   }
   void give_back(std::byte* memory, std::size_t bytes) {
-    held_ -= std::size_t{1} << size_class(bytes);
     free_[size_class(bytes)].push_back(memory);
   }
-  /// Bytes that are in use.
-  std::size_t held() const { return held_; }
 
  private:
   static std::size_t size_class(std::size_t bytes) { return bytes <= 64 ? 6 : static_cast<std::size_t>(std::bit_width(bytes - 1)); }
   std::span<std::byte> arena_;
   std::size_t taken_ = 0;  // of it
   std::vector<std::byte*> free_[65];
-  std::size_t held_ = 0;
 };
 
 /// Some of it, or somebody else's.
@@ -111,11 +106,12 @@ struct Published {
 /// A shard's part of a vector.
 class DensePart {
  public:
-  DensePart(Pool& pool, const RuleOps& rule, std::size_t count, std::size_t block) : pool_(pool), rule_(rule), count_(count), block_(block), states_(static_cast<std::size_t>(rule.states)) {
-    for (std::size_t at = 0; at < count; at += block) {
-      blocks_.push_back({fresh(), 0});
-      std::memset(blocks_.back().now->data, 0, block_ * rule_.grain);
+  DensePart(Pool& pool, const RuleOps& rule, std::size_t count, std::size_t block) : pool_(pool), rule_(rule), count_(count), block_(std::min(block, std::max<std::size_t>(count, 1))), states_(static_cast<std::size_t>(rule.states)) {
+    for (std::size_t at = 0; at < count; at += block_) {
+      blocks_.push_back(fresh());
+      std::memset(blocks_.back()->data, 0, block_ * rule_.grain);
     }
+    if (count > 0) runs_.push_back({0, count, 0, 0});
     for (auto& state : states_) state.assign(count * rule.state_grain, std::byte{});
   }
   DensePart(const DensePart&) = delete;
@@ -128,7 +124,7 @@ class DensePart {
   /// f(values, elements, published) for each block's share of elements first..first+count-1.
   template <class F>
   void read(std::size_t first, std::size_t count, F&& f) {
-    each(first, count, [&](std::size_t b, std::size_t at, std::size_t n, std::size_t) { f(blocks_[b].now->data + at * rule_.grain, n, blocks_[b].now); });
+    each(first, count, [&](std::size_t b, std::size_t at, std::size_t n, std::size_t) { f(blocks_[b]->data + at * rule_.grain, n, blocks_[b]); });
   }
   static void lease(Published* p) { ++p->leases; }
   void let_go(Published* p) {
@@ -138,15 +134,16 @@ class DensePart {
   }
   /// `number`: the same for all parts of one update.
   void update(std::size_t first, std::size_t count, const std::byte* pushed, Update how, std::uint64_t number) {
-    each(first, count, [&](std::size_t b, std::size_t at, std::size_t n, std::size_t done) {
-      Block& block = blocks_[b];
-      block.step += std::exchange(block.last, number) != number;
-      std::byte* states[8] = {};
-      for (std::size_t s = 0; s < states_.size(); ++s) states[s] = states_[s].data() + (b * block_ + at) * rule_.state_grain;
-      how.step = block.step;
-      const std::byte* const from = block.now->data;
-      std::byte* const to = writable(block, at, n);
-      rule_.apply(rule_now_, to + at * rule_.grain, from + at * rule_.grain, pushed + done * rule_.grain, states, n, how);
+    count_updates(first, count, number);
+    each_run(first, count, [&](std::size_t begin, std::size_t length, std::uint64_t steps) {
+      how.step = steps;
+      each(begin, length, [&](std::size_t b, std::size_t at, std::size_t n, std::size_t done) {
+        std::byte* states[8] = {};
+        for (std::size_t s = 0; s < states_.size(); ++s) states[s] = states_[s].data() + (begin + done) * rule_.state_grain;
+        const std::byte* const from = blocks_[b]->data;
+        std::byte* const to = writable(blocks_[b], at, n);
+        rule_.apply(rule_now_, to + at * rule_.grain, from + at * rule_.grain, pushed + (begin - first + done) * rule_.grain, states, n, how);
+      });
     });
   }
   /// The same on a copy: of values, states and steps of elements first..first+count-1, which is `values`.
@@ -162,14 +159,14 @@ class DensePart {
     read(first, count, [&](const std::byte* data, std::size_t n, Published*) { std::memcpy(v.values.data() + at, data, n * rule_.grain), at += n * rule_.grain; });
     return v;
   }
-  /// `more`: how many updates it has already had beside the part's own.
+  /// `more`: updates that it has already had beside the part's own, this one included.
   void update(View& v, std::size_t first, std::size_t count, const std::byte* pushed, Update how, std::uint64_t more) const {
-    each(first, count, [&](std::size_t b, std::size_t at, std::size_t n, std::size_t done) {
-      const std::size_t place = b * block_ + at - v.first;
+    each_run(first, count, [&](std::size_t begin, std::size_t length, std::uint64_t steps) {
+      const std::size_t place = begin - v.first;
       std::byte* states[8] = {};
       for (std::size_t s = 0; s < v.states.size(); ++s) states[s] = v.states[s].data() + place * rule_.state_grain;
-      how.step = blocks_[b].step + more + 1;
-      rule_.apply(rule_now_, v.values.data() + place * rule_.grain, v.values.data() + place * rule_.grain, pushed + done * rule_.grain, states, n, how);
+      how.step = steps + more;
+      rule_.apply(rule_now_, v.values.data() + place * rule_.grain, v.values.data() + place * rule_.grain, pushed + (begin - first) * rule_.grain, states, length, how);
     });
   }
   void use(const void* rule) { rule_now_ = rule; }
@@ -178,9 +175,9 @@ class DensePart {
     twin->rule_now_ = rule_now_;
     twin->states_ = states_;
     for (std::size_t b = 0; b < blocks_.size(); ++b) {
-      std::memcpy(twin->blocks_[b].now->data, blocks_[b].now->data, block_ * rule_.grain);
-      twin->blocks_[b].step = blocks_[b].step;
+      std::memcpy(twin->blocks_[b]->data, blocks_[b]->data, block_ * rule_.grain);
     }
+    twin->runs_ = runs_;
     return twin;
   }
   // Past the rule. Columns: the values, then the states.
@@ -194,21 +191,63 @@ class DensePart {
     if (column > 0) return void(std::memcpy(states_[column - 1].data() + first * rule_.state_grain, from, count * rule_.state_grain));
     each(first, count, [&](std::size_t b, std::size_t at, std::size_t n, std::size_t done) { std::memcpy(writable(blocks_[b], at, n) + at * rule_.grain, from + done * rule_.grain, n * rule_.grain); });
   }
-  /// f(first, count, steps) for each block.
+  /// f(first, count, steps) for each run of elements that have been updated equally often.
   template <class F>
   void each_step(F&& f) const {
-    for (std::size_t b = 0; b < blocks_.size(); ++b) f(b * block_, std::min(block_, count_ - b * block_), blocks_[b].step);
+    for (const Run& r : runs_) f(r.first, r.count, r.steps);
   }
-  /// Of the blocks that begin in there.
   void set_steps(std::size_t first, std::size_t count, std::uint64_t steps) {
-    for (std::size_t b = (first + block_ - 1) / block_; b < blocks_.size() && b * block_ < first + count; ++b) blocks_[b].step = steps;
+    cut(first), cut(first + count);
+    for (Run& r : runs_)
+      if (r.first >= first && r.first < first + count) r.steps = steps;
+    join();
   }
 
  private:
-  struct Block {
-    Published* now = nullptr;
-    std::uint64_t step = 0, last = 0;  // updates, and which the last one was
+  /// Elements that have been updated equally often. A few where whole tensors are pushed; at most one per place where a push began or ended.
+  struct Run {
+    std::size_t first, count;
+    std::uint64_t steps, last;  // updates, and which the last one was
   };
+  std::size_t run_at(std::size_t element) const {
+    return static_cast<std::size_t>(std::upper_bound(runs_.begin(), runs_.end(), element, [](std::size_t e, const Run& r) { return e < r.first; }) - runs_.begin()) - 1;
+  }
+  void cut(std::size_t at) {
+    if (at == 0 || at >= count_) return;
+    const std::size_t i = run_at(at);
+    if (runs_[i].first == at) return;
+    Run right = runs_[i];
+    right.count -= at - right.first;
+    right.first = at;
+    runs_[i].count = at - runs_[i].first;
+    runs_.insert(runs_.begin() + static_cast<std::ptrdiff_t>(i) + 1, right);
+  }
+  void join(std::uint64_t number = 0) {
+    std::size_t kept = 0;
+    for (Run& r : runs_)
+      if (r.last != number) r.last = 0;  // which earlier one it was does not matter any more
+    for (std::size_t i = 1; i < runs_.size(); ++i)
+      if (runs_[i].steps == runs_[kept].steps && runs_[i].last == runs_[kept].last) runs_[kept].count += runs_[i].count;
+      else runs_[++kept] = runs_[i];
+    if (!runs_.empty()) runs_.resize(kept + 1);
+  }
+  void count_updates(std::size_t first, std::size_t count, std::uint64_t number) {
+    if (count == 0) return;
+    cut(first), cut(first + count);
+    bool changed = false;
+    for (std::size_t i = run_at(first); i < runs_.size() && runs_[i].first < first + count; ++i)
+      if (std::exchange(runs_[i].last, number) != number) ++runs_[i].steps, changed = true;
+    if (changed && runs_.size() > 1) join(number);
+  }
+  /// f(first, count, steps) within these elements.
+  template <class F>
+  void each_run(std::size_t first, std::size_t count, F&& f) const {
+    if (count == 0) return;
+    for (std::size_t i = run_at(first); i < runs_.size() && runs_[i].first < first + count; ++i) {
+      const std::size_t begin = std::max(first, runs_[i].first), end = std::min(first + count, runs_[i].first + runs_[i].count);
+      f(begin, end - begin, runs_[i].steps);
+    }
+  }
   template <class F>
   void each(std::size_t first, std::size_t count, F&& f) const {
     for (std::size_t done = 0; done < count;) {
@@ -228,21 +267,22 @@ class DensePart {
     return p;
   }
   /// Where elements at..at+n-1 of the block may be written; the others are as they were.
-  std::byte* writable(Block& block, std::size_t at, std::size_t n) {
-    Published* const before = block.now;
+  std::byte* writable(Published*& block, std::size_t at, std::size_t n) {
+    Published* const before = block;
     if (before->leases == 0) return before->data;
-    block.now = fresh();
+    block = fresh();
     before->current = false;
-    std::memcpy(block.now->data, before->data, at * rule_.grain);
-    std::memcpy(block.now->data + (at + n) * rule_.grain, before->data + (at + n) * rule_.grain, (block_ - at - n) * rule_.grain);
-    return block.now->data;
+    std::memcpy(block->data, before->data, at * rule_.grain);
+    std::memcpy(block->data + (at + n) * rule_.grain, before->data + (at + n) * rule_.grain, (block_ - at - n) * rule_.grain);
+    return block->data;
   }
 
   Pool& pool_;
   const RuleOps& rule_;
   const void* rule_now_ = nullptr;
   std::size_t count_, block_;
-  std::vector<Block> blocks_;
+  std::vector<Published*> blocks_;
+  std::vector<Run> runs_;  // in order, together all elements
   std::vector<std::vector<std::byte>> states_;
   std::vector<std::unique_ptr<Published>> all_;
   std::vector<Published*> spare_;

@@ -113,7 +113,7 @@ struct Envelope {
   std::int32_t worker = -1;    // whom it is about
   float weight = 1;
   std::uint64_t sequence = 0;  // push: its number among this worker's to this shard, from 1 on. advance: of the last one before it. acknowledge: whose. pull: of the last own push it must see
-  std::uint64_t number = 0;    // push: among this worker's, whatever shards they go to. advance, leave, gone: all up to it are at all their shards. acknowledge: the last one that the shard holds no longer
+  std::uint64_t number = 0;    // push: among this worker's, whatever shards they go to. advance, leave, gone: all up to it are at all their shards (advance: and so is `first`). acknowledge: the last one that the shard holds no longer
   std::uint64_t clock = 0;     // the sender's. reply: below which all pushes are in it
   std::uint64_t first = 0, count = 0;  // elements of the tensor, or keys
   std::uint64_t bytes = 0;     // of the payload
