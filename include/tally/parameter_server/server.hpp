@@ -102,6 +102,8 @@ class TableServer {
         std::string problem = s->shard.problem_with(e);
         if (problem.empty() && table_.tensors[e.tensor].is_sparse() && !(e.flags & Envelope::of_cut)) problem = s->shard.problem_with_keys(e, payload.data());
         if (!problem.empty()) return refuse(peer, e, Errc::invalid_argument, problem);
+        if (e.kind == MessageKind::push && s->shard.knows(e)) return acknowledge(*s, e.worker, e.sequence, e.request);
+        if (e.kind == MessageKind::push && is_logged(*s, e)) return;  // it is on its way to the replica
         if (e.kind == MessageKind::push) return submit(*s, {e, std::move(payload), sent_at, peer});
         if (std::any_of(s->parked.begin(), s->parked.end(), [&](const Parked& p) { return p.peer == peer && p.e.request == e.request && p.e.first == e.first; })) return;  // said again
         Parked pull{e, peer, std::move(payload), false};
@@ -114,8 +116,11 @@ class TableServer {
       case MessageKind::set:
         if (std::string problem = s->shard.problem_with(e); !problem.empty()) return refuse(peer, e, Errc::invalid_argument, problem);
         return submit(*s, {e, std::move(payload), sent_at, peer});
-      case MessageKind::cut:
       case MessageKind::advance:
+        if (s->shard.knows(e)) return acknowledge(*s, e.worker, 0, 0);  // what was said of credit may have been lost
+        if (is_logged(*s, e)) return;
+        return submit(*s, {e, std::move(payload), sent_at, peer});
+      case MessageKind::cut:
       case MessageKind::leave: return submit(*s, {e, std::move(payload), sent_at, peer});
       default: return refuse(peer, e, Errc::protocol, concat({"a server has no use for a ", name_of(e.kind)}));
     }
@@ -136,7 +141,7 @@ class TableServer {
           const auto worker = static_cast<std::int32_t>(w);
           if (!s.shard.is_live(worker)) continue;
           if (host_.is_gone(table_.workers[w])) views_[w].wanted = true, ask_for_ = true;  // the primary knew, and perhaps the others, too
-          else tell_credit(s, worker);  // it may have been about to
+          else acknowledge(s, worker, 0, 0);  // it may have been about to
         }
         for (Entry& early : std::exchange(s.early, {})) received(early.from, early.e, std::move(early.payload), early.sent_at);
       }
@@ -157,8 +162,8 @@ class TableServer {
   /// What was not confirmed for so long may be lost.
   void retry(Ticks now, Ticks after) {
     for (const auto& s : served_)
-      for (Entry& entry : s->log)
-        if (now - entry.forwarded_at > after) forward(*s, entry);
+      for (std::size_t i = 0; i < std::min<std::size_t>(s->log.size(), 8); ++i)  // those behind them wait for them in any case
+        if (now - s->log[i].forwarded_at > after) forward(*s, s->log[i]);
     if (now - told_at_ <= after) return;
     told_at_ = now;
     for (std::size_t w = 0; w < views_.size(); ++w)
@@ -300,19 +305,7 @@ class TableServer {
     s.shard.events.clear();
   }
   void tell(Served& s, const Envelope& e) {
-    Envelope answer;
-    answer.kind = MessageKind::acknowledge;
-    answer.shard = static_cast<std::uint16_t>(s.shard.index());
-    const auto send = [&](std::int32_t worker, std::uint64_t sequence, std::uint64_t request, const Lateness* late = nullptr) {
-      const Rank to = table_.workers[static_cast<std::size_t>(worker)];
-      if (host_.is_gone(to)) return;
-      answer.worker = worker;
-      answer.sequence = sequence;
-      answer.request = request;
-      answer.number = s.told[static_cast<std::size_t>(worker)] = s.shard.freed(worker);
-      answer.clock = s.shard.version();
-      host_.send(to, answer, {}, late);
-    };
+    const auto send = [&](std::int32_t worker, std::uint64_t sequence, std::uint64_t request, const Lateness* late = nullptr) { acknowledge(s, worker, sequence, request, late); };
     // Of a copy: who is told may be on this rank, and go on at once.
     std::vector<Shard::Events::Acknowledge> acknowledged = std::exchange(acknowledged_, {});  // memory that is used again
     acknowledged.swap(s.shard.events.acknowledge);
@@ -321,21 +314,27 @@ class TableServer {
     acknowledged.clear();
     acknowledged_ = std::move(acknowledged);
     const std::string why = std::exchange(s.shard.events.refused, {});
-    // A repeated word of a clock is answered as well: what was said of credit may have been lost.
-    if (e.kind == MessageKind::advance && table_.options.retry_after > nanoseconds{0} && s.shard.is_live(e.worker)) send(e.worker, 0, 0);
     if (!why.empty()) refuse(table_.workers[static_cast<std::size_t>(e.worker)], e, Errc::invalid_argument, why);
     else if (e.request != 0 && e.kind != MessageKind::push) send(e.worker, 0, e.request);
     for (std::size_t w = 0; freed && w < s.told.size(); ++w)
       if (s.told[w] != s.shard.freed(static_cast<std::int32_t>(w)) && s.shard.is_live(static_cast<std::int32_t>(w))) send(static_cast<std::int32_t>(w), 0, 0, s.gate.until > 0 ? &s.gate : nullptr);
     if (readable) release(s);
   }
-  void tell_credit(Served& s, std::int32_t worker) {
+  /// To a worker: a push is kept (or, without a sequence, something else is done), and what is held of its pushes no longer.
+  void acknowledge(Served& s, std::int32_t worker, std::uint64_t sequence, std::uint64_t request, const Lateness* late = nullptr) {
+    const Rank to = table_.workers[static_cast<std::size_t>(worker)];
+    if (host_.is_gone(to)) return;
     Envelope e;
     e.kind = MessageKind::acknowledge;
     e.shard = static_cast<std::uint16_t>(s.shard.index());
     e.worker = worker;
+    e.sequence = sequence;
+    e.request = request;
     e.number = s.told[static_cast<std::size_t>(worker)] = s.shard.freed(worker);
-    host_.send(table_.workers[static_cast<std::size_t>(worker)], e);
+    host_.send(to, e, {}, late);
+  }
+  static bool is_logged(const Served& s, const Envelope& e) {
+    return std::any_of(s.log.begin(), s.log.end(), [&](const Entry& known) { return known.e.kind == e.kind && known.e.worker == e.worker && known.e.sequence == e.sequence && known.e.clock == e.clock && known.e.number == e.number && known.e.first == e.first; });
   }
   void release(Served& s) {
     for (std::size_t i = 0; i < s.parked.size();) {

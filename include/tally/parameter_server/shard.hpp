@@ -183,6 +183,17 @@ class Shard {
     for (Contribution& c : m->contributions) c.payload.own(pool_, true);
   }
 
+  /// Whether it would change nothing: a push that is kept already, or what was said of a clock.
+  bool knows(const Envelope& e) const {
+    const Member* const m = member(e.worker);
+    if (!m || !m->live) return false;
+    if (e.kind == MessageKind::push) {
+      const std::uint64_t at = e.sequence - m->accepted - 1;
+      return e.sequence > 0 && (e.sequence <= m->accepted || (at < m->staged.size() && m->staged[at].here));
+    }
+    return e.kind == MessageKind::advance && e.clock <= m->announced && e.number <= m->committed && (e.first <= m->committed || std::find(m->complete.begin(), m->complete.end(), e.first) != m->complete.end());
+  }
+
   // What it is.
 
   int index() const { return index_; }

@@ -181,16 +181,19 @@ class ErasedTransport final : public AnyTransport {
 template <Transport T>
 struct Erasure {
   using Function = std::unique_ptr<AnyTransport> (*)(std::unique_ptr<T>);
-  static inline constinit std::atomic<Function> function{nullptr};
+  static std::atomic<Function>& function() {  // a member would be incomplete to nvcc 13
+    static constinit std::atomic<Function> function{nullptr};
+    return function;
+  }
   static void enable() {
-    function.store([](std::unique_ptr<T> transport) -> std::unique_ptr<AnyTransport> { return std::make_unique<ErasedTransport<T>>(std::move(transport)); }, std::memory_order_relaxed);
+    function().store([](std::unique_ptr<T> transport) -> std::unique_ptr<AnyTransport> { return std::make_unique<ErasedTransport<T>>(std::move(transport)); }, std::memory_order_relaxed);
   }
 };
 
 /// Null if nobody has.
 template <Transport T>
 std::unique_ptr<AnyTransport> erase(std::unique_ptr<T> transport) {
-  const auto function = Erasure<T>::function.load(std::memory_order_relaxed);
+  const auto function = Erasure<T>::function().load(std::memory_order_relaxed);
   return function ? function(std::move(transport)) : nullptr;
 }
 
