@@ -85,7 +85,7 @@ class TableServer {
     if (e.worker != worker) return refuse(peer, e, Errc::protocol, concat({"rank ", peer, " speaks for worker ", e.worker, ", which it is not"}));
     if (worker < 0 && e.kind != MessageKind::pull) return refuse(peer, e, Errc::invalid_argument, concat({"rank ", peer, " is no worker of this table: it may only pull"}));
     if (s->primary != host_.rank()) {  // it knows earlier than this rank that the primary is gone
-      if (std::any_of(s->early.begin(), s->early.end(), [&](const Entry& known) { return known.from == peer && known.e.request == e.request && known.e.kind == e.kind && known.e.sequence == e.sequence && known.e.clock == e.clock; })) return;
+      if (std::any_of(s->early.begin(), s->early.end(), [&](const Entry& known) { return known.from == peer && is_same(known.e, e); })) return;
       payload.own(pool_);
       s->early.push_back({e, std::move(payload), sent_at, peer});
       return;
@@ -334,7 +334,11 @@ class TableServer {
     host_.send(to, e, {}, late);
   }
   static bool is_logged(const Served& s, const Envelope& e) {
-    return std::any_of(s.log.begin(), s.log.end(), [&](const Entry& known) { return known.e.kind == e.kind && known.e.worker == e.worker && known.e.sequence == e.sequence && known.e.clock == e.clock && known.e.number == e.number && known.e.first == e.first; });
+    return std::any_of(s.log.begin(), s.log.end(), [&](const Entry& known) { return is_same(known.e, e); });
+  }
+  /// Said twice.
+  static bool is_same(const Envelope& a, const Envelope& b) {
+    return a.kind == b.kind && a.worker == b.worker && a.request == b.request && a.sequence == b.sequence && a.clock == b.clock && a.number == b.number && a.first == b.first;
   }
   void release(Served& s) {
     for (std::size_t i = 0; i < s.parked.size();) {
