@@ -12,7 +12,7 @@ layers=(
   "clock wait thread_rule file quiet_thread local_socket figures host memory topology copy operators reduce share kernel_copy objective network/* transport/* energy/* account/*"
   "call staging gate prepared progress run neighbours diagnosis local_steps mailbox share_work engine choose cost group options"
   "calls operation progress_thread fusion communicator mesh bootstrap launch parameter_server parameter_server/*"
-  "tally carbon_files energy job_account nvtx tcp ucx mpi verbs pmix tls"
+  "tally carbon_files energy job_account nvtx table_guest tcp ucx mpi verbs pmix tls"
 )
 # Header: what it may include of its own layer. Siblings in algorithms/, transport/ and energy/ stay apart.
 exceptions=(
@@ -128,7 +128,9 @@ exceptions=(
   "parameter_server/server: parameter_server/post parameter_server/shard"
   "parameter_server/client: parameter_server/operation parameter_server/server"
   "parameter_server/operation: parameter_server/table"
-  "parameter_server/node: parameter_server/client"
+  "parameter_server/node: parameter_server/client parameter_server/door"
+  "parameter_server/door: parameter_server/post"
+  "parameter_server/guest: parameter_server/client parameter_server/door"
   "parameter_server/table: parameter_server/rules"
   "parameter_server/store: parameter_server/rules"
   "parameter_server/post: parameter_server/store parameter_server/table"

@@ -49,7 +49,7 @@ struct PullOptions {
 class TableOperation {
  public:
   TableOperation() = default;
-  TableOperation(std::shared_ptr<detail::TableNode> node, detail::TableOp* op) : node_(std::move(node)), op_(op) {}
+  TableOperation(std::shared_ptr<detail::TableUser> node, detail::TableOp* op) : node_(std::move(node)), op_(op) {}
   TableOperation(TableOperation&& other) noexcept : node_(std::move(other.node_)), op_(std::exchange(other.op_, nullptr)) {}
   TableOperation& operator=(TableOperation&& other) noexcept {
     std::swap(node_, other.node_), std::swap(op_, other.op_);
@@ -68,7 +68,7 @@ class TableOperation {
   }
 
  private:
-  std::shared_ptr<detail::TableNode> node_;
+  std::shared_ptr<detail::TableUser> node_;
   detail::TableOp* op_ = nullptr;
 };
 
@@ -78,12 +78,12 @@ namespace detail {
 template <class T>
 class TensorHandle {
  public:
-  TensorHandle(std::shared_ptr<TableNode> node, std::size_t tensor) : node_(std::move(node)), tensor_(tensor) {}
+  TensorHandle(std::shared_ptr<TableUser> node, std::size_t tensor) : node_(std::move(node)), tensor_(tensor) {}
 
  protected:
   const TensorSpec& spec() const { return node_->table().tensors[tensor_]; }
   TableOp& make(Collective what, const T* in, T* out, double weight, int priority, nanoseconds timeout) const {
-    if (!node_->is_worker() && in) throw Error(Errc::invalid_argument, {name_of(what), "('", spec().name, "'): rank ", node_->rank(), " is no worker of this table: it serves, and may only pull"});
+    if (!node_->is_worker() && in) throw Error(Errc::invalid_argument, {name_of(what), "('", spec().name, "'): ", node_->rank() < node_->table().size ? concat({"rank ", node_->rank(), " is no worker of this table: it serves"}) : "a reader is no worker of this table", ", and may only pull"});
     if (!(static_cast<float>(weight) > 0) || !(weight <= 3e38)) throw Error(Errc::invalid_argument, {name_of(what), "('", spec().name, "'): a weight must be a positive number"});
     TableOp& op = node_->take();
     op.call = {};
@@ -108,7 +108,7 @@ class TensorHandle {
     if (count != expected) throw Error(Errc::invalid_argument, {name_of(what), "('", spec().name, "'): the buffer has ", count, " elements, expected ", expected});
   }
 
-  std::shared_ptr<TableNode> node_;
+  std::shared_ptr<TableUser> node_;
   std::size_t tensor_;
 };
 
@@ -118,7 +118,7 @@ class TensorHandle {
 template <Element T>
 class DenseTensor : public detail::TensorHandle<T> {
  public:
-  DenseTensor(std::shared_ptr<detail::TableNode> node, std::size_t tensor, std::size_t first, std::size_t count) : detail::TensorHandle<T>(std::move(node), tensor), first_(first), count_(count) {}
+  DenseTensor(std::shared_ptr<detail::TableUser> node, std::size_t tensor, std::size_t first, std::size_t count) : detail::TensorHandle<T>(std::move(node), tensor), first_(first), count_(count) {}
   std::size_t size() const { return count_; }
   DenseTensor range(std::size_t first, std::size_t count) const {
     if (first > count_ || count > count_ - first) throw Error(Errc::invalid_argument, {"range: elements ", first, " to ", first + count, " of '", this->spec().name, "', which has ", count_});
@@ -166,7 +166,7 @@ class DenseTensor : public detail::TensorHandle<T> {
 template <Element T>
 class SparseRows : public detail::TensorHandle<T> {
  public:
-  SparseRows(std::shared_ptr<detail::TableNode> node, std::size_t tensor, std::span<const std::uint64_t> keys) : detail::TensorHandle<T>(std::move(node), tensor), keys_(keys) {}
+  SparseRows(std::shared_ptr<detail::TableUser> node, std::size_t tensor, std::span<const std::uint64_t> keys) : detail::TensorHandle<T>(std::move(node), tensor), keys_(keys) {}
   /// values: keys.size() rows, one after another.
   Report push(std::span<const T> values, const PushOptions& options = {}) const { return this->run(pushing(Collective::push, values, nullptr, options)).report; }
   TableOperation async_push(std::span<const T> values, const PushOptions& options = {}) const { return this->start(pushing(Collective::push, values, nullptr, options)); }
@@ -200,13 +200,48 @@ class SparseRows : public detail::TensorHandle<T> {
 template <Element T>
 class SparseTensor {
  public:
-  SparseTensor(std::shared_ptr<detail::TableNode> node, std::size_t tensor) : node_(std::move(node)), tensor_(tensor) {}
+  SparseTensor(std::shared_ptr<detail::TableUser> node, std::size_t tensor) : node_(std::move(node)), tensor_(tensor) {}
   /// The keys must stay until what is done with them is done.
   SparseRows<T> rows(std::span<const std::uint64_t> keys) const { return {node_, tensor_, keys}; }
 
  private:
-  std::shared_ptr<detail::TableNode> node_;
+  std::shared_ptr<detail::TableUser> node_;
   std::size_t tensor_;
+};
+
+/// The tensors of a table, by their names.
+template <Element T>
+class TableTensors {
+ public:
+  /// A vector of the table's; Errc::invalid_argument if there is none of that name.
+  DenseTensor<T> operator[](std::string_view name) const { return dense(name); }
+  DenseTensor<T> dense(std::string_view name) const {
+    const std::size_t i = find(name);
+    if (user_->table().tensors[i].is_sparse()) throw Error(Errc::invalid_argument, {"'", name, "' has rows that are found by keys: see sparse()"});
+    return {user_, i, 0, user_->table().tensors[i].count};
+  }
+  /// One that has rows.
+  SparseTensor<T> sparse(std::string_view name) const {
+    const std::size_t i = find(name);
+    if (!user_->table().tensors[i].is_sparse()) throw Error(Errc::invalid_argument, {"'", name, "' is a vector: see dense()"});
+    return {user_, i};
+  }
+
+ protected:
+  TableTensors() = default;
+  explicit TableTensors(std::shared_ptr<detail::TableUser> user) : user_(std::move(user)) {}
+  void use(std::shared_ptr<detail::TableUser> user) { user_ = std::move(user); }
+
+ private:
+  std::size_t find(std::string_view name) const {
+    const auto& all = user_->table().tensors;
+    const auto found = std::find_if(all.begin(), all.end(), [&](const TensorSpec& t) { return t.name == name; });
+    if (found != all.end()) return static_cast<std::size_t>(found - all.begin());
+    std::string known;
+    for (const TensorSpec& t : all) known += detail::concat({known.empty() ? "'" : ", '", t.name, "'"});
+    throw Error(Errc::invalid_argument, {"there is no tensor '", name, "'; there are ", known});
+  }
+  std::shared_ptr<detail::TableUser> user_;
 };
 
 namespace detail {
@@ -236,12 +271,17 @@ namespace detail {
   if (options.replicas == 1 && t.servers.size() < 2) wrong({"a replica needs a second server"});
   if (rule.whole_clocks && !options.fold.waits()) wrong({"this rule wants what all workers push in a clock together: fold by_rank or as an algorithm, not by arrival"});
   if (options.fold.waits() && !rule.combine.function) wrong({"what workers push cannot be folded: the rule's elements have no sum, and it has no Combine"});
+  if (options.guests < 0 || options.guests > 1024) wrong({"guests may be 0 to 1024, not ", options.guests});
+  if (options.guests > 0 && options.door.empty()) wrong({"workers that come later need a door (TableOptions::door)"});
+  if (options.guests > 0 && n + options.guests > 65535) wrong({"it cannot have ", n + options.guests, " workers"});
+  if (!options.door.empty()) (void)detail::split_address(options.door);
   if (options.block_bytes < rule.grain) wrong({"blocks of ", options.block_bytes, " bytes hold no element of ", rule.grain});
   t.tensors = std::move(tensors);
   t.options = std::move(options);
   t.rule = rule;
   t.size = n;
   t.group = static_cast<int>(t.workers.size()) == n ? group : Grouping{};
+  for (int g = 0; g < t.options.guests; ++g) t.workers.push_back(n + g);
   return t;
 }
 
@@ -252,7 +292,7 @@ namespace detail {
 /// a rank that destroys its table without it has left, and what only it kept is lost.
 template <Element T, class Rule = Add>
   requires ServerRule<Rule, T>
-class ParameterServer {
+class ParameterServer : public TableTensors<T> {
  public:
   ParameterServer(Communicator& comm, std::vector<TensorSpec> tensors, TableOptions options = {}, const Rule& rule = {}) {
     detail::Erasure<SlotTransport>::enable();
@@ -262,34 +302,23 @@ class ParameterServer {
     auto transport = comm.open_transport(table.description(), table.shared_bytes(), memory);
     const AnyEngine::Settings engine = comm.settings();
     node_ = std::make_shared<detail::TableNode>(std::move(transport), std::move(memory), std::move(table), kept, detail::TableSettings{engine.clock, engine.wait, engine.accounting, comm.timeout(), comm.ledger().settings(), true});
+    this->use(node_);
+    if (!node_->table().options.door.empty()) open_door(comm);
   }
   /// Over a transport of its own; for tests.
   ParameterServer(std::unique_ptr<AnyTransport> transport, std::vector<TensorSpec> tensors, TableOptions options, const Rule& rule, const detail::TableSettings& settings) {
     const auto kept = std::make_shared<const Rule>(rule);
     const int n = transport->size();
     node_ = std::make_shared<detail::TableNode>(std::move(transport), nullptr, detail::make_table(std::move(tensors), std::move(options), detail::rule_ops<T>(*kept), n, {}), kept, settings);
-  }
-
-  /// A vector of the table's; Errc::invalid_argument if there is none of that name.
-  DenseTensor<T> operator[](std::string_view name) const { return dense(name); }
-  DenseTensor<T> dense(std::string_view name) const {
-    const std::size_t i = find(name);
-    if (node_->table().tensors[i].is_sparse()) throw Error(Errc::invalid_argument, {"'", name, "' has rows that are found by keys: see sparse()"});
-    return {node_, i, 0, node_->table().tensors[i].count};
-  }
-  /// One that has rows.
-  SparseTensor<T> sparse(std::string_view name) const {
-    const std::size_t i = find(name);
-    if (!node_->table().tensors[i].is_sparse()) throw Error(Errc::invalid_argument, {"'", name, "' is a vector: see dense()"});
-    return {node_, i};
+    this->use(node_);
   }
 
   /// This worker has ended a clock: its pushes from now on belong to the next one. Never waits.
-  void tick() { node_->tick(); }
-  /// Ticks until the clock is that; Errc::invalid_argument if it is past that already.
+  void tick() { node_->tick_to(node_->clock() + 1); }
+  /// As many ticks as it takes to that clock; Errc::invalid_argument if it is past that already.
   void tick_to(std::uint64_t clock) {
     if (clock < node_->clock()) throw Error(Errc::invalid_argument, {"tick_to: the clock of rank ", node_->rank(), " is ", node_->clock(), ", it cannot go back to ", clock});
-    while (node_->clock() < clock) tick();
+    if (clock > node_->clock()) node_->tick_to(clock);
   }
   std::uint64_t clock() const { return node_->clock(); }
   bool is_worker() const { return node_->is_worker(); }
@@ -306,6 +335,9 @@ class ParameterServer {
   /// This worker leaves; its rank serves until all others have. Collective, in no order.
   void close() { node_->close(); }
 
+  /// Where readers, and workers that come later, may come in (see TableOptions::door): any of these, HOST:PORT, one for each server.
+  const std::vector<std::string>& doors() const { return doors_; }
+
   const Ledger& ledger() const { return node_->ledger(); }
   TransportCounters counters() const { return node_->counters(); }
   auto traffic() const { return node_->traffic(); }
@@ -315,15 +347,39 @@ class ParameterServer {
   }
 
  private:
-  std::size_t find(std::string_view name) const {
-    const auto& all = node_->table().tensors;
-    const auto found = std::find_if(all.begin(), all.end(), [&](const TensorSpec& t) { return t.name == name; });
-    if (found != all.end()) return static_cast<std::size_t>(found - all.begin());
-    std::string known;
-    for (const TensorSpec& t : all) known += detail::concat({known.empty() ? "'" : ", '", t.name, "'"});
-    throw Error(Errc::invalid_argument, {"there is no tensor '", name, "'; there are ", known});
+  /// Each server opens its own, and all are told where they are. Collective.
+  [[gnu::cold]] void open_door(Communicator& comm) {
+    const detail::Table& table = node_->table();
+    const auto mine = std::find(table.servers.begin(), table.servers.end(), comm.rank());
+    struct Where {
+      SocketAddress address;
+      char problem[232] = {};
+    } where;
+    static_assert(sizeof(Where) == 256);
+    detail::FileDescriptor listens;
+    try {
+      if (mine != table.servers.end()) listens = detail::open_door(table.options.door, mine == table.servers.begin(), where.address);
+    } catch (const Error& error) {
+      where.address = {};
+      std::string(error.what()).copy(where.problem, sizeof where.problem - 1);
+    }
+    std::vector<std::byte> all(static_cast<std::size_t>(comm.size()) * sizeof where);
+    comm.all_gather(std::as_bytes(std::span(&where, 1)), std::span(all));
+    detail::TableNotice notice{table, {}};
+    for (const Rank server : table.servers) {
+      std::memcpy(&where, all.data() + static_cast<std::size_t>(server) * sizeof where, sizeof where);
+      where.problem[sizeof where.problem - 1] = '\0';
+      if (!where.address.is_valid()) throw Error(Errc::invalid_argument, {"a table's door: rank ", server, ": ", where.problem});
+      notice.doors.push_back(where.address);
+      doors_.push_back(where.address.text());
+    }
+    if (mine == table.servers.end()) return;
+    auto door = std::make_unique<detail::TableDoor>(std::move(listens), detail::door_settings(node_->timeout(), comm.settings().clock), table.credits(), [node = node_.get()] { node->wake(); });
+    door->open(notice.bytes(), static_cast<std::size_t>(mine - table.servers.begin()));
+    node_->let_in(std::move(door));
   }
   std::shared_ptr<detail::TableNode> node_;
+  std::vector<std::string> doors_;
 };
 
 }  // namespace tally::inline v0

@@ -325,7 +325,7 @@ class Progress {
     const Ticks arrived = sent_at - std::min<Ticks>(sent_at, Ticks{times.arrive_age} * age_unit);
     const Ticks late_by = times.late_age == age_limit ? 0 : Ticks{times.late_age} * age_unit;
     const Ticks late_until = std::max(arrived, sent_at - std::min(sent_at, late_by));
-    const Rank culprit = times.culprit < transport_.size() ? times.culprit : t.peer;  // never trust a peer's index
+    const Rank culprit = times.culprit < account.watch.size() ? times.culprit : t.peer;  // never trust a peer's index
     const auto split = [&](Ticks begin, Ticks end) {
       const Ticks came = std::clamp(arrived, begin, end), ready = std::clamp(late_until, came, end);
       account.watch.blame(t.peer, State::wait_arrival, came - begin);

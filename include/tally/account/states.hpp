@@ -58,6 +58,8 @@ class Stopwatch {
     }
     blamed_.clear();
   }
+  /// Ranks that may be waited for.
+  int size() const { return static_cast<int>(waits_.size()); }
   State state() const { return state_; }
   Ticks mark() const { return mark_; }
   void enter(State state, Ticks now) {

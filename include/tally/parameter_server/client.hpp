@@ -47,6 +47,13 @@ class TableClient {
   }
 
   bool is_worker() const { return me_ >= 0; }
+  /// It has become a worker, whose clock is that.
+  void join(std::int32_t worker, std::uint64_t clock) {
+    me_ = worker;
+    clock_ = told_.clock = clock;
+    for (int s = 0; s < table_.shards(); ++s)
+      if (!is_lost(link(s))) tell(s, 0);
+  }
   std::uint64_t clock() const { return clock_; }
 
   void start(TableOp& op) {
@@ -95,9 +102,10 @@ class TableClient {
     for (std::size_t i = pushes; i < op.parts.size(); ++i) link(op.parts[i].shard).pulls.push_back(&op.parts[i]);
     for (Link& l : links_) pump(l);
   }
-  /// One more clock. It is told to the servers when everything pushed so far is where it belongs.
-  void tick() {
-    ++clock_;
+  void tick() { tick_to(clock_ + 1); }
+  /// A later clock. It is told to the servers when everything pushed so far is where it belongs.
+  void tick_to(std::uint64_t clock) {
+    clock_ = clock;
     ticks_.push_back(clock_);
     for (Link& l : links_) l.since_tick = 0;
     settle();
@@ -120,7 +128,7 @@ class TableClient {
     op.remaining = 1;
     op.parts[0].op = &op;
     e.shard = static_cast<std::uint16_t>(shard);
-    e.worker = me_;
+    if (e.kind != MessageKind::join) e.worker = me_;
     e.request = op.request;
     e.bytes = op.rows_in.size();
     op.asked = e;
@@ -223,7 +231,7 @@ class TableClient {
   Rank server_of(int shard) const { return links_[static_cast<std::size_t>(shard)].server; }
   std::string text_of(const TableOp& op) const {
     const TableCall& c = op.call;
-    if (c.what == Collective::leave) return op.asked.kind == MessageKind{} ? "leaving the table" : concat({"a snapshot at clock ", op.asked.clock});
+    if (c.what == Collective::leave) return op.asked.kind == MessageKind{} ? "leaving the table" : op.asked.kind == MessageKind::join ? "joining the table" : concat({"a snapshot at clock ", op.asked.clock});
     const TensorSpec& t = table_.tensors[c.tensor];
     return t.is_sparse() ? concat({name_of(c.what), "('", t.name, "', ", op.keys.size(), " rows)"}) : concat({name_of(c.what), "('", t.name, "', elements ", c.first, " to ", c.first + c.count, ")"});
   }

@@ -25,6 +25,7 @@
 #include "../progress.hpp"
 #include "../quiet_thread.hpp"
 #include "client.hpp"
+#include "door.hpp"
 
 namespace tally::inline v0::detail {
 
@@ -37,13 +38,13 @@ struct TableSettings {
   bool threaded = true;  // a thread serves while the worker is elsewhere
 };
 
-class TableNode final : private TableHost, private Post::Handler, private TableClient::Events {
+class TableNode final : public TableUser, private TableHost, private Post::Handler, private TableClient::Events {
  public:
   TableNode(std::unique_ptr<AnyTransport> transport, std::unique_ptr<SymmetricMemory> memory, Table table, std::shared_ptr<const void> rule, TableSettings settings)
       : transport_(std::move(transport)), memory_(std::move(memory)), table_(std::move(table)), rule_(std::move(rule)), clock_(settings.clock), timeout_(settings.timeout), accounting_(settings.accounting),
         pool_(shared_of(transport_->rank()).first(memory_ ? table_.arena_bytes() : 0)),
-        ledger_(transport_->size(), transport_->rank(), transport_->name(), clock_, std::move(settings.account)), progress_(*transport_, clock_, settings.wait, settings.accounting),
-        serving_(transport_->size()), gone_(static_cast<std::size_t>(transport_->size())), post_(*transport_, progress_, *this, pool_, table_.options.block_bytes),
+        ledger_(transport_->size() + table_.options.guests, transport_->rank(), transport_->name(), clock_, std::move(settings.account)), progress_(*transport_, clock_, settings.wait, settings.accounting),
+        serving_(transport_->size() + table_.options.guests), gone_(static_cast<std::size_t>(transport_->size())), post_(*transport_, progress_, *this, pool_, table_.options.block_bytes),
         client_(*this, *this, table_), server_(*this, table_, pool_, rule_.get()), name_(text_of(table_.options.consistency)), retry_after_(clock_.to_ticks(table_.options.retry_after)) {
     transport_->context = this;
     transport_->before_park = [](void* node) { static_cast<TableNode*>(node)->oust(); };
@@ -59,6 +60,7 @@ class TableNode final : private TableHost, private Post::Handler, private TableC
   /// Says goodbye to nobody but the transport: close() does.
   ~TableNode() override {
     stop();
+    visitors_.reset();
     post_.withdraw();
     book_serving(true);
     leave();
@@ -66,51 +68,26 @@ class TableNode final : private TableHost, private Post::Handler, private TableC
   }
   TableNode(const TableNode&) = delete;
 
-  const Table& table() const { return table_; }
+  const Table& table() const override { return table_; }
   Rank rank() const override { return transport_->rank(); }
   std::uint64_t clock() const { return client_.clock(); }
-  bool is_worker() const { return client_.is_worker(); }
+  bool is_worker() const override { return client_.is_worker(); }
   const Ledger& ledger() const { return ledger_; }
   nanoseconds timeout() const { return timeout_; }
 
-  TableOp& take() {
+  TableOp& take() override {
     const std::lock_guard lock(ops_mutex_);
     if (free_.empty()) {
-      all_.push_back(std::make_unique<TableOp>(transport_->size()));
+      all_.push_back(std::make_unique<TableOp>(transport_->size() + table_.options.guests));
       free_.push_back(all_.back().get());
     }
     TableOp* const op = free_.back();
     free_.pop_back();
-    op->error = nullptr;
-    op->parts.clear();
-    op->number = 0;
-    op->failing = false;
-    op->done = op->booked = false;
-    op->moved = {};
-    op->asked = {};
-    op->rows_in.clear();
-    op->exposed = 0;
-    op->report = {};
+    op->reset();
     return *op;
   }
-  /// To its end.
-  Report run(TableOp& op) {
-    const Ticks called = clock_.now();
-    const Inside inside(*this);
-    begin(op, false, called);
-    attempt([&] {
-      start(op);
-      while (!op.done) turn();
-      if (!threaded_) look_after_others();
-      transport_->flush();
-    });
-    if (!op.done) fail(op);
-    progress_.stop();
-    const Report report = op.report;
-    const auto error = op.error;
-    give_back(op);
-    if (error) std::rethrow_exception(error);
-    return report;
+  Report run(TableOp& op) override {
+    return complete(op, [&] { start(op); });
   }
   /// A shard is asked for something that is no push or pull, with `payload`. Returns the answer, of which up to `capacity` bytes go to `out`.
   Envelope ask(int shard, const Envelope& e, std::vector<std::byte>&& payload, std::byte* out = nullptr, std::size_t capacity = 0) {
@@ -121,23 +98,11 @@ class TableNode final : private TableHost, private Post::Handler, private TableC
     op.call.out = out;
     op.capacity = capacity;
     op.asked = e;
-    const Ticks called = clock_.now();
-    const Inside inside(*this);
-    begin(op, false, called);
-    attempt([&] {
-      client_.ask(op, shard, e);
-      while (!op.done) turn();
-      transport_->flush();
-    });
-    if (!op.done) fail(op);
-    progress_.stop();
-    const auto error = op.error;
-    const Envelope answer = op.answer;
-    give_back(op);
-    if (error) std::rethrow_exception(error);
+    Envelope answer;
+    complete(op, [&] { client_.ask(op, shard, e); }, &answer);
     return answer;
   }
-  void start_in_background(TableOp& op) {
+  void start_in_background(TableOp& op) override {
     const Ticks called = clock_.now();
     const Inside inside(*this);
     begin(op, true, called);
@@ -149,12 +114,12 @@ class TableNode final : private TableHost, private Post::Handler, private TableC
     if (failed_ && !op.done) fail(op);
     op.exposed = progress_.rest() - called;
   }
-  bool is_done(TableOp& op) {
+  bool is_done(TableOp& op) override {
     const Inside inside(*this);
     if (!op.done) wait_for([&] { return op.done; }, op, nanoseconds{0});
     return op.done;
   }
-  Report wait(TableOp& op) {
+  Report wait(TableOp& op) override {
     const Ticks before = clock_.now();
     const Inside inside(*this);
     if (!op.done) {
@@ -167,7 +132,7 @@ class TableNode final : private TableHost, private Post::Handler, private TableC
     if (op.error) std::rethrow_exception(op.error);
     return report;
   }
-  void abandon(TableOp& op) {
+  void abandon(TableOp& op) override {
     const Inside inside(*this);
     try {
       if (!op.done) wait_for([&] { return op.done; }, op, timeout_of(op));
@@ -176,13 +141,13 @@ class TableNode final : private TableHost, private Post::Handler, private TableC
     }
     give_back(op);
   }
-  void tick() {
+  void tick_to(std::uint64_t clock) {
     const Inside inside(*this);
     expect_usable();
     client_.expect_pushing();
     progress_.drive(timeout_);
     attempt([&] {
-      client_.tick();
+      client_.tick_to(clock);
       drain();
       transport_->flush();
     });
@@ -198,20 +163,10 @@ class TableNode final : private TableHost, private Post::Handler, private TableC
       op.call = {};
       op.call.what = Collective::leave;
       op.call.timeout = timeout_;
-      const Ticks called = clock_.now();
-      const Inside inside(*this);
-      begin(op, false, called);
-      attempt([&] {
+      complete(op, [&] {
         while (!client_.is_settled()) turn();
         client_.leave(op);
-        while (!op.done) turn();
-        transport_->flush();
       });
-      if (!op.done) fail(op);
-      progress_.stop();
-      const auto error = op.error;
-      give_back(op);
-      if (error) std::rethrow_exception(error);
     }
     serve();
   }
@@ -226,12 +181,20 @@ class TableNode final : private TableHost, private Post::Handler, private TableC
     attempt([&] {
       while (server_.is_needed() || !post_.idle()) turn();
       transport_->flush();
+      visitors_.reset();
       for (const Ticks end = clock_.now() + clock_.to_ticks(timeout_); transport_->has_rest() && clock_.now() < end;) transport_->settle(), std::this_thread::yield();
     });
     forever_ = false;
     progress_.rest();
     if (failed_) throw *failed_;
   }
+  /// Guests may come in by this door.
+  void let_in(std::unique_ptr<TableDoor> door) {
+    const Inside inside(*this);
+    visitors_ = std::make_unique<Visitors>(std::move(door), static_cast<Rank>(table_.size + table_.options.guests));
+  }
+  /// There is news for who drives this rank. By any thread.
+  void wake() { transport_->interrupt(); }
   /// f(server) while nobody else is in here.
   template <class F>
   auto look(F&& f) {
@@ -284,7 +247,7 @@ class TableNode final : private TableHost, private Post::Handler, private TableC
     throw Error(Errc::timeout, what, {rank(), peer, op.sequence, progress_.waited()});
   }
   static Ticks expected_wait() { return 0; }
-  bool interrupted() const { return false; }
+  bool interrupted() const { return visitors_ && visitors_->has_news(); }
   static bool has_neighbours() { return false; }
   static bool look_elsewhere() { return false; }
 
@@ -305,9 +268,32 @@ class TableNode final : private TableHost, private Post::Handler, private TableC
     TableNode& node;
   };
 
+  /// An operation that f() starts, to its end.
+  template <class F>
+  Report complete(TableOp& op, F&& f, Envelope* answer = nullptr) {
+    const Ticks called = clock_.now();
+    const Inside inside(*this);
+    begin(op, false, called);
+    attempt([&] {
+      f();
+      while (!op.done) turn();
+      if (!threaded_) look_after_others();
+      transport_->flush();
+    });
+    if (!op.done) fail(op);
+    progress_.stop();
+    const Report report = op.report;
+    const auto error = op.error;
+    if (answer) *answer = op.answer;
+    give_back(op);
+    if (error) std::rethrow_exception(error);
+    return report;
+  }
+
   // TableHost
   Post::Parcel& parcel(Rank to) override { return post_.parcel(to); }
   void send(Post::Parcel& p, const Envelope& e, std::span<const std::span<const std::byte>> pieces, const Lateness* late) override {
+    if (p.to >= transport_->size()) return send_out(p, e, pieces, late);
     if (p.to != rank()) {
       if (is_gone(p.to)) return drop(p);
       TableOp* const op = static_cast<TableOp*>(p.op);
@@ -342,7 +328,7 @@ class TableNode final : private TableHost, private Post::Handler, private TableC
     progress_.enter(state);
   }
   Ticks now() const override { return clock_.now(); }
-  std::span<std::byte> shared_of(Rank r) const override { return memory_ ? std::span(memory_->of(r), table_.shared_bytes()) : std::span<std::byte>{}; }
+  std::span<std::byte> shared_of(Rank r) const override { return memory_ && r < transport_->size() ? std::span(memory_->of(r), table_.shared_bytes()) : std::span<std::byte>{}; }
   bool uses(std::uint64_t request, const void* op) const override { return post_.uses(op) || post_.receives(request); }
   std::uint64_t bound(const Envelope& e) const override {
     std::size_t part = std::size_t{128} << 20;  // of snapshots
@@ -352,7 +338,27 @@ class TableNode final : private TableHost, private Post::Handler, private TableC
     return std::max(part, table_.credits());
   }
   void disown() override { server_.own_all(table_.worker_at(rank())); }
-  bool is_gone(Rank r) const override { return gone_[static_cast<std::size_t>(r)] == Gone::yes; }
+  bool is_gone(Rank r) const override { return r >= transport_->size() ? !visitors_ || !visitors_->is_here(r) : gone_[static_cast<std::size_t>(r)] == Gone::yes; }
+  bool rename(Rank guest, Rank r) override { return visitors_ && visitors_->rename(guest, r); }
+  /// To a guest.
+  void send_out(Post::Parcel& p, const Envelope& e, std::span<const std::span<const std::byte>> pieces, const Lateness* late) {
+    DoorMessage message;
+    message.e = e;
+    if (late) message.late_age = static_cast<std::uint64_t>(clock_.to_ns(clock_.now() - std::min(late->until, clock_.now())).count()), message.culprit = late->culprit;
+    if (!visitors_ || !visitors_->send(p, message, pieces)) return drop(p);
+    serving_moved_.sent += e.bytes, serving_moved_.overhead += sizeof message;
+  }
+  /// What guests have said.
+  bool hear_guests() {
+    if (!visitors_) return false;
+    return visitors_->hear(
+        [&](Rank guest, const Envelope& e, std::span<const std::byte> bytes) {
+          at_work(State::protocol);
+          serving_moved_.received += bytes.size();
+          server_.received(guest, e, Payload::borrowed(bytes.data(), bytes.size()), clock_.now());
+        },
+        [&](Rank guest) { server_.lost(guest); }, [&](Post::Parcel& p) { drop(p); });
+  }
 
   // Post::Handler
   std::byte* place(Rank, const Envelope& e) override { return client_.place(e); }
@@ -405,12 +411,6 @@ class TableNode final : private TableHost, private Post::Handler, private TableC
     whose.overhead += now.overhead_sent - counted_.overhead_sent;
     counted_ = now;
   }
-  static void fill(Report& report, Moved& moved) {
-    report.bytes_sent = moved.sent;
-    report.bytes_received = moved.received;
-    report.bytes_wire = moved.sent + moved.overhead;
-    moved = {};
-  }
   void expect_usable() const {
     if (failed_) throw *failed_;
     if (closed_) throw Error(Errc::invalid_argument, "this table is closed");
@@ -430,7 +430,7 @@ class TableNode final : private TableHost, private Post::Handler, private TableC
       op.account.arrival = called;
       op.account.watch.book(State::wait_local, waited);
     }
-    op.row = &row_of(op);
+    op.row = &row_of(ledger_, table_, op, name_);
     waited_ = background ? nullptr : &op;
     limit_is_error_ = true;
   }
@@ -444,23 +444,12 @@ class TableNode final : private TableHost, private Post::Handler, private TableC
       client_.fail(op, std::current_exception());  // it is refused, and nothing of it was sent
     }
   }
-  LedgerRow& row_of(const TableOp& op) {
-    const TableCall& c = op.call;
-    if (c.what == Collective::leave) return ledger_.row(c.what, 0, name_);
-    const TensorSpec& t = table_.tensors[c.tensor];
-    return ledger_.row(c.what, bytes_of(op), t.is_sparse() ? "rows " + name_ : name_);
-  }
-  std::uint64_t bytes_of(const TableOp& op) const {
-    if (op.call.what == Collective::leave) return 0;
-    const TensorSpec& t = table_.tensors[op.call.tensor];
-    return (t.is_sparse() ? op.call.keys.size() * t.row : op.call.count) * table_.rule.grain;
-  }
   void book(TableOp& op) {
     if (op.booked) return;
     op.booked = true;
     if (!op.row || !accounting_) return;
     if (op.background) op.report.exposed = std::min(op.report.elapsed - op.report.undriven, clock_.to_ns(op.exposed));
-    ledger_.book({op.row, bytes_of(op), 0, op.account.arrival, &op.account.watch}, op.report, clock_);
+    ledger_.book({op.row, bytes_of(table_, op), 0, op.account.arrival, &op.account.watch}, op.report, clock_);
     ledger_.settle();
   }
   /// What was done for others, now and then. By the caller's thread: the ledger is its.
@@ -508,6 +497,7 @@ class TableNode final : private TableHost, private Post::Handler, private TableC
   }
   [[gnu::cold]] void give_up(const Error& error) {
     if (!failed_) failed_.emplace(error);
+    visitors_.reset();
     post_.withdraw();
     drain_quietly();
     leave();
@@ -530,6 +520,7 @@ class TableNode final : private TableHost, private Post::Handler, private TableC
 
   void turn() {
     progress_.turn(*this);
+    hear_guests();
     drain();
     if (++turns_ % 32 != 0) return;
     // Where there is always something to do nobody waits, and Progress looks neither at peers nor at deadlines.
@@ -538,8 +529,8 @@ class TableNode final : private TableHost, private Post::Handler, private TableC
     if (waited_ && !waited_->done && limit_is_error_ && now > waited_->deadline) expired();
   }
   bool step() {
-    const bool moved = progress_.poll(*this);
-    return drain() || moved;
+    const bool moved = progress_.poll(*this), heard = hear_guests();
+    return drain() || moved || heard;
   }
   bool drain() { return post_.deliver(*this); }
   template <class Done>
@@ -672,6 +663,7 @@ class TableNode final : private TableHost, private Post::Handler, private TableC
   Post post_;
   TableClient client_;
   TableServer server_;
+  std::unique_ptr<Visitors> visitors_;
   std::string name_;
   Ticks retry_after_, looked_ = 0;
   TransportCounters counted_;

@@ -72,6 +72,53 @@ struct TableOp {
   bool background = false, done = false, booked = false;
   Report report;
   std::exception_ptr error;
+
+  /// For the next one.
+  void reset() {
+    error = nullptr;
+    parts.clear();
+    number = 0;
+    failing = done = booked = false;
+    moved = {};
+    asked = {};
+    rows_in.clear();
+    exposed = 0;
+    report = {};
+  }
+};
+
+inline void fill(Report& report, Moved& moved) {
+  report.bytes_sent = moved.sent;
+  report.bytes_received = moved.received;
+  report.bytes_wire = moved.sent + moved.overhead;
+  moved = {};
+}
+/// Of what is pushed or pulled.
+inline std::uint64_t bytes_of(const Table& table, const TableOp& op) {
+  if (op.call.what == Collective::leave) return 0;
+  const TensorSpec& t = table.tensors[op.call.tensor];
+  return (t.is_sparse() ? op.call.keys.size() * t.row : op.call.count) * table.rule.grain;
+}
+/// Where it is booked. `name`: the consistency's.
+inline LedgerRow& row_of(Ledger& ledger, const Table& table, const TableOp& op, const std::string& name) {
+  if (op.call.what == Collective::leave) return ledger.row(op.call.what, 0, name);
+  return ledger.row(op.call.what, bytes_of(table, op), table.tensors[op.call.tensor].is_sparse() ? "rows " + name : name);
+}
+
+/// Who uses a table: a rank of its communicator, or a guest.
+class TableUser {
+ public:
+  virtual ~TableUser() = default;
+  virtual const Table& table() const = 0;
+  virtual Rank rank() const = 0;
+  virtual bool is_worker() const = 0;
+  virtual TableOp& take() = 0;
+  /// To its end.
+  virtual Report run(TableOp& op) = 0;
+  virtual void start_in_background(TableOp& op) = 0;
+  virtual bool is_done(TableOp& op) = 0;
+  virtual Report wait(TableOp& op) = 0;
+  virtual void abandon(TableOp& op) = 0;
 };
 
 }  // namespace tally::inline v0::detail

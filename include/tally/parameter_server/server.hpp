@@ -40,6 +40,8 @@ struct TableHost {
   virtual void disown() = 0;
   /// Whether the rank is gone for good, and nothing of it is under way.
   virtual bool is_gone(Rank r) const = 0;
+  /// Who has come by the door as `guest` is rank `r` from now on. False if it has gone again.
+  virtual bool rename(Rank guest, Rank r) = 0;
 };
 
 class TableServer {
@@ -81,6 +83,7 @@ class TableServer {
       if (peer == s->primary) replicate(*s, {e, std::move(payload), sent_at, peer});
       return;
     }
+    if (e.kind == MessageKind::join) return join(*s, peer, e);
     const std::int32_t worker = table_.worker_at(peer);
     if (e.worker != worker) return refuse(peer, e, Errc::protocol, concat({"rank ", peer, " speaks for worker ", e.worker, ", which it is not"}));
     if (worker < 0 && e.kind != MessageKind::pull) return refuse(peer, e, Errc::invalid_argument, concat({"rank ", peer, " is no worker of this table: it may only pull"}));
@@ -93,7 +96,7 @@ class TableServer {
     if (e.kind == MessageKind::push && (e.flags & Envelope::is_direct) != 0) {
       const std::span<std::byte> shared = host_.shared_of(host_.rank());
       const std::size_t window = table_.window_bytes(), begin = table_.arena_bytes() + static_cast<std::size_t>(worker) * window;
-      if (shared.empty() || e.bytes > window || e.index > window - e.bytes) return refuse(peer, e, Errc::protocol, concat({e.bytes, " bytes at ", e.index, " are not within its window of ", window}));
+      if (shared.empty() || static_cast<std::size_t>(worker) >= table_.regulars() || e.bytes > window || e.index > window - e.bytes) return refuse(peer, e, Errc::protocol, concat({e.bytes, " bytes at ", e.index, " are not within its window of ", window}));
       payload = Payload::borrowed(shared.data() + begin + e.index, e.bytes, true);
     }
     switch (e.kind) {
@@ -146,6 +149,7 @@ class TableServer {
         for (Entry& early : std::exchange(s.early, {})) received(early.from, early.e, std::move(early.payload), early.sent_at);
       }
       std::erase_if(s.parked, [&](const Parked& p) { return p.peer == r; });
+      std::erase_if(s.early, [&](const Entry& early) { return r >= table_.size && early.from == r; });
     }
     std::erase_if(grants_, [&](Grant& g) { return g.peer == r && (take_back(g), true); });
     if (const std::int32_t worker = table_.worker_at(r); worker >= 0) views_[static_cast<std::size_t>(worker)].wanted = true;
@@ -227,6 +231,8 @@ class TableServer {
   };
   /// What the shards know of a worker that is gone.
   struct Views {
+    explicit Views(std::uint64_t of_whom = 0) : incarnation(of_whom) {}
+    std::uint64_t incarnation;
     bool wanted = false;
     struct View {
       std::uint64_t clock = 0, committed = 0;
@@ -263,7 +269,7 @@ class TableServer {
     const bool values = kind == MessageKind::push || kind == MessageKind::set;
     std::string problem = values ? s.shard.problem_with(entry.e) : "";
     if (problem.empty() && values && (entry.payload.size() != entry.e.bytes || (kind == MessageKind::push && table_.tensors[entry.e.tensor].is_sparse()))) problem = entry.payload.size() != entry.e.bytes ? "its payload is missing" : s.shard.problem_with_keys(entry.e, entry.payload.data());
-    if (!problem.empty() || (!values && kind != MessageKind::advance && kind != MessageKind::leave && kind != MessageKind::cut))
+    if (!problem.empty() || (!values && kind != MessageKind::advance && kind != MessageKind::leave && kind != MessageKind::cut && kind != MessageKind::join) || (kind == MessageKind::join && !is_guest(entry.e.worker)))
       throw Error(Errc::protocol, {"rank ", s.primary, " sent its replica an entry that cannot be done: ", problem.empty() ? std::string(name_of(kind)) : problem}, {host_.rank(), s.primary, 0, {}});
     const auto is_next = [&](const Entry& each) { return each.e.index == s.last_index + 1; };
     if (entry.e.index > s.last_index && std::none_of(s.ahead.begin(), s.ahead.end(), [&](const Entry& known) { return known.e.index == entry.e.index; })) {
@@ -297,11 +303,16 @@ class TableServer {
       case MessageKind::leave: s.shard.remove(e, {entry.payload.data(), entry.payload.size()}); break;
       case MessageKind::cut: s.shard.cut(e); break;
       case MessageKind::set: s.shard.set(e, entry.payload.data()); break;
+      case MessageKind::join:
+        s.shard.join(e);
+        views_[static_cast<std::size_t>(e.worker)] = Views(e.sequence);
+        break;
       default: break;
     }
     if (s.shard.version() > before && e.worker >= 0) s.gate = {entry.sent_at, table_.workers[static_cast<std::size_t>(e.worker)]};
     host_.at_work(State::protocol);
-    if (s.primary == host_.rank()) tell(s, e);
+    if (s.primary == host_.rank() && e.kind == MessageKind::join) welcome(s, e, entry.from);
+    else if (s.primary == host_.rank()) tell(s, e);
     s.shard.events.clear();
   }
   void tell(Served& s, const Envelope& e) {
@@ -437,6 +448,42 @@ class TableServer {
     host_.send(parcel, answer, std::span(&piece, 1), nullptr);
   }
 
+  // A worker comes by the door. The first shard says which one it is, then it joins the others.
+
+  bool is_guest(std::int32_t worker) const { return worker >= static_cast<std::int32_t>(table_.regulars()) && worker < static_cast<std::int32_t>(table_.workers.size()); }
+  void join(Served& s, Rank peer, Envelope e) {
+    if (peer < table_.size) return refuse(peer, e, Errc::protocol, concat({"rank ", peer, " is here already"}));
+    if (s.primary != host_.rank()) return s.early.push_back({e, {}, 0, peer});
+    if (table_.options.guests == 0) return refuse(peer, e, Errc::unsupported, "this table takes no workers that come later (TableOptions::guests)");
+    const auto is_free = [&](std::int32_t worker) {
+      const Rank r = table_.workers[static_cast<std::size_t>(worker)];
+      return !s.shard.is_live(worker) && !views_[static_cast<std::size_t>(worker)].wanted && (peer == r || host_.is_gone(r)) && std::none_of(s.log.begin(), s.log.end(), [&](const Entry& entry) { return entry.e.kind == MessageKind::join && entry.e.worker == worker; });
+    };
+    if (e.worker < 0) {
+      if (s.shard.index() != 0) return refuse(peer, e, Errc::protocol, "the first shard is asked for a place, and no other");
+      e.worker = static_cast<std::int32_t>(table_.regulars());
+      while (is_guest(e.worker) && !is_free(e.worker)) ++e.worker;
+      if (!is_guest(e.worker)) return refuse(peer, e, Errc::no_resources, concat({"all ", table_.options.guests, " places for workers that come later are taken (TableOptions::guests)"}));
+      e.sequence = s.shard.incarnation(e.worker) + 1;
+    } else if (!is_guest(e.worker) || e.sequence <= s.shard.incarnation(e.worker)) {
+      return refuse(peer, e, Errc::protocol, concat({"there is no place for worker ", e.worker}));
+    } else if (!is_free(e.worker)) {
+      return refuse(peer, e, Errc::no_resources, concat({"the place of worker ", e.worker, " is still taken at shard ", s.shard.index()}));
+    }
+    submit(s, {e, {}, host_.now(), peer});
+  }
+  void welcome(Served& s, const Envelope& e, Rank guest) {
+    const Rank r = table_.workers[static_cast<std::size_t>(e.worker)];
+    if (guest != r && !host_.rename(guest, r)) {  // it came and went
+      views_[static_cast<std::size_t>(e.worker)].wanted = true;
+      return settle(e.worker);
+    }
+    Envelope answer = e;
+    answer.kind = MessageKind::reply;
+    answer.clock = s.shard.version();
+    host_.send(r, answer);
+  }
+
   // A worker is gone: the shards tell each other what they know of it, and do the same with what it left.
 
   Views& views(std::int32_t worker) {
@@ -449,6 +496,11 @@ class TableServer {
     const int replica = table_.replica_of(e.shard);
     if (peer != table_.servers[e.shard] && (replica < 0 || peer != table_.servers[static_cast<std::size_t>(replica)])) return;
     if (const Served* const own = find(e.shard); own && own->primary == host_.rank()) return;
+    if (e.sequence < views(e.worker).incarnation || (e.sequence > views(e.worker).incarnation && !is_guest(e.worker))) return;  // of one that was it before
+    if (e.sequence > views(e.worker).incarnation) {  // it has not come as far as here
+      views_[static_cast<std::size_t>(e.worker)] = Views(e.sequence);
+      views_[static_cast<std::size_t>(e.worker)].wanted = true;
+    }
     Views::View view{e.clock, e.number, std::vector<std::uint64_t>(payload.size() / sizeof(std::uint64_t))};
     if (payload.size() > 0) std::memcpy(view.undecided.data(), payload.data(), payload.size());
     views(e.worker).of[e.shard] = std::move(view);
@@ -465,6 +517,7 @@ class TableServer {
       e.kind = MessageKind::gone;
       e.flags = flags;
       e.worker = worker;
+      e.sequence = v.incarnation;
       e.shard = static_cast<std::uint16_t>(index);
       e.clock = v.of[index]->clock;
       e.number = v.of[index]->committed;
@@ -487,7 +540,7 @@ class TableServer {
       Served& s = *each;
       auto& mine = v.of[static_cast<std::size_t>(s.shard.index())];
       if (s.primary != host_.rank() || mine || !s.log.empty()) continue;
-      mine = Views::View{s.shard.clock_of(worker), s.shard.committed_of(worker), s.shard.undecided(worker)};
+      mine = s.shard.incarnation(worker) == v.incarnation ? Views::View{s.shard.clock_of(worker), s.shard.committed_of(worker), s.shard.undecided(worker)} : Views::View{};
       news = true;
     }
     if (news) show(worker, 0);
@@ -504,7 +557,7 @@ class TableServer {
     }
     v.wanted = false;
     for (const auto& each : served_) {
-      if (each->primary != host_.rank() || !each->shard.is_live(worker)) continue;
+      if (each->primary != host_.rank() || !each->shard.is_live(worker) || each->shard.incarnation(worker) != v.incarnation) continue;
       Entry entry;
       entry.e.kind = MessageKind::leave;
       entry.e.shard = static_cast<std::uint16_t>(each->shard.index());

@@ -30,6 +30,7 @@ class Shard {
 
   /// `rule`: the object that the table's rule functions are called with; outlives this.
   Shard(const Table& table, int index, Pool& pool, const void* rule) : table_(table), index_(index), pool_(pool), members_(table.workers.size()) {
+    for (std::size_t w = table.regulars(); w < members_.size(); ++w) members_[w].live = false;
     for (std::size_t t = 0; t < table.tensors.size(); ++t) {
       const TensorSpec& spec = table.tensors[t];
       parts_.emplace_back(table.part(t, index).first);
@@ -85,6 +86,13 @@ class Shard {
     accept(*m);
     if (e.clock > m->announced) m->announced = e.clock, m->announced_after = e.sequence;
     settle(*m);
+  }
+  /// A worker comes, for which there was a place. Its clock is what all others have reached, until it tells another one.
+  void join(const Envelope& e) {
+    Member& m = *member(e.worker);
+    m = Member();
+    m.incarnation = e.sequence;
+    m.clock = m.announced = least_;
   }
   /// A worker goes. Of what it pushed all is in that was at all its shards: up to `number`, and what `complete` lists (eight bytes each); nothing else.
   void remove(const Envelope& e, std::span<const std::byte> complete) {
@@ -200,6 +208,7 @@ class Shard {
   /// Every push of a live worker with a clock below this is in.
   std::uint64_t version() const { return least_; }
   bool is_live(std::int32_t worker) const { return member(worker) && member(worker)->live; }
+  std::uint64_t incarnation(std::int32_t worker) const { return member(worker)->incarnation; }
   bool any_live() const {
     return std::any_of(members_.begin(), members_.end(), [](const Member& m) { return m.live; });
   }
@@ -336,6 +345,7 @@ class Shard {
   };
   struct Member {
     bool live = true;
+    std::uint64_t incarnation = 0;  // of those that have been this worker
     std::uint64_t clock = 0, announced = 0, announced_after = 0;
     std::uint64_t accepted = 0;   // pushes up to this number are in, or contributions
     std::uint64_t committed = 0;  // all its pushes up to this one, to whatever shards, are where they belong,

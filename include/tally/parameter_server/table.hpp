@@ -86,13 +86,15 @@ struct TableOptions {
   std::size_t block_bytes = std::size_t{256} << 10;  // values are published in blocks of so much
   bool one_sided = true;           // where ranks share memory, workers store what they push where the server looks for it, and load what they pull
   nanoseconds retry_after{0};      // 0: transports lose nothing. Else what was not answered is sent again after so long
+  std::string door = {};           // HOST:PORT where readers and workers that come later may connect, port 0: any; empty: nowhere
+  int guests = 0;                  // workers that may come by it, at a time
 };
 
 namespace detail {
 
-enum class MessageKind : std::uint8_t { push = 1, pull, advance, leave, acknowledge, reply, refusal, replicated, gone, release, cut, set, last = set };
+enum class MessageKind : std::uint8_t { push = 1, pull, advance, leave, acknowledge, reply, refusal, replicated, gone, release, cut, set, join, last = join };
 constexpr std::string_view name_of(MessageKind kind) {
-  constexpr std::string_view names[] = {"nothing", "push", "pull", "advance", "leave", "acknowledge", "reply", "refusal", "replicated", "gone", "release", "cut", "set"};
+  constexpr std::string_view names[] = {"nothing", "push", "pull", "advance", "leave", "acknowledge", "reply", "refusal", "replicated", "gone", "release", "cut", "set", "join"};
   return static_cast<std::size_t>(kind) < std::size(names) ? names[static_cast<std::size_t>(kind)] : "unknown";
 }
 
@@ -110,9 +112,9 @@ struct Envelope {
   std::uint8_t flags = 0;
   std::uint16_t tensor = 0, shard = 0;
   std::uint16_t parts = 1;     // push: shards it goes to. pull: its priority
-  std::int32_t worker = -1;    // whom it is about
+  std::int32_t worker = -1;    // whom it is about; join: -1 for any that is free
   float weight = 1;
-  std::uint64_t sequence = 0;  // push: its number among this worker's to this shard, from 1 on. advance: of the last one before it. acknowledge: whose. pull: of the last own push it must see
+  std::uint64_t sequence = 0;  // push: its number among this worker's to this shard, from 1 on. advance: of the last one before it. acknowledge: whose. pull: of the last own push it must see. join, gone: which of those that were this worker, one after another
   std::uint64_t number = 0;    // push: among this worker's, whatever shards they go to. advance, leave, gone: all up to it are at all their shards (advance: and so is `first`). acknowledge: the last one that the shard holds no longer
   std::uint64_t clock = 0;     // the sender's. reply: below which all pushes are in it
   std::uint64_t first = 0, count = 0;  // elements of the tensor, or keys
@@ -148,7 +150,7 @@ struct Table {
   std::vector<TensorSpec> tensors;
   RuleOps rule;
   TableOptions options;
-  std::vector<Rank> servers, workers;  // by shard; by worker
+  std::vector<Rank> servers, workers;  // by shard; by worker, those that may come later are the last, with ranks from `size` on
   int size = 0;                        // ranks
   Grouping group = {};                 // of the workers, for algorithms that make use of it
 
@@ -157,6 +159,8 @@ struct Table {
     return found == workers.end() ? -1 : static_cast<std::int32_t>(found - workers.begin());
   }
   int shards() const { return static_cast<int>(servers.size()); }
+  /// Of the workers, those that are there from the beginning.
+  std::size_t regulars() const { return workers.size() - static_cast<std::size_t>(options.guests); }
   /// The elements of a tensor that a shard has.
   Range part(std::size_t tensor, int shard) const { return Chunks(Buffer::input, tensors[tensor].count, shards())[shard]; }
   /// The first key beyond those of a shard; keys are divided evenly.
@@ -183,12 +187,12 @@ struct Table {
       if (!tensors[t].is_sparse()) bytes += 3 * (part(t, 0).count * rule.grain + 2 * options.block_bytes);
     return (bytes + 4095) / 4096 * 4096;
   }
-  std::size_t shared_bytes() const { return options.one_sided ? (arena_bytes() + workers.size() * window_bytes() + 4095) / 4096 * 4096 : 0; }
+  std::size_t shared_bytes() const { return options.one_sided ? (arena_bytes() + regulars() * window_bytes() + 4095) / 4096 * 4096 : 0; }
 
   /// Everything that must be the same on all members, line by line.
   [[gnu::cold]] std::string description() const {
     std::string text = concat({"elements ", name_of(rule.type), " of ", rule.grain, " bytes; rule ", rule.hash, "; consistency ", text_of(options.consistency), "; fold ", options.fold.text(), "; replicas ", options.replicas,
-                               "; credits ", credits(), "; blocks ", options.block_bytes, options.one_sided ? "; one-sided; " : "; two-sided; ", options.dedicated ? "dedicated " : "", "servers ", list_of(servers), "\n"});
+                               "; credits ", credits(), "; blocks ", options.block_bytes, options.one_sided ? "; one-sided; " : "; two-sided; ", options.dedicated ? "dedicated " : "", "servers ", list_of(servers), "; guests ", options.guests, options.door.empty() ? "\n" : ", a door\n"});
     for (const TensorSpec& t : tensors)
       text += t.is_sparse() ? concat({"tensor '", t.name, "': rows of ", t.row, " elements, keys ", t.first_key, " to ", t.last_key, "\n"}) : concat({"tensor '", t.name, "': ", t.count, " elements\n"});
     return text;
