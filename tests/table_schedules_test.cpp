@@ -46,3 +46,31 @@ TEST_CASE("I3 I4: the same where somebody dies") {
 TEST_CASE("I1 I4: whoever dies, whenever: no acknowledged push is lost, none counts twice or in part") {
   try_all(how_many(2000), [](std::uint64_t seed) { return table::random_schedule(seed, false, true); });
 }
+
+TEST_CASE("of pulls that wait for the same worker the most urgent is answered first") {
+  tally::SimulatedOptions network;
+  network.slot_bytes = 4096;
+  tally::SimulatedNetwork simulated(2, network);
+  simulated.run([&](tally::Rank me) {
+    using namespace std::chrono_literals;
+    tally::detail::TableSettings settings;
+    settings.clock = simulated.clock(me);
+    settings.threaded = false;
+    constexpr std::size_t count = 20'000;
+    const tally::Ticks begin = settings.clock.now();
+    tally::ParameterServer<float, tally::Add> ps(std::make_unique<tally::detail::ErasedTransport<tally::SimulatedTransport>>(std::make_unique<tally::SimulatedTransport>(simulated, me)), {{"a", count}, {"b", count}, {"c", count}}, {.servers = {1}}, tally::Add{}, settings);
+    if (me == 1) {
+      for (float one = 0; simulated.clock(me).now() < begin + 5'000'000; simulated.sleep(100us)) ps["a"].range(0, 1).pull(std::span(&one, 1));  // and looks after others
+      ps.tick();
+    } else {
+      ps.tick();
+      std::vector<std::vector<float>> values(3, std::vector<float>(count));
+      auto last = ps["a"].async_pull(values[0], {.priority = -1});
+      auto middle = ps["b"].async_pull(values[1]);
+      auto first = ps["c"].async_pull(values[2], {.priority = 7});
+      const auto c = first.wait().report.elapsed, b = middle.wait().report.elapsed, a = last.wait().report.elapsed;
+      simulated::expect(c >= 5ms && c < b && b < a, "in the order of their priorities: " + std::to_string(c.count()) + " " + std::to_string(b.count()) + " " + std::to_string(a.count()));
+    }
+    ps.close();
+  });
+}

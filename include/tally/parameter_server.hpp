@@ -42,6 +42,7 @@ struct PushOptions {
   nanoseconds timeout{0};   // 0: the table's
 };
 struct PullOptions {
+  int priority = 0;         // of those that wait for the same, the largest is answered first
   nanoseconds timeout{0};
 };
 
@@ -157,7 +158,7 @@ class DenseTensor : public detail::TensorHandle<T> {
   }
   detail::TableOp& pulling(std::span<T> values, const PullOptions& options) const {
     expect_out(Collective::pull, values);
-    return placed(this->make(Collective::pull, nullptr, values.data(), 1, 0, options.timeout));
+    return placed(this->make(Collective::pull, nullptr, values.data(), 1, options.priority, options.timeout));
   }
   std::size_t first_, count_;
 };
@@ -193,7 +194,7 @@ class SparseRows : public detail::TensorHandle<T> {
   detail::TableOp& pulling(std::span<T> values, const PullOptions& options) const {
     expect_keys(Collective::pull);
     this->expect_count(Collective::pull, values.size(), elements());
-    return keyed(this->make(Collective::pull, nullptr, values.data(), 1, 0, options.timeout));
+    return keyed(this->make(Collective::pull, nullptr, values.data(), 1, options.priority, options.timeout));
   }
   std::span<const std::uint64_t> keys_;
 };

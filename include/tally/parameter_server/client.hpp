@@ -99,7 +99,10 @@ class TableClient {
     for (std::size_t i = 0; i < pushes; ++i) enqueue(op.parts[i]);
     if (c.tick) tick();
     if (op.remaining == 0) return end(op);
-    for (std::size_t i = pushes; i < op.parts.size(); ++i) link(op.parts[i].shard).pulls.push_back(&op.parts[i]);
+    for (std::size_t i = pushes; i < op.parts.size(); ++i) {
+      auto& pulls = link(op.parts[i].shard).pulls;
+      pulls.insert(std::upper_bound(pulls.begin(), pulls.end(), &op.parts[i], [](const TablePart* a, const TablePart* b) { return a->op->call.priority > b->op->call.priority; }), &op.parts[i]);
+    }
     for (Link& l : links_) pump(l);
   }
   void tick() { tick_to(clock_ + 1); }
@@ -545,6 +548,7 @@ class TableClient {
     p.sent = true;
     p.sent_at = host_.now();
     Envelope e = envelope(p, MessageKind::pull);
+    e.parts = static_cast<std::uint16_t>(std::clamp(p.op->call.priority, -32768, 32767) + 32768);
     Post::Parcel& parcel = host_.parcel(link(p.shard).server);
     parcel.op = p.op;
     if (!is_sparse(*p.op)) return host_.send(parcel, e, {}, nullptr);

@@ -519,9 +519,13 @@ class TableNode final : public TableUser, private TableHost, private Post::Handl
   }
 
   void turn() {
-    progress_.turn(*this);
-    hear_guests();
-    drain();
+    if (server_.has_work()) {
+      step();
+    } else {
+      progress_.turn(*this);
+      hear_guests();
+      drain();
+    }
     if (++turns_ % 32 != 0) return;
     // Where there is always something to do nobody waits, and Progress looks neither at peers nor at deadlines.
     const Ticks now = clock_.now();
@@ -530,7 +534,7 @@ class TableNode final : public TableUser, private TableHost, private Post::Handl
   }
   bool step() {
     const bool moved = progress_.poll(*this), heard = hear_guests();
-    return drain() || moved || heard;
+    return drain() || moved || heard || server_.work_ahead();
   }
   bool drain() { return post_.deliver(*this); }
   template <class Done>

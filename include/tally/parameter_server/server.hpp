@@ -129,6 +129,22 @@ class TableServer {
     }
   }
 
+  /// There is time to do some of what was put off. False if there is nothing.
+  bool work_ahead() {
+    for (const auto& s : served_) {
+      if (!s->shard.has_postponed()) continue;
+      host_.at_work(State::reduce);
+      s->shard.make_some();
+      host_.at_work(State::protocol);
+      if (std::exchange(s->shard.events.freed, false) && s->primary == host_.rank()) tell_freed(*s);
+      return true;
+    }
+    return false;
+  }
+  bool has_work() const {
+    return std::any_of(served_.begin(), served_.end(), [](const auto& s) { return s->shard.has_postponed(); });
+  }
+
   /// A rank is gone for good, and nothing of it is under way any more.
   void lost(Rank r) {
     for (const auto& each : served_) {
@@ -327,9 +343,13 @@ class TableServer {
     const std::string why = std::exchange(s.shard.events.refused, {});
     if (!why.empty()) refuse(table_.workers[static_cast<std::size_t>(e.worker)], e, Errc::invalid_argument, why);
     else if (e.request != 0 && e.kind != MessageKind::push) send(e.worker, 0, e.request);
-    for (std::size_t w = 0; freed && w < s.told.size(); ++w)
-      if (s.told[w] != s.shard.freed(static_cast<std::int32_t>(w)) && s.shard.is_live(static_cast<std::int32_t>(w))) send(static_cast<std::int32_t>(w), 0, 0, s.gate.until > 0 ? &s.gate : nullptr);
+    if (freed) tell_freed(s);
     if (readable) release(s);
+    if (std::exchange(s.shard.events.freed, false)) tell_freed(s);  // by who looked
+  }
+  void tell_freed(Served& s) {
+    for (std::size_t w = 0; w < s.told.size(); ++w)
+      if (s.told[w] != s.shard.freed(static_cast<std::int32_t>(w)) && s.shard.is_live(static_cast<std::int32_t>(w))) acknowledge(s, static_cast<std::int32_t>(w), 0, 0, s.gate.until > 0 ? &s.gate : nullptr);
   }
   /// To a worker: a push is kept (or, without a sequence, something else is done), and what is held of its pushes no longer.
   void acknowledge(Served& s, std::int32_t worker, std::uint64_t sequence, std::uint64_t request, const Lateness* late = nullptr) {
@@ -352,16 +372,15 @@ class TableServer {
     return a.kind == b.kind && a.worker == b.worker && a.request == b.request && a.sequence == b.sequence && a.clock == b.clock && a.number == b.number && a.first == b.first;
   }
   void release(Served& s) {
-    for (std::size_t i = 0; i < s.parked.size();) {
-      if (!s.shard.ready(s.parked[i].e)) {
-        ++i;
-        continue;
-      }
-      Parked pull = std::move(s.parked[i]);
-      s.parked.erase(s.parked.begin() + static_cast<std::ptrdiff_t>(i));
+    for (;;) {  // the most urgent first; each may let others go on
+      auto next = s.parked.end();
+      for (auto p = s.parked.begin(); p != s.parked.end(); ++p)
+        if (s.shard.ready(p->e) && (next == s.parked.end() || p->e.parts > next->e.parts)) next = p;
+      if (next == s.parked.end()) return;
+      Parked pull = std::move(*next);
+      s.parked.erase(next);
       ++monitor_.parked;
       answer(s, pull);
-      i = 0;  // that may have let others go on
     }
   }
   void answer(Served& s, const Parked& pull) {
@@ -399,6 +418,7 @@ class TableServer {
     host_.at_work(State::protocol);
     if (!(pull.e.flags & Envelope::of_cut)) grant(parcel, e);
     host_.send(parcel, e, pieces_, late);
+    if (std::exchange(s.shard.events.freed, false)) tell_freed(s);
   }
   /// A long answer to a rank that can load it where it is: it is told where, and has it until it says that it is done.
   void grant(Post::Parcel& parcel, Envelope& e) {

@@ -89,6 +89,7 @@ class Shard {
   }
   /// A worker comes, for which there was a place. Its clock is what all others have reached, until it tells another one.
   void join(const Envelope& e) {
+    make_all();
     Member& m = *member(e.worker);
     m = Member();
     m.incarnation = e.sequence;
@@ -143,6 +144,7 @@ class Shard {
   }
   /// Values as they were, e.g. in a snapshot.
   void set(const Envelope& e, const std::byte* data) {
+    make_all();
     Part& part = parts_[e.tensor];
     if (part.rows) {
       const std::size_t bytes = part.rows->row_bytes();
@@ -189,6 +191,16 @@ class Shard {
     if (!m) return;
     for (Staged& s : m->staged) s.payload.own(pool_, true);
     for (Contribution& c : m->contributions) c.payload.own(pool_, true);
+    for (Postponed& p : postponed_)
+      if (p.e.worker == worker) p.payload.own(pool_, true), p.update.pushed = p.payload.data();
+  }
+  /// Pushes that count, and that are made to the values block by block: when there is time, and before anybody sees them.
+  bool has_postponed() const { return !postponed_.empty(); }
+  void make_some() {
+    const Postponed& next = postponed_.front();
+    const DensePart& values = *parts_[next.e.tensor].values;
+    make(next.e.tensor, ((next.update.first + next.update.made) / values.block() + 1) * values.block());
+    drop_made();
   }
 
   /// Whether it would change nothing: a push that is kept already, or what was said of a clock.
@@ -244,6 +256,8 @@ class Shard {
   void read(const Envelope& e, std::vector<Span>& spans, Payload& copy) {
     Part& part = parts_[e.tensor];
     const std::size_t first = e.first - part.first, grain = table_.rule.grain;
+    for (std::size_t end = 0, last = first + e.count; !postponed_.empty() && end < last;) make(e.tensor, end = std::min(end + part.values->block(), last));
+    drop_made();
     if (const Member* m = member(e.worker); m && has_pending(*m, e.tensor)) {
       DensePart::View view = part.values->copy(first, e.count);
       std::uint64_t clocks = 0, last = ~std::uint64_t{0};  // each is one update
@@ -343,6 +357,11 @@ class Shard {
     Envelope e;
     Payload payload;
   };
+  struct Postponed {
+    Envelope e;
+    Payload payload;
+    DensePart::Deferred update;
+  };
   struct Member {
     bool live = true;
     std::uint64_t incarnation = 0;  // of those that have been this worker
@@ -372,6 +391,7 @@ class Shard {
   };
   void set_apart(Cut& c) {
     if (std::exchange(c.apart, true)) return;
+    make_all();
     for (const Part& part : parts_) {
       Part& twin = c.parts.emplace_back(part.first);
       if (part.rows) twin.rows = part.rows->clone();
@@ -405,8 +425,10 @@ class Shard {
         m.contributions.push_back({s.e, std::move(s.payload)});
       } else {
         ++updates_;
-        apply(s.e, s.payload.data(), {1, s.e.weight, 1});
-        free(m, s.e, s.payload);
+        if (!postpone(s)) {
+          apply(s.e, s.payload.data(), {1, s.e.weight, 1});
+          free(m, s.e, s.payload);
+        }
       }
       m.staged.pop_front();
       ++m.accepted;
@@ -435,6 +457,28 @@ class Shard {
     if (waits()) fold_below(least);
     least_ = least;
     finish_cuts();
+  }
+  /// Long ones that may be kept. What several workers push at about the same time then passes through the caches once.
+  bool postpone(Staged& s) {
+    const bool is_long = !parts_[s.e.tensor].rows && s.payload.size() >= table_.options.block_bytes;
+    if (!is_long || !cuts_.empty()) return make_all(), false;
+    s.payload.own(pool_);
+    newest_ = std::max(newest_, s.e.clock + 1);
+    Part& part = parts_[s.e.tensor];
+    DensePart::Deferred update = part.values->defer(s.e.first - part.first, s.e.count, s.payload.data(), {1, s.e.weight, 1}, updates_);
+    postponed_.push_back({s.e, std::move(s.payload), std::move(update)});
+    return true;
+  }
+  /// All of them to the elements of a tensor before `end`, in their order, where those before that are made.
+  void make(std::size_t tensor, std::size_t end) {
+    for (Postponed& p : postponed_)
+      while (p.e.tensor == tensor && !p.update.is_made() && p.update.first + p.update.made < end) parts_[tensor].values->make_some(p.update, end);
+  }
+  void make_all() {
+    while (!postponed_.empty()) make_some();
+  }
+  void drop_made() {
+    for (; !postponed_.empty() && postponed_.front().update.is_made(); postponed_.pop_front()) free(*member(postponed_.front().e.worker), postponed_.front().e, postponed_.front().payload);
   }
   void apply(const Envelope& e, const std::byte* data, const Update& how) {
     newest_ = std::max(newest_, e.clock + 1);
@@ -562,6 +606,7 @@ class Shard {
   Pool& pool_;
   std::vector<Part> parts_;
   std::vector<Member> members_;
+  std::deque<Postponed> postponed_;
   std::deque<Cut> cuts_;
   std::uint64_t least_ = 0;
   std::uint64_t newest_ = 0;   // the clock beyond that of the newest push that was applied

@@ -133,19 +133,38 @@ class DensePart {
     spare_.push_back(p);
   }
   /// `number`: the same for all parts of one update.
-  void update(std::size_t first, std::size_t count, const std::byte* pushed, Update how, std::uint64_t number) {
+  void update(std::size_t first, std::size_t count, const std::byte* pushed, const Update& how, std::uint64_t number) {
     count_updates(first, count, number);
-    each_run(first, count, [&](std::size_t begin, std::size_t length, std::uint64_t steps) {
-      how.step = steps;
-      each(begin, length, [&](std::size_t b, std::size_t at, std::size_t n, std::size_t done) {
-        std::byte* states[8] = {};
-        for (std::size_t s = 0; s < states_.size(); ++s) states[s] = states_[s].data() + (begin + done) * rule_.state_grain;
-        const std::byte* const from = blocks_[b]->data;
-        std::byte* const to = writable(blocks_[b], at, n);
-        rule_.apply(rule_now_, to + at * rule_.grain, from + at * rule_.grain, pushed + (begin - first + done) * rule_.grain, states, n, how);
-      });
-    });
+    each_run(first, count, [&](std::size_t begin, std::size_t length, std::uint64_t steps) { apply(begin, length, pushed + (begin - first) * rule_.grain, how, steps); });
   }
+  /// An update that is made block by block, when there is time for it or somebody wants to see it.
+  struct Deferred {
+    std::size_t first = 0, count = 0, made = 0;  // elements from the first on
+    const std::byte* pushed = nullptr;
+    Update how;
+    struct Stretch {
+      std::size_t end;
+      std::uint64_t steps;  // which update this is for the elements up to there
+    };
+    std::vector<Stretch> stretches;
+    bool is_made() const { return made == count; }
+  };
+  Deferred defer(std::size_t first, std::size_t count, const std::byte* pushed, const Update& how, std::uint64_t number) {
+    count_updates(first, count, number);
+    Deferred d{first, count, 0, pushed, how, {}};
+    each_run(first, count, [&](std::size_t begin, std::size_t length, std::uint64_t steps) { d.stretches.push_back({begin + length, steps}); });
+    return d;
+  }
+  /// The next of its elements, up to `end` at most, or to the end of the block that it is at.
+  void make_some(Deferred& d, std::size_t end) {
+    const std::size_t begin = d.first + d.made;
+    end = std::min({end, d.first + d.count, (begin / block_ + 1) * block_});
+    const auto stretch = std::find_if(d.stretches.begin(), d.stretches.end(), [&](const auto& each) { return each.end > begin; });
+    end = std::min(end, stretch->end);
+    apply(begin, end - begin, d.pushed + d.made * rule_.grain, d.how, stretch->steps);
+    d.made = end - d.first;
+  }
+  std::size_t block() const { return block_; }
   /// The same on a copy: of values, states and steps of elements first..first+count-1, which is `values`.
   struct View {
     std::vector<std::byte> values;
@@ -255,6 +274,16 @@ class DensePart {
       f(b, at, n, done);
       done += n;
     }
+  }
+  void apply(std::size_t begin, std::size_t length, const std::byte* pushed, Update how, std::uint64_t steps) {
+    how.step = steps;
+    each(begin, length, [&](std::size_t b, std::size_t at, std::size_t n, std::size_t done) {
+      std::byte* states[8] = {};
+      for (std::size_t s = 0; s < states_.size(); ++s) states[s] = states_[s].data() + (begin + done) * rule_.state_grain;
+      const std::byte* const from = blocks_[b]->data;
+      std::byte* const to = writable(blocks_[b], at, n);
+      rule_.apply(rule_now_, to + at * rule_.grain, from + at * rule_.grain, pushed + done * rule_.grain, states, n, how);
+    });
   }
   Published* fresh() {
     if (spare_.empty()) {
