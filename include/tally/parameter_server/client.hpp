@@ -296,7 +296,8 @@ class TableClient {
     for (TableOp* op : std::vector<TableOp*>(slots_))
       for (std::size_t i = 0; op && !op->done && i < op->parts.size(); ++i)
         if (TablePart& p = op->parts[i]; p.sent && !p.done && !p.receiving && now - p.sent_at > after && !host_.uses(op->request, op)) send_again(p);
-    if (told_at_ == 0 || now - told_at_ <= after) return;  // nothing was told yet, or just now
+    const bool is_starved = std::any_of(links_.begin(), links_.end(), [](const Link& l) { return !l.queue.empty(); });
+    if ((told_at_ == 0 && !is_starved) || now - told_at_ <= after) return;  // nothing was told yet, or just now
     told_at_ = now;
     for (int s = 0; s < table_.shards(); ++s)
       if (!is_lost(link(s))) tell_all(s);
@@ -493,7 +494,6 @@ class TableClient {
     events_.copied(*p.op, e.bytes, 0);
     l.at = place + in_lines(e.bytes);
   }
-  static std::size_t in_lines(std::size_t bytes) { return (bytes + 63) / 64 * 64; }
   static void copy(std::byte* to, const std::byte* from, std::size_t bytes) {
     if (bytes >= past_caches) copy_past_caches(to, from, bytes);
     else if (bytes > 0) std::memcpy(to, from, bytes);

@@ -107,6 +107,7 @@ class TableServer {
         if (!problem.empty()) return refuse(peer, e, Errc::invalid_argument, problem);
         if (e.kind == MessageKind::push && s->shard.knows(e)) return acknowledge(*s, e.worker, e.sequence, e.request);
         if (e.kind == MessageKind::push && is_logged(*s, e)) return;  // it is on its way to the replica
+        if (e.kind == MessageKind::push && !has_credit(*s, e)) return refuse(peer, e, Errc::protocol, concat({e.bytes, " bytes more than its credits, ", table_.credits()}));
         if (e.kind == MessageKind::push) return submit(*s, {e, std::move(payload), sent_at, peer});
         if (std::any_of(s->parked.begin(), s->parked.end(), [&](const Parked& p) { return p.peer == peer && p.e.request == e.request && p.e.first == e.first; })) return;  // said again
         Parked pull{e, peer, std::move(payload), false};
@@ -263,6 +264,13 @@ class TableServer {
     return nullptr;
   }
 
+  bool has_credit(Served& s, const Envelope& e) {
+    std::size_t logged = in_lines(e.bytes);
+    for (const Entry& entry : s.log)
+      if (entry.e.kind == MessageKind::push && entry.e.worker == e.worker) logged += in_lines(entry.e.bytes);
+    if (s.shard.held(e.worker) + logged > table_.credits()) s.shard.make_all();
+    return s.shard.held(e.worker) + logged <= table_.credits();
+  }
   void submit(Served& s, Entry&& entry) {
     if (s.replica < 0) return execute(s, std::move(entry));
     entry.payload.own(pool_);

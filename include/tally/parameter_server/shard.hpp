@@ -64,9 +64,7 @@ class Shard {
       if (m->staged.size() <= at) m->staged.resize(at + 1);
       Staged& s = m->staged[at];
       if (!s.here) {
-        const std::size_t room = (payload.size() + 63) / 64 * 64;
-        if (m->held + room > table_.credits()) return void(events.refused = concat({m->held + room, " bytes of pushes at once, more than its credits, ", table_.credits()}));
-        m->held += room;
+        m->held += in_lines(payload.size());
         s.e = e;
         s.payload = std::move(payload);
         s.here = true;
@@ -196,6 +194,9 @@ class Shard {
   }
   /// Pushes that count, and that are made to the values block by block: when there is time, and before anybody sees them.
   bool has_postponed() const { return !postponed_.empty(); }
+  void make_all() {
+    while (!postponed_.empty()) make_some();
+  }
   void make_some() {
     const Postponed& next = postponed_.front();
     const DensePart& values = *parts_[next.e.tensor].values;
@@ -224,6 +225,8 @@ class Shard {
   bool any_live() const {
     return std::any_of(members_.begin(), members_.end(), [](const Member& m) { return m.live; });
   }
+  /// Bytes of its pushes, counted as credits are. How soon they are freed is each replica's own business.
+  std::size_t held(std::int32_t worker) const { return member(worker)->held; }
   std::uint64_t freed(std::int32_t worker) const { return member(worker)->freed; }
   std::uint64_t clock_of(std::int32_t worker) const { return member(worker)->clock; }
   std::uint64_t committed_of(std::int32_t worker) const { return member(worker)->committed; }
@@ -439,7 +442,7 @@ class Shard {
   }
   void free(Member& m, const Envelope& e, const Payload& payload) {
     m.freed = e.sequence;
-    m.held -= (payload.size() + 63) / 64 * 64;
+    m.held -= in_lines(payload.size());
     events.freed = true;
   }
   void settle(Member& m) {
@@ -473,9 +476,6 @@ class Shard {
   void make(std::size_t tensor, std::size_t end) {
     for (Postponed& p : postponed_)
       while (p.e.tensor == tensor && !p.update.is_made() && p.update.first + p.update.made < end) parts_[tensor].values->make_some(p.update, end);
-  }
-  void make_all() {
-    while (!postponed_.empty()) make_some();
   }
   void drop_made() {
     for (; !postponed_.empty() && postponed_.front().update.is_made(); postponed_.pop_front()) free(*member(postponed_.front().e.worker), postponed_.front().e, postponed_.front().payload);

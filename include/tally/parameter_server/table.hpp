@@ -124,6 +124,9 @@ struct Envelope {
 };
 static_assert(sizeof(Envelope) == 80 && std::is_trivially_copyable_v<Envelope>);
 
+/// Pushes are counted against credits in whole cache lines.
+constexpr std::size_t in_lines(std::size_t bytes) { return (bytes + 63) / 64 * 64; }
+
 /// What is kept of a tensor: 0 values, 1 to 8 states of its rule, or
 struct Column {
   static constexpr std::uint16_t steps = 100;  // three numbers for a run of elements: first, count, and how often they were updated
