@@ -223,7 +223,7 @@ struct CombineOf<R> {
 
 template <Element T, class R>
   requires ServerRule<R, T>
-RuleOps rule_ops(const R& rule) {
+RuleOps rule_ops([[maybe_unused]] const R& rule) {
   using Op = typename CombineOf<R>::type;
   static constexpr Op combine{};
   RuleOps ops;
