@@ -31,6 +31,11 @@ struct Way {
     for (const Course& c : courses) longest = std::max(longest, c.seconds);
     return longest;
   }
+  std::uint64_t samples() const {
+    std::uint64_t sum = 0;
+    for (const Course& c : courses) sum += c.steps * c.samples_per_step;
+    return sum;
+  }
   /// The mean loss of samples whose steps ended in that time; NaN if there were none.
   double loss_between(double from, double to) const {
     double sum = 0, samples = 0;
@@ -102,7 +107,9 @@ inline void print_ways(std::ostream& out, const Training& training, const std::v
   for (const Way& way : ways) out << std::setw(12) << way.final_loss;
   out << "   on 4096 other samples\nits bits   ";
   for (const Way& way : ways) out << std::setw(12) << hex(way.bits).substr(0, 8);
-  out << "   (a hash)\n\n        way  worker     steps   steps/s    idle     late  staleness   most    joules      idle joules\n";
+  out << "   (a hash)\nsamples    ";
+  for (const Way& way : ways) out << std::setw(12) << way.samples();
+  out << "\n\n        way  worker     steps   steps/s    idle     late  staleness   most    joules      idle joules\n";
   for (const Way& way : ways)
     for (std::size_t r = 0; r < way.courses.size(); ++r) {
       const Course& c = way.courses[r];
@@ -131,7 +138,7 @@ inline nlohmann::json to_json(const std::vector<Way>& ways) {
                          {"idle_share", number_or_null(c.idle / c.seconds)}, {"late_share", number_or_null(c.late / c.seconds)}, {"staleness_mean", mean_staleness(way.points[r])}, {"staleness_most", most_staleness(way.points[r])},
                          {"joules", number_or_null(c.joules)}, {"idle_joules", number_or_null(c.idle_joules)}, {"joules_source", std::string(name_of(c.source))}});
     }
-    all.push_back({{"way", way.name}, {"loss_final", number_or_null(way.final_loss)}, {"model_hash", hex(way.bits)}, {"curve", curve}, {"workers", workers}, {"ledger", way.ledger}});
+    all.push_back({{"way", way.name}, {"loss_final", number_or_null(way.final_loss)}, {"model_hash", hex(way.bits)}, {"samples", way.samples()}, {"curve", curve}, {"workers", workers}, {"ledger", way.ledger}});
   }
   return all;
 }

@@ -5,12 +5,14 @@
 #include <algorithm>
 #include <array>
 #include <chrono>
+#include <string>
 #include <thread>
 
 #include <tally/algorithms/ring.hpp>
 #include <tally/parameter_server.hpp>
 #include <tally/tally.hpp>
 
+#include "consistency.hpp"
 #include "training.hpp"
 
 /// The model's Adam where the parameters lie. A table begins with zeros: the first push says what the parameters begin with.
@@ -27,11 +29,13 @@ struct ServerAdam {
   }
 };
 
-/// With bsp all workers' gradients of a clock are folded into one step, as an all_reduce by a ring folds them. Otherwise each gradient is a
-/// step of its own when it comes; as Adam's steps are equally long for one worker's gradient as for all workers' sum, they are shorter then.
+/// With "bsp" all workers' gradients of a clock are folded into one step, as an all_reduce by a ring folds them. Otherwise each gradient is a
+/// step of its own when it comes; as Adam's steps are as long for one worker's gradient as for the sum of all, they are shorter then. So "ssp:0"
+/// differs from "bsp" by the steps alone, and from "asp" by staleness alone.
 template <class F>
-void train_by_table(tally::Communicator& comm, tally::Consistency consistency, Worker& worker, Parameters& parameters, F&& show) {
-  const bool whole = consistency == tally::bsp;
+void train_by_table(tally::Communicator& comm, const std::string& way, Worker& worker, Parameters& parameters, F&& show) {
+  const tally::Consistency consistency = consistency_of("--parameter-server", way);
+  const bool whole = way == "bsp";
   const float rate = whole ? AdamStep::usual_rate : AdamStep::usual_rate / static_cast<float>(comm.size());
   tally::ParameterServer<float, ServerAdam> ps(comm, {{"parameters", parameters.all.size()}}, {.consistency = consistency, .fold = whole ? tally::FoldOrder::as<tally::Ring>() : tally::FoldOrder::arrival()}, ServerAdam(rate));
   const auto table = ps["parameters"];

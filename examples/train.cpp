@@ -133,7 +133,8 @@ void report(const Settings& settings, const Way& way, const std::string& ledger,
     out << "first " << losses.front() << ", last " << losses.back() << "; " << losses.size() * training.batch << std::setprecision(1);
     out << " samples in " << way.seconds() << " s, " << std::setprecision(0) << samples / way.seconds() << " per second; ranks: " << way.courses.size() << '\n';
   }
-  if (way.courses[0].steps > 0 && (losses.empty() || training.straggler > 0)) print_ways(out, training, {way});
+  // Operations that are in flight together wait for the same ranks at the same time, so their waits are not to be added up.
+  if (!settings.overlap && way.courses[0].steps > 0 && (losses.empty() || training.straggler > 0)) print_ways(out, training, {way});
   if (overlap) {
     out << std::setprecision(1) << "communication: " << overlap->alone * 1e3 << " ms by itself, of which " << std::setprecision(0) << overlap->least_hidden();
     if (overlap->most_hidden() - overlap->least_hidden() >= 1) out << " to " << overlap->most_hidden();
@@ -144,7 +145,7 @@ void report(const Settings& settings, const Way& way, const std::string& ledger,
   if (settings.json.empty()) return;
   nlohmann::json json{{"loss_first", nullptr}, {"loss_last", nullptr}, {"steps", way.courses[0].steps}, {"ranks", way.courses.size()}, {"seconds", way.seconds()}};
   json["ledger"] = way.ledger;
-  json["ways"] = to_json({way});
+  if (!settings.overlap) json["ways"] = to_json({way});
   if (overlap) json["overlap"] = {{"alone_seconds", overlap->alone}, {"blocked_seconds", overlap->blocked}, {"late_seconds", overlap->late}, {"least_hidden_percent", overlap->least_hidden()}, {"most_hidden_percent", overlap->most_hidden()}};
   if (!losses.empty()) {
     json["loss_first"] = number_or_null(losses.front());
@@ -200,7 +201,7 @@ void train(tally::Communicator& comm, const Settings& settings, const std::strin
     if (comm.rank() == 0) progress.show(worker.points().size(), worker.loss());
   };
   std::vector<float> losses;
-  if (by_table) train_by_table(comm, consistency_of("--parameter-server", settings.parameter_server), worker, parameters, show);
+  if (by_table) train_by_table(comm, settings.parameter_server, worker, parameters, show);
   else losses = train_by_all_reduce(comm, settings.overlap, worker, parameters, show);
   std::optional<Overlap> overlap;
   if (Parameters scratch; settings.overlap && !losses.empty()) overlap = overlap_in(comm.ledger(), seconds_alone(comm, scratch, losses.size()));
@@ -212,12 +213,12 @@ void train(tally::Communicator& comm, const Settings& settings, const std::strin
 /// Trains the same model in all ways, one after another.
 void compare(tally::Communicator& comm, const Settings& settings, const std::string& text) {
   std::vector<Way> ways;
-  for (const std::string name : {"all_reduce", "bsp", "ssp:4", "asp"}) {
+  for (const std::string name : {"all_reduce", "bsp", "ssp:0", "ssp:4", "asp"}) {
     tally::Communicator other = comm.duplicate();  // with a ledger of its own
     Worker worker(settings.training, text, comm.rank(), comm.size());
     Parameters parameters;
     if (name == "all_reduce") train_by_all_reduce(other, false, worker, parameters, [] {});
-    else train_by_table(other, consistency_of("--compare", name), worker, parameters, [] {});
+    else train_by_table(other, name, worker, parameters, [] {});
     ways.push_back(gather_way(comm, name, worker, parameters));
     if (comm.rank() == 0) std::cerr << name << ": " << worker.course().steps << " steps of rank 0 in " << std::fixed << std::setprecision(1) << worker.course().seconds << " s\n";
   }
@@ -245,7 +246,7 @@ int main(int argc, char** argv) {
   app.add_flag("--overlap", settings.overlap, "reduce the gradient in two parts while back-propagation goes on");
   app.add_option("--progress-core", settings.progress_core, "with a progress thread on this core; -1: on any")->option_text("CORE")->needs("--overlap");
   app.add_option("--parameter-server", settings.parameter_server, "gradients go to a table with this consistency: bsp, ssp:CLOCKS or asp")->option_text("CONSISTENCY")->excludes("--overlap");
-  app.add_flag("--compare", settings.compare, "train by all_reduce, bsp, ssp:4 and asp, one after another: for 10 s each, if neither --seconds nor --steps says otherwise")->excludes("--overlap")->excludes("--parameter-server");
+  app.add_flag("--compare", settings.compare, "train by all_reduce, bsp, ssp:0 (which differs from bsp in that each gradient is a step of its own), ssp:4 and asp, one after another: for 10 s each, if neither --seconds nor --steps says otherwise")->excludes("--overlap")->excludes("--parameter-server");
   app.add_option("--straggler", training.straggler, "ms by which a worker is late in each step")->check(CLI::Range(0.0, 10'000.0));
   app.add_option("--straggler-rank", training.straggler_rank, "which one: a rank, last, or rotating: in each step another")->capture_default_str()->needs("--straggler");
   app.add_option("--text", settings.text_files, "what to learn; without it, the library's own headers")->option_text("FILE...");
