@@ -136,7 +136,7 @@ inline double mean_loss(Learner& learner, const Parameters& p, const std::string
 
 /// Adam (Kingma and Ba, 2015): each parameter moves by its mean gradient, relative to how large its gradients usually are.
 struct AdamStep {
-  static constexpr float keep_mean = 0.9f, keep_square = 0.99f, usual_rate = 0.005f;
+  static constexpr float keep_mean = 0.9f, keep_square = 0.99f;
   float mean_scale, square_scale;  // make up for means that begin at 0
   AdamStep() = default;
   AdamStep(float rate, float steps) : mean_scale(rate / (1 - std::pow(keep_mean, steps))), square_scale(1 / (1 - std::pow(keep_square, steps))) {}
@@ -148,15 +148,17 @@ struct AdamStep {
 };
 class Optimizer {
  public:
+  explicit Optimizer(float rate) : rate_(rate) {}
   void begin_step() { ++steps_; }
   /// A part of the parameters, which is as far as its gradient is known.
   void step(Parameters& p, const Parameters& gradient, std::span<const float> part) {
-    const AdamStep adam(AdamStep::usual_rate, steps_);
+    const AdamStep adam(rate_, steps_);
     const auto first = static_cast<std::size_t>(part.data() - gradient.all.data());
     for (std::size_t i = first; i < std::min(first + part.size(), Parameters::count); ++i) p.all[i] = adam(p.all[i], gradient.all[i], mean_[i], square_[i]);
   }
 
  private:
+  const float rate_;
   float steps_ = 0;
   std::vector<float> mean_ = std::vector<float>(Parameters::count), square_ = mean_;
 };

@@ -36,7 +36,7 @@ template <class F>
 void train_by_table(tally::Communicator& comm, const std::string& way, Worker& worker, Parameters& parameters, F&& show) {
   const tally::Consistency consistency = consistency_of("--parameter-server", way);
   const bool whole = way == "bsp";
-  const float rate = whole ? AdamStep::usual_rate : AdamStep::usual_rate / static_cast<float>(comm.size());
+  const float rate = whole ? worker.training().rate : worker.training().rate / static_cast<float>(comm.size());
   tally::ParameterServer<float, ServerAdam> ps(comm, {{"parameters", parameters.all.size()}}, {.consistency = consistency, .fold = whole ? tally::FoldOrder::as<tally::Ring>() : tally::FoldOrder::arrival()}, ServerAdam(rate));
   const auto table = ps["parameters"];
   const auto pull_all = [&] {

@@ -160,7 +160,7 @@ std::vector<float> train_by_all_reduce(tally::Communicator& comm, bool overlap, 
   Parameters gradient;
   if (comm.rank() == 0) initialize(parameters, worker.training().seed);
   comm.broadcast(parameters.all, 0);
-  Optimizer optimizer;
+  Optimizer optimizer(worker.training().rate);
   std::vector<float> losses;
   worker.begin();
   // When the time is up is for rank 0 to say, with its gradient.
@@ -228,7 +228,7 @@ void compare(tally::Communicator& comm, const Settings& settings, const std::str
   print_ways(out, training, ways);
   out << std::flush;
   if (settings.json.empty()) return;
-  nlohmann::json json{{"ranks", comm.size()}, {"batch", training.batch}, {"seed", training.seed}, {"straggler_milliseconds", training.straggler}, {"straggler_rank", training.straggler_rank}, {"ways", to_json(ways)}};
+  nlohmann::json json{{"ranks", comm.size()}, {"batch", training.batch}, {"seed", training.seed}, {"rate", training.rate}, {"straggler_milliseconds", training.straggler}, {"straggler_rank", training.straggler_rank}, {"ways", to_json(ways)}};
   write_json(json, settings.json);
 }
 
@@ -241,6 +241,7 @@ int main(int argc, char** argv) {
   const auto* const steps = app.add_option("--steps", training.steps, "steps of the optimizer; of each worker, with a parameter server")->check(CLI::Range(0, 100000000))->capture_default_str();
   const auto* const seconds = app.add_option("--seconds", training.seconds, "train for so long, instead of --steps")->check(CLI::Range(0.001, 1e6))->excludes("--steps");
   app.add_option("--batch", training.batch, "samples per step, all ranks together")->check(CLI::Range(1, 100000000))->capture_default_str();
+  app.add_option("--rate", training.rate, "of the optimizer")->check(CLI::Range(1e-6, 10.0))->capture_default_str();
   app.add_option("--seed", training.seed, "of the first parameters and the samples")->capture_default_str();
   app.add_flag("--threads", settings.threads, "make the ranks threads instead of processes");
   app.add_flag("--overlap", settings.overlap, "reduce the gradient in two parts while back-propagation goes on");

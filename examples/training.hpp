@@ -21,6 +21,7 @@
 struct Training {
   std::uint64_t steps = 3000, batch = 512, seed = 1;
   double seconds = 0;    // if not 0: each worker goes on for so long, instead of for so many steps
+  float rate = 0.005f;   // of Adam
   double straggler = 0;  // milliseconds by which a worker is late in a step
   std::string straggler_rank = "last";
 
