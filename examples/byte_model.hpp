@@ -19,15 +19,16 @@ inline constexpr std::size_t chunk = 32;  // samples computed together
 /// All parameters, or their gradient, in one piece of memory, so that it can be sent in one piece.
 struct Parameters {
   static constexpr std::size_t count = symbols * features + inputs * hidden + hidden + hidden * symbols + symbols;
-  std::vector<float> all = std::vector<float>(count + 1);
+  std::vector<float> all = std::vector<float>(count + 2);
   float* const embedding = all.data();                                 // [symbols][features]
   float* const hidden_weights = embedding + symbols * features;        // [inputs][hidden]
   float* const hidden_bias = hidden_weights + inputs * hidden;         // [hidden]
   float* const output_weights = hidden_bias + hidden;                  // [hidden][symbols]
   float* const output_bias = output_weights + hidden * symbols;        // [symbols]
-  float* const loss = output_bias + symbols;  // in a gradient: travels with it, so that it needs no call of its own
+  float* const loss = output_bias + symbols;                           // in a gradient: travels with it, so that it needs no call of its own,
+  float* const stop = loss + 1;                                        // and so does a rank's word that this step is to be the last, unless it is 0
 
-  /// In the order in which back-propagation is done with them: the output layer and the loss, then the rest.
+  /// In the order in which back-propagation is done with them: the output layer with loss and stop, then the rest.
   std::span<float> output_part() { return {output_weights, all.data() + all.size()}; }
   std::span<float> input_part() { return {all.data(), output_weights}; }
 
@@ -121,24 +122,43 @@ class Learner {
   std::vector<float> hidden_weights_t_ = std::vector<float>(inputs * hidden), output_weights_t_ = std::vector<float>(hidden * symbols);
 };
 
-/// Adam: each parameter moves by its mean gradient, relative to how large its gradients usually are.
+/// The mean loss of samples, in bits. `scratch` is overwritten.
+inline double mean_loss(Learner& learner, const Parameters& p, const std::string& text, std::span<const std::size_t> positions, Parameters& scratch) {
+  double sum = 0;
+  learner.use(p);
+  for (std::size_t i = 0; i < positions.size(); i += chunk) {
+    *scratch.loss = 0;
+    learner.add(p, text, positions.subspan(i, std::min(chunk, positions.size() - i)), 1, scratch, [] {});
+    sum += static_cast<double>(*scratch.loss);
+  }
+  return sum / static_cast<double>(positions.size());
+}
+
+/// Adam (Kingma and Ba, 2015): each parameter moves by its mean gradient, relative to how large its gradients usually are.
+struct AdamStep {
+  static constexpr float keep_mean = 0.9f, keep_square = 0.99f;
+  float mean_scale, square_scale;  // make up for means that begin at 0
+  AdamStep() = default;
+  AdamStep(float rate, float steps) : mean_scale(rate / (1 - std::pow(keep_mean, steps))), square_scale(1 / (1 - std::pow(keep_square, steps))) {}
+  float operator()(float value, float gradient, float& mean, float& square) const {
+    mean += (1 - keep_mean) * (gradient - mean);
+    square += (1 - keep_square) * (gradient * gradient - square);
+    return value - mean_scale * mean / (std::sqrt(square_scale * square) + 1e-8f);
+  }
+};
 class Optimizer {
  public:
+  explicit Optimizer(float rate) : rate_(rate) {}
   void begin_step() { ++steps_; }
   /// A part of the parameters, which is as far as its gradient is known.
   void step(Parameters& p, const Parameters& gradient, std::span<const float> part) {
-    constexpr float keep_mean = 0.9f, keep_square = 0.99f, rate = 0.005f;
-    const float mean_scale = rate / (1 - std::pow(keep_mean, steps_)), square_scale = 1 / (1 - std::pow(keep_square, steps_));
+    const AdamStep adam(rate_, steps_);
     const auto first = static_cast<std::size_t>(part.data() - gradient.all.data());
-    for (std::size_t i = first; i < std::min(first + part.size(), Parameters::count); ++i) {
-      const float g = gradient.all[i];
-      mean_[i] += (1 - keep_mean) * (g - mean_[i]);
-      square_[i] += (1 - keep_square) * (g * g - square_[i]);
-      p.all[i] -= mean_scale * mean_[i] / (std::sqrt(square_scale * square_[i]) + 1e-8f);
-    }
+    for (std::size_t i = first; i < std::min(first + part.size(), Parameters::count); ++i) p.all[i] = adam(p.all[i], gradient.all[i], mean_[i], square_[i]);
   }
 
  private:
+  const float rate_;
   float steps_ = 0;
   std::vector<float> mean_ = std::vector<float>(Parameters::count), square_ = mean_;
 };

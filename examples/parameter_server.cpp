@@ -19,6 +19,7 @@
 #include <tally/tcp.hpp>
 
 #include "command_line.hpp"
+#include "consistency.hpp"
 
 struct Settings {
   int ranks = 4, servers = 0, steps = 50, replicas = 0;
@@ -28,19 +29,6 @@ struct Settings {
   std::string consistency = "bsp", json;
 };
 
-tally::Consistency consistency_of(const std::string& text) {
-  if (text == "bsp") return tally::bsp;
-  if (text == "asp") return tally::asp;
-  std::size_t used = 0;
-  if (text.rfind("ssp:", 0) == 0) {
-    try {
-      const unsigned long clocks = std::stoul(text.substr(4), &used);
-      if (used == text.size() - 4 && text[4] != '-') return tally::ssp(clocks);
-    } catch (const std::logic_error&) {
-    }
-  }
-  throw CLI::ValidationError("--consistency", "'" + text + "' is none; there are bsp, ssp:CLOCKS (such as ssp:4) and asp");
-}
 void pass(double milliseconds) { std::this_thread::sleep_for(std::chrono::duration<double, std::milli>(milliseconds)); }
 
 /// What a worker tells of itself.
@@ -88,7 +76,7 @@ void run(tally::Communicator& comm, const Settings& settings) {
   const int serves = settings.serve || comm.rank() >= comm.size() - settings.servers;
   std::vector<int> all(static_cast<std::size_t>(comm.size()));
   comm.all_gather(std::span(&serves, 1), all);
-  tally::TableOptions options{.consistency = consistency_of(settings.consistency)};
+  tally::TableOptions options{.consistency = consistency_of("--consistency", settings.consistency)};
   for (int r = 0; r < comm.size(); ++r)
     if (all[static_cast<std::size_t>(r)]) options.servers.push_back(r);
   options.dedicated = !options.servers.empty();
@@ -130,7 +118,7 @@ int main(int argc, char** argv) {
   app.add_option("--straggler", settings.straggler, "ms that the first worker's take longer")->check(CLI::Range(0.0, 10'000.0))->capture_default_str();
   app.add_option("--json", settings.json, "write the same there");
   return run_program(app, argc, argv, [&] {
-    consistency_of(settings.consistency);
+    consistency_of("--consistency", settings.consistency);
     if (settings.servers >= settings.ranks) throw CLI::ValidationError("--servers", "nobody is left to work");
     on_all_ranks(settings.ranks, false, [&](tally::Communicator& comm) { run(comm, settings); });
   });

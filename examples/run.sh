@@ -2,12 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 # Builds and runs the main job, from any folder and on a bare Debian 12: installs what is missing of compiler,
 # CMake and two header libraries, builds in build/examples and runs train with the arguments given here.
-# usage: run.sh [train | mesh | custom_algorithm | carbon | energy | parameter_server] [arguments of that program]
+# usage: run.sh [train | mesh | custom_algorithm | carbon | energy | parameter_server | federated] [arguments of that program]
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 build=$root/build/examples
 program=train
-if [[ ${1:-} == train || ${1:-} == mesh || ${1:-} == custom_algorithm || ${1:-} == carbon || ${1:-} == energy || ${1:-} == parameter_server ]]; then
+if [[ ${1:-} == train || ${1:-} == mesh || ${1:-} == custom_algorithm || ${1:-} == carbon || ${1:-} == energy || ${1:-} == parameter_server || ${1:-} == federated ]]; then
   program=$1
   shift
 fi

@@ -4,18 +4,14 @@
 // same step. All ranks draw from the same sequence of samples, so the number of ranks changes the losses by
 // rounding only. At the end the ledger says what the synchronising cost. With --overlap the gradient is reduced in two
 // parts, each as soon as back-propagation is done with it, and the parameters whose gradient is there take their step
-// while the other part is under way.
+// while the other part is under way. With --parameter-server gradients go to a table instead (table_training.hpp), and --compare shows
+// what each way to synchronise costs and learns in the same time, while --straggler makes a worker late.
 
 #include <unistd.h>
 
 #include <algorithm>
-#include <cerrno>
 #include <chrono>
 #include <cstdint>
-#include <cstdio>
-#include <cstring>
-#include <filesystem>
-#include <fstream>
 #include <iomanip>
 #include <iostream>
 #include <optional>
@@ -29,42 +25,48 @@
 #include "account_file.hpp"
 #include "byte_model.hpp"
 #include "command_line.hpp"
+#include "comparison.hpp"
+#include "consistency.hpp"
 #include "ledger_json.hpp"
+#include "table_training.hpp"
+#include "training.hpp"
 
 struct Settings {
   int ranks = 2;
-  std::uint64_t steps = 3000, batch = 512, seed = 1;
-  bool threads = false, overlap = false;
+  Training training;
+  std::string parameter_server;  // a consistency; empty: all_reduce
+  bool threads = false, overlap = false, compare = false;
   std::optional<int> progress_core;
   std::vector<std::string> text_files;
   std::string json, account;
 };
 
-using Clock = std::chrono::steady_clock;
-double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
-
 /// On stderr: a bar on a terminal, ten lines elsewhere.
 class Progress {
  public:
-  explicit Progress(const Settings& settings) : settings_(settings) {}
+  explicit Progress(const Training& training) : training_(training) {}
 
+  /// So many steps of rank 0 are done.
   void show(std::uint64_t done, float loss) {
-    const std::uint64_t steps = settings_.steps;
-    if (terminal_ && done < steps && seconds_since(shown_) < 0.1) return;
-    if (!terminal_ && done * 10 / steps == (done - 1) * 10 / steps) return;
+    const double part = std::min(1.0, training_.seconds > 0 ? seconds_since(start_) / training_.seconds : static_cast<double>(done) / static_cast<double>(training_.steps));
+    const bool ended = part >= 1;
+    if (terminal_ ? !ended && seconds_since(shown_) < 0.1 : static_cast<int>(part * 10) == tenths_) return;
     shown_ = Clock::now();
-    const std::size_t width = 30, full = done * width / steps;
-    std::cerr << (terminal_ ? "\r[" : "[") << std::string(full, '#') << std::string(width - full, '.') << "] step " << done << '/' << steps;
+    tenths_ = static_cast<int>(part * 10);
+    const std::size_t width = 30, full = static_cast<std::size_t>(part * width);
+    std::cerr << (terminal_ ? "\r[" : "[") << std::string(full, '#') << std::string(width - full, '.') << "] step " << done;
+    if (training_.seconds <= 0) std::cerr << '/' << training_.steps;
     std::cerr << std::fixed << std::setprecision(3) << "  loss " << loss << " bits/byte  " << std::setprecision(0);
-    std::cerr << static_cast<double>(done * settings_.batch) / seconds_since(start_) << " samples/s" << (terminal_ ? "\x1b[K" : "\n");
-    if (terminal_ && done == steps) std::cerr << '\n';
+    std::cerr << static_cast<double>(done * training_.batch) / seconds_since(start_) << " samples/s" << (terminal_ ? "\x1b[K" : "\n");
+    if (terminal_ && ended) std::cerr << '\n';
   }
 
  private:
-  const Settings& settings_;
+  const Training& training_;
   const bool terminal_ = ::isatty(STDERR_FILENO) == 1;
   const Clock::time_point start_ = Clock::now();
   Clock::time_point shown_{};
+  int tenths_ = 0;
 };
 
 /// The mean loss of each tenth of the training, as a picture.
@@ -119,26 +121,31 @@ double seconds_alone(tally::Communicator& comm, Parameters& gradient, std::uint6
   return times[25] * static_cast<double>(steps);
 }
 
-void report(const Settings& settings, const tally::Communicator& comm, const std::vector<float>& losses, double seconds, const std::optional<Overlap>& overlap) {
+/// Of one training. `losses`: of all samples of each step, where all ranks took it together.
+void report(const Settings& settings, const Way& way, const std::string& ledger, const std::vector<float>& losses, const std::optional<Overlap>& overlap) {
+  const Training& training = settings.training;
   std::ostream& out = settings.json == "-" ? std::cerr : std::cout;
-  if (losses.empty()) {
+  if (way.courses[0].steps == 0) {
     out << "no steps, so no loss\n";
-  } else {
+  } else if (!losses.empty()) {
     print_curve(out, losses);
-    const double samples = static_cast<double>(losses.size() * settings.batch);
-    out << "first " << losses.front() << ", last " << losses.back() << "; " << losses.size() * settings.batch << std::setprecision(1);
-    out << " samples in " << seconds << " s, " << std::setprecision(0) << samples / seconds << " per second; ranks: " << comm.size() << '\n';
+    const double samples = static_cast<double>(losses.size() * training.batch);
+    out << "first " << losses.front() << ", last " << losses.back() << "; " << losses.size() * training.batch << std::setprecision(1);
+    out << " samples in " << way.seconds() << " s, " << std::setprecision(0) << samples / way.seconds() << " per second; ranks: " << way.courses.size() << '\n';
   }
+  // Operations that are in flight together wait for the same ranks at the same time, so their waits are not to be added up.
+  if (!settings.overlap && way.courses[0].steps > 0 && (losses.empty() || training.straggler > 0)) print_ways(out, training, {way});
   if (overlap) {
     out << std::setprecision(1) << "communication: " << overlap->alone * 1e3 << " ms by itself, of which " << std::setprecision(0) << overlap->least_hidden();
     if (overlap->most_hidden() - overlap->least_hidden() >= 1) out << " to " << overlap->most_hidden();
     out << " % hidden: the caller was blocked for " << std::setprecision(1) << overlap->blocked * 1e3 << " ms, up to " << overlap->late * 1e3 << " ms of it because other ranks computed longer\n";
   }
-  out << '\n' << comm.ledger() << std::flush;
+  out << '\n' << ledger << std::flush;
 
   if (settings.json.empty()) return;
-  nlohmann::json json{{"loss_first", nullptr}, {"loss_last", nullptr}, {"steps", settings.steps}, {"ranks", comm.size()}, {"seconds", seconds}};
-  json["ledger"] = to_json(comm.ledger());
+  nlohmann::json json{{"loss_first", nullptr}, {"loss_last", nullptr}, {"steps", way.courses[0].steps}, {"ranks", way.courses.size()}, {"seconds", way.seconds()}};
+  json["ledger"] = way.ledger;
+  if (!settings.overlap) json["ways"] = to_json({way});
   if (overlap) json["overlap"] = {{"alone_seconds", overlap->alone}, {"blocked_seconds", overlap->blocked}, {"late_seconds", overlap->late}, {"least_hidden_percent", overlap->least_hidden()}, {"most_hidden_percent", overlap->most_hidden()}};
   if (!losses.empty()) {
     json["loss_first"] = number_or_null(losses.front());
@@ -147,46 +154,24 @@ void report(const Settings& settings, const tally::Communicator& comm, const std
   write_json(json, settings.json);
 }
 
-/// Where sample number i of the whole training lies: a hash, so that any rank can compute any sample.
-std::size_t position_of(std::uint64_t i, std::uint64_t seed, std::size_t text_size) {
-  std::uint64_t x = seed * 0xd1342543de82ef95u + i * 0x9e3779b97f4a7c15u;
-  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
-  x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
-  return context + (x ^ (x >> 31)) % (text_size - context);
-}
-
-/// What every rank does.
-void train(tally::Communicator& comm, const Settings& settings, const std::string& text) {
-  std::optional<tally::ProgressThread> progress_thread;
-  if (settings.progress_core) progress_thread = tally::progress_thread(*settings.progress_core);
-  Parameters parameters, gradient;
-  if (comm.rank() == 0) initialize(parameters, settings.seed);
+/// Of each step, the loss of all samples.
+template <class F>
+std::vector<float> train_by_all_reduce(tally::Communicator& comm, bool overlap, Worker& worker, Parameters& parameters, F&& show) {
+  Parameters gradient;
+  if (comm.rank() == 0) initialize(parameters, worker.training().seed);
   comm.broadcast(parameters.all, 0);
-
-  const auto rank = static_cast<std::uint64_t>(comm.rank()), size = static_cast<std::uint64_t>(comm.size());
-  const std::uint64_t first = settings.batch * rank / size, end = settings.batch * (rank + 1) / size;  // this rank's slice of a batch
-  const float weight = 1 / static_cast<float>(settings.batch);
-  Learner learner;
-  Optimizer optimizer;
-  std::vector<std::size_t> positions;
+  Optimizer optimizer(worker.training().rate);
   std::vector<float> losses;
-  Progress progress(settings);
-  const Clock::time_point start = Clock::now();
-
-  for (std::uint64_t step = 0; step < settings.steps; ++step) {
-    std::fill(gradient.all.begin(), gradient.all.end(), 0.0f);
-    learner.use(parameters);
+  worker.begin();
+  // When the time is up is for rank 0 to say, with its gradient.
+  while (worker.training().seconds > 0 ? *gradient.stop == 0 : !worker.is_done()) {
     tally::Operation output_part;
-    const auto reduce_output_part = [&] { output_part = comm.async_all_reduce(gradient.output_part(), tally::sum); };  // the loss is its last element
-    if (settings.overlap && first == end) reduce_output_part();
-    for (std::uint64_t i = first; i < end;) {
-      for (positions.clear(); i < end && positions.size() < chunk; ++i) positions.push_back(position_of(step * settings.batch + i, settings.seed, text.size()));
-      learner.add(parameters, text, positions, weight, gradient, [&] {
-        if (settings.overlap && i == end) reduce_output_part();
-      });
-    }
+    worker.compute(parameters, gradient, [&] {
+      if (comm.rank() == 0 && worker.is_out_of_time()) *gradient.stop = 1;
+      if (overlap) output_part = comm.async_all_reduce(gradient.output_part(), tally::sum);  // loss and stop are its last elements
+    });
     optimizer.begin_step();
-    if (settings.overlap) {
+    if (overlap) {
       tally::Operation input_part = comm.async_all_reduce(gradient.input_part(), tally::sum);
       output_part.wait();
       optimizer.step(parameters, gradient, gradient.output_part());
@@ -197,44 +182,54 @@ void train(tally::Communicator& comm, const Settings& settings, const std::strin
       optimizer.step(parameters, gradient, gradient.all);
     }
     losses.push_back(*gradient.loss);
-    if (comm.rank() == 0) progress.show(step + 1, losses.back());
+    worker.end_step();
+    show();
   }
-  const double seconds = seconds_since(start);
+  worker.end(comm.ledger());
+  return losses;
+}
+
+/// What every rank does.
+void train(tally::Communicator& comm, const Settings& settings, const std::string& text) {
+  std::optional<tally::ProgressThread> progress_thread;
+  if (settings.progress_core) progress_thread = tally::progress_thread(*settings.progress_core);
+  const bool by_table = !settings.parameter_server.empty();
+  Worker worker(settings.training, text, comm.rank(), comm.size());
+  Parameters parameters;
+  Progress progress(settings.training);
+  const auto show = [&] {
+    if (comm.rank() == 0) progress.show(worker.points().size(), worker.loss());
+  };
+  std::vector<float> losses;
+  if (by_table) train_by_table(comm, settings.parameter_server, worker, parameters, show);
+  else losses = train_by_all_reduce(comm, settings.overlap, worker, parameters, show);
   std::optional<Overlap> overlap;
-  if (settings.overlap && !losses.empty()) overlap = overlap_in(comm.ledger(), seconds_alone(comm, gradient, settings.steps));
-  if (!settings.account.empty()) write_account_file(settings.account, comm.account("world", "train"));
-  if (comm.rank() == 0) report(settings, comm, losses, seconds, overlap);
+  if (Parameters scratch; settings.overlap && !losses.empty()) overlap = overlap_in(comm.ledger(), seconds_alone(comm, scratch, losses.size()));
+  if (!settings.account.empty()) write_account_file(settings.account, by_table ? worker.account() : comm.account("world", "train"));
+  const Way way = gather_way(comm, by_table ? settings.parameter_server : "all_reduce", worker, parameters);
+  if (comm.rank() == 0) report(settings, way, worker.ledger_text(), losses, overlap);
 }
 
-[[noreturn]] void refuse(const std::string& text) { throw tally::Error(tally::Errc::invalid_argument, text); }
-
-/// The library's own headers: where the build says they are, or beside this source file.
-std::vector<std::string> default_text() {
-  namespace fs = std::filesystem;
-#ifdef TALLY_EXAMPLE_TEXT_DIR
-  const fs::path folder = TALLY_EXAMPLE_TEXT_DIR;
-#else
-  const fs::path folder = fs::path(__FILE__).parent_path() / ".." / "include" / "tally";
-#endif
-  std::vector<std::string> files;
-  std::error_code error;
-  for (fs::recursive_directory_iterator it(folder, error), end; !error && it != end; it.increment(error))
-    if (it->path().extension() == ".hpp") files.push_back(it->path().string());
-  if (files.empty()) refuse("the library's headers are not in '" + folder.string() + "'; name a text with --text FILE");
-  std::sort(files.begin(), files.end());  // a folder lists in any order, and runs are to be repeatable
-  return files;
-}
-
-std::string read_text(const std::vector<std::string>& files) {
-  std::string text;
-  for (const std::string& file : files) {
-    std::ifstream in(file, std::ios::binary);
-    char block[65536];
-    while (in.read(block, sizeof block), in.gcount() > 0) text.append(block, static_cast<std::size_t>(in.gcount()));
-    if (!in.is_open() || in.bad()) refuse("cannot read the text '" + file + "': " + std::strerror(errno));
+/// Trains the same model in all ways, one after another.
+void compare(tally::Communicator& comm, const Settings& settings, const std::string& text) {
+  std::vector<Way> ways;
+  for (const std::string name : {"all_reduce", "bsp", "ssp:0", "ssp:4", "asp"}) {
+    tally::Communicator other = comm.duplicate();  // with a ledger of its own
+    Worker worker(settings.training, text, comm.rank(), comm.size());
+    Parameters parameters;
+    if (name == "all_reduce") train_by_all_reduce(other, false, worker, parameters, [] {});
+    else train_by_table(other, name, worker, parameters, [] {});
+    ways.push_back(gather_way(comm, name, worker, parameters));
+    if (comm.rank() == 0) std::cerr << name << ": " << worker.course().steps << " steps of rank 0 in " << std::fixed << std::setprecision(1) << worker.course().seconds << " s\n";
   }
-  if (text.size() <= context) refuse("the text has " + std::to_string(text.size()) + " bytes and must have more than " + std::to_string(context));
-  return text;
+  if (comm.rank() != 0) return;
+  const Training& training = settings.training;
+  std::ostream& out = settings.json == "-" ? std::cerr : std::cout;
+  print_ways(out, training, ways);
+  out << std::flush;
+  if (settings.json.empty()) return;
+  nlohmann::json json{{"ranks", comm.size()}, {"batch", training.batch}, {"seed", training.seed}, {"rate", training.rate}, {"straggler_milliseconds", training.straggler}, {"straggler_rank", training.straggler_rank}, {"ways", to_json(ways)}};
+  write_json(json, settings.json);
 }
 
 /// One line on stderr, whatever happened.
@@ -242,19 +237,30 @@ int main(int argc, char** argv) {
   Settings settings;
   CLI::App app("Trains a byte-level language model by data parallelism and shows what the synchronising cost.", "train");
   app.add_option("--ranks", settings.ranks, "ranks to start; under a launcher such as mpirun, that decides")->check(CLI::Range(1, 32768))->capture_default_str();
-  app.add_option("--steps", settings.steps, "steps of the optimizer")->check(CLI::Range(0, 100000000))->capture_default_str();
-  app.add_option("--batch", settings.batch, "samples per step, all ranks together")->check(CLI::Range(1, 100000000))->capture_default_str();
-  app.add_option("--seed", settings.seed, "of the first parameters and the samples")->capture_default_str();
+  Training& training = settings.training;
+  const auto* const steps = app.add_option("--steps", training.steps, "steps of the optimizer; of each worker, with a parameter server")->check(CLI::Range(0, 100000000))->capture_default_str();
+  const auto* const seconds = app.add_option("--seconds", training.seconds, "train for so long, instead of --steps")->check(CLI::Range(0.001, 1e6))->excludes("--steps");
+  app.add_option("--batch", training.batch, "samples per step, all ranks together")->check(CLI::Range(1, 100000000))->capture_default_str();
+  app.add_option("--rate", training.rate, "of the optimizer")->check(CLI::Range(1e-6, 10.0))->capture_default_str();
+  app.add_option("--seed", training.seed, "of the first parameters and the samples")->capture_default_str();
   app.add_flag("--threads", settings.threads, "make the ranks threads instead of processes");
   app.add_flag("--overlap", settings.overlap, "reduce the gradient in two parts while back-propagation goes on");
   app.add_option("--progress-core", settings.progress_core, "with a progress thread on this core; -1: on any")->option_text("CORE")->needs("--overlap");
+  app.add_option("--parameter-server", settings.parameter_server, "gradients go to a table with this consistency: bsp, ssp:CLOCKS or asp")->option_text("CONSISTENCY")->excludes("--overlap");
+  app.add_flag("--compare", settings.compare, "train by all_reduce, bsp, ssp:0 (which differs from bsp in that each gradient is a step of its own), ssp:4 and asp, one after another: for 10 s each, if neither --seconds nor --steps says otherwise")->excludes("--overlap")->excludes("--parameter-server");
+  app.add_option("--straggler", training.straggler, "ms by which a worker is late in each step")->check(CLI::Range(0.0, 10'000.0));
+  app.add_option("--straggler-rank", training.straggler_rank, "which one: a rank, last, or rotating: in each step another")->capture_default_str()->needs("--straggler");
   app.add_option("--text", settings.text_files, "what to learn; without it, the library's own headers")->option_text("FILE...");
   app.add_option("--json", settings.json, "write the result there too; '-' is standard output")->option_text("FILE");
-  app.add_option("--account", settings.account, "each rank writes its account there, for tally_report")->option_text("DIR");
+  app.add_option("--account", settings.account, "each rank writes its account there, for tally_report")->option_text("DIR")->excludes("--compare");
   return run_program(app, argc, argv, [&] {
-    const std::string text = read_text(settings.text_files.empty() ? default_text() : settings.text_files);
+    const tally::JobInfo job = tally::job_info();
+    if (!settings.parameter_server.empty()) consistency_of("--parameter-server", settings.parameter_server);
+    training.expect_straggler(job.launcher.empty() ? settings.ranks : job.size);
+    if (settings.compare && steps->count() + seconds->count() == 0) training.seconds = 10;
+    const std::string text = read_text(settings.text_files);
     if (!settings.json.empty()) expect_writable(settings.json);
     if (!settings.account.empty()) expect_account_folder(settings.account);
-    on_all_ranks(settings.ranks, settings.threads, [&](tally::Communicator& comm) { train(comm, settings, text); });
+    on_all_ranks(settings.ranks, settings.threads, [&](tally::Communicator& comm) { settings.compare ? compare(comm, settings, text) : train(comm, settings, text); });
   });
 }

@@ -163,6 +163,10 @@ struct RuleOps {
   std::uint64_t hash = 0;  // of the rule's type and settings
 };
 
+#if defined(__clang__)
+#pragma clang diagnostic push
+#pragma clang diagnostic ignored "-Wpass-failed"  // a rule may be one that cannot be vectorised
+#endif
 template <class T, class R, std::size_t width, std::size_t... i>
 [[gnu::always_inline]] inline void apply_with(const R& rule, std::byte* to, const std::byte* from, const std::byte* pushed, std::byte* const* states, std::size_t n, const Update& update, std::index_sequence<i...>) {
   using W = Working<T>;
@@ -205,6 +209,9 @@ void apply_rule(const void* rule, std::byte* to, const std::byte* from, const st
 #endif
   apply_with<T, R, 16>(*static_cast<const R*>(rule), to, from, pushed, states, n, update, std::make_index_sequence<static_cast<std::size_t>(states_of<R>())>{});
 }
+#if defined(__clang__)
+#pragma clang diagnostic pop
+#endif
 template <class T>
 void weigh(const void* weight, std::byte* to, const std::byte* from, std::size_t bytes) {
   const auto factor = static_cast<Working<T>>(*static_cast<const double*>(weight));
