@@ -3,7 +3,6 @@
 #pragma once
 
 #include <algorithm>
-#include <array>
 #include <chrono>
 #include <string>
 #include <thread>
@@ -15,18 +14,16 @@
 #include "consistency.hpp"
 #include "training.hpp"
 
-/// The model's Adam where the parameters lie. A table begins with zeros: the first push says what the parameters begin with.
+/// The model's Adam where the parameters lie.
 struct ServerAdam {
   static constexpr int states = 2;
-  std::array<AdamStep, 2048> of_step;  // a power for each element would cost more than all the rest; later ones are 1 in a float
+  float rate;
 
-  explicit ServerAdam(float rate) {
-    for (std::size_t i = 0; i < of_step.size(); ++i) of_step[i] = AdamStep(rate, static_cast<float>(i + 1));
+  template <class W>
+  auto for_update(const tally::Update& update) const {
+    return [step = AdamStep(rate, static_cast<float>(update.step))](W value, W gradient, const tally::Update&, W& mean, W& square) { return step(value, gradient, mean, square); };
   }
-  float operator()(float value, float pushed, const tally::Update& update, float& mean, float& square) const {
-    if (update.step == 1) return pushed;
-    return of_step[std::min<std::uint64_t>(update.step - 2, of_step.size() - 1)](value, pushed, mean, square);
-  }
+  float operator()(float value, float gradient, const tally::Update& update, float& mean, float& square) const { return for_update<float>(update)(value, gradient, update, mean, square); }
 };
 
 /// With "bsp" all workers' gradients of a clock are folded into one step, as an all_reduce by a ring folds them. Otherwise each gradient is a
@@ -44,10 +41,10 @@ void train_by_table(tally::Communicator& comm, const std::string& way, Worker& w
   };
   if (comm.rank() == 0) {
     initialize(parameters, worker.training().seed);
-    table.push(parameters.all);
+    ps.set("parameters", parameters.all);
   }
-  ps.tick();
-  pull_all();
+  comm.barrier();
+  table.pull(parameters.all);
   Parameters gradient;
   comm.barrier();
   worker.begin();

@@ -232,8 +232,6 @@ class TableTensors {
   TableTensors() = default;
   explicit TableTensors(std::shared_ptr<detail::TableUser> user) : user_(std::move(user)) {}
   void use(std::shared_ptr<detail::TableUser> user) { user_ = std::move(user); }
-
- private:
   std::size_t find(std::string_view name) const {
     const auto& all = user_->table().tensors;
     const auto found = std::find_if(all.begin(), all.end(), [&](const TensorSpec& t) { return t.name == name; });
@@ -242,6 +240,8 @@ class TableTensors {
     for (const TensorSpec& t : all) known += detail::concat({known.empty() ? "'" : ", '", t.name, "'"});
     throw Error(Errc::invalid_argument, {"there is no tensor '", name, "'; there are ", known});
   }
+
+ private:
   std::shared_ptr<detail::TableUser> user_;
 };
 
@@ -330,6 +330,14 @@ class ParameterServer : public TableTensors<T> {
   /// Sets all values and the rule's state to those of a file that Snapshot::write() made, of a table with the same tensors, and
   /// returns its clock. One worker calls it, while nobody pushes. Nothing is changed if the file is not whole and right.
   std::uint64_t restore(const std::string& path) { return detail::restore_table(*node_, path); }
+
+  /// What a vector begins with, past the rule. One worker calls it, while nobody pushes; who pulls after that, and a barrier, sees it.
+  void set(std::string_view name, std::span<const T> values) {
+    const DenseTensor<T> tensor = this->dense(name);
+    if (values.size() != tensor.size()) throw Error(Errc::invalid_argument, {"set('", name, "'): the buffer has ", values.size(), " elements, expected ", tensor.size()});
+    if (!is_worker()) throw Error(Errc::invalid_argument, {"set('", name, "'): rank ", node_->rank(), " is no worker of this table"});
+    detail::set_values(*node_, this->find(name), std::as_bytes(values));
+  }
 
   /// Of a dedicated server: serves until all workers have left.
   void serve() { node_->serve(); }

@@ -64,7 +64,8 @@ struct Last {
 }  // namespace detail
 
 /// rule(value, pushed, update, state...) is the new value; as many states, all 0 at first, as the rule has as `R::states` (none
-/// if it says nothing). `R::whole_clocks`: it wants what all workers push in one clock together. `R::Combine`: how that is folded, else a sum.
+/// if it says nothing). What is the same for all elements of an update need be computed once: `rule.for_update<W>(update)`, if there is one,
+/// returns what is called for them instead. `R::whole_clocks`: it wants what all workers push in one clock together. `R::Combine`: how that is folded, else a sum.
 template <class R, class T>
 concept ServerRule = Element<T> && std::is_trivially_copyable_v<R> && detail::takes_states<R, Working<T>>(std::make_index_sequence<static_cast<std::size_t>(detail::states_of<R>())>{});
 
@@ -109,13 +110,21 @@ struct Adam {
   static constexpr int states = 2;
   float rate = 0.001f, first_decay = 0.9f, second_decay = 0.999f, epsilon = 1e-8f;
   template <std::floating_point W>
-  W operator()(W value, W gradient, const Update& update, W& first, W& second) const {
-    const W b1 = static_cast<W>(first_decay), b2 = static_cast<W>(second_decay);
-    first = b1 * first + (1 - b1) * gradient;
-    second = b2 * second + (1 - b2) * gradient * gradient;
-    const W m = first / (1 - std::pow(b1, static_cast<W>(update.step))), v = second / (1 - std::pow(b2, static_cast<W>(update.step)));
-    return value - static_cast<W>(rate) * m / (std::sqrt(v) + static_cast<W>(epsilon));
+  struct Step {
+    W rate, b1, b2, first_scale, second_scale, epsilon;
+    W operator()(W value, W gradient, const Update&, W& first, W& second) const {
+      first = b1 * first + (1 - b1) * gradient;
+      second = b2 * second + (1 - b2) * gradient * gradient;
+      return value - rate * (first / first_scale) / (std::sqrt(second / second_scale) + epsilon);
+    }
+  };
+  template <std::floating_point W>
+  Step<W> for_update(const Update& update) const {
+    const W b1 = static_cast<W>(first_decay), b2 = static_cast<W>(second_decay), step = static_cast<W>(update.step);
+    return {static_cast<W>(rate), b1, b2, 1 - std::pow(b1, step), 1 - std::pow(b2, step), static_cast<W>(epsilon)};
   }
+  template <std::floating_point W>
+  W operator()(W value, W gradient, const Update& update, W& first, W& second) const { return for_update<W>(update)(value, gradient, update, first, second); }
 };
 /// Duchi, Hazan and Singer, "Adaptive subgradient methods" (2011), with a diagonal matrix.
 struct Adagrad {
@@ -167,7 +176,7 @@ struct RuleOps {
 #pragma clang diagnostic push
 #pragma clang diagnostic ignored "-Wpass-failed"  // a rule may be one that cannot be vectorised
 #endif
-template <class T, class R, std::size_t width, std::size_t... i>
+template <class T, std::size_t width, class R, std::size_t... i>
 [[gnu::always_inline]] inline void apply_with(const R& rule, std::byte* to, const std::byte* from, const std::byte* pushed, std::byte* const* states, std::size_t n, const Update& update, std::index_sequence<i...>) {
   using W = Working<T>;
   [[maybe_unused]] W* const all[] = {reinterpret_cast<W*>(states ? states[i] : nullptr)..., nullptr};
@@ -195,10 +204,16 @@ template <class T, class R, std::size_t width, std::size_t... i>
   }
   for (; at < n; ++at) store(to + at * sizeof(T), static_cast<T>(rule(static_cast<W>(load<T>(from + at * sizeof(T))), static_cast<W>(load<T>(pushed + at * sizeof(T))), update, all[i][at]...)));
 }
+template <class T, class R, std::size_t width>
+[[gnu::always_inline]] inline void apply_in(const R& rule, std::byte* to, const std::byte* from, const std::byte* pushed, std::byte* const* states, std::size_t n, const Update& update) {
+  constexpr auto numbers = std::make_index_sequence<static_cast<std::size_t>(states_of<R>())>{};
+  if constexpr (requires { rule.template for_update<Working<T>>(update); }) apply_with<T, width>(rule.template for_update<Working<T>>(update), to, from, pushed, states, n, update, numbers);
+  else apply_with<T, width>(rule, to, from, pushed, states, n, update, numbers);
+}
 #if defined(__x86_64__)
 template <class T, class R>
 [[gnu::target("avx2")]] void apply_avx2(const R& rule, std::byte* to, const std::byte* from, const std::byte* pushed, std::byte* const* states, std::size_t n, const Update& update) {
-  apply_with<T, R, 32>(rule, to, from, pushed, states, n, update, std::make_index_sequence<static_cast<std::size_t>(states_of<R>())>{});
+  apply_in<T, R, 32>(rule, to, from, pushed, states, n, update);
 }
 #endif
 template <class T, class R>
@@ -207,7 +222,7 @@ void apply_rule(const void* rule, std::byte* to, const std::byte* from, const st
   static const bool wide = has_avx2();
   if (wide) return apply_avx2<T>(*static_cast<const R*>(rule), to, from, pushed, states, n, update);
 #endif
-  apply_with<T, R, 16>(*static_cast<const R*>(rule), to, from, pushed, states, n, update, std::make_index_sequence<static_cast<std::size_t>(states_of<R>())>{});
+  apply_in<T, R, 16>(*static_cast<const R*>(rule), to, from, pushed, states, n, update);
 }
 #if defined(__clang__)
 #pragma clang diagnostic pop

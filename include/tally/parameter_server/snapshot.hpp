@@ -138,6 +138,48 @@ class SnapshotReader {
   std::uint64_t at_ = 0, blocks_ = 0;
 };
 
+/// Values past the rule, at all shards that have some of them.
+inline void set_block(TableNode& node, const SnapshotBlock& b, std::span<const std::byte> payload) {
+  const Table& table = node.table();
+  Envelope e;
+  e.kind = MessageKind::set;
+  e.tensor = static_cast<std::uint16_t>(b.tensor);
+  e.parts = static_cast<std::uint16_t>(b.column);
+  const TensorSpec& t = table.tensors[b.tensor];
+  for (int s = 0; s < table.shards(); ++s) {
+    std::vector<std::byte> mine;
+    if (t.is_sparse()) {
+      const std::size_t row = payload.size() / b.count;
+      for (std::size_t i = 0; i < b.count; ++i)
+        if (table.shard_of(t, load<std::uint64_t>(payload.data() + i * row)) == s) mine.insert(mine.end(), payload.begin() + static_cast<std::ptrdiff_t>(i * row), payload.begin() + static_cast<std::ptrdiff_t>((i + 1) * row));
+      e.count = mine.size() / row;
+    } else {
+      const Range part = table.part(b.tensor, s);
+      const std::uint64_t begin = std::max<std::uint64_t>(part.first, b.first), end = std::min<std::uint64_t>(part.first + part.count, b.first + b.count);
+      if (begin >= end) continue;
+      e.first = begin;
+      e.count = end - begin;
+      if (b.column == Column::steps) mine.assign(payload.begin(), payload.end());
+      else {
+        const std::size_t grain = payload.size() / b.count;
+        mine.assign(payload.begin() + static_cast<std::ptrdiff_t>((begin - b.first) * grain), payload.begin() + static_cast<std::ptrdiff_t>((end - b.first) * grain));
+      }
+    }
+    if (e.count > 0) node.ask(s, e, std::move(mine));
+  }
+}
+inline void set_values(TableNode& node, std::size_t tensor, std::span<const std::byte> values) {
+  const std::size_t grain = node.table().rule.grain, most = (SnapshotReader::most_bytes / 2) / grain;
+  for (std::size_t first = 0, all = values.size() / grain; first < all; first += most) {
+    SnapshotBlock b;
+    b.tensor = static_cast<decltype(b.tensor)>(tensor);
+    b.column = 0;
+    b.first = first;
+    b.count = std::min(most, all - first);
+    set_block(node, b, values.subspan(first * grain, b.count * grain));
+  }
+}
+
 /// Restores a table from a file, checking all of it before the first value is set.
 inline std::uint64_t restore_table(TableNode& node, const std::string& path) {
   const Table& table = node.table();
@@ -164,34 +206,7 @@ inline std::uint64_t restore_table(TableNode& node, const std::string& path) {
     return reader.clock;
   };
   each([](const SnapshotBlock&, const std::vector<std::byte>&) {});
-  return each([&](const SnapshotBlock& b, const std::vector<std::byte>& payload) {
-    Envelope e;
-    e.kind = MessageKind::set;
-    e.tensor = static_cast<std::uint16_t>(b.tensor);
-    e.parts = static_cast<std::uint16_t>(b.column);
-    const TensorSpec& t = table.tensors[b.tensor];
-    for (int s = 0; s < table.shards(); ++s) {
-      std::vector<std::byte> mine;
-      if (t.is_sparse()) {
-        const std::size_t row = payload.size() / b.count;
-        for (std::size_t i = 0; i < b.count; ++i)
-          if (table.shard_of(t, load<std::uint64_t>(payload.data() + i * row)) == s) mine.insert(mine.end(), payload.begin() + static_cast<std::ptrdiff_t>(i * row), payload.begin() + static_cast<std::ptrdiff_t>((i + 1) * row));
-        e.count = mine.size() / row;
-      } else {
-        const Range part = table.part(b.tensor, s);
-        const std::uint64_t begin = std::max<std::uint64_t>(part.first, b.first), end = std::min<std::uint64_t>(part.first + part.count, b.first + b.count);
-        if (begin >= end) continue;
-        e.first = begin;
-        e.count = end - begin;
-        if (b.column == Column::steps) mine = payload;
-        else {
-          const std::size_t grain = payload.size() / b.count;
-          mine.assign(payload.begin() + static_cast<std::ptrdiff_t>((begin - b.first) * grain), payload.begin() + static_cast<std::ptrdiff_t>((end - b.first) * grain));
-        }
-      }
-      if (e.count > 0) node.ask(s, e, std::move(mine));
-    }
-  });
+  return each([&](const SnapshotBlock& b, const std::vector<std::byte>& payload) { set_block(node, b, payload); });
 }
 
 }  // namespace detail
