@@ -8,11 +8,15 @@
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <fstream>
@@ -109,6 +113,8 @@ double loads() {
   return ::getloadavg(load, 3) > 0 ? load[0] : -1;
 }
 
+// What launch() calls is compiled for size where it is inlined there, since starting processes is cold; so what is timed is said to be hot.
+
 // Dense.
 
 /// A communicator of the same ranks that talk over TCP on loopback.
@@ -148,7 +154,7 @@ struct Arena {
 class BareLoops {
  public:
   BareLoops(const Arena& arena, int rank, int ranks) : arena_(arena), rank_(static_cast<std::size_t>(rank)), ranks_(static_cast<std::size_t>(ranks)), crowded_(bench::allowed_cores().size() < ranks_) {}
-  void push_pull(std::span<const float> in, std::span<float> out) {
+  [[gnu::noinline, gnu::hot]] void push_pull(std::span<const float> in, std::span<float> out) {
     const std::size_t pieces = std::max<std::size_t>(1, in.size() * sizeof(float) / ranks_ / Arena::piece_bytes);
     for (std::size_t k = 0; k < pieces; ++k) {
       for (std::size_t r = 0; r < ranks_; ++r) {
@@ -201,7 +207,7 @@ class BareLoops {
 /// Sockets to the next rank and from the previous one.
 class Stream {
  public:
-  Stream(tally::Communicator& comm) {
+  explicit Stream(tally::Communicator& comm) {
     const bench::Socket listener = bench::Socket::listener();
     const int port = listener.port();
     std::vector<int> ports(static_cast<std::size_t>(comm.size()));
@@ -210,7 +216,7 @@ class Stream {
     previous_.emplace(listener.accept());
   }
   /// Both ways at once.
-  void move(std::span<const float> from, std::span<float> to) const {
+  [[gnu::noinline, gnu::hot]] void move(std::span<const float> from, std::span<float> to) const {
     const std::size_t bytes = from.size_bytes();
     for (std::size_t sent = 0, received = 0; sent < bytes || received < bytes;) {
       if (sent < bytes) sent += moved(::send(next_->fd(), reinterpret_cast<const char*>(from.data()) + sent, std::min<std::size_t>(bytes - sent, 256 << 10), MSG_DONTWAIT | MSG_NOSIGNAL));
@@ -353,19 +359,27 @@ constexpr std::size_t row_elements = 16;
 class BareRows {
  public:
   explicit BareRows(std::uint64_t range) : rows_(range * 2 * row_elements, 0.0f) {}
-  void push(std::span<const std::uint64_t> keys, std::span<const float> values) {
+  [[gnu::noinline, gnu::hot]] void push(std::span<const std::uint64_t> keys, std::span<const float> values) {
     for (std::size_t i = 0; i < keys.size(); ++i) {
       float* const row = rows_.data() + keys[i] * 2 * row_elements;
       update(row, row + row_elements, values.data() + i * row_elements);
     }
   }
-  void pull(std::span<const std::uint64_t> keys, std::span<float> values) const {
+  [[gnu::noinline, gnu::hot]] void pull(std::span<const std::uint64_t> keys, std::span<float> values) const {
     for (std::size_t i = 0; i < keys.size(); ++i) std::copy_n(rows_.data() + keys[i] * 2 * row_elements, row_elements, values.data() + i * row_elements);
   }
 
  private:
   static void update(float* __restrict row, float* __restrict squares, const float* __restrict pushed) {
-    for (std::size_t e = 0; e < row_elements; ++e) row[e] = tally::Adagrad{}(row[e], pushed[e], tally::Update{}, squares[e]);
+    const tally::Adagrad rule;
+    std::array<float, row_elements> roots;
+    for (std::size_t e = 0; e < row_elements; ++e) squares[e] += pushed[e] * pushed[e];
+#if defined(__x86_64__)
+    for (std::size_t e = 0; e < row_elements; e += 4) _mm_storeu_ps(&roots[e], _mm_sqrt_ps(_mm_loadu_ps(squares + e)));
+#else
+    for (std::size_t e = 0; e < row_elements; ++e) roots[e] = std::sqrt(squares[e]);
+#endif
+    for (std::size_t e = 0; e < row_elements; ++e) row[e] -= rule.rate * pushed[e] / (roots[e] + rule.epsilon);
   }
   std::vector<float> rows_;  // each: values, and their sums of squares
 };
@@ -405,8 +419,8 @@ class Sparse {
         std::ranges::generate(keys_, [&] { return random_() % range.keys; });
         const auto rows = ps.sparse(range.name).rows(keys_);
         range.push.push_back(timed([&] { rows.push(ones_); }));
+        range.pull.push_back(timed([&] { rows.pull(values_); }));  // ends when the own push is applied, which may be after push() has returned
         range.bare_push.push_back(timed([&] { range.bare.push(keys_, ones_); }));
-        range.pull.push_back(timed([&] { rows.pull(values_); }));
         range.bare_pull.push_back(timed([&] { range.bare.pull(keys_, values_); }));
         for (const std::uint64_t key : keys_) ++range.pushes[key];
       }
