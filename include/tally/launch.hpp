@@ -86,6 +86,11 @@ inline void throw_if_unread(const SlotMemory& memory) {
               {unread.from, unread.to, message ? 0 : unread.operation, {}});
 }
 
+/// What a rank is there for, apart from the code around it, which is run once and compiled for its size.
+template <class F>
+[[gnu::noinline, gnu::hot]] void work(F& f, Communicator& comm) {
+  f(comm);
+}
 /// Runs f as one rank. A failure is told to the other ranks before it goes on.
 template <class F>
 void run_rank(const std::shared_ptr<SlotMemory>& memory, Rank me, const Options& options, F& f) {
@@ -93,7 +98,7 @@ void run_rank(const std::shared_ptr<SlotMemory>& memory, Rank me, const Options&
   try {
     Communicator comm = make_communicator(memory, me, options);
     try {
-      f(comm);
+      work(f, comm);
     } catch (const std::exception& error) {
       abort(error.what());  // before comm says goodbye, which would hide why
       throw;
