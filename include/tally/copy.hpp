@@ -19,9 +19,13 @@ inline void copy_past_caches(std::byte* to, const std::byte* from, std::size_t b
   std::memcpy(to, from, lead);
   to += lead, from += lead, bytes -= lead;
   for (; bytes >= line; to += line, from += line, bytes -= line) {
-    Vector part[line / sizeof(Vector)];
-    std::memcpy(part, from, line);
-    for (std::size_t i = 0; i < line / sizeof(Vector); ++i) asm volatile("movntdq %1, %0" : "=m"(*reinterpret_cast<Vector*>(to + i * sizeof(Vector))) : "x"(part[i]));
+    Vector a, b, c, d;  // not an array: that would be filled at once by a wider load, by way of the stack
+    std::memcpy(&a, from, sizeof a), std::memcpy(&b, from + 16, sizeof b), std::memcpy(&c, from + 32, sizeof c), std::memcpy(&d, from + 48, sizeof d);
+    Vector* const out = reinterpret_cast<Vector*>(to);
+    asm volatile("movntdq %1, %0" : "=m"(out[0]) : "x"(a));
+    asm volatile("movntdq %1, %0" : "=m"(out[1]) : "x"(b));
+    asm volatile("movntdq %1, %0" : "=m"(out[2]) : "x"(c));
+    asm volatile("movntdq %1, %0" : "=m"(out[3]) : "x"(d));
   }
   asm volatile("sfence" : : : "memory");
 #endif

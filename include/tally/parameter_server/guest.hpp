@@ -501,6 +501,8 @@ class TableGuest final : public TableUser, private TableHost, private TableClien
     return std::none_of(connections_.begin(), connections_.end(), [&](const Connection& c) { return c.server == r && c.open; });
   }
   bool rename(Rank, Rank) override { return false; }
+  std::byte* place_here(const Envelope&, const Lateness*) override { return nullptr; }
+  void copy_here(const Envelope&, std::byte*, const std::byte*, std::size_t) override {}
 
   // TableClient::Events
   void finished(TableOp& op) override {

@@ -340,6 +340,11 @@ class TableNode final : public TableUser, private TableHost, private Post::Handl
   void disown() override { server_.own_all(table_.worker_at(rank())); }
   bool is_gone(Rank r) const override { return r >= transport_->size() ? !visitors_ || !visitors_->is_here(r) : gone_[static_cast<std::size_t>(r)] == Gone::yes; }
   bool rename(Rank guest, Rank r) override { return visitors_ && visitors_->rename(guest, r); }
+  std::byte* place_here(const Envelope& e, const Lateness* late) override {
+    if (TableOp* const op = client_.op_of(e.request)) heard_here(*op, late);
+    return client_.place(e);
+  }
+  void copy_here(const Envelope& e, std::byte* to, const std::byte* from, std::size_t bytes) override { client_.copy_here(e, to, from, bytes); }
   /// To a guest.
   void send_out(Post::Parcel& p, const Envelope& e, std::span<const std::span<const std::byte>> pieces, const Lateness* late) {
     DoorMessage message;

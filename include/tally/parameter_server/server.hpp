@@ -42,6 +42,9 @@ struct TableHost {
   virtual bool is_gone(Rank r) const = 0;
   /// Who has come by the door as `guest` is rank `r` from now on. False if it has gone again.
   virtual bool rename(Rank guest, Rank r) = 0;
+  /// Where the values of this reply to a pull of this rank's own go, before they are sent without any; what held it up. Null if nobody waits for it.
+  virtual std::byte* place_here(const Envelope& e, const Lateness* late) = 0;
+  virtual void copy_here(const Envelope& e, std::byte* to, const std::byte* from, std::size_t bytes) = 0;
 };
 
 class TableServer {
@@ -380,10 +383,10 @@ class TableServer {
     return a.kind == b.kind && a.worker == b.worker && a.request == b.request && a.sequence == b.sequence && a.clock == b.clock && a.number == b.number && a.first == b.first;
   }
   void release(Served& s) {
-    for (;;) {  // the most urgent first; each may let others go on
+    for (;;) {  // the most urgent first, then this rank's own, which passes the values through the caches; each may let others go on
       auto next = s.parked.end();
       for (auto p = s.parked.begin(); p != s.parked.end(); ++p)
-        if (s.shard.ready(p->e) && (next == s.parked.end() || p->e.parts > next->e.parts)) next = p;
+        if (s.shard.ready(p->e) && (next == s.parked.end() || std::pair(p->e.parts, p->peer == host_.rank()) > std::pair(next->e.parts, next->peer == host_.rank()))) next = p;
       if (next == s.parked.end()) return;
       Parked pull = std::move(*next);
       s.parked.erase(next);
@@ -411,17 +414,24 @@ class TableServer {
       e.bytes = parcel.payload.size();
       pieces_.emplace_back(parcel.payload.data(), parcel.payload.size());
     } else {
-      spans_.clear();
-      s.shard.read(e, spans_, parcel.payload);
       e.flags = Envelope::is_cut;
       e.number = table_.part(e.tensor, s.shard.index()).first;
       e.bytes = e.count * table_.rule.grain;
       parcel.tensor = e.tensor;
       parcel.shard = static_cast<std::size_t>(s.shard.index());
-      for (const Shard::Span& span : spans_) {
+      // This rank's own are copied while they are in the caches.
+      std::byte* here = pull.peer == host_.rank() ? host_.place_here(e, late) : nullptr;
+      host_.at_work(State::reduce);
+      s.shard.read(e, parcel.payload, [&](const Shard::Span& span) {
+        if (here) {
+          host_.copy_here(e, here, span.data, span.bytes);
+          here += span.bytes;
+          host_.at_work(State::reduce);
+          return;
+        }
         pieces_.emplace_back(span.data, span.bytes);
-        if (span.lease) parcel.leases.push_back(span.lease);
-      }
+        if (span.published) Shard::lease(span.published), parcel.leases.push_back(span.published);
+      });
     }
     host_.at_work(State::protocol);
     if (!(pull.e.flags & Envelope::of_cut)) grant(parcel, e);
@@ -615,7 +625,6 @@ class TableServer {
   Ticks told_at_ = 0;
   bool ask_for_ = false;  // what the others know of workers that are gone
   std::vector<Shard::Events::Acknowledge> acknowledged_;
-  std::vector<Shard::Span> spans_;
   std::vector<std::span<const std::byte>> pieces_;
 };
 

@@ -252,15 +252,14 @@ class Shard {
   struct Span {
     const std::byte* data;
     std::size_t bytes;
-    Published* lease;  // held for the caller, null: the data is in `copy`
+    Published* published;  // null: the data is in `copy`
   };
-  /// Elements of a vector, in as many spans as blocks that they touch, leased; or all in `copy` where the puller has pushed what others
-  /// do not see yet.
-  void read(const Envelope& e, std::vector<Span>& spans, Payload& copy) {
+  /// f(span) for elements of a vector, block by block, each as soon as all that counts is made to it; whoever keeps it leases it. Where the
+  /// puller has pushed what others do not see yet, the spans are of `copy`, and without a lease.
+  template <class F>
+  void read(const Envelope& e, Payload& copy, F&& f) {
     Part& part = parts_[e.tensor];
     const std::size_t first = e.first - part.first, grain = table_.rule.grain;
-    for (std::size_t end = 0, last = first + e.count; !postponed_.empty() && end < last;) make(e.tensor, end = std::min(end + part.values->block(), last));
-    drop_made();
     if (const Member* m = member(e.worker); m && has_pending(*m, e.tensor)) {
       DensePart::View view = part.values->copy(first, e.count);
       std::uint64_t clocks = 0, last = ~std::uint64_t{0};  // each is one update
@@ -273,14 +272,18 @@ class Shard {
       copy = Payload(pool_, view.values.size());
       if (!view.values.empty()) std::memcpy(copy.data(), view.values.data(), view.values.size());
       std::size_t at = 0;  // cut as the blocks are: the puller expects that
-      part.values->read(first, e.count, [&](const std::byte*, std::size_t n, Published*) { spans.push_back({copy.data() + at, n * grain, nullptr}), at += n * grain; });
+      part.values->read(first, e.count, [&](const std::byte*, std::size_t n, Published*) { f(Span{copy.data() + at, n * grain, nullptr}), at += n * grain; });
       return;
     }
-    part.values->read(first, e.count, [&](const std::byte* data, std::size_t n, Published* p) {
-      DensePart::lease(p);
-      spans.push_back({data, n * grain, p});
-    });
+    const std::size_t block = part.values->block();
+    for (std::size_t at = first, end = 0; at < first + e.count; at = end) {
+      end = std::min((at / block + 1) * block, first + e.count);
+      make(e.tensor, end);
+      part.values->read(at, end - at, [&](const std::byte* data, std::size_t n, Published* p) { f(Span{data, n * grain, p}); });
+    }
+    drop_made();
   }
+  static void lease(Published* p) { DensePart::lease(p); }
   void let_go(std::size_t tensor, Published* lease) { parts_[tensor].values->let_go(lease); }
   /// Rows by their keys, likewise.
   Payload read_rows(const Envelope& e, const std::byte* keys) {
