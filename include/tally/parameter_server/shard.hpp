@@ -314,6 +314,7 @@ class Shard {
     if (t.is_sparse()) {
       const std::size_t row = sizeof(std::uint64_t) + (e.kind == MessageKind::push ? t.row * grain : 0);
       if (e.count > e.bytes || e.bytes != e.count * row) return concat({"'", t.name, "': ", e.bytes, " bytes are not ", e.count, " keys", e.kind == MessageKind::push ? " with rows" : ""});
+      if (e.kind == MessageKind::pull && e.count > most_pulled / (t.row * grain)) return concat({"'", t.name, "': ", e.count, " rows are more than ", most_pulled, " bytes: pull fewer at once"});
       return {};
     }
     const Range mine = table_.part(e.tensor, index_);
@@ -337,6 +338,7 @@ class Shard {
  private:
   static constexpr std::size_t most_cuts = 4;
   static constexpr std::size_t most_fetched = std::size_t{64} << 20;  // bytes at once
+  static constexpr std::size_t most_pulled = std::size_t{1} << 30;   // of rows
   std::string problem_past_the_rule(const Envelope& e, const TensorSpec& t) const {
     const bool sets = e.kind == MessageKind::set;
     if (!sets && !std::any_of(cuts_.begin(), cuts_.end(), [&](const Cut& c) { return c.clock == e.clock; })) return concat({"there is no cut at clock ", e.clock, " any more"});
