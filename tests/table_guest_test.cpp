@@ -288,6 +288,7 @@ TEST_CASE("who may not come in is told why, and the table goes on") {
     return said([&] { with_table(1, options, [](auto&, Communicator&) {}); });
   };
   CHECK(has(refused({.door = "nonsense"}), "is no address: it should be HOST:PORT"));
+  CHECK(has(refused({.door = "203.0.113.7:0"}), "203.0.113.7:0 is no address of this host"));
   CHECK(has(refused({.guests = 1}), "need a door (TableOptions::door)"));
   CHECK(has(refused({.door = somewhere, .guests = -1}), "guests may be 0 to 1024, not -1"));
 }
@@ -308,6 +309,7 @@ TEST_CASE("a reader whose table closes is told so") {
   });
   const Caught c = caught_of([&] { (*reader)["w"].pull(values); });
   CHECK(c.is(Errc::peer_lost));
+  CHECK(has(c.text, "the table is closed"));
 }
 
 TEST_CASE("I4: a server that dies: readers and workers that came later go on with its replica", "[processes]") {

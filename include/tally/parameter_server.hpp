@@ -275,7 +275,11 @@ namespace detail {
   if (options.guests < 0 || options.guests > 1024) wrong({"guests may be 0 to 1024, not ", options.guests});
   if (options.guests > 0 && options.door.empty()) wrong({"workers that come later need a door (TableOptions::door)"});
   if (options.guests > 0 && n + options.guests > 65535) wrong({"it cannot have ", n + options.guests, " workers"});
-  if (!options.door.empty()) (void)detail::split_address(options.door);
+  try {
+    if (!options.door.empty()) (void)split_address(options.door);
+  } catch (const Error& error) {
+    wrong({"its door: ", error.text()});
+  }
   if (options.block_bytes < rule.grain) wrong({"blocks of ", options.block_bytes, " bytes hold no element of ", rule.grain});
   t.tensors = std::move(tensors);
   t.options = std::move(options);
@@ -370,7 +374,7 @@ class ParameterServer : public TableTensors<T> {
       if (mine != table.servers.end()) listens = detail::open_door(table.options.door, mine == table.servers.begin(), where.address);
     } catch (const Error& error) {
       where.address = {};
-      std::string(error.what()).copy(where.problem, sizeof where.problem - 1);
+      std::string(error.text()).copy(where.problem, sizeof where.problem - 1);
     }
     std::vector<std::byte> all(static_cast<std::size_t>(comm.size()) * sizeof where);
     comm.all_gather(std::as_bytes(std::span(&where, 1)), std::span(all));

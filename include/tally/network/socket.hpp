@@ -101,7 +101,7 @@ inline std::pair<std::string_view, int> split_address(std::string_view where) {
   int port = -1;
   const auto [end, error] = std::from_chars(digits.data(), digits.data() + digits.size(), port);
   if (digits.empty() || error != std::errc{} || end != digits.data() + digits.size() || port < 0 || port > 65535 || colon == 0)
-    throw Error(Errc::invalid_argument, {"'", where, "' is no address: it should be HOST:PORT, or [IPV6]:PORT"});
+    throw Error(Errc::invalid_argument, {"'", where, "' is no address: it should be HOST:PORT, or [IPV6]:PORT, with a port of 0 to 65535"});
   const std::string_view host = where.substr(0, colon);
   return {host.size() > 1 && host.front() == '[' && host.back() == ']' ? host.substr(1, host.size() - 2) : host, port};
 }

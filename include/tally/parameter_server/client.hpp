@@ -241,7 +241,7 @@ class TableClient {
   Rank server_of(int shard) const { return links_[static_cast<std::size_t>(shard)].server; }
   std::string text_of(const TableOp& op) const {
     const TableCall& c = op.call;
-    if (c.what == Collective::leave) return op.asked.kind == MessageKind{} ? "leaving the table" : op.asked.kind == MessageKind::join ? "joining the table" : concat({"a snapshot at clock ", op.asked.clock});
+    if (c.what == Collective::leave) return op.asked.kind == MessageKind{} ? "leaving the table" : op.asked.kind == MessageKind::join ? "joining the table" : concat({"part of the snapshot for clock ", op.asked.clock, ", asked for"});
     const TensorSpec& t = table_.tensors[c.tensor];
     return t.is_sparse() ? concat({name_of(c.what), "('", t.name, "', ", op.keys.size(), " rows)"}) : concat({name_of(c.what), "('", t.name, "', elements ", c.first, " to ", c.first + c.count, ")"});
   }
@@ -672,7 +672,7 @@ class TableClient {
   }
   Error lost_error(int shard, const TableOp& op) {
     const Rank server = table_.servers[static_cast<std::size_t>(shard)];
-    return Error(Errc::peer_lost, {text_of(op), ": shard ", shard, " is lost: its server, rank ", server, ", is gone", table_.options.replicas > 0 ? ", and so is its replica" : ", and it had no replica (TableOptions::replicas)"}, {host_.rank(), server, op.sequence, {}});
+    return Error(Errc::peer_lost, {text_of(op), ": shard ", shard, " is lost: its server, rank ", server, ", is gone or has ended its table without close()", table_.options.replicas > 0 ? ", and so is its replica" : ", and it had no replica (TableOptions::replicas)"}, {host_.rank(), server, op.sequence, {}});
   }
 
   TableHost& host_;

@@ -144,14 +144,18 @@ struct TableNotice {
   }
 };
 
-/// A socket that listens where it was asked to, or, if that address is another host's, where this one can be reached; and what to tell others.
+/// A socket that listens where it was asked to; of servers but the first, if that address is another host's, where this one can be reached. And what to
+/// tell others.
 inline FileDescriptor open_door(const std::string& where, bool is_first, SocketAddress& told) {
   SocketAddress a = resolve(where).front();
   if (!is_first) a.port = 0;
   const std::vector<Interface> interfaces = own_interfaces();
   const bool is_ours = a.is_loopback() || std::any_of(interfaces.begin(), interfaces.end(), [&](const Interface& each) { return each.address.same_host_as(a); });
-  FileDescriptor fd = is_ours ? listen_at(a) : listen_anywhere(is_first ? a.port : 0);
+  const bool is_wildcard = std::all_of(a.ip, a.ip + 16, [](std::uint8_t byte) { return byte == 0; });
+  if (is_first && !is_ours && !is_wildcard) throw Error(Errc::invalid_argument, {where, " is no address of this host; 0.0.0.0:", a.port, " stands for all that it has"});
   told = is_ours ? a : choose_addresses(environment("TALLY_INTERFACE").value_or(""), interfaces).front();
+  told.port = a.port;
+  FileDescriptor fd = is_wildcard ? listen_anywhere(a.port) : listen_at(told);
   told.port = own_address(fd).port;
   return fd;
 }
@@ -175,6 +179,7 @@ class TableDoor {
   // By whoever drives the server.
 
   /// Guests may come in from now on.
+  void say_goodbye() { is_over_.store(true); }
   void open(std::string description, std::size_t shard) {
     const std::lock_guard lock(mutex_);
     description_ = std::move(description);
@@ -284,7 +289,13 @@ class TableDoor {
       letters.clear();
       const auto now = std::chrono::steady_clock::now();
       if (stopping_.load()) {
-        if (end == std::chrono::steady_clock::time_point{}) end = now + std::chrono::seconds(1);
+        if (end == std::chrono::steady_clock::time_point{}) {
+          end = now + std::chrono::seconds(1);
+          DoorMessage goodbye;
+          goodbye.e.kind = MessageKind::leave;
+          for (const auto& g : guests_)
+            if (is_over_.load() && g->known) g->letters.push_back({g->number, goodbye, {}, nullptr});
+        }
         const bool rest = std::any_of(guests_.begin(), guests_.end(), [](const auto& g) { return !g->dead && (!g->letters.empty() || !g->out.empty()); });
         if (!rest || now > end) break;
       }
@@ -419,7 +430,7 @@ class TableDoor {
         advance(l, static_cast<std::size_t>(sent));
       }
       if (l.piece < l.pieces.size() || (l.piece == 0 && l.done < sizeof l.message)) continue;
-      tell({0, {}, {}, nullptr, l.parcel, false});
+      if (l.parcel) tell({0, {}, {}, nullptr, l.parcel, false});
       g.letters.pop_front();
     }
     return true;
@@ -441,7 +452,8 @@ class TableDoor {
     (*found)->letters.push_back(std::move(letter));
   }
   void bury(Guest& g) {
-    for (Letter& l : g.letters) tell({0, {}, {}, nullptr, l.parcel, false});
+    for (Letter& l : g.letters)
+      if (l.parcel) tell({0, {}, {}, nullptr, l.parcel, false});
     g.letters.clear();
     if (g.talks) tell({g.number, {}, {}, nullptr, nullptr, true});
   }
@@ -451,7 +463,7 @@ class TableDoor {
   std::size_t most_bytes_;
   std::function<void()> wake_;
   FileDescriptor bell_;
-  std::atomic<bool> stopping_{false}, has_news_{false};
+  std::atomic<bool> stopping_{false}, is_over_{false}, has_news_{false};
   std::mutex mutex_;  // what both sides touch
   std::string description_;
   std::uint32_t shard_ = 0;
@@ -473,6 +485,8 @@ class Visitors {
   Visitors(std::unique_ptr<TableDoor> door, Rank first) : first_(first), door_(std::move(door)) {}
   bool is_here(Rank r) const { return numbers_.contains(r); }
   bool has_news() const { return door_->has_news(); }
+  /// The table is no more, and its guests may know.
+  void say_goodbye() { door_->say_goodbye(); }
   bool rename(Rank guest, Rank r) {
     const auto found = numbers_.find(guest);
     if (found == numbers_.end() || is_here(r)) return false;

@@ -122,7 +122,7 @@ class TableGuest final : public TableUser, private TableHost, private TableClien
   }
   ~TableGuest() override {
     connections_.clear();
-    ledger_.settle();
+    ledger_->settle();
   }
   TableGuest(const TableGuest&) = delete;
 
@@ -130,7 +130,7 @@ class TableGuest final : public TableUser, private TableHost, private TableClien
   Rank rank() const override { return rank_; }
   bool is_worker() const override { return client_.is_worker(); }
   std::uint64_t clock() const { return client_.clock(); }
-  const Ledger& ledger() const { return ledger_; }
+  const Ledger& ledger() const { return *ledger_; }
 
   /// Becomes a worker whose clock is what all others have reached.
   void join() {
@@ -146,6 +146,7 @@ class TableGuest final : public TableUser, private TableHost, private TableClien
     }
     rank_ = table_.workers[static_cast<std::size_t>(e.worker)];
     until_ = clock_.now() + clock_.to_ticks(timeout_);
+    ledger_ = make_ledger();  // of that rank, from here on
     client_.join(e.worker, clock);
   }
   void tick_to(std::uint64_t clock) {
@@ -194,6 +195,7 @@ class TableGuest final : public TableUser, private TableHost, private TableClien
       while (!op.done) turn(op);
     });
     book(op);
+    if (op.error && is_over_) raise_over();
     if (op.error) std::rethrow_exception(op.error);
     return op.report;
   }
@@ -224,7 +226,7 @@ class TableGuest final : public TableUser, private TableHost, private TableClien
 
   TableGuest(TableNotice&& notice, std::size_t shard, DoorStream&& first, const NetworkSettings& network, const GuestSettings& settings)
       : table_(std::move(notice.table)), clock_(settings.clock), timeout_(settings.timeout), accounting_(settings.accounting), rank_(table_.size + table_.options.guests),
-        ledger_(ranks(), rank_, network.encrypt ? "door+tls" : "door", clock_, settings.account), client_(*this, *this, table_), name_(text_of(table_.options.consistency)) {
+        way_(network.encrypt ? "door+tls" : "door"), account_(settings.account), ledger_(make_ledger()), client_(*this, *this, table_), name_(text_of(table_.options.consistency)) {
     const auto deadline = std::chrono::steady_clock::now() + timeout_;
     connections_.resize(table_.servers.size());
     for (std::size_t s = 0; s < connections_.size(); ++s) {
@@ -245,6 +247,7 @@ class TableGuest final : public TableUser, private TableHost, private TableClien
       if (!c.open) client_.lost(c.server);
   }
 
+  std::unique_ptr<Ledger> make_ledger() const { return std::make_unique<Ledger>(ranks(), rank_, way_, clock_, account_); }
   int ranks() const { return table_.size + table_.options.guests + 1; }
   Envelope ask_to_join(int shard, const Envelope& e) {
     for (const Ticks end = clock_.now() + clock_.to_ticks(std::min<nanoseconds>(timeout_, std::chrono::seconds(2)));;) {
@@ -263,15 +266,17 @@ class TableGuest final : public TableUser, private TableHost, private TableClien
     }
   }
   void expect_usable() const {
+    if (is_over_) raise_over();
     if (closed_) throw Error(Errc::invalid_argument, "this worker has left the table");
   }
+  [[noreturn]] void raise_over() const { throw Error(Errc::peer_lost, "the table is closed: all its workers have left", {rank_, -1, number_, {}}); }
   void begin(TableOp& op) {
     if (op.call.timeout <= nanoseconds{0}) op.call.timeout = timeout_;
     op.sequence = ++number_;
     op.account.arrival = clock_.now();
     op.account.watch.start(op.account.arrival);
     op.deadline = until_ = op.account.arrival + clock_.to_ticks(op.call.timeout);
-    op.row = &row_of(ledger_, table_, op, name_);
+    op.row = &row_of(*ledger_, table_, op, name_);
   }
   void start(TableOp& op) {
     try {
@@ -293,6 +298,7 @@ class TableGuest final : public TableUser, private TableHost, private TableClien
     const auto error = op.error;
     if (answer) *answer = op.answer;
     free_.push_back(&op);
+    if (error && is_over_) raise_over();
     if (error) std::rethrow_exception(error);
     return report;
   }
@@ -410,6 +416,7 @@ class TableGuest final : public TableUser, private TableHost, private TableClien
       if (c.have == head && all == head) {
         std::memcpy(&c.message, c.head.data(), sizeof c.message);
         const Envelope& e = c.message.e;
+        if (e.kind == MessageKind::leave) return is_over_ = true, close(c, "the table is closed"), true;
         const bool fits = e.kind == MessageKind::acknowledge || e.kind == MessageKind::reply || e.kind == MessageKind::refusal;
         if (!fits || e.shard >= table_.servers.size() || e.bytes > most_bytes || (e.flags & Envelope::is_direct) != 0 || (e.kind == MessageKind::refusal && e.bytes > 4096)) return close(c, "what it says makes no sense"), true;
         heard(c, c.message);
@@ -513,7 +520,7 @@ class TableGuest final : public TableUser, private TableHost, private TableClien
     op.account.heard = false;
     op.account.latest = {};
     fill(op.report, op.moved);
-    op.report.ledger = ledger_.handle();
+    op.report.ledger = ledger_->handle();
     op.report.sequence = op.sequence;
     if (op.row) op.report.algorithm = op.row->algorithm;
   }
@@ -523,8 +530,8 @@ class TableGuest final : public TableUser, private TableHost, private TableClien
   void book(TableOp& op) {
     if (op.booked || !op.row || !accounting_) return;
     op.booked = true;
-    ledger_.book({op.row, bytes_of(table_, op), 0, op.account.arrival, &op.account.watch}, op.report, clock_);
-    ledger_.settle();
+    ledger_->book({op.row, bytes_of(table_, op), 0, op.account.arrival, &op.account.watch}, op.report, clock_);
+    ledger_->settle();
   }
 
   static constexpr std::uint64_t most_bytes = std::uint64_t{1} << 40;
@@ -534,7 +541,9 @@ class TableGuest final : public TableUser, private TableHost, private TableClien
   nanoseconds timeout_;
   bool accounting_;
   Rank rank_;  // readers: one beyond all
-  Ledger ledger_;
+  std::string way_;
+  AccountSettings account_;
+  std::unique_ptr<Ledger> ledger_;
   std::vector<Connection> connections_;  // by shard
   TableClient client_;
   std::string name_;
@@ -548,7 +557,7 @@ class TableGuest final : public TableUser, private TableHost, private TableClien
   TableOp* driven_ = nullptr;
   Ticks until_ = 0;
   std::uint32_t number_ = 0;
-  bool closed_ = false;
+  bool closed_ = false, is_over_ = false;
 };
 
 }  // namespace tally::inline v0::detail

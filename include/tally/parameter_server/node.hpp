@@ -181,6 +181,7 @@ class TableNode final : public TableUser, private TableHost, private Post::Handl
     attempt([&] {
       while (server_.is_needed() || !post_.idle()) turn();
       transport_->flush();
+      if (visitors_) visitors_->say_goodbye();
       visitors_.reset();
       for (const Ticks end = clock_.now() + clock_.to_ticks(timeout_); transport_->has_rest() && clock_.now() < end;) transport_->settle(), std::this_thread::yield();
     });

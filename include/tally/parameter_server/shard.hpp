@@ -135,7 +135,7 @@ class Shard {
       return;
     }
     if (known != cuts_.end()) return;
-    if (newest_ > e.clock) return void(events.refused = concat({"the cut at clock ", e.clock, " is not kept any more: shard ", index_, " has a push of clock ", newest_ - 1, " already; ask for one before anybody is past it"}));
+    if (newest_ > e.clock) return void(events.refused = concat({"the cut at clock ", e.clock, " is not kept any more: shard ", index_, " has a push of clock ", newest_ - 1, " already; ask for a clock that nobody has pushed at yet, such as a worker's next one in lockstep, or one some clocks ahead"}));
     if (cuts_.size() == most_cuts) cuts_.pop_front();
     cuts_.emplace_back().clock = e.clock;
     finish_cuts();

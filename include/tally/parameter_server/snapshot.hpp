@@ -226,6 +226,7 @@ class Snapshot {
   std::uint64_t stream(const SnapshotSink& sink) const {
     using namespace detail;
     const Table& table = node_->table();
+    if (node_->is_worker() && node_->clock() < clock_) throw Error(Errc::invalid_argument, {"the snapshot at clock ", clock_, " cannot be whole while this worker, rank ", node_->rank(), ", is at clock ", node_->clock(), ": tick that far first"});
     std::uint64_t total = 0, blocks = 0;
     const auto put = [&](const void* data, std::size_t bytes) {
       total += bytes;

@@ -6,12 +6,14 @@
 #include <algorithm>
 #include <array>
 #include <chrono>
+#include <concepts>
 #include <cstddef>
 #include <cstdint>
 #include <limits>
 #include <string>
 #include <string_view>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "../call.hpp"
@@ -35,7 +37,10 @@ struct Consistency {
 /// Bulk synchronous: staleness 0.
 inline constexpr Consistency bsp{true, 0};
 /// Stale synchronous: a worker may be `staleness` clocks ahead of what it reads of the slowest.
-constexpr Consistency ssp(std::uint64_t staleness) { return {true, staleness}; }
+constexpr Consistency ssp(std::integral auto staleness) {
+  if (std::cmp_less(staleness, 0)) throw Error(Errc::invalid_argument, {"ssp(", static_cast<std::int64_t>(staleness), "): a bound cannot be negative"});
+  return {true, static_cast<std::uint64_t>(staleness)};
+}
 /// Asynchronous: whatever is there, and the own pushes.
 inline constexpr Consistency asp{false, 0};
 [[gnu::cold]] inline std::string text_of(const Consistency& c) { return !c.bounded ? "asp" : c.staleness == 0 ? "bsp" : detail::concat({"ssp:", c.staleness}); }
@@ -194,8 +199,8 @@ struct Table {
 
   /// Everything that must be the same on all members, line by line.
   [[gnu::cold]] std::string description() const {
-    std::string text = concat({"elements ", name_of(rule.type), " of ", rule.grain, " bytes; rule ", rule.hash, "; consistency ", text_of(options.consistency), "; fold ", options.fold.text(), "; replicas ", options.replicas,
-                               "; credits ", credits(), "; blocks ", options.block_bytes, options.one_sided ? "; one-sided; " : "; two-sided; ", options.dedicated ? "dedicated " : "", "servers ", list_of(servers), "; guests ", options.guests, options.door.empty() ? "\n" : ", a door\n"});
+    std::string text = concat({"elements ", name_of(rule.type), " of ", rule.grain, " bytes\nthe rule's type and settings, as a hash: ", rule.hash, "\nconsistency ", text_of(options.consistency), "\nfold ", options.fold.text(), "\nreplicas ", options.replicas,
+                               "\ncredits ", credits(), "\nblocks of ", options.block_bytes, "\n", options.one_sided ? "one-sided\n" : "two-sided\n", options.dedicated ? "dedicated " : "", "servers ", list_of(servers), "\nguests ", options.guests, options.door.empty() ? "\nno door\n" : "\na door\n"});
     for (const TensorSpec& t : tensors)
       text += t.is_sparse() ? concat({"tensor '", t.name, "': rows of ", t.row, " elements, keys ", t.first_key, " to ", t.last_key, "\n"}) : concat({"tensor '", t.name, "': ", t.count, " elements\n"});
     return text;
