@@ -6,6 +6,7 @@
 
 #include <atomic>
 #include <chrono>
+#include <fstream>
 #include <random>
 #include <string>
 #include <thread>
@@ -367,6 +368,132 @@ TEST_CASE("I4: a server that dies: readers and workers that came later go on wit
   CHECK(exited_well(ranks[2].wait(30s)));
 }
 
+TEST_CASE("a worker that came later pushes and pulls in one, and waits for the wire alone") {
+  with_table(2, {.consistency = asp, .door = somewhere, .guests = 1}, [](auto& ps, Communicator&) {
+    TableWorker<std::int64_t> late(ps.doors()[0]);
+    const std::vector<std::int64_t> ones(late["w"].size(), 1);
+    std::vector<std::int64_t> values(ones.size());
+    for (int i = 1; i <= 3; ++i) {
+      const Pulled got = late["w"].push_pull(ones, values);
+      CHECK(values == std::vector<std::int64_t>(ones.size(), i));
+      CHECK(got.clock == static_cast<std::uint64_t>(i));
+    }
+    auto in_the_background = late["w"].async_push_pull(ones, values);
+    in_the_background.wait();
+    CHECK(values == std::vector<std::int64_t>(ones.size(), 4));
+    late.close();
+  });
+}
+
+TEST_CASE("what a worker that left has pushed stays, whoever takes its place, and when") {
+  launch(2, [](Communicator& comm) {
+    ParameterServer<std::int64_t> ps(comm, {{"w", 5000}}, {.consistency = bsp, .fold = FoldOrder::by_rank(), .door = somewhere, .guests = 1});
+    const std::vector<std::int64_t> ones(5000, 1);
+    std::vector<std::int64_t> values(5000);
+    if (comm.rank() == 0) {
+      TableWorker<std::int64_t> first(ps.doors()[0]);
+      first["w"].push(std::vector<std::int64_t>(5000, 100));
+      first.tick();
+      first.close();
+      // Its clock is not folded, so its place is not free yet.
+      std::thread second([&, door = ps.doors()[1]] {
+        TableWorker<std::int64_t> late(door);
+        late["w"].push(std::vector<std::int64_t>(5000, 10'000));
+        late.close();
+      });
+      std::this_thread::sleep_for(20ms);
+      ps["w"].push_pull(ones, values);
+      second.join();
+    } else {
+      ps["w"].push_pull(ones, values);
+    }
+    comm.barrier();
+    ps["w"].push_pull(ones, values);
+    for (const std::int64_t value : values) expect(value == 10'104, "all that was acknowledged is in: " + std::to_string(value));
+    ps.close();
+  }, tally::threads);
+}
+
+TEST_CASE("a place is free once its worker has closed") {
+  with_table(2, {.consistency = asp, .door = somewhere, .guests = 1}, [](auto& ps, Communicator&) {
+    TableWorker<std::int64_t> first(ps.doors()[0]);
+    first.close();
+    TableWorker<std::int64_t> second(ps.doors()[0]);
+    second.close();
+  });
+}
+
+TEST_CASE("a guest that goes while it joins holds up nobody") {
+  for (const int replicas : {0, 1})
+    launch(2, [&](Communicator& comm) {
+      ParameterServer<std::int64_t> ps(comm, {{"w", 5000}}, {.consistency = bsp, .replicas = replicas, .door = somewhere, .guests = 1});
+      const std::vector<std::int64_t> ones(5000, 1);
+      std::vector<std::int64_t> values(5000);
+      if (comm.rank() == 0) {
+        std::string description;
+        std::size_t shard = 0;
+        detail::DoorStream half(detail::resolve(ps.doors()[0]).front(), detail::NetworkSettings(5s), std::chrono::steady_clock::now() + 5s, description, shard);
+        detail::DoorMessage m;
+        m.e.kind = detail::MessageKind::join;
+        m.e.request = 1;
+        expect(half.stream().write(&m, sizeof m) == sizeof m, "it asks for a place");
+        detail::wait_for_events(half.stream().get(), POLLIN, std::chrono::steady_clock::now() + 5s);
+      }
+      comm.barrier();
+      for (int i = 1; i <= 3; ++i) ps["w"].push_pull(ones, values);
+      for (const std::int64_t value : values) expect(value == 6, "the others go on");
+      if (comm.rank() == 0) {
+        TableWorker<std::int64_t> late(ps.doors()[1]);  // the place is free again
+        late.close();
+      }
+      comm.barrier();
+      ps.close();
+    }, tally::threads);
+}
+
+TEST_CASE("any number of operations of a guest's in the background") {
+  with_table(2, {.consistency = asp, .door = somewhere, .guests = 1}, [](auto& ps, Communicator&) {
+    TableWorker<std::int64_t> late(ps.doors()[0]);
+    const std::vector<std::int64_t> ones(late["w"].size(), 1);
+    std::vector<std::vector<std::int64_t>> values(3000, std::vector<std::int64_t>(10));
+    std::vector<TableOperation> all;
+    all.push_back(late["w"].async_push(ones));
+    for (auto& each : values) all.push_back(late["w"].range(50'000, 10).async_pull(each));
+    for (TableOperation& each : all) each.wait();
+    for (const auto& each : values) CHECK(each == std::vector<std::int64_t>(10, 1));
+    late.close();
+  });
+}
+
+TEST_CASE("what is kept for a reader that does not read is bounded") {
+  with_table(1, {.consistency = asp, .door = somewhere}, [](auto& ps, Communicator&) {
+    const std::vector<std::int64_t> ones(ps["w"].size(), 1);
+    std::string description;
+    std::size_t shard = 0;
+    detail::DoorStream mute(detail::resolve(ps.doors()[0]).front(), detail::NetworkSettings(5s), std::chrono::steady_clock::now() + 5s, description, shard);
+    const auto resident = [] {
+      std::ifstream file("/proc/self/statm");
+      std::size_t all = 0, pages = 0;
+      file >> all >> pages;
+      return pages * 4096;
+    };
+    for (int i = 0; i < 50; ++i) ps["w"].push(ones);
+    const std::size_t before = resident();
+    for (std::uint64_t i = 1; i <= 1000; ++i) {
+      detail::DoorMessage m;
+      m.e.kind = detail::MessageKind::pull;
+      m.e.request = i << 16;
+      m.e.count = ones.size();
+      (void)!mute.stream().write(&m, sizeof m);
+      ps["w"].push(ones);  // each answer would be of another version
+    }
+    if (!sanitized) CHECK(resident() - std::min(resident(), before) < 100 * (std::size_t{1} << 20));  // all would be 800 MB
+    std::vector<std::int64_t> values(ones.size());
+    ps["w"].pull(values);
+    CHECK(values[3] == 1050);
+  });
+}
+
 TEST_CASE("strangers at a table's door, and guests that talk nonsense, harm nobody") {
   with_table(2, {.consistency = asp, .door = somewhere, .guests = 2}, [](auto& ps, Communicator&) {
     std::vector<std::int64_t> values(ps["w"].size(), 1);
@@ -374,6 +501,27 @@ TEST_CASE("strangers at a table's door, and guests that talk nonsense, harm nobo
     const detail::NetworkSettings settings(2s);
     std::mt19937_64 random(7);
     const SocketAddress door = detail::resolve(ps.doors()[0]).front();
+    // A worker that came by the rules pushes what looks like something else.
+    for (const std::uint16_t column : std::initializer_list<std::uint16_t>{0, 1, 100, 101}) {
+      TableWorker<std::int64_t> late(ps.doors()[0], {.timeout = 2s});
+      std::string description;
+      std::size_t shard = 0;
+      detail::DoorStream stream(door, settings, std::chrono::steady_clock::now() + 5s, description, shard);
+      detail::DoorMessage m;
+      m.e.kind = detail::MessageKind::join;
+      m.e.request = 1;
+      (void)!stream.stream().write(&m, sizeof m);
+      detail::wait_for_events(stream.stream().get(), POLLIN, std::chrono::steady_clock::now() + 5s);
+      (void)stream.stream().read(&m, sizeof m);
+      const std::int32_t worker = m.e.worker;
+      m = {};
+      m.e.kind = detail::MessageKind::cut, m.e.worker = worker, m.e.request = 2, m.e.clock = 50;
+      (void)!stream.stream().write(&m, sizeof m);
+      m.e.kind = detail::MessageKind::push, m.e.request = 3, m.e.flags = detail::Envelope::of_cut, m.e.parts = column, m.e.sequence = 1, m.e.number = 1, m.e.count = 10'000;
+      (void)!stream.stream().write(&m, sizeof m);
+      std::this_thread::sleep_for(5ms);
+      late.close();
+    }
     for (int round = 0; round < (sanitized ? 100 : 400); ++round) {
       const auto deadline = std::chrono::steady_clock::now() + 5s;
       if (round % 4 == 0) {  // a stranger

@@ -386,6 +386,7 @@ class ParameterServer : public TableTensors<T> {
       notice.doors.push_back(where.address);
       doors_.push_back(where.address.text());
     }
+    if (notice.bytes().size() > detail::longest_notice) throw Error(Errc::invalid_argument, {"a table's door: the names of ", table.tensors.size(), " tensors are too long to tell guests"});
     if (mine == table.servers.end()) return;
     auto door = std::make_unique<detail::TableDoor>(std::move(listens), detail::door_settings(node_->timeout(), comm.settings().clock), table.credits(), [node = node_.get()] { node->wake(); });
     door->open(notice.bytes(), static_cast<std::size_t>(mine - table.servers.begin()));

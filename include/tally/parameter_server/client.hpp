@@ -672,7 +672,8 @@ class TableClient {
   }
   Error lost_error(int shard, const TableOp& op) {
     const Rank server = table_.servers[static_cast<std::size_t>(shard)];
-    return Error(Errc::peer_lost, {text_of(op), ": shard ", shard, " is lost: its server, rank ", server, ", is gone or has ended its table without close()", table_.options.replicas > 0 ? ", and so is its replica" : ", and it had no replica (TableOptions::replicas)"}, {host_.rank(), server, op.sequence, {}});
+    const std::string why = host_.why_gone(server);
+    return Error(Errc::peer_lost, {text_of(op), ": shard ", shard, " is lost: its server, rank ", server, why.empty() ? ", is gone or has ended its table without close()" : concat({": ", why}), table_.options.replicas > 0 ? ", and so is its replica" : ", and it had no replica (TableOptions::replicas)"}, {host_.rank(), server, op.sequence, {}});
   }
 
   TableHost& host_;

@@ -34,6 +34,7 @@
 namespace tally::inline v0::detail {
 
 inline constexpr std::uint32_t door_protocol = 1;  // raise when anything below changes its meaning
+inline constexpr std::size_t longest_notice = std::size_t{64} << 20;  // of what a guest is told about the table
 
 /// The door's first word, to who connects.
 struct DoorChallenge {
@@ -226,7 +227,8 @@ class TableDoor {
 
  private:
   static constexpr std::size_t most_guests = 1024;
-  static constexpr int most_asked = 64;  // requests of a guest's that are not answered yet
+  static constexpr int most_asked = 4096;  // requests of a guest's that are not answered yet
+  static constexpr std::size_t most_letters = 4096, most_asked_bytes = std::size_t{256} << 20;
   /// How much of what a guest has said nobody has taken yet.
   struct Flow {
     std::atomic<std::size_t> bytes{0};
@@ -261,6 +263,7 @@ class TableDoor {
     std::size_t have = 0;               // bytes of the next message, with its payload
     std::vector<std::byte> payload;
     int asked = 0;
+    std::size_t asked_bytes = 0;  // of keys
     std::chrono::steady_clock::time_point since = std::chrono::steady_clock::now();  // it came, or something moved to it
     bool dead = false;
   };
@@ -303,7 +306,7 @@ class TableDoor {
       const bool lets_in = !described_.empty() && guests_.size() < most_guests && now >= full_until_ && !stopping_.load();
       what.push_back({lets_in ? listens_.get() : -1, POLLIN, 0});
       for (const auto& g : guests_) {
-        const bool stopped = g->asked >= most_asked || g->flow->bytes.load(std::memory_order_relaxed) > most_bytes_;
+        const bool stopped = g->flow->bytes.load(std::memory_order_relaxed) > most_bytes_;
         g->flow->stopped.store(stopped);
         const bool writes = (!g->letters.empty() || !g->out.empty()) && !g->stream.waits_to_read();
         what.push_back({g->stream.get(), static_cast<short>((stopped ? 0 : POLLIN) | (writes ? POLLOUT : 0)), 0});
@@ -375,7 +378,10 @@ class TableDoor {
       if (g.have == head && wanted > 0) {
         const MessageKind k = m.e.kind;
         const bool fits = k == MessageKind::push || k == MessageKind::pull || k == MessageKind::advance || k == MessageKind::leave || k == MessageKind::cut || k == MessageKind::set || k == MessageKind::join;
-        if (!fits || m.e.bytes > most_bytes_ || (m.e.flags & (Envelope::is_direct | Envelope::is_replica | Envelope::stays)) != 0) return false;
+        const std::uint8_t flags = k == MessageKind::push ? Envelope::is_rows : k == MessageKind::pull ? Envelope::of_cut : k == MessageKind::cut ? Envelope::drops : 0;
+        if (!fits || m.e.bytes > most_bytes_ || (m.e.flags & ~flags) != 0 || (m.e.request == 0 && k != MessageKind::advance)) return false;
+        if (m.e.request != 0) ++g.asked, g.asked_bytes += k == MessageKind::pull ? m.e.bytes : 0;
+        if (g.asked > most_asked || g.asked_bytes > most_asked_bytes) return false;
         g.payload.assign(m.e.bytes, std::byte{});
         if (m.e.bytes > 0) continue;
       }
@@ -383,10 +389,8 @@ class TableDoor {
       g.have = 0;
       ++messages;
       g.talks = true;
-      g.asked += m.e.request != 0;
       g.flow->bytes.fetch_add(sizeof m + g.payload.size(), std::memory_order_relaxed);
       tell({g.number, m.e, std::exchange(g.payload, {}), g.flow, nullptr, false});
-      if (g.asked >= most_asked) break;
     }
     return true;
   }
@@ -447,9 +451,11 @@ class TableDoor {
   void deliver(Letter&& letter) {
     const auto found = std::find_if(guests_.begin(), guests_.end(), [&](const auto& g) { return g->number == letter.guest && !g->dead; });
     if (found == guests_.end()) return tell({0, {}, {}, nullptr, letter.parcel, false});
-    if (letter.message.e.request != 0 && (*found)->asked > 0) --(*found)->asked;
-    if ((*found)->letters.empty()) (*found)->since = std::chrono::steady_clock::now();
-    (*found)->letters.push_back(std::move(letter));
+    Guest& g = **found;
+    if (letter.message.e.request != 0 && g.asked > 0 && --g.asked == 0) g.asked_bytes = 0;
+    if (g.letters.size() >= most_letters) g.dead = true;  // it does not read
+    if (g.letters.empty()) g.since = std::chrono::steady_clock::now();
+    g.letters.push_back(std::move(letter));
   }
   void bury(Guest& g) {
     for (Letter& l : g.letters)
@@ -482,7 +488,7 @@ class TableDoor {
 class Visitors {
  public:
   /// `first`: of readers. Below are the ranks of workers, which are given to who joins.
-  Visitors(std::unique_ptr<TableDoor> door, Rank first) : first_(first), door_(std::move(door)) {}
+  Visitors(std::unique_ptr<TableDoor> door, Rank first) : next_(first), door_(std::move(door)) {}
   bool is_here(Rank r) const { return numbers_.contains(r); }
   bool has_news() const { return door_->has_news(); }
   /// The table is no more, and its guests may know.
@@ -493,6 +499,7 @@ class Visitors {
     ranks_[found->second] = r;
     numbers_[r] = found->second;
     numbers_.erase(guest);
+    unsent_.erase(guest);  // a few answers more
     return true;
   }
   /// said(rank, message, payload), gone(rank), sent(parcel).
@@ -501,11 +508,7 @@ class Visitors {
     return door_->hear(
         [&](std::uint64_t number, const Envelope& e, std::span<const std::byte> payload) {
           const auto [at, is_new] = ranks_.try_emplace(number, -1);
-          if (is_new) {
-            at->second = first_;
-            while (is_here(at->second)) ++at->second;
-            numbers_[at->second] = number;
-          }
+          if (is_new) numbers_[at->second = next_++] = number;  // never one that was somebody else's
           said(at->second, e, payload);
         },
         [&](std::uint64_t number) {
@@ -514,20 +517,32 @@ class Visitors {
           const Rank r = found->second;
           ranks_.erase(found);
           numbers_.erase(r);
+          unsent_.erase(r);
           gone(r);
         },
-        sent);
+        [&](Post::Parcel& p) {
+          if (const auto found = unsent_.find(p.to); found != unsent_.end() && --found->second == 0) unsent_.erase(found);
+          sent(p);
+        });
   }
   /// False if it is not here.
   bool send(Post::Parcel& p, const DoorMessage& message, std::span<const std::span<const std::byte>> pieces) {
     const auto found = numbers_.find(p.to);
     if (found == numbers_.end()) return false;
+    ++unsent_[p.to];
     door_->send(found->second, p, message, pieces);
     return true;
   }
+  /// A guest that does not take what it asked for gets no more: each answer keeps values as they were.
+  bool may_answer(Rank r) const {
+    const auto found = unsent_.find(r);
+    return found == unsent_.end() || found->second < most_unsent;
+  }
 
  private:
-  Rank first_;
+  static constexpr int most_unsent = 16;
+  Rank next_;  // reader's
+  std::map<Rank, int> unsent_;
   std::map<std::uint64_t, Rank> ranks_;
   std::map<Rank, std::uint64_t> numbers_;
   std::unique_ptr<TableDoor> door_;

@@ -53,7 +53,7 @@ class DoorStream {
     put(&hello, sizeof hello, deadline);
     DoorWelcome welcome;
     take(&welcome, sizeof welcome, deadline);
-    if (welcome.bytes > ControlStream::longest) throw Error(Errc::protocol, {"the table's door at ", text_, " announces ", welcome.bytes, " bytes"});
+    if (welcome.bytes > longest_notice) throw Error(Errc::protocol, {"the table's door at ", text_, " announces ", welcome.bytes, " bytes"});
     description.resize(welcome.bytes);
     take(description.data(), description.size(), deadline);
     if (welcome.refused) throw Error(Errc::invalid_argument, {"the table at ", text_, " lets nobody in with ", description});
@@ -166,6 +166,7 @@ class TableGuest final : public TableUser, private TableHost, private TableClien
       while (!client_.is_settled()) turn(op);
       client_.leave(op);
     });
+    for (Connection& c : connections_) c.open = false, c.door = DoorStream();  // so that its place is free
   }
 
   TableOp& take() override {
@@ -173,6 +174,7 @@ class TableGuest final : public TableUser, private TableHost, private TableClien
     TableOp* const op = free_.back();
     free_.pop_back();
     op->reset();
+    op->background = false;
     return *op;
   }
   Report run(TableOp& op) override {
@@ -181,8 +183,10 @@ class TableGuest final : public TableUser, private TableHost, private TableClien
   }
   void start_in_background(TableOp& op) override {
     expect_usable();
+    while (under_way_ >= most_under_way) turn_for_any();
     op.background = true;
     begin(op);
+    ++under_way_;
     attempt(op, [&] { start(op); });
     if (!op.done) op.account.watch.enter(State::undriven, now());
   }
@@ -250,7 +254,7 @@ class TableGuest final : public TableUser, private TableHost, private TableClien
   std::unique_ptr<Ledger> make_ledger() const { return std::make_unique<Ledger>(ranks(), rank_, way_, clock_, account_); }
   int ranks() const { return table_.size + table_.options.guests + 1; }
   Envelope ask_to_join(int shard, const Envelope& e) {
-    for (const Ticks end = clock_.now() + clock_.to_ticks(std::min<nanoseconds>(timeout_, std::chrono::seconds(2)));;) {
+    for (const Ticks end = clock_.now() + clock_.to_ticks(std::min<nanoseconds>(timeout_, std::chrono::seconds(5)));;) {
       TableOp& op = take();
       op.call = {};
       op.call.what = Collective::leave;
@@ -330,6 +334,15 @@ class TableGuest final : public TableUser, private TableHost, private TableClien
     client_.end_if_unused(op);
   }
 
+  /// Something of what is under way in the background gets done, or misses its deadline.
+  void turn_for_any() {
+    if (read_all()) return;
+    polled_.clear();
+    for (Connection& c : connections_)
+      if (c.open) polled_.push_back({c.door.stream().get(), POLLIN, 0});
+    (void)::poll(polled_.data(), polled_.size(), 100);
+    if (clock_.now() > until_) throw Error(Errc::timeout, {"none of ", under_way_, " operations in the background gets done"}, {rank_, -1, number_, timeout_});
+  }
   /// Takes in what has come, or waits until something does.
   void turn(TableOp& op) {
     if (read_all() || op.done) return;
@@ -455,6 +468,7 @@ class TableGuest final : public TableUser, private TableHost, private TableClien
   void send(Post::Parcel& p, const Envelope& e, std::span<const std::span<const std::byte>> pieces, const Lateness*) override {
     DoorMessage m;
     m.e = e;
+    m.e.flags &= static_cast<std::uint8_t>(~Envelope::stays);  // nothing of this process's does
     std::array<iovec, 4> parts;
     std::size_t n = 0;
     parts[n++] = {&m, sizeof m};
@@ -482,7 +496,12 @@ class TableGuest final : public TableUser, private TableHost, private TableClien
       }
       if (sent < 0) {
         const Ticks begin = clock_.now();
-        if (begin > until_) throw Error(Errc::timeout, {"rank ", c.server, " takes nothing more"}, {rank_, c.server, 0, timeout_});
+        if (begin > until_) {  // half of a message cannot be taken back
+          broken_.push_back(c.server);
+          c.open = false;
+          c.problem = concat({"it took nothing more of what was sent to it, within ", time_text(timeout_)});
+          break;
+        }
         pollfd one{c.door.stream().get(), static_cast<short>(c.door.stream().waits_to_read() ? POLLIN : POLLOUT), 0};
         (void)::poll(&one, 1, 100);
         if (!driven_) continue;
@@ -508,11 +527,17 @@ class TableGuest final : public TableUser, private TableHost, private TableClien
     return std::none_of(connections_.begin(), connections_.end(), [&](const Connection& c) { return c.server == r && c.open; });
   }
   bool rename(Rank, Rank) override { return false; }
+  bool may_answer(Rank) const override { return true; }
+  std::string why_gone(Rank r) const override {
+    const auto found = std::find_if(connections_.begin(), connections_.end(), [&](const Connection& c) { return c.server == r; });
+    return found == connections_.end() ? "" : found->problem;
+  }
   std::byte* place_here(const Envelope&, const Lateness*) override { return nullptr; }
   void copy_here(const Envelope&, std::byte*, const std::byte*, std::size_t) override {}
 
   // TableClient::Events
   void finished(TableOp& op) override {
+    if (op.background) --under_way_;
     if (&op == driven_ && !waits_.empty()) blame_rest(op);
     op.account.watch.enter(State::protocol, clock_.now());
     op.report = accounting_ ? report_of(op.account.watch, clock_, op.account.heard ? op.account.latest.culprit : -1) : Report{};
@@ -534,6 +559,7 @@ class TableGuest final : public TableUser, private TableHost, private TableClien
     ledger_->settle();
   }
 
+  static constexpr int most_under_way = 1000;  // a door hears no more of one guest at a time
   static constexpr std::uint64_t most_bytes = std::uint64_t{1} << 40;
   static constexpr std::size_t discarded = std::size_t{64} << 10;  // of what nobody waits for any more, at a time
   const Table table_;
@@ -556,6 +582,7 @@ class TableGuest final : public TableUser, private TableHost, private TableClien
   std::vector<Wait> waits_;  // of what is driven, that nothing has ended yet
   TableOp* driven_ = nullptr;
   Ticks until_ = 0;
+  int under_way_ = 0;  // in the background
   std::uint32_t number_ = 0;
   bool closed_ = false, is_over_ = false;
 };

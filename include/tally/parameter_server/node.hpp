@@ -54,7 +54,6 @@ class TableNode final : public TableUser, private TableHost, private Post::Handl
     drain();
     progress_.rest();
     threaded_ = settings.threaded;  // also where nothing is served: what a worker has started goes on
-
     if (threaded_) thread_ = quiet_thread([this] { serve_others(); });
   }
   /// Says goodbye to nobody but the transport: close() does.
@@ -300,7 +299,6 @@ class TableNode final : public TableUser, private TableHost, private Post::Handl
       TableOp* const op = static_cast<TableOp*>(p.op);
       return post_.send(*this, p, e, pieces, op ? op->account : serving_, late);
     }
-    // From one side of this rank to the other.
     if (e.kind == MessageKind::reply) {
       client_.take(e, pieces, late);
     } else if (e.kind == MessageKind::acknowledge || e.kind == MessageKind::refusal) {
@@ -324,10 +322,7 @@ class TableNode final : public TableUser, private TableHost, private Post::Handl
     server_.let_go(p);
     post_.recycle(p);
   }
-  void at_work(State state) override {
-    progress_.serve(serving_);
-    progress_.enter(state);
-  }
+  void at_work(State state) override { progress_.serve(serving_), progress_.enter(state); }
   Ticks now() const override { return clock_.now(); }
   std::span<std::byte> shared_of(Rank r) const override { return memory_ && r < transport_->size() ? std::span(memory_->of(r), table_.shared_bytes()) : std::span<std::byte>{}; }
   bool uses(std::uint64_t request, const void* op) const override { return post_.uses(op) || post_.receives(request); }
@@ -340,6 +335,7 @@ class TableNode final : public TableUser, private TableHost, private Post::Handl
   }
   void disown() override { server_.own_all(table_.worker_at(rank())); }
   bool is_gone(Rank r) const override { return r >= transport_->size() ? !visitors_ || !visitors_->is_here(r) : gone_[static_cast<std::size_t>(r)] == Gone::yes; }
+  bool may_answer(Rank r) const override { return r < transport_->size() || (visitors_ && visitors_->may_answer(r)); }
   bool rename(Rank guest, Rank r) override { return visitors_ && visitors_->rename(guest, r); }
   std::byte* place_here(const Envelope& e, const Lateness* late) override {
     if (TableOp* const op = client_.op_of(e.request)) heard_here(*op, late);
@@ -363,7 +359,12 @@ class TableNode final : public TableUser, private TableHost, private Post::Handl
           serving_moved_.received += bytes.size();
           server_.received(guest, e, Payload::borrowed(bytes.data(), bytes.size()), clock_.now());
         },
-        [&](Rank guest) { server_.lost(guest); }, [&](Post::Parcel& p) { drop(p); });
+        [&](Rank guest) { server_.lost(guest); },
+        [&](Post::Parcel& p) {
+          const Rank guest = p.to;
+          drop(p);
+          server_.resume(guest);
+        });
   }
 
   // Post::Handler
@@ -395,10 +396,7 @@ class TableNode final : public TableUser, private TableHost, private Post::Handl
     if (op.row) op.report.algorithm = op.row->algorithm;
     if (!op.background) book(op);
   }
-  void copying(TableOp& op) override {
-    progress_.serve(op.account);
-    progress_.enter(State::copy);
-  }
+  void copying(TableOp& op) override { progress_.serve(op.account), progress_.enter(State::copy); }
   void copied(TableOp& op, std::uint64_t stored, std::uint64_t loaded) override {
     progress_.enter(State::protocol);
     transport_->shared(stored, loaded);

@@ -43,6 +43,10 @@ struct TableHost {
   /// Who has come by the door as `guest` is rank `r` from now on. False if it has gone again.
   virtual bool rename(Rank guest, Rank r) = 0;
   /// Where the values of this reply to a pull of this rank's own go, before they are sent without any; what held it up. Null if nobody waits for it.
+  /// Whether it has taken enough of what it was answered that more may be kept for it.
+  virtual bool may_answer(Rank r) const = 0;
+  /// Why a server cannot be reached, for errors; empty if there is nothing to say.
+  virtual std::string why_gone(Rank) const { return {}; }
   virtual std::byte* place_here(const Envelope& e, const Lateness* late) = 0;
   virtual void copy_here(const Envelope& e, std::byte* to, const std::byte* from, std::size_t bytes) = 0;
 };
@@ -90,12 +94,7 @@ class TableServer {
     const std::int32_t worker = table_.worker_at(peer);
     if (e.worker != worker) return refuse(peer, e, Errc::protocol, concat({"rank ", peer, " speaks for worker ", e.worker, ", which it is not"}));
     if (worker < 0 && e.kind != MessageKind::pull) return refuse(peer, e, Errc::invalid_argument, concat({"rank ", peer, " is no worker of this table: it may only pull"}));
-    if (s->primary != host_.rank()) {  // it knows earlier than this rank that the primary is gone
-      if (std::any_of(s->early.begin(), s->early.end(), [&](const Entry& known) { return known.from == peer && is_same(known.e, e); })) return;
-      payload.own(pool_);
-      s->early.push_back({e, std::move(payload), sent_at, peer});
-      return;
-    }
+    if (s->primary != host_.rank()) return keep_early(*s, {e, std::move(payload), sent_at, peer});
     if (e.kind == MessageKind::push && (e.flags & Envelope::is_direct) != 0) {
       const std::span<std::byte> shared = host_.shared_of(host_.rank());
       const std::size_t window = table_.window_bytes(), begin = table_.arena_bytes() + static_cast<std::size_t>(worker) * window;
@@ -114,7 +113,7 @@ class TableServer {
         if (e.kind == MessageKind::push) return submit(*s, {e, std::move(payload), sent_at, peer});
         if (std::any_of(s->parked.begin(), s->parked.end(), [&](const Parked& p) { return p.peer == peer && p.e.request == e.request && p.e.first == e.first; })) return;  // said again
         Parked pull{e, peer, std::move(payload), false};
-        if (s->shard.ready(e)) return answer(*s, pull);
+        if (s->shard.ready(e) && host_.may_answer(peer)) return answer(*s, pull);
         pull.payload.own(pool_);
         pull.bounded = !s->shard.within_bound(e);
         s->parked.push_back(std::move(pull));
@@ -122,9 +121,11 @@ class TableServer {
       }
       case MessageKind::set:
         if (std::string problem = s->shard.problem_with(e); !problem.empty()) return refuse(peer, e, Errc::invalid_argument, problem);
+        if (payload.size() != e.bytes) return refuse(peer, e, Errc::protocol, "its values are missing");
+        if (std::string problem = table_.tensors[e.tensor].is_sparse() ? s->shard.problem_with_keys(e, payload.data(), sizeof(std::uint64_t) + s->shard.row_bytes(e.tensor)) : ""; !problem.empty()) return refuse(peer, e, Errc::invalid_argument, problem);
         return submit(*s, {e, std::move(payload), sent_at, peer});
       case MessageKind::advance:
-        if (s->shard.knows(e)) return acknowledge(*s, e.worker, 0, 0);  // what was said of credit may have been lost
+        if (s->shard.knows(e)) return void(table_.options.retry_after > nanoseconds{0} && (acknowledge(*s, e.worker, 0, 0), true));  // what was said of credit may have been lost
         if (is_logged(*s, e)) return;
         return submit(*s, {e, std::move(payload), sent_at, peer});
       case MessageKind::cut:
@@ -200,6 +201,11 @@ class TableServer {
         if (entry.e.worker == worker) entry.payload.own(pool_, true);
     }
   }
+  /// More may be answered to that guest.
+  void resume(Rank guest) {
+    for (const auto& s : served_)
+      if (s->primary == host_.rank() && std::any_of(s->parked.begin(), s->parked.end(), [&](const Parked& p) { return p.peer == guest; })) release(*s);
+  }
   void let_go(const Post::Parcel& p) {
     for (Published* lease : p.leases) find(p.shard)->shard.let_go(p.tensor, lease);
   }
@@ -261,12 +267,27 @@ class TableServer {
     std::vector<std::optional<View>> of;  // by shard
   };
 
+  static constexpr std::size_t most_early = 2 * Shard::most_pushes;
+  static constexpr std::uint64_t most_skipped = 1 << 16;  // of a place's workers, that came to other shards only
+
   Served* find(std::size_t shard) {
     for (const auto& s : served_)
       if (static_cast<std::size_t>(s->shard.index()) == shard) return s.get();
     return nullptr;
   }
 
+  /// Who sent it knows earlier than this rank that the primary is gone.
+  void keep_early(Served& s, Entry&& entry) {
+    std::size_t bytes = entry.payload.size(), count = 0;
+    for (const Entry& known : s.early) {
+      if (known.from != entry.from) continue;
+      if (table_.options.retry_after > nanoseconds{0} && is_same(known.e, entry.e)) return;
+      bytes += known.payload.size(), ++count;
+    }
+    if (count >= most_early || bytes > 2 * table_.credits()) return refuse(entry.from, entry.e, Errc::protocol, concat({"too much for shard ", s.shard.index(), ", of which rank ", host_.rank(), " is but the replica"}));
+    entry.payload.own(pool_);
+    s.early.push_back(std::move(entry));
+  }
   bool has_credit(Served& s, const Envelope& e) {
     std::size_t logged = in_lines(e.bytes);
     for (const Entry& entry : s.log)
@@ -275,6 +296,7 @@ class TableServer {
     return s.shard.held(e.worker) + logged <= table_.credits();
   }
   void submit(Served& s, Entry&& entry) {
+    if (entry.e.kind == MessageKind::push) entry.e.flags = static_cast<std::uint8_t>((entry.e.flags & (Envelope::is_direct | Envelope::stays)) | (table_.tensors[entry.e.tensor].is_sparse() ? Envelope::is_rows : 0));  // whatever it says
     if (s.replica < 0) return execute(s, std::move(entry));
     entry.payload.own(pool_);
     entry.e.index = ++s.last_index;
@@ -332,7 +354,7 @@ class TableServer {
       case MessageKind::set: s.shard.set(e, entry.payload.data()); break;
       case MessageKind::join:
         s.shard.join(e);
-        views_[static_cast<std::size_t>(e.worker)] = Views(e.sequence);
+        if (Views& v = views_[static_cast<std::size_t>(e.worker)]; v.incarnation < e.sequence) v = Views(e.sequence);
         break;
       default: break;
     }
@@ -386,7 +408,7 @@ class TableServer {
     for (;;) {  // the most urgent first, then this rank's own, which passes the values through the caches; each may let others go on
       auto next = s.parked.end();
       for (auto p = s.parked.begin(); p != s.parked.end(); ++p)
-        if (s.shard.ready(p->e) && (next == s.parked.end() || std::pair(p->e.parts, p->peer == host_.rank()) > std::pair(next->e.parts, next->peer == host_.rank()))) next = p;
+        if (s.shard.ready(p->e) && host_.may_answer(p->peer) && (next == s.parked.end() || std::pair(p->e.parts, p->peer == host_.rank()) > std::pair(next->e.parts, next->peer == host_.rank()))) next = p;
       if (next == s.parked.end()) return;
       Parked pull = std::move(*next);
       s.parked.erase(next);
@@ -491,11 +513,12 @@ class TableServer {
   bool is_guest(std::int32_t worker) const { return worker >= static_cast<std::int32_t>(table_.regulars()) && worker < static_cast<std::int32_t>(table_.workers.size()); }
   void join(Served& s, Rank peer, Envelope e) {
     if (peer < table_.size) return refuse(peer, e, Errc::protocol, concat({"rank ", peer, " is here already"}));
-    if (s.primary != host_.rank()) return s.early.push_back({e, {}, 0, peer});
+    if (const std::int32_t known = table_.worker_at(peer); known >= 0 && e.worker != known) return refuse(peer, e, Errc::protocol, concat({"it is worker ", known, " already"}));
+    if (s.primary != host_.rank()) return keep_early(s, {e, {}, 0, peer});
     if (table_.options.guests == 0) return refuse(peer, e, Errc::unsupported, "this table takes no workers that come later (TableOptions::guests)");
     const auto is_free = [&](std::int32_t worker) {
       const Rank r = table_.workers[static_cast<std::size_t>(worker)];
-      return !s.shard.is_live(worker) && !views_[static_cast<std::size_t>(worker)].wanted && (peer == r || host_.is_gone(r)) && std::none_of(s.log.begin(), s.log.end(), [&](const Entry& entry) { return entry.e.kind == MessageKind::join && entry.e.worker == worker; });
+      return !s.shard.is_live(worker) && !s.shard.has_contributions(worker) && !views_[static_cast<std::size_t>(worker)].wanted && (peer == r || host_.is_gone(r)) && std::none_of(s.log.begin(), s.log.end(), [&](const Entry& entry) { return entry.e.kind == MessageKind::join && entry.e.worker == worker; });
     };
     if (e.worker < 0) {
       if (s.shard.index() != 0) return refuse(peer, e, Errc::protocol, "the first shard is asked for a place, and no other");
@@ -503,7 +526,7 @@ class TableServer {
       while (is_guest(e.worker) && !is_free(e.worker)) ++e.worker;
       if (!is_guest(e.worker)) return refuse(peer, e, Errc::no_resources, concat({"all ", table_.options.guests, " places for workers that come later are taken (TableOptions::guests)"}));
       e.sequence = s.shard.incarnation(e.worker) + 1;
-    } else if (!is_guest(e.worker) || e.sequence <= s.shard.incarnation(e.worker)) {
+    } else if (!is_guest(e.worker) || e.sequence <= s.shard.incarnation(e.worker) || e.sequence - s.shard.incarnation(e.worker) > most_skipped) {
       return refuse(peer, e, Errc::protocol, concat({"there is no place for worker ", e.worker}));
     } else if (!is_free(e.worker)) {
       return refuse(peer, e, Errc::no_resources, concat({"the place of worker ", e.worker, " is still taken at shard ", s.shard.index()}));
@@ -539,6 +562,8 @@ class TableServer {
       views_[static_cast<std::size_t>(e.worker)] = Views(e.sequence);
       views_[static_cast<std::size_t>(e.worker)].wanted = true;
     }
+    // Where it has not come, or is not known to be it, nobody finds out by himself.
+    if (is_guest(e.worker) && host_.is_gone(table_.workers[static_cast<std::size_t>(e.worker)])) views_[static_cast<std::size_t>(e.worker)].wanted = true;
     Views::View view{e.clock, e.number, std::vector<std::uint64_t>(payload.size() / sizeof(std::uint64_t))};
     if (payload.size() > 0) std::memcpy(view.undecided.data(), payload.data(), payload.size());
     views(e.worker).of[e.shard] = std::move(view);

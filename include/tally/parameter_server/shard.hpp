@@ -221,6 +221,8 @@ class Shard {
   /// Every push of a live worker with a clock below this is in.
   std::uint64_t version() const { return least_; }
   bool is_live(std::int32_t worker) const { return member(worker) && member(worker)->live; }
+  /// Something that it pushed to clocks that are not folded yet, though it may have left.
+  bool has_contributions(std::int32_t worker) const { return !member(worker)->contributions.empty(); }
   std::uint64_t incarnation(std::int32_t worker) const { return member(worker)->incarnation; }
   bool any_live() const {
     return std::any_of(members_.begin(), members_.end(), [](const Member& m) { return m.live; });
@@ -310,6 +312,7 @@ class Shard {
     const TensorSpec& t = table_.tensors[e.tensor];
     if (!(e.weight >= 0)) return "a weight is not a positive number";
     const std::size_t grain = table_.rule.grain;
+    if (e.kind == MessageKind::push && (e.flags & (Envelope::of_cut | Envelope::is_cut | Envelope::drops)) != 0) return "a push of no kind that there is";
     if (e.flags & Envelope::of_cut || e.kind == MessageKind::set) return problem_past_the_rule(e, t);
     if (t.is_sparse()) {
       const std::size_t row = sizeof(std::uint64_t) + (e.kind == MessageKind::push ? t.row * grain : 0);
@@ -324,10 +327,10 @@ class Shard {
     return {};
   }
   /// Likewise, of keys.
-  std::string problem_with_keys(const Envelope& e, const std::byte* keys) const {
+  std::string problem_with_keys(const Envelope& e, const std::byte* keys, std::size_t stride = sizeof(std::uint64_t)) const {
     const TensorSpec& t = table_.tensors[e.tensor];
     for (std::size_t i = 0; i < e.count; ++i) {
-      const auto key = load<std::uint64_t>(keys + i * sizeof(std::uint64_t));
+      const auto key = load<std::uint64_t>(keys + i * stride);
       if (key < t.first_key || key > t.last_key || table_.shard_of(t, key) != index_) return concat({"'", t.name, "': key ", key, " is not one of shard ", index_, "; the tensor's are ", t.first_key, " to ", t.last_key});
     }
     return {};
