@@ -524,7 +524,7 @@ class TableServer {
       if (s.shard.index() != 0) return refuse(peer, e, Errc::protocol, "the first shard is asked for a place, and no other");
       e.worker = static_cast<std::int32_t>(table_.regulars());
       while (is_guest(e.worker) && !is_free(e.worker)) ++e.worker;
-      if (!is_guest(e.worker)) return refuse(peer, e, Errc::no_resources, concat({"all ", table_.options.guests, " places for workers that come later are taken (TableOptions::guests)"}));
+      if (!is_guest(e.worker)) return refuse(peer, e, Errc::no_resources, concat({"all ", table_.options.guests, " places for workers that come later are taken, or what their last ones pushed is not folded yet (TableOptions::guests)"}));
       e.sequence = s.shard.incarnation(e.worker) + 1;
     } else if (!is_guest(e.worker) || e.sequence <= s.shard.incarnation(e.worker) || e.sequence - s.shard.incarnation(e.worker) > most_skipped) {
       return refuse(peer, e, Errc::protocol, concat({"there is no place for worker ", e.worker}));
