@@ -23,6 +23,7 @@
 #include <utility>
 #include <vector>
 
+#include <tally/table_guest.hpp>
 #include <tally/tally.hpp>
 #include <tally/tcp.hpp>
 #include <tally/tls.hpp>
@@ -363,6 +364,32 @@ TEST_CASE("what goes over the wire is TLS from its first byte on") {
   CHECK(::recv(fd.get(), first.data(), first.size(), MSG_WAITALL) == 3);
   CHECK((first[0] == 22 && first[1] == 3));  // a handshake
   rank.join();
+}
+
+TEST_CASE("a table's door speaks TLS where the environment says so, and lets nobody in who does not") {
+  const test::Environment certificate("TALLY_TLS_CERTIFICATE", authority().path("rank").c_str()), key("TALLY_TLS_KEY", authority().path("rank-key").c_str()), root("TALLY_TLS_AUTHORITY", authority().path("authority").c_str());
+  launch(2, [](Communicator& comm) {
+    ParameterServer<std::int64_t> ps(comm, {{"w", 300'000}}, {.consistency = asp, .door = "127.0.0.1:0", .guests = 1});
+    if (comm.rank() == 0) {
+      const std::vector<std::int64_t> ones(300'000, 1);
+      std::vector<std::int64_t> values(300'000);
+      TableWorker<std::int64_t> late(ps.doors()[1]);
+      for (int i = 1; i <= 5; ++i) {
+        late["w"].push_pull(ones, values);
+        test::expect(values == std::vector<std::int64_t>(300'000, i), "all of it comes through");
+      }
+      TableReader<std::int64_t> reader(ps.doors()[0]);
+      reader["w"].range(7, 1000).pull(std::span(values).first(1000));
+      test::expect(values[0] == 5 && values[999] == 5, "readers, too");
+      std::string description;
+      std::size_t shard = 0;
+      const Caught plain = caught([&] { detail::DoorStream(detail::resolve(ps.doors()[0]).front(), detail::NetworkSettings(2s), std::chrono::steady_clock::now() + 2s, description, shard); });
+      test::expect(plain.error, "a stranger without TLS is not let in");
+      late.close();
+    }
+    comm.barrier();
+    ps.close();
+  }, tally::threads);
 }
 
 TEST_CASE("files that are none, or do not belong together, are named") {

@@ -131,14 +131,6 @@ std::unique_ptr<RouteTransport<Net>> network_route(std::shared_ptr<NetworkNode> 
   return std::make_unique<RouteTransport<Net>>(std::move(net), std::move(local), here.places, slots);
 }
 
-/// What the environment asks for.
-inline MakeCipher cipher_of_job() {
-  if (const auto make = cipher_from_environment()) return make();
-  for (const char* name : {"TALLY_TLS_CERTIFICATE", "TALLY_TLS_KEY", "TALLY_TLS_AUTHORITY"})
-    if (environment(name)) throw Error(Errc::unsupported, {name, " is set, but this program was built without tally/tls.hpp, and nothing would be encrypted"});
-  return {};
-}
-
 template <Network Net>
 Communicator network_communicator(const JobInfo& job, Meeting meeting, const Options& options, const NetworkKind<Net>& kind) {
   const bool flat = options.is_flat();

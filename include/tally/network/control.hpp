@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "../clock.hpp"
+#include "../environment.hpp"
 #include "frame.hpp"
 #include "hmac.hpp"
 #include "socket.hpp"
@@ -68,6 +69,14 @@ inline Nonce random_nonce() {
 /// That who says `what` knows the secret, and says it in answer to that nonce; nothing where there is none.
 inline Digest proof_of(std::string_view secret, std::string_view role, const Nonce& nonce, std::string_view what) {
   return secret.empty() ? Digest{} : hmac(secret, concat({role, nonce_text(nonce), what}));
+}
+
+/// TLS, where the environment asks for it.
+inline MakeCipher cipher_of_job() {
+  if (const auto make = cipher_from_environment()) return make();
+  for (const char* name : {"TALLY_TLS_CERTIFICATE", "TALLY_TLS_KEY", "TALLY_TLS_AUTHORITY"})
+    if (environment(name)) throw Error(Errc::unsupported, {name, " is set, but this program was built without tally/tls.hpp, and nothing would be encrypted"});
+  return {};
 }
 
 /// How to join a job, or to be its registry.
