@@ -20,8 +20,8 @@ void by_every_way(const detail::NetworkKind<Net>& kind, const std::vector<std::u
     }
 }
 template <class Net>
-void pulls_over_are_known(const detail::NetworkKind<Net>& kind) {
-  for (const std::vector<std::uint64_t>& places : {std::vector<std::uint64_t>{1, 2}, {1, 1, 2}, {1, 2, 1, 2}})
+void pulls_over_are_known(const detail::NetworkKind<Net>& kind, const std::vector<std::vector<std::uint64_t>>& hosts = {{1, 2}, {1, 1, 2}, {1, 2, 1, 2}}) {
+  for (const std::vector<std::uint64_t>& places : hosts)
     by_every_way(kind, places, [](Communicator& comm) {
       for (const std::size_t count : {1u, 1000u, 70'001u}) steps_are_exact(comm, count, {.consistency = bsp, .block_bytes = 4096}, 3);
       steps_are_exact(comm, 300'000, {.consistency = bsp, .fold = FoldOrder::as<Ring>(), .replicas = 1}, 3);

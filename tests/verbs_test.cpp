@@ -17,6 +17,7 @@
 #include <tally/verbs.hpp>
 
 #include "network_suite.hpp"
+#include "table_networks.hpp"
 #include "transport_conformance.hpp"
 
 using namespace tally;
@@ -153,4 +154,9 @@ TEST_CASE("a short message over verbs needs nobody to look at it") {
 }
 TEST_CASE("a short message over verbs needs its sender no longer") {
   if (can_run()) test::short_messages_need_no_sender(detail::verbs_kind({}));
+}
+TEST_CASE("tables over verbs: every pull of bsp is known, rows, background, errors") {
+  if (!can_run()) return;
+  test::pulls_over_are_known(detail::verbs_kind({}), {{1, 1, 2}});
+  test::all_else_over_is_right(detail::verbs_kind({}));
 }
