@@ -18,6 +18,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <new>
 #include <span>
 #include <string>
 #include <string_view>
@@ -180,13 +181,14 @@ class TableDoor {
   // By whoever drives the server.
 
   /// Guests may come in from now on.
-  void say_goodbye() { is_over_.store(true); }
   void open(std::string description, std::size_t shard) {
     const std::lock_guard lock(mutex_);
     description_ = std::move(description);
     shard_ = static_cast<std::uint32_t>(shard);
     ring();
   }
+  /// When this ends, guests are told that the table has.
+  void say_goodbye() { is_over_.store(true); }
   bool has_news() const { return has_news_.load(std::memory_order_acquire); }
   /// said(guest's number, message, payload), gone(number), sent(parcel).
   template <class Said, class GoneBy, class Sent>
@@ -228,6 +230,7 @@ class TableDoor {
  private:
   static constexpr std::size_t most_guests = 1024;
   static constexpr int most_asked = 4096;  // requests of a guest's that are not answered yet
+  static constexpr std::size_t first_payload = std::size_t{256} << 10;
   static constexpr std::size_t most_letters = 4096, most_asked_bytes = std::size_t{256} << 20;
   /// How much of what a guest has said nobody has taken yet.
   struct Flow {
@@ -347,7 +350,11 @@ class TableDoor {
   void look_after(Guest& g, short events) {
     const auto now = std::chrono::steady_clock::now();
     if (events & (POLLERR | POLLNVAL)) g.dead = true;
-    if (!g.dead && events & (POLLIN | POLLHUP)) g.dead = !read(g);
+    try {
+      if (!g.dead && events & (POLLIN | POLLHUP)) g.dead = !read(g);
+    } catch (const std::bad_alloc&) {  // for what it announced
+      g.dead = true;
+    }
     if (!g.dead) g.dead = !write(g, now);
     if (g.ends && g.out.empty()) g.dead = true;
     const auto patience = g.known ? std::chrono::duration_cast<std::chrono::steady_clock::duration>(settings_.timeout) : std::chrono::seconds(10);
@@ -382,9 +389,10 @@ class TableDoor {
         if (!fits || m.e.bytes > most_bytes_ || (m.e.flags & ~flags) != 0 || (m.e.request == 0 && k != MessageKind::advance)) return false;
         if (m.e.request != 0) ++g.asked, g.asked_bytes += k == MessageKind::pull ? m.e.bytes : 0;
         if (g.asked > most_asked || g.asked_bytes > most_asked_bytes) return false;
-        g.payload.assign(m.e.bytes, std::byte{});
+        g.payload.resize(std::min<std::size_t>(m.e.bytes, first_payload));
         if (m.e.bytes > 0) continue;
       }
+      if (g.have == head + g.payload.size() && g.payload.size() < m.e.bytes) g.payload.resize(std::min<std::size_t>(m.e.bytes, 2 * g.payload.size()));  // no more memory than what has come
       if (g.have < head + g.payload.size()) continue;
       g.have = 0;
       ++messages;
