@@ -28,7 +28,7 @@ struct Members {
     static int count = 0;
     const std::string job = "table" + std::to_string(::getpid()) + "." + std::to_string(++count);
     for (Rank r = 0; r < n; ++r)
-      processes.emplace_back([=, this] {
+      processes.emplace_back([=] {
         ::setenv("TALLY_RANK", std::to_string(r).c_str(), 1);
         ::setenv("TALLY_SIZE", std::to_string(n).c_str(), 1);
         ::setenv("TALLY_JOB", job.c_str(), 1);
