@@ -163,7 +163,7 @@ class DenseTensor : public detail::TensorHandle<T> {
   std::size_t first_, count_;
 };
 
-/// Rows of a sparse tensor, by their keys. Keys may come in any order; in ascending order nothing is copied to sort them.
+/// Rows of a sparse tensor, by their keys. Keys may come in any order; unless they ascend, rows are copied to sort them.
 template <Element T>
 class SparseRows : public detail::TensorHandle<T> {
  public:
@@ -202,7 +202,7 @@ template <Element T>
 class SparseTensor {
  public:
   SparseTensor(std::shared_ptr<detail::TableUser> node, std::size_t tensor) : node_(std::move(node)), tensor_(tensor) {}
-  /// The keys must stay until what is done with them is done.
+  /// The keys must stay until a push or pull of them has begun.
   SparseRows<T> rows(std::span<const std::uint64_t> keys) const { return {node_, tensor_, keys}; }
 
  private:
@@ -229,8 +229,6 @@ class TableTensors {
   }
 
  protected:
-  TableTensors() = default;
-  explicit TableTensors(std::shared_ptr<detail::TableUser> user) : user_(std::move(user)) {}
   void use(std::shared_ptr<detail::TableUser> user) { user_ = std::move(user); }
   std::size_t find(std::string_view name) const {
     const auto& all = user_->table().tensors;

@@ -153,7 +153,7 @@ inline FileDescriptor open_door(const std::string& where, bool is_first, SocketA
   if (!is_first) a.port = 0;
   const std::vector<Interface> interfaces = own_interfaces();
   const bool is_ours = a.is_loopback() || std::any_of(interfaces.begin(), interfaces.end(), [&](const Interface& each) { return each.address.same_host_as(a); });
-  const bool is_wildcard = std::all_of(a.ip, a.ip + 16, [](std::uint8_t byte) { return byte == 0; });
+  const bool is_wildcard = a.same_host_as(SocketAddress::wildcard(a.family));
   if (is_first && !is_ours && !is_wildcard) throw Error(Errc::invalid_argument, {where, " is no address of this host; 0.0.0.0:", a.port, " stands for all that it has"});
   told = is_ours ? a : choose_addresses(environment("TALLY_INTERFACE").value_or(""), interfaces).front();
   told.port = a.port;

@@ -125,7 +125,10 @@ class TableServer {
         if (std::string problem = table_.tensors[e.tensor].is_sparse() ? s->shard.problem_with_keys(e, payload.data(), sizeof(std::uint64_t) + s->shard.row_bytes(e.tensor)) : ""; !problem.empty()) return refuse(peer, e, Errc::invalid_argument, problem);
         return submit(*s, {e, std::move(payload), sent_at, peer});
       case MessageKind::advance:
-        if (s->shard.knows(e)) return void(table_.options.retry_after > nanoseconds{0} && (acknowledge(*s, e.worker, 0, 0), true));  // what was said of credit may have been lost
+        if (s->shard.knows(e)) {
+          if (table_.options.retry_after > nanoseconds{0}) acknowledge(*s, e.worker, 0, 0);  // what was said of credit may have been lost
+          return;
+        }
         if (is_logged(*s, e)) return;
         return submit(*s, {e, std::move(payload), sent_at, peer});
       case MessageKind::cut:
