@@ -386,7 +386,7 @@ class ParameterServer : public TableTensors<T> {
     }
     if (notice.bytes().size() > detail::longest_notice) throw Error(Errc::invalid_argument, {"a table's door: the names of ", table.tensors.size(), " tensors are too long to tell guests"});
     if (mine == table.servers.end()) return;
-    auto door = std::make_unique<detail::TableDoor>(std::move(listens), detail::door_settings(node_->timeout(), comm.settings().clock), table.credits(), [node = node_.get()] { node->wake(); });
+    auto door = std::make_unique<detail::TableDoor>(std::move(listens), detail::NetworkSettings::from_environment(node_->timeout(), comm.settings().clock), table.credits(), [node = node_.get()] { node->wake(); });
     door->open(notice.bytes(), static_cast<std::size_t>(mine - table.servers.begin()));
     node_->let_in(std::move(door));
   }

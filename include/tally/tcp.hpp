@@ -142,9 +142,7 @@ Communicator network_communicator(const JobInfo& job, Meeting meeting, const Opt
   me.boot = hash_text(boot_id());
   me.place = hash_text(sharing_id());
   me.settings = hash_text(concat({flat ? "" : "shm+", kind.name, " ", kind.lanes, " ", kind.settings, " ", options.slots.slots, " ", options.slots.slot_bytes, " ", options.slots.budget}));
-  NetworkSettings settings(options.timeout, std::string(environment("TALLY_SECRET").value_or("")));
-  settings.encrypt = cipher_of_job();
-  const auto node = NetworkJob::join(meeting, me, settings, environment("TALLY_INTERFACE").value_or(""), [&](const std::vector<RankEntry>& entries) {
+  const auto node = NetworkJob::join(meeting, me, NetworkSettings::from_environment(options.timeout), environment("TALLY_INTERFACE").value_or(""), [&](const std::vector<RankEntry>& entries) {
     std::vector<std::uint64_t> places;
     for (const RankEntry& entry : entries) places.push_back(flat ? places.size() : entry.place);
     return std::string(ControlStream::as_bytes(network_model(places, options, kind.name)));

@@ -88,6 +88,13 @@ struct NetworkSettings {
   Clock clock;
   MakeCipher encrypt;  // empty: connections are as they are
 
+  /// With the secret and the TLS that the environment asks for.
+  [[gnu::cold]] static NetworkSettings from_environment(nanoseconds limit, const Clock& of_host = Clock::host()) {
+    NetworkSettings settings(limit, std::string(environment("TALLY_SECRET").value_or("")), of_host);
+    settings.encrypt = cipher_of_job();
+    return settings;
+  }
+
   Stream opened(FileDescriptor fd) const { return stream(std::move(fd), false); }
   Stream let_in(FileDescriptor fd) const { return stream(std::move(fd), true); }
 

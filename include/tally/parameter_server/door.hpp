@@ -68,11 +68,6 @@ struct DoorMessage {
 static_assert(sizeof(DoorMessage) == 96);
 
 inline Digest door_proof(std::string_view secret, std::string_view role, const Nonce& nonce) { return proof_of(secret, role, nonce, "a table"); }
-inline NetworkSettings door_settings(nanoseconds timeout, const Clock& clock) {
-  NetworkSettings settings(timeout, std::string(environment("TALLY_SECRET").value_or("")), clock);
-  settings.encrypt = cipher_of_job();
-  return settings;
-}
 
 /// What a guest has to know of a table.
 struct TableNotice {

@@ -100,7 +100,7 @@ class TableGuest final : public TableUser, private TableHost, private TableClien
   /// `where`: of any of its doors. Errc::invalid_argument if the table's elements are others.
   static std::unique_ptr<TableGuest> enter(const std::string& where, ElementType type, std::size_t grain, const GuestSettings& settings) {
     const auto deadline = std::chrono::steady_clock::now() + settings.timeout;
-    const NetworkSettings network = door_settings(settings.timeout, settings.clock);
+    const NetworkSettings network = NetworkSettings::from_environment(settings.timeout, settings.clock);
     std::exception_ptr why;
     for (const SocketAddress& address : resolve(where)) {
       try {
