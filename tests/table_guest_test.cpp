@@ -3,6 +3,7 @@
 #include <catch2/catch.hpp>
 
 #include <dirent.h>
+#include <sys/resource.h>
 
 #include <atomic>
 #include <chrono>
@@ -558,4 +559,29 @@ TEST_CASE("strangers at a table's door, and guests that talk nonsense, harm nobo
     ps["w"].pull(values);
     ps.tick();
   });
+}
+
+TEST_CASE("strangers that say nothing keep nobody out, however many") {
+  rlimit limit{};
+  ::getrlimit(RLIMIT_NOFILE, &limit);
+  const rlimit before = limit;
+  limit.rlim_cur = std::min<rlim_t>(limit.rlim_max, 4096);
+  REQUIRE(::setrlimit(RLIMIT_NOFILE, &limit) == 0);
+  if (limit.rlim_cur < 4096) WARN("not so many: this process may have " << limit.rlim_cur << " descriptors only");
+  with_table(1, {.consistency = asp, .door = somewhere}, [&](auto& ps, Communicator&) {
+    const SocketAddress door = detail::resolve(ps.doors()[0]).front();
+    std::vector<detail::Stream> strangers;
+    for (rlim_t i = 0; i < std::min<rlim_t>(1500, limit.rlim_cur / 2 - 200); ++i) {
+      int error = 0;
+      strangers.emplace_back(detail::begin_connect(door, error));
+      REQUIRE(detail::wait_for_events(strangers.back().get(), POLLOUT, std::chrono::steady_clock::now() + 5s));
+    }
+    std::vector<std::int64_t> values(ps["w"].size(), 1);
+    const auto begin = std::chrono::steady_clock::now();
+    TableReader<std::int64_t> reader(ps.doors()[0]);
+    reader["w"].pull(values);
+    if (!sanitized) CHECK(std::chrono::steady_clock::now() - begin < 8s);  // those before it would be sent away after ten
+    CHECK(values[0] == 0);
+  });
+  ::setrlimit(RLIMIT_NOFILE, &before);
 }

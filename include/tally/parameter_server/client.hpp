@@ -20,6 +20,7 @@
 #include <vector>
 
 #include "../copy.hpp"
+#include "../topology.hpp"
 #include "operation.hpp"
 #include "server.hpp"
 
@@ -38,7 +39,7 @@ class TableClient {
     virtual bool is_gone(Rank r) const = 0;
   };
 
-  TableClient(TableHost& host, Events& events, const Table& table) : host_(host), events_(events), table_(table), me_(table.worker_at(host.rank())), links_(static_cast<std::size_t>(table.shards())) {
+  TableClient(TableHost& host, Events& events, const Table& table) : host_(host), events_(events), table_(table), me_(table.worker_at(host.rank())), past_caches_(past_caches(table)), links_(static_cast<std::size_t>(table.shards())) {
     for (int s = 0; s < table.shards(); ++s) {
       Link& l = link(s);
       l.server = table.servers[static_cast<std::size_t>(s)];
@@ -52,7 +53,7 @@ class TableClient {
     me_ = worker;
     clock_ = told_.clock = clock;
     for (int s = 0; s < table_.shards(); ++s)
-      if (!is_lost(link(s))) tell(s, 0);
+      if (!link(s).lost) tell(s, 0);
   }
   std::uint64_t clock() const { return clock_; }
 
@@ -144,7 +145,7 @@ class TableClient {
     op.parts.clear();
     op.order.clear();
     for (int s = 0; s < table_.shards(); ++s)
-      if (!is_lost(link(s))) add(op, s, false, 0, 0);
+      if (!link(s).lost) add(op, s, false, 0, 0);
     op.remaining = op.parts.size();
     for (TablePart& p : op.parts) p.op = &op, p.clock = clock_;
     if (op.remaining == 0) return end(op);
@@ -307,12 +308,11 @@ class TableClient {
     if ((told_at_ == 0 && !is_starved) || now - told_at_ <= after) return;  // nothing was told yet, or just now
     told_at_ = now;
     for (int s = 0; s < table_.shards(); ++s)
-      if (!is_lost(link(s))) tell_all(s);
+      if (!link(s).lost) tell_all(s);
   }
 
  private:
   static constexpr int slot_bits = 16;
-  static constexpr std::size_t past_caches = std::size_t{128} << 10;  // copies of so much do not stay in caches in any case
   static constexpr std::size_t most_under_way = std::size_t{4} << 20;  // bytes that are sent before anything of them is acknowledged; what is more urgent goes before the rest
   struct Link {
     Rank server = -1;
@@ -347,14 +347,12 @@ class TableClient {
 
   static bool asks(const TableOp& op) { return op.asked.kind != MessageKind{}; }
   Link& link(int shard) { return links_[static_cast<std::size_t>(shard)]; }
-  bool is_lost(const Link& l) const { return l.lost; }
   std::size_t unit(const TableOp& op) const {
     const TensorSpec& t = table_.tensors[op.call.tensor];
     return t.is_sparse() ? t.row * table_.rule.grain : table_.rule.grain;
   }
   std::uint64_t take_slot(TableOp& op) {
-    std::size_t slot = 0;
-    while (slot < slots_.size() && slots_[slot]) ++slot;
+    const auto slot = static_cast<std::size_t>(std::find(slots_.begin(), slots_.end(), nullptr) - slots_.begin());
     if (slot >> slot_bits) throw Error(Errc::no_resources, {"more than ", 1 << slot_bits, " operations of a table are under way"});
     if (slot == slots_.size()) slots_.push_back(nullptr);
     slots_[slot] = &op;
@@ -501,8 +499,15 @@ class TableClient {
     events_.copied(*p.op, e.bytes, 0);
     l.at = place + in_lines(e.bytes);
   }
-  static void copy(std::byte* to, const std::byte* from, std::size_t bytes) {
-    if (bytes >= past_caches) copy_past_caches(to, from, bytes);
+  /// Where all that is touched in a step, what each worker pushes and pulls, windows and values, is more than the caches hold (measured with 2 workers).
+  static std::size_t past_caches(const Table& table) {
+    std::size_t touched = 0;
+    for (const TensorSpec& t : table.tensors)
+      if (!t.is_sparse()) touched += t.count * table.rule.grain * (2 * table.regulars() + 3);
+    return touched > last_level_cache_bytes() / 4 ? std::size_t{128} << 10 : ~std::size_t{0};
+  }
+  void copy(std::byte* to, const std::byte* from, std::size_t bytes) const {
+    if (bytes >= past_caches_) copy_past_caches(to, from, bytes);
     else if (bytes > 0) std::memcpy(to, from, bytes);
   }
   /// Of a reply that says where the pieces lie.
@@ -621,7 +626,7 @@ class TableClient {
       told_.number = committed_;
       told_at_ = host_.now();
       for (int s = 0; s < table_.shards(); ++s)
-        if (!is_lost(link(s))) tell(s, complete > committed_ ? complete : 0);
+        if (!link(s).lost) tell(s, complete > committed_ ? complete : 0);
     }
     for (Link& l : links_) pump(l);
   }
@@ -680,6 +685,7 @@ class TableClient {
   Events& events_;
   const Table& table_;
   std::int32_t me_;
+  const std::size_t past_caches_;  // copies of so much are not looked at before they have left the caches
   std::vector<Link> links_;
   std::vector<TableOp*> slots_;
   std::uint64_t requests_ = 0, calls_ = 0, pushed_ = 0, committed_ = 0, clock_ = 0;

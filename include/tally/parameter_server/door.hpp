@@ -301,7 +301,7 @@ class TableDoor {
         if (!rest || now > end) break;
       }
       what.assign(1, {bell_.get(), POLLIN, 0});
-      const bool lets_in = !described_.empty() && guests_.size() < most_guests && now >= full_until_ && !stopping_.load();
+      const bool lets_in = !described_.empty() && has_room() && now >= full_until_ && !stopping_.load();
       what.push_back({lets_in ? listens_.get() : -1, POLLIN, 0});
       for (const auto& g : guests_) {
         const bool stopped = g->flow->bytes.load(std::memory_order_relaxed) > most_bytes_;
@@ -321,6 +321,14 @@ class TableDoor {
       if (std::exchange(news_told_, false)) wake_();
     }
     for (const auto& g : guests_) bury(*g);
+  }
+  /// Strangers that say nothing keep nobody out: the oldest of them makes room.
+  bool has_room() {
+    if (guests_.size() < most_guests) return true;
+    const auto stranger = std::find_if(guests_.begin(), guests_.end(), [](const auto& g) { return !g->known; });
+    if (stranger == guests_.end()) return false;
+    guests_.erase(stranger);
+    return true;
   }
   void let_in() {
     FileDescriptor fd(::accept4(listens_.get(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK));

@@ -21,6 +21,8 @@
 #include <utility>
 #include <vector>
 
+#include <sys/prctl.h>
+
 #include "../account/ledger.hpp"
 #include "../progress.hpp"
 #include "../quiet_thread.hpp"
@@ -257,9 +259,10 @@ class TableNode final : public TableUser, private TableHost, private Post::Handl
     explicit Inside(TableNode& n) : node(n) {
       if (!node.thread_.joinable()) return;
       node.wanted_.fetch_add(1, std::memory_order_seq_cst);
-      if (!node.transport_->sleeps_apart()) node.transport_->interrupt();
+      if (!node.transport_->sleeps_apart() && node.asleep_.load(std::memory_order_seq_cst)) node.transport_->interrupt();
       node.mutex_.lock();
       node.wanted_.fetch_sub(1, std::memory_order_relaxed);
+      ++node.visits_;
     }
     ~Inside() {
       if (node.thread_.joinable()) node.mutex_.unlock();
@@ -594,14 +597,14 @@ class TableNode final : public TableUser, private TableHost, private Post::Handl
 
   void serve_others() {
     server_thread_.store(std::this_thread::get_id());
+    ::prctl(PR_SET_TIMERSLACK, 1000UL);  // naps are short
     const Ticks spin = clock_.to_ticks(std::chrono::microseconds(20)), look = clock_.to_ticks(std::chrono::milliseconds(20));
     std::unique_lock lock(mutex_);
     while (!stopping_.load(std::memory_order_relaxed)) {
       progress_.drive_until(far());
       waited_ = nullptr;
       attempt([&] {
-        Ticks since = clock_.now();
-        while (!hurried()) {
+        for (Ticks since = 0; !hurried();) {
           const Ticks now = clock_.now();
           if (now - looked_ > look) looked_ = now, watch();
           if (step()) since = clock_.now();
@@ -612,12 +615,7 @@ class TableNode final : public TableUser, private TableHost, private Post::Handl
       });
       progress_.rest();
       if (failed_) return;
-      if (wanted_.load(std::memory_order_relaxed) > 0) {  // a worker wants to come in
-        lock.unlock();
-        while (wanted_.load(std::memory_order_relaxed) > 0) std::this_thread::yield();
-        lock.lock();
-        continue;
-      }
+      if (has_napped(lock)) continue;
       bool moved = false;
       asleep_.store(true, std::memory_order_seq_cst);
       attempt([&] {
@@ -631,11 +629,25 @@ class TableNode final : public TableUser, private TableHost, private Post::Handl
         });
       });
       asleep_.store(false, std::memory_order_seq_cst);
-      if (!lock.owns_lock()) lock.lock();
+      if (!lock.owns_lock() && !lock.try_lock()) nap(lock);
+    }
+  }
+  /// A worker that comes again and again serves others, too. If this thread then slept so that messages wake it, each would cost both sides
+  /// more than it is worth (a barrier in all processes, a system call): so it naps until nobody has come for a while.
+  bool has_napped(std::unique_lock<std::mutex>& lock) {
+    if (!hurried() && std::exchange(visits_seen_, visits_) == visits_) return false;
+    lock.unlock();
+    nap(lock);
+    return true;
+  }
+  void nap(std::unique_lock<std::mutex>& lock) {
+    for (auto time = shortest_nap; !lock.owns_lock(); time *= 2) {
+      std::this_thread::sleep_for(time);
+      if (!lock.try_lock() && time >= longest_nap) lock.lock();  // who is in there stays for long
     }
   }
   Ticks far() const { return clock_.now() + clock_.to_ticks(longest_timeout); }
-  bool hurried() const { return wanted_.load(std::memory_order_relaxed) > 0 || stopping_.load(std::memory_order_relaxed); }
+  bool hurried() const { return wanted_.load(std::memory_order_seq_cst) > 0 || stopping_.load(std::memory_order_relaxed); }
   /// Before a worker sleeps in here: two threads cannot be woken for one rank.
   void oust() {
     if (!threaded_ || std::this_thread::get_id() == server_thread_.load()) return;
@@ -654,6 +666,7 @@ class TableNode final : public TableUser, private TableHost, private Post::Handl
     thread_.join();
   }
 
+  static constexpr std::chrono::microseconds shortest_nap{50}, longest_nap{400};
   enum class Gone : std::uint8_t { no, perhaps, yes };
 
   std::unique_ptr<AnyTransport> transport_;
@@ -686,6 +699,7 @@ class TableNode final : public TableUser, private TableHost, private Post::Handl
 
   std::mutex mutex_;
   std::atomic<int> wanted_{0};
+  std::uint64_t visits_ = 0, visits_seen_ = 0;  // by threads of the caller's
   std::atomic<bool> stopping_{false}, asleep_{false};
   bool threaded_ = false;
   std::atomic<std::thread::id> server_thread_{};

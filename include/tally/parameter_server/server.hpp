@@ -42,11 +42,11 @@ struct TableHost {
   virtual bool is_gone(Rank r) const = 0;
   /// Who has come by the door as `guest` is rank `r` from now on. False if it has gone again.
   virtual bool rename(Rank guest, Rank r) = 0;
-  /// Where the values of this reply to a pull of this rank's own go, before they are sent without any; what held it up. Null if nobody waits for it.
   /// Whether it has taken enough of what it was answered that more may be kept for it.
   virtual bool may_answer(Rank r) const = 0;
   /// Why a server cannot be reached, for errors; empty if there is nothing to say.
   virtual std::string why_gone(Rank) const { return {}; }
+  /// Where the values of this reply to a pull of this rank's own go, before they are sent without any; what held it up. Null if nobody waits for it.
   virtual std::byte* place_here(const Envelope& e, const Lateness* late) = 0;
   virtual void copy_here(const Envelope& e, std::byte* to, const std::byte* from, std::size_t bytes) = 0;
 };
