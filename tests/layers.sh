@@ -128,7 +128,7 @@ exceptions=(
   "parameter_server/server: parameter_server/post parameter_server/shard"
   "parameter_server/client: parameter_server/operation parameter_server/server"
   "parameter_server/operation: parameter_server/table"
-  "parameter_server/node: parameter_server/client parameter_server/door"
+  "parameter_server/node: parameter_server/client parameter_server/door parameter_server/seat"
   "parameter_server/door: parameter_server/post"
   "parameter_server/guest: parameter_server/client parameter_server/door"
   "parameter_server/table: parameter_server/rules"

@@ -5,9 +5,7 @@
 #pragma once
 
 #include <algorithm>
-#include <atomic>
 #include <chrono>
-#include <condition_variable>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -21,13 +19,12 @@
 #include <utility>
 #include <vector>
 
-#include <sys/prctl.h>
-
 #include "../account/ledger.hpp"
 #include "../progress.hpp"
 #include "../quiet_thread.hpp"
 #include "client.hpp"
 #include "door.hpp"
+#include "seat.hpp"
 
 namespace tally::inline v0::detail {
 
@@ -47,9 +44,9 @@ class TableNode final : public TableUser, private TableHost, private Post::Handl
         pool_(shared_of(transport_->rank()).first(memory_ ? table_.arena_bytes() : 0)),
         ledger_(transport_->size() + table_.options.guests, transport_->rank(), transport_->name(), clock_, std::move(settings.account)), progress_(*transport_, clock_, settings.wait, settings.accounting),
         serving_(transport_->size() + table_.options.guests), gone_(static_cast<std::size_t>(transport_->size())), post_(*transport_, progress_, *this, pool_, table_.options.block_bytes),
-        client_(*this, *this, table_), server_(*this, table_, pool_, rule_.get()), name_(text_of(table_.options.consistency)), retry_after_(clock_.to_ticks(table_.options.retry_after)) {
+        client_(*this, *this, table_), server_(*this, table_, pool_, rule_.get()), name_(text_of(table_.options.consistency)), retry_after_(clock_.to_ticks(table_.options.retry_after)), seat_(*transport_, clock_) {
     transport_->context = this;
-    transport_->before_park = [](void* node) { static_cast<TableNode*>(node)->oust(); };
+    transport_->before_park = [](void* node) { static_cast<TableNode*>(node)->seat_.oust(); };
     post_.serving = &serving_;
     progress_.begin(serving_, timeout_);
     post_.open(*this);
@@ -254,18 +251,13 @@ class TableNode final : public TableUser, private TableHost, private Post::Handl
   static bool look_elsewhere() { return false; }
 
  private:
-  /// A thread of the caller's is in here. The server's thread may be asleep, without the lock where the transport allows that.
+  /// A thread of the caller's is in here.
   struct Inside {
     explicit Inside(TableNode& n) : node(n) {
-      if (!node.thread_.joinable()) return;
-      node.wanted_.fetch_add(1, std::memory_order_seq_cst);
-      if (!node.transport_->sleeps_apart() && node.asleep_.load(std::memory_order_seq_cst)) node.transport_->interrupt();
-      node.mutex_.lock();
-      node.wanted_.fetch_sub(1, std::memory_order_relaxed);
-      ++node.visits_;
+      if (node.thread_.joinable()) node.seat_.enter();
     }
     ~Inside() {
-      if (node.thread_.joinable()) node.mutex_.unlock();
+      if (node.thread_.joinable()) node.seat_.leave();
     }
     Inside(const Inside&) = delete;
     TableNode& node;
@@ -596,15 +588,13 @@ class TableNode final : public TableUser, private TableHost, private Post::Handl
   // The server's thread.
 
   void serve_others() {
-    server_thread_.store(std::this_thread::get_id());
-    ::prctl(PR_SET_TIMERSLACK, 1000UL);  // naps are short
     const Ticks spin = clock_.to_ticks(std::chrono::microseconds(20)), look = clock_.to_ticks(std::chrono::milliseconds(20));
-    std::unique_lock lock(mutex_);
-    while (!stopping_.load(std::memory_order_relaxed)) {
+    Seat::Lock lock = seat_.begin();
+    while (!seat_.is_over()) {
       progress_.drive_until(far());
       waited_ = nullptr;
       attempt([&] {
-        for (Ticks since = 0; !hurried();) {
+        for (Ticks since = 0; !seat_.is_wanted();) {
           const Ticks now = clock_.now();
           if (now - looked_ > look) looked_ = now, watch();
           if (step()) since = clock_.now();
@@ -615,58 +605,24 @@ class TableNode final : public TableUser, private TableHost, private Post::Handl
       });
       progress_.rest();
       if (failed_) return;
-      if (has_napped(lock)) continue;
-      bool moved = false;
-      asleep_.store(true, std::memory_order_seq_cst);
+      if (seat_.give_way(lock)) continue;
       attempt([&] {
-        transport_->park(std::chrono::milliseconds(25), [&] {
+        seat_.sleep(lock, std::chrono::milliseconds(25), [&] {
           progress_.drive_until(far());
-          moved = step();
+          const bool moved = step();
           progress_.rest();
-          if (moved || hurried()) return true;
-          if (transport_->sleeps_apart()) lock.unlock();
-          return false;
+          return moved;
         });
       });
-      asleep_.store(false, std::memory_order_seq_cst);
-      if (!lock.owns_lock() && !lock.try_lock()) nap(lock);
-    }
-  }
-  /// A worker that comes again and again serves others, too. If this thread then slept so that messages wake it, each would cost both sides
-  /// more than it is worth (a barrier in all processes, a system call): so it naps until nobody has come for a while.
-  bool has_napped(std::unique_lock<std::mutex>& lock) {
-    if (!hurried() && std::exchange(visits_seen_, visits_) == visits_) return false;
-    lock.unlock();
-    nap(lock);
-    return true;
-  }
-  void nap(std::unique_lock<std::mutex>& lock) {
-    for (auto time = shortest_nap; !lock.owns_lock(); time *= 2) {
-      std::this_thread::sleep_for(time);
-      if (!lock.try_lock() && time >= longest_nap) lock.lock();  // who is in there stays for long
     }
   }
   Ticks far() const { return clock_.now() + clock_.to_ticks(longest_timeout); }
-  bool hurried() const { return wanted_.load(std::memory_order_seq_cst) > 0 || stopping_.load(std::memory_order_relaxed); }
-  /// Before a worker sleeps in here: two threads cannot be woken for one rank.
-  void oust() {
-    if (!threaded_ || std::this_thread::get_id() == server_thread_.load()) return;
-    while (asleep_.load(std::memory_order_seq_cst)) {
-      transport_->interrupt();
-      std::this_thread::yield();
-    }
-  }
   void stop() {
     if (!thread_.joinable()) return;
-    stopping_.store(true);
-    while (asleep_.load(std::memory_order_seq_cst)) {
-      transport_->interrupt();
-      std::this_thread::yield();
-    }
+    seat_.stop();
     thread_.join();
   }
 
-  static constexpr std::chrono::microseconds shortest_nap{50}, longest_nap{400};
   enum class Gone : std::uint8_t { no, perhaps, yes };
 
   std::unique_ptr<AnyTransport> transport_;
@@ -697,12 +653,8 @@ class TableNode final : public TableUser, private TableHost, private Post::Handl
   std::vector<std::unique_ptr<TableOp>> all_;
   std::vector<TableOp*> free_;
 
-  std::mutex mutex_;
-  std::atomic<int> wanted_{0};
-  std::uint64_t visits_ = 0, visits_seen_ = 0;  // by threads of the caller's
-  std::atomic<bool> stopping_{false}, asleep_{false};
+  Seat seat_;
   bool threaded_ = false;
-  std::atomic<std::thread::id> server_thread_{};
   std::thread thread_;
 };
 
