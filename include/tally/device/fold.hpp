@@ -1,0 +1,81 @@
+// SPDX-License-Identifier: Apache-2.0
+// Folding the ranks' elements on a device, in the fixed bracketing of rank order, so that all ranks get the same bits, and those of the
+// host where elements are not rounded in between: floats of 8 and 16 bits are added up as float here, and rounded once.
+#pragma once
+
+#include <complex>
+#include <concepts>
+#include <cstddef>
+#include <type_traits>
+
+#include "../reduce.hpp"
+#include "../types.hpp"
+#include "seam.hpp"
+
+namespace tally::inline v0::device {
+
+template <class T, class Op>
+struct Folder {
+  using Wide = std::conditional_t<Small<T> && is_builtin<Op>, float, T>;
+  Op op;
+  int ranks;  // whose mean it is
+
+  TALLY_DEVICE Wide take(const T& x) const {
+    const Wide wide = static_cast<Wide>(x);
+    if constexpr (!detail::is_premultiplied<Op>) return wide;
+    else if constexpr (Complex<Wide> && !Complex<std::remove_cvref_t<decltype(op.factor)>>) return wide * static_cast<typename Wide::value_type>(op.factor);
+    else return wide * static_cast<Wide>(op.factor);
+  }
+  TALLY_DEVICE Wide fold(const Wide& a, const Wide& b) const { return op(a, b); }
+  TALLY_DEVICE T give(const Wide& x) const {
+    if constexpr (std::same_as<Op, Mean> && Complex<Wide>) return x / static_cast<typename Wide::value_type>(ranks);
+    else if constexpr (std::same_as<Op, Mean>) return static_cast<T>(x / static_cast<Wide>(ranks));
+    else return static_cast<T>(x);
+  }
+};
+
+/// Of operations that move and fold nothing.
+template <class T>
+struct Mover {
+  using Wide = T;
+  TALLY_DEVICE T take(const T& x) const { return x; }
+  TALLY_DEVICE T fold(const T& a, const T&) const { return a; }
+  TALLY_DEVICE T give(const T& x) const { return x; }
+};
+
+/// Values that come in the order of ranks, `width` side by side. Folds of 2^k of them each are kept apart, as in a binary counter: the fold
+/// of all is fold(lo, hi) = fold(lo, mid) . fold(mid, hi), mid = lo + the largest power of two below hi - lo. `most`: of ranks.
+template <class F, int width, int most>
+class Stack {
+ public:
+  using Wide = typename F::Wide;
+  TALLY_DEVICE explicit Stack(const F& folder) : folder_(folder) {}
+  template <class T>
+  TALLY_DEVICE void push(const T (&values)[width]) {
+    for (int k = 0; k < width; ++k) level_[depth_][k] = folder_.take(values[k]);
+    ++depth_;
+    for (int size = 1; count_ & size; size *= 2, --depth_)
+      for (int k = 0; k < width; ++k) level_[depth_ - 2][k] = folder_.fold(level_[depth_ - 2][k], level_[depth_ - 1][k]);
+    ++count_;
+  }
+  template <class T>
+  TALLY_DEVICE void fold(T (&out)[width]) const {
+    for (int k = 0; k < width; ++k) {
+      Wide all = level_[depth_ > 0 ? depth_ - 1 : 0][k];
+      for (int d = depth_ - 1; d > 0; --d) all = folder_.fold(level_[d - 1][k], all);
+      out[k] = folder_.give(all);
+    }
+  }
+
+ private:
+  static constexpr int levels() {
+    int n = 1;
+    for (int size = 1; size < most; size *= 2) ++n;
+    return n + 1;
+  }
+  const F& folder_;
+  int depth_ = 0, count_ = 0;
+  Wide level_[levels()][width] = {};
+};
+
+}  // namespace tally::inline v0::device
