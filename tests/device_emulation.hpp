@@ -12,6 +12,7 @@
 #include <thread>
 #include <vector>
 
+#include <tally/device/interpreter.hpp>
 #include <tally/device/packets.hpp>
 #include <tally/device/session.hpp>
 #include <tally/device/share.hpp>
@@ -85,7 +86,8 @@ static_assert(device::Block<HostBlock>);
 /// Ranks that share a device.
 class EmulatedDevice {
  public:
-  EmulatedDevice(int n, int blocks, int threads, std::size_t packets = 512) : n_(n), blocks_(blocks), threads_(threads), layout_{n, blocks, packets}, abort_(static_cast<std::size_t>(n), 0) {
+  EmulatedDevice(int n, int blocks, int threads, std::size_t packets = 512, std::size_t frames = 2, std::size_t frame_bytes = 64)
+      : n_(n), blocks_(blocks), threads_(threads), layout_{n, blocks, packets, frames, frame_bytes}, abort_(static_cast<std::size_t>(n), 0) {
     for (int r = 0; r < n; ++r) {
       memory_.emplace_back(layout_.bytes() / 128 + 1);
       windows_.push_back(memory_.back().data()->bytes);

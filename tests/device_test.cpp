@@ -11,6 +11,7 @@
 #include <vector>
 
 #include <tally/algorithms/zero_copy.hpp>
+#include <tally/choose.hpp>
 
 #include "device_emulation.hpp"
 #include "sanitized.hpp"
@@ -44,6 +45,7 @@ T value_of(std::uint64_t bits) {
     for (auto& b : odd.bytes) b = static_cast<std::uint8_t>(random());
     return odd;
   } else if constexpr (std::is_integral_v<T>) return static_cast<T>(random());
+  else if constexpr (std::is_same_v<T, double>) return static_cast<double>(static_cast<int>(random() % 2001) - 1000);  // sums are exact in any order
   else return static_cast<T>(static_cast<float>(static_cast<int>(random() % 2001) - 1000) / 7.0f);
 }
 template <class T>
@@ -69,6 +71,7 @@ Share share_of(const Layout& layout) {
   }
 }
 
+enum class Way { packets, shares, steps };
 /// One operation of all ranks: buffers, what each rank's kernel does, and what is in the buffers afterwards.
 struct Case {
   std::string text;
@@ -77,9 +80,17 @@ struct Case {
 };
 
 template <class T, class Op>
-Case make_case(Collective operation, int n, int blocks, std::size_t count, bool by_packets, bool in_place, Op* op, std::size_t shift, Rank root) {
+Case make_case(Collective operation, int n, int blocks, std::size_t count, Way way, bool in_place, Op* op, std::size_t shift, Rank root, Steps (*generate)(Shape) = nullptr) {
   using F = FolderOf<T, Op>;
   struct State {
+    struct Channel {
+      std::unique_ptr<Plan> plan;
+      std::vector<std::uint64_t> done;
+      std::vector<T> scratch;
+      device::StepsWork work;
+    };
+    std::vector<std::vector<Channel>> channels;  // by rank
+
     std::vector<Layout> layouts;
     std::vector<Share> shares;
     std::vector<std::vector<T>> inputs, buffers, before;  // a buffer has a margin on both sides
@@ -105,17 +116,31 @@ Case make_case(Collective operation, int n, int blocks, std::size_t count, bool 
     for (std::size_t i = 0; i < memory.size(); ++i) memory[i] = value_of<T>(static_cast<std::uint64_t>(r) * 1'000'003 + i);
     s->buffers.push_back(memory);
     s->before.push_back(memory);
+    if (way != Way::steps) continue;
+    auto& channels = s->channels.emplace_back();
+    for (int b = 0; b < blocks; ++b) {
+      auto& channel = channels.emplace_back();
+      const device::Cut cut = device::Cut::of(count, b, blocks);
+      Layout part = l;
+      part.count = cut.part;
+      channel.plan = std::make_unique<Plan>(generate(part.shape()), part, 1);
+      channel.done.resize(channel.plan->steps().size(), 7);
+      channel.scratch.resize(channel.plan->scratch());
+      channel.work = {channel.plan->steps().data(), channel.plan->dependencies().data(), static_cast<std::uint32_t>(channel.plan->steps().size()), part.output_count(), channel.done.data(), reinterpret_cast<std::byte*>(channel.scratch.data()), cut, reinterpret_cast<const std::byte*>(s->buffers.back().data() + in_at), reinterpret_cast<std::byte*>(s->buffers.back().data() + out_at)};
+    }
   }
   for (Rank r = 0; r < n; ++r) s->plans.emplace_back(s->shares, r, n, sizeof(T), blocks);
   Case c;
-  c.text = detail::concat({name_of(operation), " of ", count, " elements of ", sizeof(T), " bytes, ", n, " ranks, ", blocks, " blocks, ", by_packets ? "packets" : "shares", in_place ? ", in place" : "", ", shifted by ", shift, ", root ", root});
-  c.kernel = [s, by_packets, folder](HostBlock& block, const device::RankView& view) {
+  c.text = detail::concat({name_of(operation), " of ", count, " elements of ", sizeof(T), " bytes, ", n, " ranks, ", blocks, " blocks, ", way == Way::packets ? "packets" : way == Way::shares ? "shares" : "steps", in_place ? ", in place" : "", ", shifted by ", shift, ", root ", root});
+  c.kernel = [s, way, folder](HostBlock& block, const device::RankView& view) {
     const auto me = static_cast<std::size_t>(view.me);
     auto* const memory = s->buffers[me].data();
     const auto* const in = reinterpret_cast<const std::byte*>(memory + s->in_at[me]);
     auto* const out = reinterpret_cast<std::byte*>(memory + s->out_at[me]);
     const device::PacketPlan& plan = s->plans[me];
-    if (by_packets) device::run_packets<T, 8, true>(block, view, device::PacketWork{plan.sends.data(), static_cast<int>(plan.sends.size()), plan.folds.data(), static_cast<int>(plan.folds.size()), in, out}, folder);
+    if constexpr (!F::scales)
+      if (way == Way::steps) return device::run_steps<T, true>(block, view, s->channels[me][static_cast<std::size_t>(block.index())].work, folder);
+    if (way == Way::packets) device::run_packets<T, 8, true>(block, view, device::PacketWork{plan.sends.data(), static_cast<int>(plan.sends.size()), plan.folds.data(), static_cast<int>(plan.folds.size()), in, out}, folder);
     else device::run_share<T, 8, true>(block, view, device::ShareWork{s->shares[me], in, out}, folder);
   };
   c.problem = [s, n, count, operation, folder, root]() -> std::string {
@@ -160,10 +185,10 @@ template <class T, class Op>
 void add_cases(std::vector<Case>& cases, int n, int blocks, std::span<const Collective> operations, Op* op, std::span<const std::size_t> counts) {
   for (const Collective operation : operations)
     for (const std::size_t count : counts)
-      for (const bool by_packets : {true, false})
+      for (const Way way : {Way::packets, Way::shares})
         for (const bool in_place : {false, true}) {
-          if (in_place && operation == Collective::all_to_all && !by_packets) continue;  // ranks would read what others have overwritten
-          cases.push_back(make_case<T, Op>(operation, n, blocks, count, by_packets, in_place, op, (count + cases.size()) % 3, static_cast<Rank>(cases.size()) % n));
+          if (in_place && operation == Collective::all_to_all && way == Way::shares) continue;  // ranks would read what others have overwritten
+          cases.push_back(make_case<T, Op>(operation, n, blocks, count, way, in_place, op, (count + cases.size()) % 3, static_cast<Rank>(cases.size()) % n));
         }
 }
 
@@ -232,6 +257,38 @@ TEST_CASE("floats: all ranks get the same bits, small ones are rounded once") {
   for (const bf16 each : results) CHECK(static_cast<float>(each) == 260.0f);  // 259 is no bf16; of its neighbours 258 and 260 the even one
 }
 
+TEST_CASE("every algorithm that is written as steps, a channel per block") {
+  int tried = 0;
+  for (const int n : {1, 2, 3, 5, 8})
+    for (const int blocks : {1, 2}) {  // and as many threads, and frames
+      if (sanitized && n > 5) continue;
+      EmulatedDevice gpu(n, blocks, blocks, 1, static_cast<std::size_t>(blocks), 40);  // a frame holds three of the largest elements
+      std::vector<Case> cases;
+      Compose compose;
+      Mean average;
+      const auto add = [&](Collective operation, std::size_t count) {
+        for (const std::string_view name : algorithms_for(operation)) {
+          const AlgorithmRef algorithm = find_algorithm(operation, name);
+          if (!algorithm.generate) continue;
+          for (const bool in_place : {false, true}) {
+            const Rank root = static_cast<Rank>(cases.size()) % n;
+            if (!reduces(operation)) cases.push_back(make_case<Odd, void>(operation, n, blocks, count, Way::steps, in_place, nullptr, 1, root, algorithm.generate));
+            else if (algorithm.folding == Folding::ordered || algorithm.folding == Folding::fixed) cases.push_back(make_case<Affine>(operation, n, blocks, count, Way::steps, in_place, &compose, 0, root, algorithm.generate));
+            else cases.push_back(make_case<double>(operation, n, blocks, count, Way::steps, in_place, &average, 0, root, algorithm.generate));
+            cases.back().text += detail::concat({", ", name});
+          }
+        }
+      };
+      for (const std::size_t count : {std::size_t{1}, std::size_t{37}}) {
+        for (const Collective operation : folding) add(operation, count);
+        for (const Collective operation : moving) add(operation, count);
+      }
+      tried += static_cast<int>(cases.size());
+      run_all(gpu, cases);
+    }
+  CHECK(tried > 500);
+}
+
 TEST_CASE("what one operation leaves is what the next one begins with, cut otherwise among ranks, blocks and threads") {
   constexpr int n = 3, operations = 60;
   EmulatedDevice gpu(n, 2, 3, 512);
@@ -294,7 +351,7 @@ TEST_CASE("a rank that comes late is seen to be the last, by all others and not 
     constexpr int n = 4, late = 2;
     EmulatedDevice gpu(n, 1, 1);
     Sum add;
-    const Case c = make_case<float>(Collective::all_reduce, n, 1, 64, by_packets, false, &add, 0, 0);
+    const Case c = make_case<float>(Collective::all_reduce, n, 1, 64, by_packets ? Way::packets : Way::shares, false, &add, 0, 0);
     std::vector<std::chrono::steady_clock::time_point> came(n);
     gpu.run([&](HostBlock& block, const device::RankView& view, int) { c.kernel(block, view); }, 1, [&](int rank, int) {
       // The others are in their kernels by then, or they have no core, and wait less.
@@ -324,7 +381,7 @@ TEST_CASE("who waits for a rank that does not come ends at its deadline, says fo
     EmulatedDevice gpu(n, 2, 2);
     gpu.timeout = 300ms;
     Sum add;
-    const Case c = make_case<float>(Collective::all_reduce, n, 2, 64, by_packets, false, &add, 0, 0);
+    const Case c = make_case<float>(Collective::all_reduce, n, 2, 64, by_packets ? Way::packets : Way::shares, false, &add, 0, 0);
     const auto kernel = [&](HostBlock& block, const device::RankView& view, int) { c.kernel(block, view); };
     gpu.run(kernel, 1, {}, {0, 1, 3});
     for (const int r : {0, 1, 3}) {

@@ -110,6 +110,7 @@ exceptions=(
   "device/fold: device/seam reduce"
   "device/packets: device/fold device/session"
   "device/share: device/fold device/session"
+  "device/interpreter: device/fold device/session"
   "device/cuda_block: device/seam"
   "run: call prepared progress"
   "share_work: call prepared run staging"

@@ -38,7 +38,7 @@ struct Step {
   Side side;
   Rank peer;         // -1 for local steps
   Range from, to;    // receive_combine: `from` is the accumulator
-  std::size_t count() const { return verb == Verb::receive ? to.count : from.count; }
+  constexpr std::size_t count() const { return verb == Verb::receive ? to.count : from.count; }
 };
 
 inline Step send(Rank to, Range what) { return {Verb::send, {}, to, what, {}}; }

@@ -4,6 +4,7 @@
 #include <complex>
 
 #include <tally/device/cuda_block.hpp>
+#include <tally/device/interpreter.hpp>
 #include <tally/device/packets.hpp>
 #include <tally/device/share.hpp>
 
@@ -30,6 +31,12 @@ __global__ void share(device::RankView view, device::ShareWork work, F folder) {
   device::CudaBlock block(shared, 0, static_cast<int>(gridDim.x));
   device::run_share<T, 8, false>(block, view, work, folder);
 }
+template <class T, class F>
+__global__ void steps(device::RankView view, const device::StepsWork* works, F folder) {
+  __shared__ device::BlockShared shared;
+  device::CudaBlock block(shared, 0, static_cast<int>(gridDim.x));
+  device::run_steps<T, true>(block, view, works[blockIdx.x], folder);
+}
 
 template <class T, class Op>
 void both(const device::RankView& view, Op op) {
@@ -48,5 +55,7 @@ void launch_all(const device::RankView& view) {
   both<std::complex<float>>(view, prod);
   both<std::int8_t>(view, bxor);
   both<Affine>(view, Compose{});
+  steps<float><<<1, 128>>>(view, nullptr, device::Folder<float, Sum>{sum, view.n});
+  steps<bf16><<<1, 128>>>(view, nullptr, device::Folder<bf16, Mean>{mean, view.n});
   share<double><<<1, 128>>>(view, device::ShareWork{}, device::Mover<double>{});
 }

@@ -28,10 +28,14 @@ struct Folder {
   }
   TALLY_DEVICE Wide fold(const Wide& a, const Wide& b) const { return op(a, b); }
   TALLY_DEVICE T give(const Wide& x) const {
-    if constexpr (std::same_as<Op, Mean> && Complex<Wide>) return x / static_cast<typename Wide::value_type>(ranks);
-    else if constexpr (std::same_as<Op, Mean>) return static_cast<T>(x / static_cast<Wide>(ranks));
-    else return static_cast<T>(x);
+    if constexpr (!finishes) return static_cast<T>(x);
+    else if constexpr (Complex<Wide>) return x / static_cast<typename Wide::value_type>(ranks);
+    else return static_cast<T>(x / static_cast<Wide>(ranks));
   }
+  /// Two elements, rounded: for algorithms that fold step by step, and finish() at the end.
+  TALLY_DEVICE T combine(const T& a, const T& b) const { return static_cast<T>(op(static_cast<Wide>(a), static_cast<Wide>(b))); }
+  TALLY_DEVICE T finish(const T& x) const { return give(static_cast<Wide>(x)); }
+  static constexpr bool finishes = std::same_as<Op, Mean>, scales = detail::is_premultiplied<Op>;
 };
 
 /// Of operations that move and fold nothing.
@@ -41,6 +45,8 @@ struct Mover {
   TALLY_DEVICE T take(const T& x) const { return x; }
   TALLY_DEVICE T fold(const T& a, const T&) const { return a; }
   TALLY_DEVICE T give(const T& x) const { return x; }
+  TALLY_DEVICE T combine(const T& a, const T&) const { return a; }
+  static constexpr bool finishes = false, scales = false;
 };
 
 /// Values that come in the order of ranks, `width` side by side. Folds of 2^k of them each are kept apart, as in a binary counter: the fold

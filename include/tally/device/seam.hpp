@@ -32,6 +32,7 @@ struct BlockShared {
   std::int32_t missing;   // for whom it waited then
   std::uint32_t polls;
   std::uint64_t seen[most_ranks];  // when each rank was found to be here; 0: nobody had to wait for it
+  std::uint64_t move[3];  // what all threads do next, where one decides
 };
 
 /// A block of threads, as each of them sees it. All call the same functions in the same order.

@@ -98,6 +98,21 @@ class Session {
     return came;
   }
 
+  // Of one thread, for what it decides alone.
+
+  template <class T>
+  TALLY_DEVICE T* at(int rank, std::size_t offset) const { return reinterpret_cast<T*>(view_.windows[rank] + offset); }
+  /// It has looked once more in vain for something from that rank. False if it has to give up.
+  TALLY_DEVICE bool goes_on(int peer, std::uint32_t polls) {
+    B::pause(polls);
+    return polls % look_around != 0 || !gives_up(peer);
+  }
+  /// It waited, and then something came from there.
+  TALLY_DEVICE void came(int peer, std::uint32_t polls) {
+    if constexpr (timed)
+      if (polls > 0 && block_.shared().seen[peer] == 0) note(peer, polls);
+  }
+
   /// By all threads of the block, when its part is done or it has failed.
   TALLY_DEVICE void end() {
     block_.sync();
@@ -126,8 +141,6 @@ class Session {
  private:
   static constexpr std::uint32_t look_around = 256;  // polls between looks at the clock
 
-  template <class T>
-  TALLY_DEVICE T* at(int rank, std::size_t offset) const { return reinterpret_cast<T*>(view_.windows[rank] + offset); }
   /// Of one thread. False if it gave up.
   template <class Ready>
   TALLY_DEVICE bool wait_for(int peer, Ready&& ready) {

@@ -19,23 +19,37 @@ struct Epochs {
   std::uint32_t meets = 0, packets = 0;
 };
 
-/// In bytes from a window's begin. `blocks`: the most that an operation uses; `packets`: those that one sender may send to one block at once.
+/// What a block has sent to another rank's, and taken from it, in frames; its own.
+struct Pair {
+  std::uint32_t sent = 0, taken = 0;
+  std::uint64_t used = 0;                           // elements of the next frame to be taken
+  std::uint32_t looked_to_send = 0, looked_to_receive = 0;  // in this look at all steps: only the first message of a pair may move
+};
+
+/// In bytes from a window's begin. `blocks`: the most that an operation uses; `packets`: those that one sender may send to one block at once;
+/// `frames`: likewise, of `frame_bytes` each.
 struct WindowLayout {
   int ranks = 0, blocks = 0;
-  std::size_t packets = 0;
+  std::size_t packets = 0, frames = 0, frame_bytes = 0;
 
   TALLY_DEVICE constexpr std::size_t broken() const { return 0; }
   TALLY_DEVICE constexpr std::size_t epochs(int block) const { return 128 + at(block) * sizeof(Epochs); }
-  TALLY_DEVICE constexpr std::size_t flag(int block, int peer) const { return line(epochs(blocks)) + pair(block, peer) * sizeof(std::uint32_t); }
-  TALLY_DEVICE constexpr std::size_t pad(int block, int peer) const { return line(flag(blocks, 0)) + pair(block, peer) * sizeof(Pad); }
+  TALLY_DEVICE constexpr std::size_t flag(int block, int peer) const { return line(epochs(blocks)) + index(block, peer) * sizeof(std::uint32_t); }
+  TALLY_DEVICE constexpr std::size_t pad(int block, int peer) const { return line(flag(blocks, 0)) + index(block, peer) * sizeof(Pad); }
   /// Twice, in turns: who sends the next operation's has got this one's, so the one before that is read.
-  TALLY_DEVICE constexpr std::size_t slot(int block, std::uint32_t epoch, int peer) const { return line(pad(blocks, 0)) + (pair(block, peer) * 2 + epoch % 2) * packets * sizeof(Packet); }
-  TALLY_DEVICE constexpr std::size_t bytes() const { return line(slot(blocks, 0, 0)); }
+  TALLY_DEVICE constexpr std::size_t slot(int block, std::uint32_t epoch, int peer) const { return line(pad(blocks, 0)) + (index(block, peer) * 2 + epoch % 2) * packets * sizeof(Packet); }
+  TALLY_DEVICE constexpr std::size_t pair(int block, int peer) const { return line(slot(blocks, 0, 0)) + index(block, peer) * sizeof(Pair); }
+  /// Frames that a peer has sent; and that it has taken.
+  TALLY_DEVICE constexpr std::size_t arrived(int block, int peer) const { return line(pair(blocks, 0)) + index(block, peer) * sizeof(std::uint32_t); }
+  TALLY_DEVICE constexpr std::size_t consumed(int block, int peer) const { return line(arrived(blocks, 0)) + index(block, peer) * sizeof(std::uint32_t); }
+  /// A frame: how many elements it has, and sixteen bytes on, they.
+  TALLY_DEVICE constexpr std::size_t frame(int block, int peer, std::uint32_t number) const { return line(consumed(blocks, 0)) + (index(block, peer) * frames + (frames > 0 ? number % frames : 0)) * (frame_bytes + 16); }
+  TALLY_DEVICE constexpr std::size_t bytes() const { return line(frame(blocks, 0, 0)); }
 
  private:
   TALLY_DEVICE static constexpr std::size_t at(int i) { return static_cast<std::size_t>(i); }
   TALLY_DEVICE static constexpr std::size_t line(std::size_t bytes) { return (bytes + 127) / 128 * 128; }
-  TALLY_DEVICE constexpr std::size_t pair(int block, int peer) const { return at(block) * at(ranks) + at(peer); }
+  TALLY_DEVICE constexpr std::size_t index(int block, int peer) const { return at(block) * at(ranks) + at(peer); }
 };
 
 }  // namespace tally::inline v0::device

@@ -1,0 +1,189 @@
+// SPDX-License-Identifier: Apache-2.0
+// Any algorithm that is written as steps, on a device: its recorded plan (plan.hpp), a channel of it per block. One thread of a block looks
+// for a step that can go on, all do it, frame by frame through the windows, in whatever order the plan's dependencies allow.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "../plan.hpp"
+#include "fold.hpp"
+#include "session.hpp"
+
+namespace tally::inline v0::device {
+
+/// Where a channel's elements are in the caller's buffer: of each block of `block` elements it has `part` of them, from `first` on.
+struct Cut {
+  std::uint64_t part = 0, block = 0, first = 0;
+  TALLY_DEVICE constexpr std::uint64_t operator()(std::uint64_t i) const { return part == 0 ? 0 : i / part * block + first + i % part; }
+  /// The channel's part of blocks of so many elements.
+  static constexpr Cut of(std::uint64_t block, int channel, int channels) {
+    const auto c = static_cast<std::uint64_t>(channel), k = static_cast<std::uint64_t>(channels);
+    const std::uint64_t begin = block * c / k;
+    return {block * (c + 1) / k - begin, block, begin};
+  }
+};
+
+/// What a block does: the plan of the same operation on its part, in elements.
+struct StepsWork {
+  const PlannedStep* steps = nullptr;
+  const Dependency* dependencies = nullptr;
+  std::uint32_t count = 0;
+  std::uint64_t results = 0;      // elements of the output, as the plan counts them
+  std::uint64_t* done = nullptr;  // of each step; this block's own memory, as is the scratch
+  std::byte* scratch = nullptr;
+  Cut cut;
+  const std::byte* input = nullptr;
+  std::byte* output = nullptr;
+};
+
+template <class T, bool timed, class F, Block B>
+class Interpreter {
+ public:
+  TALLY_DEVICE Interpreter(B& block, const RankView& view, const StepsWork& work, const F& folder) : block_(block), view_(view), work_(work), folder_(folder), session_(block, view) {}
+
+  TALLY_DEVICE void run() {
+    if (session_.is_over()) return session_.end();
+    for (auto i = static_cast<std::uint32_t>(block_.thread()); i < work_.count; i += static_cast<std::uint32_t>(block_.threads())) work_.done[i] = 0;
+    for (int r = block_.thread(); r < view_.n; r += block_.threads()) pair(r).looked_to_send = pair(r).looked_to_receive = 0;
+    block_.sync();
+    std::uint64_t(&move)[3] = block_.shared().move;
+    for (;;) {
+      if (block_.thread() == 0) choose(move);
+      block_.sync();
+      const Move now{move[0], move[1], move[2]};
+      if (now.step >= gave_up) break;
+      perform(now);
+      block_.sync();
+      if (block_.thread() == 0) complete(now);
+    }
+    const bool whole = move[0] == over;
+    if constexpr (F::finishes)
+      if (whole)
+        for (auto i = static_cast<std::uint64_t>(block_.thread()); i < work_.results; i += static_cast<std::uint64_t>(block_.threads())) {
+          T& result = reinterpret_cast<T*>(work_.output)[work_.cut(i)];
+          result = folder_.finish(result);
+        }
+    session_.end();
+  }
+
+ private:
+  static constexpr std::uint64_t gave_up = ~std::uint64_t{0} - 1, over = ~std::uint64_t{0};
+  static constexpr std::uint64_t longest = std::uint64_t{1} << 16;  // elements of a local step at once, so that others can begin
+  struct Move {
+    std::uint64_t step, begin, count;  // elements of the step
+  };
+
+  TALLY_DEVICE const PlannedStep& step_of(const Move& m) const { return work_.steps[m.step]; }
+  TALLY_DEVICE Pair& pair(int peer) const { return *session_.template at<Pair>(view_.me, view_.layout.pair(block_.index(), peer)); }
+  TALLY_DEVICE std::uint64_t frame_elements() const { return view_.layout.frame_bytes / sizeof(T); }
+  TALLY_DEVICE std::uint64_t* frame(int owner, int peer, std::uint32_t number) const { return session_.template at<std::uint64_t>(owner, view_.layout.frame(block_.index(), peer, number)); }
+
+  /// Plan::ready().
+  TALLY_DEVICE std::uint64_t ready(const PlannedStep& step) const {
+    std::uint64_t limit = step.count();
+    for (std::uint32_t d = step.first_dependency; d < step.first_dependency + step.dependencies; ++d) {
+      const Dependency& need = work_.dependencies[d];
+      if (need.begin >= limit) continue;
+      const auto free = static_cast<std::int64_t>(work_.done[need.step]) - static_cast<std::int64_t>(need.shift);
+      if (free >= static_cast<std::int64_t>(need.end)) continue;
+      const std::uint64_t until = free < 0 || static_cast<std::uint64_t>(free) < need.begin ? need.begin : static_cast<std::uint64_t>(free);
+      limit = until < limit ? until : limit;
+    }
+    return limit;
+  }
+  /// The first step that can go on, and how far.
+  TALLY_DEVICE void choose(std::uint64_t (&move)[3]) {
+    for (std::uint32_t polls = 0;; ++polls) {
+      while (first_open_ < work_.count && work_.done[first_open_] == work_.steps[first_open_].count()) ++first_open_;
+      if (first_open_ == work_.count) return void(move[0] = over);
+      ++looks_;
+      int awaited = -1;
+      for (std::uint32_t i = first_open_; i < work_.count; ++i) {
+        const PlannedStep& step = work_.steps[i];
+        const std::uint64_t begin = work_.done[i];
+        if (begin == step.count()) continue;
+        std::uint64_t most = longest;
+        if (step.peer >= 0) {
+          Pair& p = pair(step.peer);
+          std::uint32_t& looked = step.verb == Verb::send ? p.looked_to_send : p.looked_to_receive;
+          if (looked == looks_) continue;  // a message before it is not through
+          looked = looks_;
+          if (step.verb == Verb::send) {
+            const std::uint32_t consumed = B::load(session_.template at<std::uint32_t>(view_.me, view_.layout.consumed(block_.index(), step.peer)));
+            most = p.sent - consumed < view_.layout.frames ? frame_elements() : 0;
+          } else {
+            const std::uint32_t arrived = B::load(session_.template at<std::uint32_t>(view_.me, view_.layout.arrived(block_.index(), step.peer)));
+            most = arrived != p.taken ? *frame(view_.me, step.peer, p.taken) - p.used : 0;
+          }
+          if (most == 0 && awaited < 0) awaited = step.peer;
+        }
+        const std::uint64_t limit = ready(step), count = limit <= begin ? 0 : limit - begin < most ? limit - begin : most;
+        if (count == 0) continue;
+        if (step.verb == Verb::receive || step.verb == Verb::receive_combine) session_.came(step.peer, polls);
+        move[0] = i, move[1] = begin, move[2] = count;
+        return;
+      }
+      if (!session_.goes_on(awaited, polls + 1)) return void(move[0] = gave_up);
+    }
+  }
+
+  /// Element i of a range.
+  TALLY_DEVICE T* element(const Range& range, std::uint64_t i) const {
+    switch (range.buffer) {
+      case Buffer::input: return const_cast<T*>(reinterpret_cast<const T*>(work_.input)) + work_.cut(range.first + i);
+      case Buffer::output: return reinterpret_cast<T*>(work_.output) + work_.cut(range.first + i);
+      default: return reinterpret_cast<T*>(work_.scratch) + range.first + i;
+    }
+  }
+  TALLY_DEVICE T fold(const PlannedStep& step, const T& acc, const T& other) const { return step.side == Side::right ? folder_.combine(acc, other) : folder_.combine(other, acc); }
+  TALLY_DEVICE void perform(const Move& m) {
+    const PlannedStep& step = step_of(m);
+    T* data = nullptr;  // in the frame
+    if (step.verb == Verb::send) {
+      std::uint64_t* const to = frame(step.peer, view_.me, pair(step.peer).sent);
+      if (block_.thread() == 0) *to = m.count;
+      data = reinterpret_cast<T*>(to + 2);
+    } else if (step.peer >= 0) {
+      data = reinterpret_cast<T*>(frame(view_.me, step.peer, pair(step.peer).taken) + 2) + pair(step.peer).used;
+    }
+    for (auto i = static_cast<std::uint64_t>(block_.thread()); i < m.count; i += static_cast<std::uint64_t>(block_.threads())) {
+      const std::uint64_t at = m.begin + i;
+      switch (step.verb) {
+        case Verb::send: data[i] = *element(step.from, at); break;
+        case Verb::receive: *element(step.to, at) = data[i]; break;
+        case Verb::receive_combine: *element(step.to, at) = fold(step, *element(step.from, at), data[i]); break;
+        case Verb::copy: *element(step.to, at) = *element(step.from, at); break;
+        default: *element(step.to, at) = fold(step, *element(step.to, at), *element(step.from, at)); break;
+      }
+    }
+  }
+  /// By one thread, after all have done their part of it.
+  TALLY_DEVICE void complete(const Move& m) {
+    const PlannedStep& step = step_of(m);
+    work_.done[m.step] += m.count;
+    if (step.peer < 0) return;
+    Pair& p = pair(step.peer);
+    if (step.verb == Verb::send) return B::store(session_.template at<std::uint32_t>(step.peer, view_.layout.arrived(block_.index(), view_.me)), ++p.sent);
+    p.used += m.count;
+    if (p.used < *frame(view_.me, step.peer, p.taken)) return;
+    p.used = 0;
+    B::store(session_.template at<std::uint32_t>(step.peer, view_.layout.consumed(block_.index(), view_.me)), ++p.taken);
+  }
+
+  B& block_;
+  const RankView& view_;
+  const StepsWork& work_;
+  const F& folder_;
+  Session<B, timed> session_;
+  std::uint32_t first_open_ = 0, looks_ = 0;
+};
+
+/// The whole operation of one block. An operator that scales its input has no algorithms of steps on devices.
+template <class T, bool timed, class F, Block B>
+TALLY_DEVICE void run_steps(B& block, const RankView& view, const StepsWork& work, const F& folder) {
+  static_assert(!F::scales);
+  Interpreter<T, timed, F, B>(block, view, work, folder).run();
+}
+
+}  // namespace tally::inline v0::device
