@@ -21,7 +21,7 @@ struct Record {
   std::int32_t last = -1;      // who that was; -1: all others were here
   std::int32_t missing = -1;   // who had not come when it gave up, if anybody knows
   Failure failure = Failure::none;
-  std::uint32_t polls = 0;     // looks in vain
+  std::uint32_t polls = 0;     // looks in vain, of the wait that was told of last
 };
 
 /// What a rank's kernels are told.
