@@ -207,9 +207,9 @@ void run_all(EmulatedDevice& gpu, const std::vector<Case>& cases, std::function<
 TEST_CASE("every operation, by packets and by shares, one after the other in the same windows") {
   const std::size_t counts[] = {0, 1, 7, 130};
   for (const int n : {1, 2, 3, 5, 8})
-    for (const auto& [blocks, threads] : {std::pair{1, 1}, std::pair{1, 3}, std::pair{3, 2}}) {
-      if (sanitized && n > 3 && blocks * threads > 3) continue;  // as many threads as that take minutes
-      EmulatedDevice gpu(n, blocks, threads, 8 * 131 * 2);
+    for (const auto& [blocks, each] : {std::pair{1, 1}, std::pair{1, 3}, std::pair{3, 2}}) {
+      if (sanitized && n > 3 && blocks * each > 3) continue;  // as many threads as that take minutes
+      EmulatedDevice gpu(n, blocks, each, 8 * 131 * 2);
       std::vector<Case> cases;
       Compose compose;
       Sum add;
