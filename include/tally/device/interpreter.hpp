@@ -179,7 +179,8 @@ class Interpreter {
   std::uint32_t first_open_ = 0, looks_ = 0;
 };
 
-/// The whole operation of one block. An operator that scales its input has no algorithms of steps on devices.
+/// The whole operation of one block. Small floats are rounded at each step, as on the host. An operator that scales its input has no
+/// algorithms of steps on devices.
 template <class T, bool timed, class F, Block B>
 TALLY_DEVICE void run_steps(B& block, const RankView& view, const StepsWork& work, const F& folder) {
   static_assert(!F::scales);

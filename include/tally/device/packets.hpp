@@ -17,15 +17,13 @@
 
 namespace tally::inline v0::device {
 
-/// What travels together: elements that fill whole packets, or one element in several.
+/// What travels together: elements that fill a packet, or one element in several.
+TALLY_DEVICE constexpr std::size_t unit_elements(std::size_t grain) { return grain < 8 && 8 % grain == 0 ? 8 / grain : 1; }
+TALLY_DEVICE constexpr std::size_t unit_packets(std::size_t grain) { return (unit_elements(grain) * grain + 7) / 8; }
 template <class T>
 struct Unit {
-  static constexpr int elements = sizeof(T) < 8 && 8 % sizeof(T) == 0 ? static_cast<int>(8 / sizeof(T)) : 1;
-  static constexpr int packets = static_cast<int>((elements * sizeof(T) + 7) / 8);
+  static constexpr int elements = static_cast<int>(unit_elements(sizeof(T))), packets = static_cast<int>(unit_packets(sizeof(T)));
 };
-constexpr std::size_t unit_elements(std::size_t grain) { return grain < 8 && 8 % grain == 0 ? 8 / grain : 1; }
-constexpr std::size_t unit_packets(std::size_t grain) { return (unit_elements(grain) * grain + 7) / 8; }
-
 template <class T>
 struct Words {
   std::uint64_t words[Unit<T>::packets] = {};
