@@ -55,20 +55,19 @@ bool same_bits(const T& a, const T& b) {
 template <class T, class Op>
 using FolderOf = std::conditional_t<std::is_same_v<Op, void>, device::Mover<T>, device::Folder<T, std::conditional_t<std::is_same_v<Op, void>, Sum, Op>>>;
 
-Share share_of(const Layout& layout) {
-  const Shape shape = layout.shape();
-  switch (layout.operation) {
-    case Collective::all_reduce: return ZeroCopy::all_reduce(shape);
-    case Collective::reduce: return ZeroCopy::reduce(shape);
-    case Collective::broadcast: return ZeroCopy::broadcast(shape);
-    case Collective::all_gather: return ZeroCopy::all_gather(shape);
-    case Collective::reduce_scatter: return ZeroCopy::reduce_scatter(shape);
-    case Collective::gather: return ZeroCopy::gather(shape);
-    case Collective::scatter: return ZeroCopy::scatter(shape);
-    case Collective::all_to_all: return ZeroCopy::all_to_all(shape);
-    case Collective::scan: return ZeroCopy::scan(shape);
-    default: return ZeroCopy::exclusive_scan(shape);
+Share share_of(const Layout& layout) { return find_algorithm(layout.operation, ZeroCopy::name).share(layout.shape()); }
+/// Of all ranks.
+std::vector<Share> shares_of(Collective operation, int n, std::size_t count, Rank root = 0) {
+  std::vector<Share> shares;
+  for (Rank r = 0; r < n; ++r) {
+    Layout l;
+    l.operation = operation, l.me = r, l.n = n, l.root = root, l.count = count;
+    shares.push_back(share_of(l));
   }
+  return shares;
+}
+device::PacketWork work_of(const device::PacketPlan& plan, const void* in, void* out) {
+  return {plan.sends.data(), static_cast<int>(plan.sends.size()), plan.folds.data(), static_cast<int>(plan.folds.size()), static_cast<const std::byte*>(in), static_cast<std::byte*>(out)};
 }
 
 enum class Way { packets, shares, steps };
@@ -140,7 +139,7 @@ Case make_case(Collective operation, int n, int blocks, std::size_t count, Way w
     const device::PacketPlan& plan = s->plans[me];
     if constexpr (!F::scales)
       if (way == Way::steps) return device::run_steps<T, true>(block, view, s->channels[me][static_cast<std::size_t>(block.index())].work, folder);
-    if (way == Way::packets) device::run_packets<T, 8, true>(block, view, device::PacketWork{plan.sends.data(), static_cast<int>(plan.sends.size()), plan.folds.data(), static_cast<int>(plan.folds.size()), in, out}, folder);
+    if (way == Way::packets) device::run_packets<T, 8, true>(block, view, work_of(plan, in, out), folder);
     else device::run_share<T, 8, true>(block, view, device::ShareWork{s->shares[me], in, out}, folder);
   };
   c.problem = [s, n, count, operation, folder, root]() -> std::string {
@@ -243,16 +242,11 @@ TEST_CASE("floats: all ranks get the same bits, small ones are rounded once") {
   EmulatedDevice gpu(4, 1, 1);
   std::vector<bf16> values(4, bf16(1.0f)), results(4);
   values[0] = bf16(256.0f);
-  std::vector<Share> shares;
-  for (Rank r = 0; r < 4; ++r) {
-    Layout l;
-    l.operation = Collective::all_reduce, l.me = r, l.n = 4, l.count = 1;
-    shares.push_back(share_of(l));
-  }
+  const std::vector<Share> shares = shares_of(Collective::all_reduce, 4, 1);
   gpu.run([&](HostBlock& block, const device::RankView& view, int) {
     const device::PacketPlan plan(shares, view.me, 4, 2, 1);
     const auto me = static_cast<std::size_t>(view.me);
-    device::run_packets<bf16, 8, true>(block, view, {plan.sends.data(), static_cast<int>(plan.sends.size()), plan.folds.data(), static_cast<int>(plan.folds.size()), reinterpret_cast<const std::byte*>(&values[me]), reinterpret_cast<std::byte*>(&results[me])}, device::Folder<bf16, Sum>{sum, 4});
+    device::run_packets<bf16, 8, true>(block, view, work_of(plan, &values[me], &results[me]), device::Folder<bf16, Sum>{sum, 4});
   });
   for (const bf16 each : results) CHECK(static_cast<float>(each) == 260.0f);  // 259 is no bf16; of its neighbours 258 and 260 the even one
 }
@@ -297,22 +291,13 @@ TEST_CASE("what one operation leaves is what the next one begins with, cut other
   for (std::size_t i = 0; i < 101; ++i)
     for (std::uint32_t r = 0; r < n; ++r) buffers[r][i] = static_cast<std::uint32_t>(i) * 7 + r;
   const auto count_of = [](int operation) { return static_cast<std::size_t>(101 - operation % 4 * 13); };
-  const auto shares_of = [&](int operation) {
-    std::vector<Share> shares;
-    for (Rank r = 0; r < n; ++r) {
-      Layout l;
-      l.operation = Collective::all_reduce, l.me = r, l.n = n, l.count = count_of(operation), l.in_place = true;
-      shares.push_back(share_of(l));
-    }
-    return shares;
-  };
   gpu.run([&](HostBlock& block, const device::RankView& view, int operation) {
     auto* const mine = reinterpret_cast<std::byte*>(buffers[static_cast<std::size_t>(view.me)].data());
-    const auto shares = shares_of(operation);
+    const std::vector<Share> shares = shares_of(Collective::all_reduce, n, count_of(operation));
     const device::Folder<std::uint32_t, Sum> folder{sum, n};
     if (operation % 2 == 1) {  // which looks at its own buffer before it hears of anybody
       const device::PacketPlan plan(shares, view.me, n, 4, 2);
-      device::run_packets<std::uint32_t, 8, true>(block, view, {plan.sends.data(), static_cast<int>(plan.sends.size()), plan.folds.data(), static_cast<int>(plan.folds.size()), mine, mine}, folder);
+      device::run_packets<std::uint32_t, 8, true>(block, view, work_of(plan, mine, mine), folder);
     } else {
       device::run_share<std::uint32_t, 8, true>(block, view, {shares[static_cast<std::size_t>(view.me)], mine, mine}, folder);
     }
@@ -420,12 +405,7 @@ TEST_CASE("the host's word ends what waits") {
 TEST_CASE("packets need no more room than their plan says") {
   for (const Collective operation : {Collective::all_reduce, Collective::gather, Collective::all_to_all, Collective::scan})
     for (const int n : {2, 5}) {
-      std::vector<Share> shares;
-      for (Rank r = 0; r < n; ++r) {
-        Layout l;
-        l.operation = operation, l.me = r, l.n = n, l.root = 1, l.count = 20;
-        shares.push_back(share_of(l));
-      }
+      const std::vector<Share> shares = shares_of(operation, n, 20, 1);
       for (Rank r = 0; r < n; ++r) {
         const device::PacketPlan plan(shares, r, n, 8, 2);
         std::uint64_t end = 0;

@@ -37,6 +37,20 @@ struct PlannedStep : Step {
   std::uint32_t first_dependency = 0, dependencies = 0, first_dependent = 0, dependents = 0;
 };
 
+/// Units of a step that may be touched, given how many units each step has done.
+template <class Done>
+constexpr std::size_t ready_units(const PlannedStep& step, const Dependency* dependencies, const Done& done) {
+  std::size_t limit = step.count();
+  for (std::uint32_t d = step.first_dependency; d < step.first_dependency + step.dependencies; ++d) {
+    const Dependency& need = dependencies[d];
+    if (need.begin >= limit) continue;
+    // Unit u is free when done > u + shift: the first one that is not is done - shift.
+    const std::ptrdiff_t free = static_cast<std::ptrdiff_t>(done(need.step)) - need.shift;
+    if (free < static_cast<std::ptrdiff_t>(need.end)) limit = std::min(limit, std::max(need.begin, static_cast<std::size_t>(std::max<std::ptrdiff_t>(free, 0))));
+  }
+  return limit;
+}
+
 class Plan {
  public:
   /// All counts are in units of 1/grain element: grain 1 plans in elements, grain sizeof(T) in bytes.
@@ -70,20 +84,9 @@ class Plan {
            dependents_.capacity() * sizeof dependents_[0];
   }
 
-  /// Units of step j that may be touched, given how many units each step has done.
+  /// Of step j.
   template <class Done>
-  std::size_t ready(std::size_t j, const Done& done) const {
-    const PlannedStep& step = steps_[j];
-    std::size_t limit = step.count();
-    for (std::uint32_t d = step.first_dependency; d < step.first_dependency + step.dependencies; ++d) {
-      const Dependency& need = dependencies_[d];
-      if (need.begin >= limit) continue;
-      // Unit u is free when done > u + shift: the first one that is not is done - shift.
-      const std::ptrdiff_t free = static_cast<std::ptrdiff_t>(done(need.step)) - need.shift;
-      if (free < static_cast<std::ptrdiff_t>(need.end)) limit = std::min(limit, std::max(need.begin, static_cast<std::size_t>(std::max<std::ptrdiff_t>(free, 0))));
-    }
-    return limit;
-  }
+  std::size_t ready(std::size_t j, const Done& done) const { return ready_units(steps_[j], dependencies_.data(), done); }
 
  private:
   /// The layout's extents are the caller's, who may change them after the call.

@@ -79,19 +79,6 @@ class Interpreter {
   TALLY_DEVICE std::uint64_t frame_elements() const { return view_.layout.frame_bytes / sizeof(T); }
   TALLY_DEVICE std::uint64_t* frame(int owner, int peer, std::uint32_t number) const { return session_.template at<std::uint64_t>(owner, view_.layout.frame(block_.index(), peer, number)); }
 
-  /// Plan::ready().
-  TALLY_DEVICE std::uint64_t ready(const PlannedStep& step) const {
-    std::uint64_t limit = step.count();
-    for (std::uint32_t d = step.first_dependency; d < step.first_dependency + step.dependencies; ++d) {
-      const Dependency& need = work_.dependencies[d];
-      if (need.begin >= limit) continue;
-      const auto free = static_cast<std::int64_t>(work_.done[need.step]) - static_cast<std::int64_t>(need.shift);
-      if (free >= static_cast<std::int64_t>(need.end)) continue;
-      const std::uint64_t until = free < 0 || static_cast<std::uint64_t>(free) < need.begin ? need.begin : static_cast<std::uint64_t>(free);
-      limit = until < limit ? until : limit;
-    }
-    return limit;
-  }
   /// The first step that can go on, and how far.
   TALLY_DEVICE void choose(std::uint64_t (&move)[3]) {
     for (std::uint32_t polls = 0;; ++polls) {
@@ -118,7 +105,7 @@ class Interpreter {
           }
           if (most == 0 && awaited < 0) awaited = step.peer;
         }
-        const std::uint64_t limit = ready(step), count = limit <= begin ? 0 : limit - begin < most ? limit - begin : most;
+        const std::uint64_t limit = ready_units(step, work_.dependencies, [&](std::uint32_t other) { return work_.done[other]; }), count = limit <= begin ? 0 : limit - begin < most ? limit - begin : most;
         if (count == 0) continue;
         if (step.verb == Verb::receive || step.verb == Verb::receive_combine) session_.came(step.peer, polls);
         move[0] = i, move[1] = begin, move[2] = count;

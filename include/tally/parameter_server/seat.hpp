@@ -93,13 +93,10 @@ class Seat {
 
   /// After a caller. To wait at the lock would cost that one a system call.
   void take(Lock& lock) {
-    for (auto nap = shortest_nap; !lock.owns_lock(); nap *= 2) {
-      if (nap > longest_nap || !came_back_soon_.load(std::memory_order_relaxed)) return wait_for_caller(lock);
+    for (auto nap = shortest_nap; nap <= longest_nap && came_back_soon_.load(std::memory_order_relaxed); nap *= 2) {
       std::this_thread::sleep_for(nap);
       if (lock.try_lock()) return;
     }
-  }
-  void wait_for_caller(Lock& lock) {
     while (wanted_.load(std::memory_order_relaxed) > 0) std::this_thread::yield();  // it has not come in yet
     lock.lock();
   }
