@@ -23,16 +23,17 @@ namespace device = tally::device;
 
 /// What the threads of one block share besides what the protocol does.
 struct EmulatedBlock {
-  EmulatedBlock(int threads, bool may_falter) : all(threads), falters(may_falter) {}
+  EmulatedBlock(int threads, bool may_falter, std::atomic<std::uint32_t>& looks_in_vain) : all(threads), falters(may_falter), pauses(looks_in_vain) {}
   device::BlockShared shared{};
   std::barrier<> all;
   std::atomic<int> said{0};
   const bool falters;
+  std::atomic<std::uint32_t>& pauses;
 };
 
 class HostBlock {
  public:
-  HostBlock(EmulatedBlock& state, int thread, int threads, int index, int blocks) : state_(state), thread_(thread), threads_(threads), index_(index), blocks_(blocks) {}
+  HostBlock(EmulatedBlock& state, int thread, int threads, int index, int blocks) : state_(state), thread_(thread), threads_(threads), index_(index), blocks_(blocks) { pauses() = &state.pauses; }
   int thread() const { return thread_; }
   int threads() const { return threads_; }
   int index() const { return index_; }
@@ -68,14 +69,27 @@ class HostBlock {
     if (stored % 5 < 2) std::this_thread::yield();
     std::atomic_ref(halves(to)[high_first ? 0 : 1]).store(high_first ? low : high, std::memory_order_relaxed);
   }
-  static std::uint64_t now() { return static_cast<std::uint64_t>(std::chrono::steady_clock::now().time_since_epoch().count()); }
-  static void pause(std::uint32_t) { std::this_thread::yield(); }
+  static std::uint64_t now() { return static_cast<std::uint64_t>((std::chrono::steady_clock::now().time_since_epoch() + std::chrono::seconds(ahead().load())).count()); }
+  /// All blocks' clocks; what was awaited for that long is overdue.
+  static void advance_clock(int seconds) { ahead().fetch_add(seconds); }
+  static void pause(std::uint32_t) {
+    pauses()->fetch_add(1);
+    std::this_thread::yield();
+  }
 
  private:
   /// Some threads of a block are now and then much slower than the others.
   void falter() {
     static std::atomic<std::uint32_t> times{0};
     if (state_.falters && times.fetch_add(1, std::memory_order_relaxed) * 2654435761u >> 27 == 0) std::this_thread::sleep_for(std::chrono::milliseconds(3));
+  }
+  static std::atomic<int>& ahead() {
+    static std::atomic<int> seconds{0};
+    return seconds;
+  }
+  static std::atomic<std::uint32_t>*& pauses() {
+    thread_local std::atomic<std::uint32_t>* of_this_block = nullptr;
+    return of_this_block;
   }
   static std::uint64_t* halves(const device::Packet* p) { return reinterpret_cast<std::uint64_t*>(const_cast<device::Packet*>(p)); }
   EmulatedBlock& state_;
@@ -87,7 +101,7 @@ static_assert(device::Block<HostBlock>);
 class EmulatedDevice {
  public:
   EmulatedDevice(int n, int blocks, int threads, std::size_t packets = 512, std::size_t frames = 2, std::size_t frame_bytes = 64)
-      : n_(n), blocks_(blocks), threads_(threads), layout_{n, blocks, packets, frames, frame_bytes}, abort_(static_cast<std::size_t>(n), 0) {
+      : n_(n), blocks_(blocks), threads_(threads), layout_{n, blocks, packets, frames, frame_bytes}, abort_(static_cast<std::size_t>(n), 0), pauses_(static_cast<std::size_t>(n * blocks)) {
     for (int r = 0; r < n; ++r) {
       memory_.emplace_back(layout_.bytes() / 128 + 1);
       windows_.push_back(memory_.back().data()->bytes);
@@ -101,6 +115,18 @@ class EmulatedDevice {
   device::Epochs& epochs(int rank, int block) { return *reinterpret_cast<device::Epochs*>(windows_[at(rank)] + layout_.epochs(block)); }
   const std::vector<device::Record>& records(int rank) const { return records_[at(rank)]; }
   const std::vector<std::uint64_t>& seen(int rank) const { return seen_[at(rank)]; }
+  /// Returns when the blocks of all these ranks, of one thread each, wait for a rank that has not come, and for no other.
+  void until_they_wait(const std::vector<int>& ranks) const {
+    const auto until = [&](std::uint32_t more, const std::vector<std::uint32_t>& before) {
+      for (const int r : ranks)
+        for (std::size_t i = at(r * blocks_); i < at((r + 1) * blocks_); ++i)
+          while (pauses_[i].load() - before[i] < more) std::this_thread::yield();
+    };
+    until(1, std::vector<std::uint32_t>(pauses_.size(), 0));  // who waits has said before that it is here
+    std::vector<std::uint32_t> now;
+    for (const auto& each : pauses_) now.push_back(each.load());
+    until(2, now);  // between these two it has looked for all others, who were here by then
+  }
   /// As if all had said so before.
   void set_flags(int rank, std::uint32_t number) {
     for (int b = 0; b < blocks_; ++b)
@@ -135,7 +161,7 @@ class EmulatedDevice {
   void launch(int rank, int operation, const Kernel& kernel) {
     const device::RankView view{rank, n_, windows_.data(), layout_, &abort_[at(rank)], records_[at(rank)].data(), seen_[at(rank)].data(), static_cast<std::uint64_t>(timeout.count())};
     std::vector<std::unique_ptr<EmulatedBlock>> states;
-    for (int b = 0; b < blocks_; ++b) states.push_back(std::make_unique<EmulatedBlock>(threads_, falters));
+    for (int b = 0; b < blocks_; ++b) states.push_back(std::make_unique<EmulatedBlock>(threads_, falters, pauses_[at(rank * blocks_ + b)]));
     std::vector<std::thread> all;
     for (int b = 0; b < blocks_; ++b)
       for (int t = 0; t < threads_; ++t)
@@ -153,6 +179,7 @@ class EmulatedDevice {
   std::vector<std::vector<device::Record>> records_;
   std::vector<std::vector<std::uint64_t>> seen_;
   std::vector<std::uint32_t> abort_;
+  std::vector<std::atomic<std::uint32_t>> pauses_;
 };
 
 }  // namespace test

@@ -339,8 +339,7 @@ TEST_CASE("a rank that comes late is seen to be the last, by all others and not 
     const Case c = make_case<float>(Collective::all_reduce, n, 1, 64, by_packets ? Way::packets : Way::shares, false, &add, 0, 0);
     std::vector<std::chrono::steady_clock::time_point> came(n);
     gpu.run([&](HostBlock& block, const device::RankView& view, int) { c.kernel(block, view); }, 1, [&](int rank, int) {
-      // The others are in their kernels by then, or they have no core, and wait less.
-      if (rank == late) std::this_thread::sleep_for(50ms);
+      if (rank == late) gpu.until_they_wait({0, 1, 3});
       came[static_cast<std::size_t>(rank)] = std::chrono::steady_clock::now();
     });
     CHECK(c.problem() == "");
@@ -351,7 +350,8 @@ TEST_CASE("a rank that comes late is seen to be the last, by all others and not 
       CHECK(record.failure == device::Failure::none);
       CHECK(record.entered >= time_of(r));
       CHECK(record.ended >= record.entered + record.waited);
-      if (r == late || record.entered >= time_of(late)) continue;  // the other one came when all were there, or this one later still
+      if (r == late) continue;
+      CHECK(record.entered < time_of(late));
       CHECK(record.last == late);
       CHECK(record.waited >= time_of(late) - record.entered);
       CHECK(gpu.seen(r)[late] == record.entered + record.waited);
@@ -363,12 +363,16 @@ TEST_CASE("a rank that comes late is seen to be the last, by all others and not 
 TEST_CASE("who waits for a rank that does not come ends at its deadline, says for whom, and the others hear of it") {
   for (const bool by_packets : {true, false}) {
     constexpr int n = 4;
-    EmulatedDevice gpu(n, 2, 2);
-    gpu.timeout = 300ms;
+    EmulatedDevice gpu(n, 2, 1);
     Sum add;
     const Case c = make_case<float>(Collective::all_reduce, n, 2, 64, by_packets ? Way::packets : Way::shares, false, &add, 0, 0);
     const auto kernel = [&](HostBlock& block, const device::RankView& view, int) { c.kernel(block, view); };
+    std::thread clock([&] {
+      gpu.until_they_wait({0, 1, 3});
+      HostBlock::advance_clock(61);
+    });
     gpu.run(kernel, 1, {}, {0, 1, 3});
+    clock.join();
     for (const int r : {0, 1, 3}) {
       for (const device::Record& record : gpu.records(r)) {
         INFO("rank " << r << (by_packets ? ", packets" : ", shares"));
@@ -377,13 +381,27 @@ TEST_CASE("who waits for a rank that does not come ends at its deadline, says fo
       }
     }
     // Whoever comes after that hears at once that it is over, and for whom.
-    gpu.timeout = 60s;
     gpu.run(kernel);
     for (int r = 0; r < n; ++r)
       for (const device::Record& record : gpu.records(r)) {
         CHECK(record.failure == device::Failure::broken);
         CHECK(record.missing == 2);
         CHECK(record.ended - record.entered < 10'000'000'000u);
+      }
+  }
+}
+
+TEST_CASE("all threads of all blocks give up at once") {
+  for (const bool by_packets : {true, false}) {
+    EmulatedDevice gpu(4, 3, 2);
+    gpu.timeout = 100ms;
+    Sum add;
+    const Case c = make_case<float>(Collective::all_reduce, 4, 3, 64, by_packets ? Way::packets : Way::shares, false, &add, 0, 0);
+    gpu.run([&](HostBlock& block, const device::RankView& view, int) { c.kernel(block, view); }, 1, {}, {0, 1, 3});
+    for (const int r : {0, 1, 3})
+      for (const device::Record& record : gpu.records(r)) {
+        CHECK((record.failure == device::Failure::timed_out || record.failure == device::Failure::broken));
+        CHECK((record.missing >= 0 && record.missing < 4));  // for others than the second where one had no core for so long
       }
   }
 }
