@@ -106,7 +106,8 @@ class EmulatedDevice {
       memory_.emplace_back(layout_.bytes() / 128 + 1);
       windows_.push_back(memory_.back().data()->bytes);
       records_.emplace_back(static_cast<std::size_t>(blocks));
-      seen_.emplace_back(static_cast<std::size_t>(n));
+      totals_.emplace_back(static_cast<std::size_t>(blocks));
+      late_.emplace_back(static_cast<std::size_t>(n) * 2);
     }
   }
   int size() const { return n_; }
@@ -114,7 +115,8 @@ class EmulatedDevice {
   const device::WindowLayout& layout() const { return layout_; }
   device::Epochs& epochs(int rank, int block) { return *reinterpret_cast<device::Epochs*>(windows_[at(rank)] + layout_.epochs(block)); }
   const std::vector<device::Record>& records(int rank) const { return records_[at(rank)]; }
-  const std::vector<std::uint64_t>& seen(int rank) const { return seen_[at(rank)]; }
+  /// Nanoseconds that each rank was waited for, in all operations.
+  const std::uint64_t* late(int rank) const { return &late_[at(rank)][at(n_)]; }
   /// Returns when the blocks of all these ranks, of one thread each, wait for a rank that has not come, and for no other.
   void until_they_wait(const std::vector<int>& ranks) const {
     const auto until = [&](std::uint32_t more, const std::vector<std::uint32_t>& before) {
@@ -135,6 +137,7 @@ class EmulatedDevice {
   void abort(int rank) { std::atomic_ref(abort_[at(rank)]).store(1, std::memory_order_release); }
   std::chrono::nanoseconds timeout = std::chrono::seconds(60);
   bool falters = false;
+  std::function<std::uint64_t(int rank, int operation)> fingerprint;  // of what it calls
 
   /// kernel(block, view) by all threads of all blocks of these ranks; as `operations` launches on a stream of each rank's.
   template <class Kernel>
@@ -159,7 +162,10 @@ class EmulatedDevice {
   static std::size_t at(int i) { return static_cast<std::size_t>(i); }
   template <class Kernel>
   void launch(int rank, int operation, const Kernel& kernel) {
-    const device::RankView view{rank, n_, windows_.data(), layout_, &abort_[at(rank)], records_[at(rank)].data(), seen_[at(rank)].data(), static_cast<std::uint64_t>(timeout.count())};
+    device::RankView view{rank, n_, windows_.data(), layout_, &abort_[at(rank)], static_cast<std::uint64_t>(timeout.count())};
+    view.totals = totals_[at(rank)].data(), view.records = records_[at(rank)].data();
+    view.late = late_[at(rank)].data(), view.told_late = view.late + n_;
+    if (fingerprint) view.fingerprint = fingerprint(rank, operation);
     std::vector<std::unique_ptr<EmulatedBlock>> states;
     for (int b = 0; b < blocks_; ++b) states.push_back(std::make_unique<EmulatedBlock>(threads_, falters, pauses_[at(rank * blocks_ + b)]));
     std::vector<std::thread> all;
@@ -177,7 +183,8 @@ class EmulatedDevice {
   std::vector<std::vector<Line>> memory_;
   std::vector<std::byte*> windows_;
   std::vector<std::vector<device::Record>> records_;
-  std::vector<std::vector<std::uint64_t>> seen_;
+  std::vector<std::vector<device::Totals>> totals_;
+  std::vector<std::vector<std::uint64_t>> late_;
   std::vector<std::uint32_t> abort_;
   std::vector<std::atomic<std::uint32_t>> pauses_;
 };

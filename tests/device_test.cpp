@@ -70,6 +70,8 @@ device::PacketWork work_of(const device::PacketPlan& plan, const void* in, void*
   return {plan.sends.data(), static_cast<int>(plan.sends.size()), plan.folds.data(), static_cast<int>(plan.folds.size()), static_cast<const std::byte*>(in), static_cast<std::byte*>(out)};
 }
 
+device::Place place(const void* address) { return {reinterpret_cast<std::uintptr_t>(address)}; }
+
 enum class Way { packets, shares, steps };
 /// One operation of all ranks: buffers, what each rank's kernel does, and what is in the buffers afterwards.
 struct Case {
@@ -140,7 +142,7 @@ Case make_case(Collective operation, int n, int blocks, std::size_t count, Way w
     if constexpr (!F::scales)
       if (way == Way::steps) return device::run_steps<T, true>(block, view, s->channels[me][static_cast<std::size_t>(block.index())].work, folder);
     if (way == Way::packets) device::run_packets<T, 8, true>(block, view, work_of(plan, in, out), folder);
-    else device::run_share<T, 8, true>(block, view, device::ShareWork{s->shares[me], in, out}, folder);
+    else device::run_share<T, 8, true>(block, view, device::ShareWork{s->shares[me], place(in), place(out)}, folder);
   };
   c.problem = [s, n, count, operation, folder, root]() -> std::string {
     using Wide = typename F::Wide;
@@ -299,7 +301,7 @@ TEST_CASE("what one operation leaves is what the next one begins with, cut other
       const device::PacketPlan plan(shares, view.me, n, 4, 2);
       device::run_packets<std::uint32_t, 8, true>(block, view, work_of(plan, mine, mine), folder);
     } else {
-      device::run_share<std::uint32_t, 8, true>(block, view, {shares[static_cast<std::size_t>(view.me)], mine, mine}, folder);
+      device::run_share<std::uint32_t, 8, true>(block, view, {shares[static_cast<std::size_t>(view.me)], place(mine), place(mine)}, folder);
     }
   }, operations);
   for (std::size_t i = 0; i < 101; ++i) {
@@ -354,7 +356,12 @@ TEST_CASE("a rank that comes late is seen to be the last, by all others and not 
       CHECK(record.entered < time_of(late));
       CHECK(record.last == late);
       CHECK(record.waited >= time_of(late) - record.entered);
-      CHECK(gpu.seen(r)[late] == record.entered + record.waited);
+      CHECK(gpu.late(r)[late] > 0);
+      CHECK(gpu.late(r)[0] + gpu.late(r)[1] + gpu.late(r)[2] + gpu.late(r)[3] == record.waited);
+      CHECK(gpu.late(r)[r] == 0);
+      CHECK(record.totals.runs == 1);
+      CHECK(record.totals.elapsed == record.ended - record.entered);
+      CHECK(record.totals.waited == record.waited);
       CHECK(record.polls > 0);
     }
   }
@@ -403,6 +410,30 @@ TEST_CASE("all threads of all blocks give up at once") {
         CHECK((record.failure == device::Failure::timed_out || record.failure == device::Failure::broken));
         CHECK((record.missing >= 0 && record.missing < 4));  // for others than the second where one had no core for so long
       }
+  }
+}
+
+TEST_CASE("ranks that call different things are told so, and which") {
+  for (const Way way : {Way::packets, Way::shares, Way::steps}) {
+    constexpr int n = 3;
+    EmulatedDevice gpu(n, 2, 2);
+    gpu.fingerprint = [](int rank, int) { return rank == 1 ? 7u : 5u; };
+    Sum add;
+    Case c = make_case<float>(Collective::all_reduce, n, 2, 64, way, false, &add, 0, 0, way == Way::steps ? find_algorithm(Collective::all_reduce, "ring").generate : nullptr);
+    gpu.run([&](HostBlock& block, const device::RankView& view, int) { c.kernel(block, view); });
+    int told = 0;
+    for (int r = 0; r < n; ++r)
+      for (const device::Record& record : gpu.records(r)) {
+        INFO("rank " << r << ", way " << static_cast<int>(way));
+        if (record.failure == device::Failure::mismatch) {
+          CHECK((r == 1) != (record.missing == 1));
+          CHECK(record.theirs == (r == 1 ? 5 : 7));
+          ++told;
+        } else {
+          CHECK((record.failure == device::Failure::broken || record.failure == device::Failure::none));  // none: a block of packets that had all it needs
+        }
+      }
+    CHECK(told > 0);
   }
 }
 

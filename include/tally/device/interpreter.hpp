@@ -13,9 +13,11 @@
 namespace tally::inline v0::device {
 
 /// Where a channel's elements are in the caller's buffer: of each block of `block` elements it has `part` of them, from `first` on.
+/// whole(): all of them, where blocks have sizes of their own.
 struct Cut {
   std::uint64_t part = 0, block = 0, first = 0;
   TALLY_DEVICE constexpr std::uint64_t operator()(std::uint64_t i) const { return part == 0 ? 0 : i / part * block + first + i % part; }
+  static constexpr Cut whole() { return {~std::uint64_t{0}, 0, 0}; }
   /// The channel's part of blocks of so many elements.
   static constexpr Cut of(std::uint64_t block, int channel, int channels) {
     const auto c = static_cast<std::uint64_t>(channel), k = static_cast<std::uint64_t>(channels);
@@ -101,7 +103,9 @@ class Interpreter {
             most = p.sent - consumed < view_.layout.frames ? frame_elements() : 0;
           } else {
             const std::uint32_t arrived = B::load(session_.template at<std::uint32_t>(view_.me, view_.layout.arrived(block_.index(), step.peer)));
-            most = arrived != p.taken ? *frame(view_.me, step.peer, p.taken) - p.used : 0;
+            const std::uint64_t* const next = frame(view_.me, step.peer, p.taken);
+            if (arrived != p.taken && !session_.expect(step.peer, next[1])) return void(move[0] = gave_up);
+            most = arrived != p.taken ? (next[0] < frame_elements() ? next[0] : frame_elements()) - p.used : 0;
           }
           if (most == 0 && awaited < 0) awaited = step.peer;
         }
@@ -129,7 +133,7 @@ class Interpreter {
     T* data = nullptr;  // in the frame
     if (step.verb == Verb::send) {
       std::uint64_t* const to = frame(step.peer, view_.me, pair(step.peer).sent);
-      if (block_.thread() == 0) *to = m.count;
+      if (block_.thread() == 0) to[0] = m.count, to[1] = view_.fingerprint;
       data = reinterpret_cast<T*>(to + 2);
     } else if (step.peer >= 0) {
       data = reinterpret_cast<T*>(frame(view_.me, step.peer, pair(step.peer).taken) + 2) + pair(step.peer).used;

@@ -68,12 +68,11 @@ struct PacketWork {
 struct PacketPlan {
   std::vector<PacketSend> sends;
   std::vector<PacketFold> folds;
-  std::size_t packets = 1;  // that a slot has to hold
+  std::size_t packets = 1;  // that a slot has to hold, with the first one, which says what call it is
 
   /// `shares`: of all ranks, in rank order; none for a barrier.
   PacketPlan(std::span<const Share> shares, Rank me, int n, std::size_t grain, int blocks) {
-    std::vector<std::size_t> next(static_cast<std::size_t>(n), 0);  // free packet in the slots of each receiver
-    std::vector<char> hears(next.size(), 0), is_told(next.size(), 0);
+    std::vector<std::size_t> next(static_cast<std::size_t>(n), 1);  // free packet in the slots of each receiver
     for (std::size_t i = 0; i < shares.size();) {
       Share all = shares[i];
       for (++i; i < shares.size() && continues(all, shares[i]); ++i) all.from.count += shares[i].from.count, all.to.count += shares[i].from.count;
@@ -87,23 +86,13 @@ struct PacketPlan {
         if (lo == hi) continue;
         const std::size_t first = next[static_cast<std::size_t>(t)];
         next[static_cast<std::size_t>(t)] += needed;
-        if (t != me && lo <= me && me < hi) {
-          sends.push_back({t, all.from.buffer == Buffer::output, all.from.first * grain, count, first});
-          is_told[static_cast<std::size_t>(t)] = 1;
-        }
+        if (t != me && lo <= me && me < hi) sends.push_back({t, all.from.buffer == Buffer::output, all.from.first * grain, count, first});
         if (t != me) continue;
         const bool apart = all.way == Share::Way::exchange;
-        for (Rank q = lo; q < hi; ++q) {
-          hears[static_cast<std::size_t>(q)] = 1;
-          if (apart || q == lo) folds.push_back({q, apart ? q + 1 : hi, all.from.buffer == Buffer::output, all.from.first * grain, all.to_of(q).first * grain, count, first});
-        }
+        for (Rank q = lo; q < (apart ? hi : lo + 1); ++q) folds.push_back({q, apart ? q + 1 : hi, all.from.buffer == Buffer::output, all.from.first * grain, all.to_of(q).first * grain, count, first});
       }
       const bool same_for_all = sends.size() - begin == static_cast<std::size_t>(n - 1) && std::all_of(sends.begin() + static_cast<std::ptrdiff_t>(begin), sends.end(), [&](const PacketSend& each) { return each.first == sends[begin].first; });
       if (same_for_all && n > 2) sends.resize(begin + 1), sends.back().to = -1;
-    }
-    for (Rank r = 0; r < n; ++r) {  // who needs nothing of this rank's hears that it is here
-      if (r != me && !is_told[static_cast<std::size_t>(r)]) sends.push_back({r, false, 0, 0, 0});
-      if (r != me && !hears[static_cast<std::size_t>(r)]) folds.push_back({r, r + 1, false, 0, 0, 0, 0});
     }
     for (const std::size_t each : next) packets = std::max(packets, each);
   }
@@ -138,7 +127,6 @@ TALLY_DEVICE void run_packets(B& block, const RankView& view, const PacketWork& 
     const PacketSend& s = work.sends[i];
     const T* const from = reinterpret_cast<const T*>((s.of_output ? work.output : work.input) + s.from);
     const int lo = s.to < 0 ? 0 : s.to, hi = s.to < 0 ? view.n : s.to + 1;
-    if (s.count == 0 && b == 0 && block.thread() == 0) session.put(s.to, 0, 0);
     each_unit(s.count, s.first, [&](std::uint64_t at, int valid, std::uint64_t packet) {
       Words<T> unit;
       for (int k = 0; k < valid; ++k) unit.set(k, from[at + static_cast<std::uint64_t>(k)]);
@@ -148,13 +136,11 @@ TALLY_DEVICE void run_packets(B& block, const RankView& view, const PacketWork& 
     });
   }
   block.sync();  // in place: all is sent that will be written over
-  bool came = true;
+  bool came = session.expect_packets();
   for (int i = 0; i < work.fold_count; ++i) {
     const PacketFold& f = work.folds[i];
     const T* const own = reinterpret_cast<const T*>((f.of_output ? work.output : work.input) + f.own);
     T* const to = reinterpret_cast<T*>(work.output + f.to);
-    std::uint64_t nothing = 0;
-    if (f.count == 0 && b == 0 && block.thread() == 0) came = session.get(f.lo, 0, nothing) && came;
     each_unit(f.count, f.first, [&](std::uint64_t at, int valid, std::uint64_t packet) {
       Stack<F, width, most> stack(folder);
       for (int q = f.lo; q < f.hi; ++q) {

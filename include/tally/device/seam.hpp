@@ -31,6 +31,8 @@ struct BlockShared {
   std::uint32_t failure;  // none yet: 0
   std::int32_t missing;   // for whom it waited then
   std::uint32_t polls;
+  std::uint64_t entered;           // when the operation began
+  std::uint64_t theirs;            // of a call that is another one: its fingerprint
   std::uint64_t seen[most_ranks];  // when each rank was found to be here; 0: nobody had to wait for it
   std::uint64_t move[3];  // what all threads do next, where one decides
 };

@@ -11,9 +11,15 @@
 
 namespace tally::inline v0::device {
 
-enum class Failure : std::uint32_t { none, aborted, timed_out, broken };  // by this rank's host; by waiting; another rank gave up, or this one before
+enum class Failure : std::uint32_t { none, aborted, timed_out, broken, mismatch };  // by this rank's host; by waiting; another rank gave up, or this one before; another rank called something else
 
-/// One block's account of one operation; times by the device's clock, in nanoseconds.
+/// Sums over all operations that one block has told of in the same place: a graph may be replayed many times before anybody looks.
+struct Totals {
+  std::uint64_t elapsed = 0, waited = 0, settled = 0;
+  std::uint32_t runs = 0;  // wraps
+};
+
+/// One block's account of its latest operation; times by the device's clock, in nanoseconds.
 struct Record {
   std::uint64_t entered = 0, ended = 0;
   std::uint64_t waited = 0;    // until the last of those that it had to wait for was here: had come, and had its input ready
@@ -22,6 +28,8 @@ struct Record {
   std::int32_t missing = -1;   // who had not come when it gave up, if anybody knows
   Failure failure = Failure::none;
   std::uint32_t polls = 0;     // looks in vain, of the wait that was told of last
+  std::uint64_t theirs = 0;    // of a mismatch: what the other rank called
+  Totals totals;               // `runs` is written last, after everything else of the operation
 };
 
 /// What a rank's kernels are told.
@@ -30,15 +38,21 @@ struct RankView {
   std::byte* const* windows = nullptr;      // of all ranks, as this device sees them
   WindowLayout layout;
   const std::uint32_t* abort = nullptr;     // the host's word: not 0 ends everything
-  Record* records = nullptr;                // the host's, one per block
-  std::uint64_t* seen = nullptr;            // by the first block: when each rank was found to be here, n of them; 0: it was here before
   std::uint64_t timeout = 0;                // nanoseconds
+  std::uint64_t fingerprint = 0;            // of the call: the same on all ranks that make the same one
+  const std::uint64_t* segments = nullptr;  // where each rank's part of each segment is, as this device sees it; n of each, from segment 1 on
+  std::uint32_t segment_count = 0;
+  // The account, by the device for itself and for the host: of each block, and, by the first one, nanoseconds that each rank was waited for.
+  Totals* totals = nullptr;
+  Record* records = nullptr;
+  std::uint64_t* late = nullptr;
+  std::uint64_t* told_late = nullptr;
 };
 
 template <Block B, bool timed = true>
 class Session {
  public:
-  TALLY_DEVICE Session(B& block, const RankView& view) : block_(block), view_(view), entered_(B::now()) {
+  TALLY_DEVICE Session(B& block, const RankView& view) : block_(block), view_(view) {
     const Epochs& mine = *at<Epochs>(view.me, view.layout.epochs(block.index()));
     meets_ = mine.meets;
     packets_ = mine.packets;
@@ -48,6 +62,8 @@ class Session {
       s.failure = static_cast<std::uint32_t>(broken != 0 ? Failure::broken : Failure::none);
       s.missing = static_cast<std::int32_t>(broken) - 2;
       s.polls = 0;
+      s.theirs = 0;
+      s.entered = B::now();
     }
     for (int r = block.thread(); r < view.n; r += block.threads()) s.seen[r] = 0;
     is_over_ = block.any(broken != 0);
@@ -76,15 +92,43 @@ class Session {
     is_open_ = true;
     return !block_.any(!came);
   }
-  /// Tells the others where this rank's buffers are; they know it after the next meeting.
-  TALLY_DEVICE void publish(const Pad& pad) {
-    for (int r = block_.thread(); r < view_.n; r += block_.threads()) *at<Pad>(r, view_.layout.pad(block_.index(), view_.me)) = pad;
+  /// The first meeting: all make the same call, and know where the others' buffers are.
+  TALLY_DEVICE bool meet(const Place& input, const Place& output) {
+    for (int r = block_.thread(); r < view_.n; r += block_.threads()) *at<Pad>(r, view_.layout.pad(block_.index(), view_.me)) = {input, output, view_.fingerprint};
+    if (!meet()) return false;
+    bool fits = true;
+    for (int r = block_.thread(); r < view_.n; r += block_.threads()) {
+      const Pad& pad = pad_of(r);
+      fits = expect(r, pad.fingerprint) && fits;
+      if (pad.input.segment > view_.segment_count || pad.output.segment > view_.segment_count) fits = differs(r, pad.fingerprint);
+    }
+    return !block_.any(!fits);
   }
   TALLY_DEVICE const Pad& pad_of(int r) const { return *at<Pad>(view_.me, view_.layout.pad(block_.index(), r)); }
 
-  // Packets. Each operation that has any sends one at least to every other rank, and gets one from each: see WindowLayout::slot().
+  /// A place that rank r told of.
+  TALLY_DEVICE std::uint64_t address(int r, const Place& place) const { return place.segment == 0 ? place.offset : view_.segments[(place.segment - 1) * static_cast<std::uint32_t>(view_.n) + static_cast<std::uint32_t>(r)] + place.offset; }
 
-  TALLY_DEVICE void begin_packets() { ++packets_; }
+  // Packets. The first one of a slot says which call it is of: each operation that has packets sends that to every other rank, and gets it from
+  // each, which WindowLayout::slot() relies on.
+
+  static constexpr std::size_t first_packet = 1;
+  TALLY_DEVICE void begin_packets() {
+    ++packets_;
+    if (block_.index() != 0) return;
+    for (int r = block_.thread(); r < view_.n; r += block_.threads())
+      if (r != view_.me) put(r, 0, view_.fingerprint);
+  }
+  /// False if not all make the same call. By threads of the block's end, which have the least to do otherwise.
+  TALLY_DEVICE bool expect_packets() {
+    bool fits = true;
+    if (block_.index() != 0) return fits;
+    for (int r = block_.threads() - 1 - block_.thread(); r < view_.n; r += block_.threads()) {
+      std::uint64_t theirs = 0;
+      if (r != view_.me) fits = get(r, 0, theirs) && expect(r, theirs) && fits;
+    }
+    return fits;
+  }
   TALLY_DEVICE void put(int to, std::size_t i, std::uint64_t data) { B::store_packet(at<Packet>(to, view_.layout.slot(block_.index(), packets_, view_.me)) + i, Packet::of(data, packets_)); }
   /// False if it does not come.
   TALLY_DEVICE bool get(int from, std::size_t i, std::uint64_t& data) {
@@ -99,6 +143,9 @@ class Session {
   }
 
   // Of one thread, for what it decides alone.
+
+  /// False if that rank makes another call, which ends this one.
+  TALLY_DEVICE bool expect(int r, std::uint64_t theirs) { return theirs == view_.fingerprint || differs(r, theirs); }
 
   template <class T>
   TALLY_DEVICE T* at(int rank, std::size_t offset) const { return reinterpret_cast<T*>(view_.windows[rank] + offset); }
@@ -116,26 +163,41 @@ class Session {
   /// By all threads of the block, when its part is done or it has failed.
   TALLY_DEVICE void end() {
     block_.sync();
-    if (block_.thread() != 0) return;
     BlockShared& s = block_.shared();
+    if constexpr (timed)
+      if (block_.index() == 0) {
+        for (int r = block_.thread(); r < view_.n; r += block_.threads()) {
+          const std::uint64_t sum = view_.late[r] += waited_for(r);
+          view_.told_late[r] = sum;
+        }
+        block_.sync();
+      }
+    if (block_.thread() != 0) return;
     *at<Epochs>(view_.me, view_.layout.epochs(block_.index())) = {meets_, packets_};
-    Record& record = view_.records[block_.index()];
+    Totals totals = view_.totals[block_.index()];
     Record r;
     r.failure = static_cast<Failure>(s.failure);
     r.missing = s.missing;
+    r.theirs = s.theirs;
     if constexpr (timed) {
-      std::uint64_t last = 0;
+      std::uint64_t last = s.entered;
       for (int peer = 0; peer < view_.n; ++peer)
         if (s.seen[peer] > last) last = s.seen[peer], r.last = peer;
-      r.entered = entered_;
-      r.waited = last > entered_ ? last - entered_ : 0;
+      r.entered = s.entered;
+      r.waited = last - s.entered;
       r.polls = s.polls;
-      if (block_.index() == 0 && view_.seen)
-        for (int peer = 0; peer < view_.n; ++peer) view_.seen[peer] = s.seen[peer];
       r.ended = B::now();
       if (closing_ != 0) r.settled = r.ended - closing_;
+      totals.elapsed += r.ended - r.entered;
+      totals.waited += r.waited;
+      totals.settled += r.settled;
     }
+    r.totals = totals;  // with the runs before this one
+    Record& record = view_.records[block_.index()];
     record = r;
+    ++totals.runs;
+    view_.totals[block_.index()] = totals;
+    B::store(&record.totals.runs, totals.runs);
   }
 
  private:
@@ -160,25 +222,39 @@ class Session {
     if (!is_open_) B::note(s.seen[peer], B::now());
     B::note(s.polls, polls);
   }
+  /// From when the one before it was here, or the operation began: the sum over all ranks is what was waited.
+  TALLY_DEVICE std::uint64_t waited_for(int r) const {
+    const BlockShared& s = block_.shared();
+    std::uint64_t before = s.entered;
+    for (int q = 0; q < view_.n; ++q)
+      if (const std::uint64_t other = s.seen[q]; other > before && (other < s.seen[r] || (other == s.seen[r] && q < r))) before = other;
+    return s.seen[r] > before ? s.seen[r] - before : 0;
+  }
+  TALLY_DEVICE bool differs(int r, std::uint64_t theirs) {
+    fail(Failure::mismatch, r, theirs);
+    return false;
+  }
   TALLY_DEVICE bool gives_up(int peer) {
     if (B::load(&block_.shared().failure) != 0) return true;
     const std::uint32_t broken = B::load(at<std::uint32_t>(view_.me, view_.layout.broken()));
-    Failure why = Failure::none;
-    std::int32_t missing = peer;
-    if (view_.abort && B::load(view_.abort) != 0) why = Failure::aborted;  // which may be why another block broke off
-    else if (broken != 0) why = Failure::broken, missing = static_cast<std::int32_t>(broken) - 2;
-    else if (B::now() - entered_ > view_.timeout) why = Failure::timed_out;
-    if (why == Failure::none) return false;
+    if (view_.abort && B::load(view_.abort) != 0) fail(Failure::aborted, peer);  // which may be why another block broke off
+    else if (broken != 0) fail(Failure::broken, static_cast<std::int32_t>(broken) - 2);
+    else if (B::now() - block_.shared().entered > view_.timeout) fail(Failure::timed_out, peer);
+    else return false;
+    return true;
+  }
+  /// All ranks are to know.
+  TALLY_DEVICE void fail(Failure why, std::int32_t missing, std::uint64_t theirs = 0) {
     if (why != Failure::broken)
       for (int r = 0; r < view_.n; ++r) B::store(at<std::uint32_t>(r, view_.layout.broken()), static_cast<std::uint32_t>(missing) + 2);
-    B::store(reinterpret_cast<std::uint32_t*>(&block_.shared().missing), static_cast<std::uint32_t>(missing));
-    B::store(&block_.shared().failure, static_cast<std::uint32_t>(why));
-    return true;
+    BlockShared& s = block_.shared();
+    B::note(s.theirs, theirs);
+    B::store(reinterpret_cast<std::uint32_t*>(&s.missing), static_cast<std::uint32_t>(missing));
+    B::store(&s.failure, static_cast<std::uint32_t>(why));
   }
 
   B& block_;
   const RankView& view_;
-  std::uint64_t entered_;
   std::uint32_t meets_ = 0, packets_ = 0;
   std::uint64_t closing_ = 0;  // when the last meeting began, if it was not the first
   bool is_over_ = false, is_open_ = false;  // it has met all

@@ -22,8 +22,7 @@ inline constexpr int row_width = sizeof(T) < 16 && 16 % sizeof(T) == 0 ? static_
 
 struct ShareWork {
   Share share;  // this rank's
-  const std::byte* input = nullptr;
-  std::byte* output = nullptr;
+  Place input, output;
 };
 
 /// A rank's share, as far as one block does it.
@@ -94,12 +93,11 @@ template <class T, int most, bool timed, class F, Block B>
 TALLY_DEVICE void run_share(B& block, const RankView& view, const ShareWork& work, const F& folder) {
   Session<B, timed> session(block, view);
   if (session.is_over()) return session.end();
-  session.publish({reinterpret_cast<std::uintptr_t>(work.input), reinterpret_cast<std::uintptr_t>(work.output)});
-  if (!session.meet()) return session.end();
+  if (!session.meet(work.input, work.output)) return session.end();
   const Share& share = work.share;
   const auto address = [&](int r, Buffer which, std::size_t first) {
     const Pad& pad = session.pad_of(r);
-    return reinterpret_cast<T*>(which == Buffer::output ? pad.output : pad.input) + first;
+    return reinterpret_cast<T*>(session.address(r, which == Buffer::output ? pad.output : pad.input)) + first;
   };
   const auto source = [&](int r) -> const T* { return address(r, share.from.buffer, share.from.first); };
   const auto target = [&](int r) -> T* { return share.way == Share::Way::exchange ? address(view.me, share.to.buffer, share.to_of(r).first) : address(r, share.to.buffer, share.to.first); };
@@ -117,7 +115,7 @@ TALLY_DEVICE void run_share(B& block, const RankView& view, const ShareWork& wor
 template <bool timed, Block B>
 TALLY_DEVICE void run_barrier(B& block, const RankView& view) {
   Session<B, timed> session(block, view);
-  if (!session.is_over()) session.meet();
+  if (!session.is_over()) session.meet({}, {});
   session.end();
 }
 

@@ -10,9 +10,16 @@
 
 namespace tally::inline v0::device {
 
-/// Where one rank's buffers of an operation are, for the others.
+/// A place in memory, as it is named to other ranks: where all share one address space (segment 0), its address; else where it is in
+/// one of the segments that every rank has one of.
+struct Place {
+  std::uint64_t offset = 0;
+  std::uint32_t segment = 0;
+};
+/// What one rank tells the others of its operation.
 struct Pad {
-  std::uint64_t input = 0, output = 0;
+  Place input, output;
+  std::uint64_t fingerprint = 0;  // of the call
 };
 /// What a block has done so far; its own.
 struct Epochs {
@@ -42,7 +49,7 @@ struct WindowLayout {
   /// Frames that a peer has sent; and that it has taken.
   TALLY_DEVICE constexpr std::size_t arrived(int block, int peer) const { return line(pair(blocks, 0)) + index(block, peer) * sizeof(std::uint32_t); }
   TALLY_DEVICE constexpr std::size_t consumed(int block, int peer) const { return line(arrived(blocks, 0)) + index(block, peer) * sizeof(std::uint32_t); }
-  /// A frame: how many elements it has, and sixteen bytes on, they.
+  /// A frame: how many elements it has, of which call, and they.
   TALLY_DEVICE constexpr std::size_t frame(int block, int peer, std::uint32_t number) const { return line(consumed(blocks, 0)) + (index(block, peer) * frames + (frames > 0 ? number % frames : 0)) * (frame_bytes + 16); }
   TALLY_DEVICE constexpr std::size_t bytes() const { return line(frame(blocks, 0, 0)); }
 
