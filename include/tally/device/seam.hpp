@@ -29,7 +29,7 @@ struct alignas(16) Packet {
 /// What the threads of a block share; Session gives it its values.
 struct BlockShared {
   std::uint32_t failure;  // none yet: 0
-  std::int32_t missing;   // for whom it waited then
+  std::uint32_t broken;   // why it is over, and for whom it waited then
   std::uint32_t polls;
   std::uint64_t entered;           // when the operation began
   std::uint64_t theirs;            // of a call that is another one: its fingerprint

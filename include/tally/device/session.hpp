@@ -11,7 +11,15 @@
 
 namespace tally::inline v0::device {
 
-enum class Failure : std::uint32_t { none, aborted, timed_out, broken, mismatch };  // by this rank's host; by waiting; another rank gave up, or this one before; another rank called something else
+/// By this rank's host; by waiting; another rank gave up, or this one before; another rank called something else.
+enum class Failure : std::uint32_t { none, aborted, timed_out, broken, mismatch };
+/// Why it is over, and for whom (-1: nobody knows), in one word.
+struct Broken {
+  Failure why = Failure::none;
+  std::int32_t missing = -1;
+  TALLY_DEVICE constexpr std::uint32_t pack() const { return static_cast<std::uint32_t>(why) << 16 | static_cast<std::uint32_t>(missing + 1); }
+  TALLY_DEVICE static constexpr Broken unpack(std::uint32_t word) { return {static_cast<Failure>(word >> 16), static_cast<std::int32_t>(word & 0xffff) - 1}; }
+};
 
 /// Sums over all operations that one block has told of in the same place: a graph may be replayed many times before anybody looks.
 struct Totals {
@@ -26,7 +34,7 @@ struct Record {
   std::uint64_t settled = 0;   // at the end, until all were done with each other's memory
   std::int32_t last = -1;      // who that was; -1: all others were here
   std::int32_t missing = -1;   // who had not come when it gave up, if anybody knows
-  Failure failure = Failure::none;
+  Failure failure = Failure::none, cause = Failure::none;  // of what another rank gave up for: what that was
   std::uint32_t polls = 0;     // looks in vain, of the wait that was told of last
   std::uint64_t theirs = 0;    // of a mismatch: what the other rank called
   Totals totals;               // `runs` is written last, after everything else of the operation
@@ -60,7 +68,7 @@ class Session {
     const std::uint32_t broken = block.thread() == 0 ? B::load(at<std::uint32_t>(view.me, view.layout.broken())) : 0;
     if (block.thread() == 0) {
       s.failure = static_cast<std::uint32_t>(broken != 0 ? Failure::broken : Failure::none);
-      s.missing = static_cast<std::int32_t>(broken) - 2;
+      s.broken = broken;
       s.polls = 0;
       s.theirs = 0;
       s.entered = B::now();
@@ -177,7 +185,8 @@ class Session {
     Totals totals = view_.totals[block_.index()];
     Record r;
     r.failure = static_cast<Failure>(s.failure);
-    r.missing = s.missing;
+    r.cause = Broken::unpack(s.broken).why;
+    r.missing = s.broken != 0 ? Broken::unpack(s.broken).missing : -1;
     r.theirs = s.theirs;
     if constexpr (timed) {
       std::uint64_t last = s.entered;
@@ -238,19 +247,21 @@ class Session {
     if (B::load(&block_.shared().failure) != 0) return true;
     const std::uint32_t broken = B::load(at<std::uint32_t>(view_.me, view_.layout.broken()));
     if (view_.abort && B::load(view_.abort) != 0) fail(Failure::aborted, peer);  // which may be why another block broke off
-    else if (broken != 0) fail(Failure::broken, static_cast<std::int32_t>(broken) - 2);
+    else if (broken != 0) give_up(Failure::broken, broken);
     else if (B::now() - block_.shared().entered > view_.timeout) fail(Failure::timed_out, peer);
     else return false;
     return true;
   }
   /// All ranks are to know.
   TALLY_DEVICE void fail(Failure why, std::int32_t missing, std::uint64_t theirs = 0) {
-    if (why != Failure::broken)
-      for (int r = 0; r < view_.n; ++r) B::store(at<std::uint32_t>(r, view_.layout.broken()), static_cast<std::uint32_t>(missing) + 2);
-    BlockShared& s = block_.shared();
-    B::note(s.theirs, theirs);
-    B::store(reinterpret_cast<std::uint32_t*>(&s.missing), static_cast<std::uint32_t>(missing));
-    B::store(&s.failure, static_cast<std::uint32_t>(why));
+    const std::uint32_t broken = Broken{why, missing}.pack();
+    for (int r = 0; r < view_.n; ++r) B::store(at<std::uint32_t>(r, view_.layout.broken()), broken);
+    B::note(block_.shared().theirs, theirs);
+    give_up(why, broken);
+  }
+  TALLY_DEVICE void give_up(Failure why, std::uint32_t broken) {
+    B::store(&block_.shared().broken, broken);
+    B::store(&block_.shared().failure, static_cast<std::uint32_t>(why));
   }
 
   B& block_;
