@@ -107,7 +107,7 @@ class EmulatedDevice {
       windows_.push_back(memory_.back().data()->bytes);
       records_.emplace_back(static_cast<std::size_t>(blocks));
       totals_.emplace_back(static_cast<std::size_t>(blocks));
-      late_.emplace_back(static_cast<std::size_t>(n) * 2);
+      late_.emplace_back(static_cast<std::size_t>(n) * 4);
     }
   }
   int size() const { return n_; }
@@ -115,8 +115,8 @@ class EmulatedDevice {
   const device::WindowLayout& layout() const { return layout_; }
   device::Epochs& epochs(int rank, int block) { return *reinterpret_cast<device::Epochs*>(windows_[at(rank)] + layout_.epochs(block)); }
   const std::vector<device::Record>& records(int rank) const { return records_[at(rank)]; }
-  /// Nanoseconds that each rank was waited for, in all operations.
-  const std::uint64_t* late(int rank) const { return &late_[at(rank)][at(n_)]; }
+  /// Nanoseconds that each rank was waited for, in all operations: until it came, and, n further on, after that.
+  const std::uint64_t* late(int rank) const { return &late_[at(rank)][at(2 * n_)]; }
   /// Returns when the blocks of all these ranks, of one thread each, wait for a rank that has not come, and for no other.
   void until_they_wait(const std::vector<int>& ranks) const {
     const auto until = [&](std::uint32_t more, const std::vector<std::uint32_t>& before) {
@@ -164,7 +164,7 @@ class EmulatedDevice {
   void launch(int rank, int operation, const Kernel& kernel) {
     device::RankView view{rank, n_, windows_.data(), layout_, &abort_[at(rank)], static_cast<std::uint64_t>(timeout.count())};
     view.totals = totals_[at(rank)].data(), view.records = records_[at(rank)].data();
-    view.late = late_[at(rank)].data(), view.told_late = view.late + n_;
+    view.late = late_[at(rank)].data(), view.told_late = view.late + 2 * n_;
     if (fingerprint) view.fingerprint = fingerprint(rank, operation);
     std::vector<std::unique_ptr<EmulatedBlock>> states;
     for (int b = 0; b < blocks_; ++b) states.push_back(std::make_unique<EmulatedBlock>(threads_, falters, pauses_[at(rank * blocks_ + b)]));

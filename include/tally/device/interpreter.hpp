@@ -76,6 +76,7 @@ class Interpreter {
     std::uint64_t step, begin, count;  // elements of the step
   };
 
+  TALLY_DEVICE bool has_heard(int peer) const { return (heard_[peer / 64] >> peer % 64 & 1) != 0; }
   TALLY_DEVICE const PlannedStep& step_of(const Move& m) const { return work_.steps[m.step]; }
   TALLY_DEVICE Pair& pair(int peer) const { return *session_.template at<Pair>(view_.me, view_.layout.pair(block_.index(), peer)); }
   TALLY_DEVICE std::uint64_t frame_elements() const { return view_.layout.frame_bytes / sizeof(T); }
@@ -83,6 +84,7 @@ class Interpreter {
 
   /// The first step that can go on, and how far.
   TALLY_DEVICE void choose(std::uint64_t (&move)[3]) {
+    std::uint64_t since = 0;  // it waits
     for (std::uint32_t polls = 0;; ++polls) {
       while (first_open_ < work_.count && work_.done[first_open_] == work_.steps[first_open_].count()) ++first_open_;
       if (first_open_ == work_.count) return void(move[0] = over);
@@ -111,10 +113,17 @@ class Interpreter {
         }
         const std::uint64_t limit = ready_units(step, work_.dependencies, [&](std::uint32_t other) { return work_.done[other]; }), count = limit <= begin ? 0 : limit - begin < most ? limit - begin : most;
         if (count == 0) continue;
-        if (step.verb == Verb::receive || step.verb == Verb::receive_combine) session_.came(step.peer, polls);
+        if constexpr (timed)
+          if (step.peer >= 0) {
+            const bool first = step.verb != Verb::send && !has_heard(step.peer);
+            if (polls > 0) session_.came(step.peer, since, first, polls);
+            if (first) heard_[step.peer / 64] |= std::uint64_t{1} << step.peer % 64;
+          }
         move[0] = i, move[1] = begin, move[2] = count;
         return;
       }
+      if constexpr (timed)
+        if (polls == 0) since = B::now();
       if (!session_.goes_on(awaited, polls + 1)) return void(move[0] = gave_up);
     }
   }
@@ -168,6 +177,7 @@ class Interpreter {
   const F& folder_;
   Session<B, timed> session_;
   std::uint32_t first_open_ = 0, looks_ = 0;
+  std::uint64_t heard_[most_ranks / 64] = {};  // of whom, in this operation
 };
 
 /// The whole operation of one block. Small floats are rounded at each step, as on the host. An operator that scales its input has no

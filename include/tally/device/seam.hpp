@@ -33,7 +33,10 @@ struct BlockShared {
   std::uint32_t polls;
   std::uint64_t entered;           // when the operation began
   std::uint64_t theirs;            // of a call that is another one: its fingerprint
-  std::uint64_t seen[most_ranks];  // when each rank was found to be here; 0: nobody had to wait for it
+  std::uint64_t seen[most_ranks];     // when each rank was found to be here; 0: nobody had to wait for it
+  std::uint64_t arrival[most_ranks];  // what each rank was waited for, where that is added up: until it had come,
+  std::uint64_t transfer[most_ranks];  // and after that
+  std::int32_t last, last_to_close;
   std::uint64_t move[3];  // what all threads do next, where one decides
 };
 

@@ -31,7 +31,7 @@ struct Totals {
 struct Record {
   std::uint64_t entered = 0, ended = 0;
   std::uint64_t waited = 0;    // until the last of those that it had to wait for was here: had come, and had its input ready
-  std::uint64_t settled = 0;   // at the end, until all were done with each other's memory
+  std::uint64_t settled = 0;   // after that: until data came or could go, and at the end until all were done with each other's memory
   std::int32_t last = -1;      // who that was; -1: all others were here
   std::int32_t missing = -1;   // who had not come when it gave up, if anybody knows
   Failure failure = Failure::none, cause = Failure::none;  // of what another rank gave up for: what that was
@@ -50,7 +50,8 @@ struct RankView {
   std::uint64_t fingerprint = 0;            // of the call: the same on all ranks that make the same one
   const std::uint64_t* segments = nullptr;  // where each rank's part of each segment is, as this device sees it; n of each, from segment 1 on
   std::uint32_t segment_count = 0;
-  // The account, by the device for itself and for the host: of each block, and, by the first one, nanoseconds that each rank was waited for.
+  // The account, by the device for itself and for the host: of each block, and, by the first one, nanoseconds that each rank was waited
+  // for, n of `waited` and n of `settled`.
   Totals* totals = nullptr;
   Record* records = nullptr;
   std::uint64_t* late = nullptr;
@@ -71,9 +72,10 @@ class Session {
       s.broken = broken;
       s.polls = 0;
       s.theirs = 0;
+      s.last = s.last_to_close = -1;
       s.entered = B::now();
     }
-    for (int r = block.thread(); r < view.n; r += block.threads()) s.seen[r] = 0;
+    for (int r = block.thread(); r < view.n; r += block.threads()) s.seen[r] = s.arrival[r] = s.transfer[r] = 0;
     is_over_ = block.any(broken != 0);
   }
   Session(const Session&) = delete;
@@ -162,24 +164,33 @@ class Session {
     B::pause(polls);
     return polls % look_around != 0 || !gives_up(peer);
   }
-  /// It waited, and then something came from there.
-  TALLY_DEVICE void came(int peer, std::uint32_t polls) {
-    if constexpr (timed)
-      if (polls > 0 && block_.shared().seen[peer] == 0) note(peer, polls);
+  /// It has waited since then, and something came from there, for the first time in this operation or not.
+  TALLY_DEVICE void came(int peer, std::uint64_t since, bool first, std::uint32_t polls) {
+    BlockShared& s = block_.shared();
+    const std::uint64_t waited = B::now() - since;
+    (first ? s.arrival : s.transfer)[peer] += waited;
+    s.polls = polls;
+    if (first) s.last = peer;
   }
 
   /// By all threads of the block, when its part is done or it has failed.
   TALLY_DEVICE void end() {
     block_.sync();
     BlockShared& s = block_.shared();
-    if constexpr (timed)
+    if constexpr (timed) {
+      // From when the one before it was here, or the operation began.
+      for (int r = block_.thread(); r < view_.n; r += block_.threads())
+        if (s.seen[r] != 0) s.arrival[r] = s.seen[r] - before(r);
+      if (closing_ != 0 && block_.thread() == 0 && s.last_to_close >= 0) s.transfer[s.last_to_close] = B::now() - closing_;
+      block_.sync();
       if (block_.index() == 0) {
         for (int r = block_.thread(); r < view_.n; r += block_.threads()) {
-          const std::uint64_t sum = view_.late[r] += waited_for(r);
-          view_.told_late[r] = sum;
+          view_.told_late[r] = view_.late[r] += s.arrival[r];
+          view_.told_late[view_.n + r] = view_.late[view_.n + r] += s.transfer[r];
         }
         block_.sync();
       }
+    }
     if (block_.thread() != 0) return;
     *at<Epochs>(view_.me, view_.layout.epochs(block_.index())) = {meets_, packets_};
     Totals totals = view_.totals[block_.index()];
@@ -190,13 +201,14 @@ class Session {
     r.theirs = s.theirs;
     if constexpr (timed) {
       std::uint64_t last = s.entered;
-      for (int peer = 0; peer < view_.n; ++peer)
+      r.last = s.last;
+      for (int peer = 0; peer < view_.n; ++peer) {
         if (s.seen[peer] > last) last = s.seen[peer], r.last = peer;
+        r.waited += s.arrival[peer], r.settled += s.transfer[peer];
+      }
       r.entered = s.entered;
-      r.waited = last - s.entered;
       r.polls = s.polls;
       r.ended = B::now();
-      if (closing_ != 0) r.settled = r.ended - closing_;
       totals.elapsed += r.ended - r.entered;
       totals.waited += r.waited;
       totals.settled += r.settled;
@@ -229,15 +241,16 @@ class Session {
   TALLY_DEVICE void note(int peer, std::uint32_t polls) {
     BlockShared& s = block_.shared();
     if (!is_open_) B::note(s.seen[peer], B::now());
+    else B::note(s.last_to_close, peer);
     B::note(s.polls, polls);
   }
-  /// From when the one before it was here, or the operation began: the sum over all ranks is what was waited.
-  TALLY_DEVICE std::uint64_t waited_for(int r) const {
+  /// When the last one that was here before rank r came, or the operation began.
+  TALLY_DEVICE std::uint64_t before(int r) const {
     const BlockShared& s = block_.shared();
-    std::uint64_t before = s.entered;
+    std::uint64_t latest = s.entered;
     for (int q = 0; q < view_.n; ++q)
-      if (const std::uint64_t other = s.seen[q]; other > before && (other < s.seen[r] || (other == s.seen[r] && q < r))) before = other;
-    return s.seen[r] > before ? s.seen[r] - before : 0;
+      if (const std::uint64_t other = s.seen[q]; other > latest && (other < s.seen[r] || (other == s.seen[r] && q < r))) latest = other;
+    return latest < s.seen[r] ? latest : s.seen[r];
   }
   TALLY_DEVICE bool differs(int r, std::uint64_t theirs) {
     fail(Failure::mismatch, r, theirs);
