@@ -132,7 +132,7 @@ struct Fingerprint {
 };
 
 /// A name's place is its code on the wire: append only, and stay below the 24 where users' algorithms begin.
-inline constexpr std::string_view algorithm_names[] = {"auto", "ring", "tree", "recursive_doubling", "one_shot", "recursive_halving", "two_shot", "chain", "double_tree", "zero_copy", "staged", "single_copy", "hierarchical", "pairwise", "bruck", "hierarchical_halving"};
+inline constexpr std::string_view algorithm_names[] = {"auto", "ring", "tree", "recursive_doubling", "one_shot", "recursive_halving", "two_shot", "chain", "double_tree", "zero_copy", "staged", "single_copy", "hierarchical", "pairwise", "bruck", "hierarchical_halving", "packets"};
 static_assert(std::size(algorithm_names) <= 24);
 
 /// 6 bits that name an algorithm to peers.

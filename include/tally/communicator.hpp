@@ -485,6 +485,8 @@ class Communicator {
     return opened;
   }
   AnyEngine::Settings settings() const { return engine().settings(); }
+  /// For the same collectives on other memory: what checks arguments and makes calls of them, which this communicator does not run.
+  CallMaker& calls() { return make(); }
 
   /// Ends the current and all further operations of this communicator on every rank. From any thread; never waits.
   void abort(const std::string& why = {}) {

@@ -94,6 +94,21 @@ struct PlanKey {
   friend bool operator==(const PlanKey&, const PlanKey&) = default;
 };
 
+struct PlanKeyHash {
+  std::size_t operator()(const PlanKey& key) const {
+    std::uint64_t h = static_cast<std::uint64_t>(key.layout.operation) + 31 * static_cast<std::uint64_t>(key.layout.root) + (key.layout.in_place ? 17 : 0);
+    h = h * 0x9e3779b97f4a7c15u + key.layout.count;
+    h = h * 0x9e3779b97f4a7c15u + key.grain;
+    if (const Extents* e = key.layout.extents) {
+      for (const auto& list : {e->in_counts, e->in_firsts, e->out_counts, e->out_firsts})
+        for (const std::size_t x : list) h = (h ^ x) * 0x9e3779b97f4a7c15u;
+      for (const auto& list : {e->to, e->from})
+        for (const Rank r : list) h = (h ^ static_cast<std::uint64_t>(r)) * 0x9e3779b97f4a7c15u;
+    }
+    return static_cast<std::size_t>(h * 0x9e3779b97f4a7c15u + reinterpret_cast<std::uintptr_t>(key.generate));
+  }
+};
+
 class PlanCache {
  public:
   /// May be in flight; see free(). Never dropped while somebody holds it.
@@ -140,23 +155,9 @@ class PlanCache {
 
  private:
   static constexpr std::size_t limit = std::size_t{16} << 20;  // bytes
-  struct Hash {
-    std::size_t operator()(const PlanKey& key) const {
-      std::uint64_t h = static_cast<std::uint64_t>(key.layout.operation) + 31 * static_cast<std::uint64_t>(key.layout.root) + (key.layout.in_place ? 17 : 0);
-      h = h * 0x9e3779b97f4a7c15u + key.layout.count;
-      h = h * 0x9e3779b97f4a7c15u + key.grain;
-      if (const Extents* e = key.layout.extents) {
-        for (const auto& list : {e->in_counts, e->in_firsts, e->out_counts, e->out_firsts})
-          for (const std::size_t x : list) h = (h ^ x) * 0x9e3779b97f4a7c15u;
-        for (const auto& list : {e->to, e->from})
-          for (const Rank r : list) h = (h ^ static_cast<std::uint64_t>(r)) * 0x9e3779b97f4a7c15u;
-      }
-      return static_cast<std::size_t>(h * 0x9e3779b97f4a7c15u + reinterpret_cast<std::uintptr_t>(key.generate));
-    }
-  };
   static Steps no_steps() { co_return; }
 
-  std::unordered_map<PlanKey, std::shared_ptr<Prepared>, Hash> plans_;
+  std::unordered_map<PlanKey, std::shared_ptr<Prepared>, PlanKeyHash> plans_;
   std::size_t bytes_ = 0;
 };
 

@@ -1,0 +1,316 @@
+// SPDX-License-Identifier: Apache-2.0
+// What became of operations on devices. Kernels write their accounts where the host can see them; whoever asks for a result, or needs the
+// place for another operation, finds it there, and it is booked. No events, no calls of the driver.
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "../account/ledger.hpp"
+#include "../call.hpp"
+#include "../device/driver.hpp"
+#include "../device/session.hpp"
+#include "../error.hpp"
+#include "../wait.hpp"
+
+namespace tally::inline v0 {
+
+namespace detail {
+
+/// Of operations in flight, as those that wait for them see it.
+class AnyDeviceResults {
+ public:
+  virtual ~AnyDeviceResults() = default;
+  /// False if it is not done after so long. Throws what it failed with.
+  virtual bool finish(std::uint64_t sequence, const nanoseconds* at_most) = 0;
+  virtual Report report(std::uint64_t sequence) = 0;
+};
+
+}  // namespace detail
+
+/// Returned by a device communicator's calls. Such an operation is ordered on its stream as a kernel is, and this only tells of it: destroying
+/// it waits for nothing. Reports of the last 256 operations are kept. One that was captured runs whenever its graph does and has none: its
+/// runs are in the communicator's account.
+class [[nodiscard]] DeviceOperation {
+ public:
+  DeviceOperation() = default;
+  DeviceOperation(std::shared_ptr<detail::AnyDeviceResults> results, std::uint64_t sequence) : results_(std::move(results)), sequence_(sequence) {}
+  /// Whether it is done. Throws what it failed with.
+  bool test() { return wait_for(nanoseconds{0}); }
+  bool wait_for(nanoseconds at_most) { return results().finish(sequence_, &at_most); }
+  Report wait() {
+    results().finish(sequence_, nullptr);
+    return results_->report(sequence_);
+  }
+
+ private:
+  detail::AnyDeviceResults& results() const {
+    if (!results_) throw Error(Errc::invalid_argument, "this operation was never started");
+    return *results_;
+  }
+  std::shared_ptr<detail::AnyDeviceResults> results_;
+  std::uint64_t sequence_ = 0;
+};
+
+namespace detail {
+
+/// An operation as far as its account needs it.
+struct DeviceCall {
+  Collective operation{};
+  std::string_view algorithm;
+  std::uint64_t fingerprint = 0, count = 0, bytes = 0;
+  std::uint64_t sent = 0, received = 0;  // bytes
+  int blocks = 0;
+  State work{};  // what its time is, but for waiting
+  bool captured = false;
+};
+
+template <device::Driver D>
+class DeviceResults final : public AnyDeviceResults {
+ public:
+  /// `driver` is outlived by close().
+  DeviceResults(D& driver, int n, Rank me, int blocks, const AccountSettings& settings) : driver_(&driver), n_(n), me_(me), blocks_(blocks), ledger_(n, me, D::name, Clock::host(), settings), watch_(n) {
+    abort_memory_ = require(driver.allocate_host(64), 64);
+    add_slots();
+  }
+  ~DeviceResults() override { close(); }
+
+  const Ledger& ledger() {
+    harvest();
+    return ledger_;
+  }
+  /// What a kernel is told of where its account goes. Waits where as many operations are in flight as there are places.
+  void begin(const DeviceCall& call, typename D::Stream stream, device::RankView& view) {
+    refuse_if_over();
+    Slot& slot = free_slot(call.captured);
+    slot.call = call;
+    slot.sequence = ++sequence_;
+    slot.stream = stream;
+    slot.posted = Clock::host().now();
+    slot.exposed = {};
+    view.abort = reinterpret_cast<const std::uint32_t*>(abort_memory_);
+    view.fingerprint = call.fingerprint;
+    view.records = slot.records, view.told_late = slot.told_late, view.totals = slot.totals, view.late = slot.late;
+  }
+  std::uint64_t last() const { return sequence_; }
+  /// It was not launched after all.
+  void withdraw() {
+    if (Slot* const slot = find(sequence_)) slot->sequence = 0;
+  }
+  void abort() {
+    if (abort_memory_) std::atomic_ref(*reinterpret_cast<std::uint32_t*>(abort_memory_)).store(1, std::memory_order_release);
+  }
+  /// Nothing of this rank's runs any more; what failed has ended, too.
+  void finish_all() {
+    for (Slot& each : slots_)
+      if (each.sequence != 0 && !each.call.captured) wait(each, nullptr);
+  }
+  /// All that is done is booked.
+  void harvest() {
+    for (Slot& each : slots_)
+      if (each.sequence != 0 && (each.call.captured || is_done(each))) book(each);
+  }
+  void refuse_if_over() const {
+    if (error_) throw *error_;
+    if (!driver_) throw Error(Errc::invalid_argument, "this device communicator is gone");
+  }
+  void close() {
+    if (!driver_) return;
+    try {
+      finish_all();
+    } catch (...) {
+    }
+    harvest();
+    for (const auto& [host, device] : memory_) driver_->release_host(host), driver_->release(device);
+    driver_->release_host(abort_memory_);
+    slots_.clear();
+    driver_ = nullptr, abort_memory_ = nullptr;
+  }
+
+  bool finish(std::uint64_t sequence, const nanoseconds* at_most) override {
+    if (Slot* const slot = find(sequence)) {
+      if (slot->call.captured) throw Error(Errc::invalid_argument, {name_of(slot->call.operation), " was captured: it runs whenever its graph does. Wait for the stream that the graph was launched on"});
+      return wait(*slot, at_most);
+    }
+    if (error_ && failed_ <= sequence) throw *error_;
+    return true;
+  }
+  Report report(std::uint64_t sequence) override {
+    const Report& kept = reports_[sequence % reports_.size()];
+    if (kept.sequence != static_cast<std::uint32_t>(sequence)) throw Error(Errc::invalid_argument, {"the report of operation #", sequence, " is not kept any more: ", reports_.size(), " others were started after it"});
+    return kept;
+  }
+
+ private:
+  static constexpr std::size_t slots_at_once = 64;
+  struct Slot {
+    device::Record* records = nullptr;  // the host's and the device's
+    std::uint64_t* told_late = nullptr;
+    device::Totals* totals = nullptr;  // the device's
+    std::uint64_t* late = nullptr;
+    std::vector<device::Totals> known;  // of each block: what was booked
+    std::vector<std::uint64_t> known_late;
+    std::uint64_t sequence = 0;  // 0: not in use
+    DeviceCall call;
+    typename D::Stream stream{};
+    Ticks posted = 0;
+    nanoseconds exposed{};
+  };
+
+  std::byte* require(std::byte* memory, std::size_t bytes) const {
+    if (!memory) throw Error(Errc::no_resources, {"device communicator: rank ", me_, " cannot have ", bytes, " bytes more for accounts"});
+    return memory;
+  }
+  void add_slots() {
+    const auto blocks = static_cast<std::size_t>(blocks_), lates = 2 * static_cast<std::size_t>(n_);
+    const std::size_t host_bytes = blocks * sizeof(device::Record) + lates * 8, device_bytes = blocks * sizeof(device::Totals) + lates * 8;
+    std::byte* host = require(driver_->allocate_host(slots_at_once * host_bytes), slots_at_once * host_bytes);
+    std::byte* device = driver_->allocate(slots_at_once * device_bytes);
+    if (!device) driver_->release_host(host);
+    memory_.emplace_back(host, require(device, slots_at_once * device_bytes));
+    for (std::size_t i = 0; i < slots_at_once; ++i, host += host_bytes, device += device_bytes) {
+      Slot& slot = slots_.emplace_back();
+      slot.records = reinterpret_cast<device::Record*>(host);
+      slot.told_late = reinterpret_cast<std::uint64_t*>(host + blocks * sizeof(device::Record));
+      slot.totals = reinterpret_cast<device::Totals*>(device);
+      slot.late = reinterpret_cast<std::uint64_t*>(device + blocks * sizeof(device::Totals));
+      slot.known.resize(blocks);
+      slot.known_late.resize(lates);
+    }
+  }
+  /// In turns, so that the last ones can be told of for long. Those that were captured are for their graphs alone.
+  Slot& free_slot(bool captured) {
+    for (std::size_t looked = 0;; ++looked) {
+      if (looked == slots_.size()) add_slots(), next_ = slots_.size() - slots_at_once;
+      Slot& slot = slots_[next_++ % slots_.size()];
+      if (slot.sequence != 0 && slot.call.captured) continue;
+      if (slot.sequence != 0 && captured && !is_done(slot)) continue;  // who captures must not wait: what it waits for may be captured, too
+      if (slot.sequence != 0) wait(slot, nullptr);
+      return slot;
+    }
+  }
+  Slot* find(std::uint64_t sequence) {
+    for (Slot& each : slots_)
+      if (each.sequence == sequence) return &each;
+    return nullptr;
+  }
+  static std::uint32_t runs(const Slot& slot, int block) { return std::atomic_ref(slot.records[block].totals.runs).load(std::memory_order_acquire); }
+  static bool is_done(const Slot& slot) {
+    for (int b = 0; b < slot.call.blocks; ++b)
+      if (runs(slot, b) == slot.known[static_cast<std::size_t>(b)].runs) return false;
+    return true;
+  }
+  bool wait(Slot& slot, const nanoseconds* at_most) {
+    using Now = std::chrono::steady_clock;
+    const auto begin = Now::now();
+    for (std::uint64_t looks = 1; !is_done(slot); ++looks) {
+      if (at_most && Now::now() - begin >= *at_most) return false;
+      if (looks < 4096) {
+        cpu_pause();
+        continue;
+      }
+      std::this_thread::sleep_for(std::chrono::microseconds(20));
+      if (looks % 512 != 0) continue;
+      if (const std::string problem = driver_->problem(slot.stream); !problem.empty() && !is_done(slot)) {
+        const std::uint64_t sequence = std::exchange(slot.sequence, 0);
+        remember({Errc::aborted, {"rank ", me_, " in ", describe(slot.call.fingerprint, slot.call.count), ": ", problem}, {me_, me_, sequence, {}}}, sequence);
+        throw *error_;
+      }
+    }
+    slot.exposed += Now::now() - begin;
+    const std::uint64_t sequence = slot.sequence;
+    book(slot);
+    if (error_ && failed_ <= sequence) throw *error_;
+    return true;
+  }
+  /// The first failure ends all: no operation after it has a result.
+  void remember(const Error& error, std::uint64_t sequence) {
+    if (!error_ || sequence < failed_) error_.emplace(error), failed_ = sequence;
+  }
+
+  /// Since it was booked last.
+  void book(Slot& slot) {
+    device::Totals longest;
+    for (int b = 0; b < slot.call.blocks; ++b) {
+      device::Totals& known = slot.known[static_cast<std::size_t>(b)];
+      const std::uint32_t now_runs = runs(slot, b);
+      const device::Record record = slot.records[b];
+      if (record.failure != device::Failure::none) judge(slot, record);
+      if (now_runs == known.runs) continue;
+      const device::Totals since{record.totals.elapsed - known.elapsed, record.totals.waited - known.waited, record.totals.settled - known.settled, now_runs - known.runs};
+      if (since.elapsed >= longest.elapsed) longest.elapsed = since.elapsed, longest.runs = since.runs;
+      known = record.totals;
+      known.runs = now_runs;
+    }
+    if (longest.runs > 0) account(slot, longest);
+    if (!slot.call.captured) slot.sequence = 0;
+  }
+  void account(Slot& slot, const device::Totals& since) {
+    const Clock& clock = Clock::host();
+    watch_.start(0);
+    std::uint64_t idle = 0;
+    Rank last = -1;
+    for (Rank r = 0; r < n_; ++r)
+      for (const State cause : {State::wait_arrival, State::wait_transfer}) {
+        const auto i = static_cast<std::size_t>(cause == State::wait_arrival ? r : n_ + r);
+        const std::uint64_t total = std::atomic_ref(slot.told_late[i]).load(std::memory_order_relaxed), part = std::min(total - slot.known_late[i], since.elapsed - idle);
+        slot.known_late[i] = total;
+        idle += part;
+        watch_.blame(r, cause, clock.to_ticks(nanoseconds(static_cast<std::int64_t>(part))));
+      }
+    last = slot.records[0].last;
+    watch_.book(slot.call.work, clock.to_ticks(nanoseconds(static_cast<std::int64_t>(since.elapsed - idle))));
+    Report report = report_of(watch_, clock, last);
+    report.exposed = std::min(slot.exposed, report.elapsed);
+    report.bytes_sent = slot.call.sent * since.runs, report.bytes_received = slot.call.received * since.runs, report.bytes_wire = report.bytes_sent;
+    report.ledger = ledger_.handle();
+    report.sequence = static_cast<std::uint32_t>(slot.sequence);
+    LedgerRow& row = ledger_.row(slot.call.operation, slot.call.bytes, slot.call.algorithm);
+    ledger_.book({&row, slot.call.bytes * since.runs, slot.sequence, slot.posted, &watch_}, report, clock);
+    ledger_.settle();  // the stopwatch is used again
+    row.calls += since.runs - 1;
+    report.algorithm = row.algorithm;
+    if (!slot.call.captured) reports_[slot.sequence % reports_.size()] = report;
+  }
+  /// A kernel says that its operation failed, and why.
+  void judge(const Slot& slot, const device::Record& record) {
+    const device::Failure why = record.failure == device::Failure::broken ? record.cause : record.failure;
+    const bool own = record.failure != device::Failure::broken;
+    const std::string call = concat({"rank ", me_, " in ", describe(slot.call.fingerprint, slot.call.count), " #", slot.sequence});
+    const std::string who = record.missing >= 0 ? concat({"rank ", record.missing}) : std::string("another rank");
+    const ErrorContext context{me_, record.missing, slot.sequence, nanoseconds(static_cast<std::int64_t>(record.ended - record.entered))};
+    if (why == device::Failure::mismatch && own) return remember({Errc::mismatch, {"operation #", slot.sequence, ": rank ", me_, " called ", describe(slot.call.fingerprint, slot.call.count), ", ", who, " called ", describe(record.theirs, slot.call.count)}, context}, slot.sequence);
+    if (why == device::Failure::mismatch) return remember({Errc::mismatch, {call, ": ", who, " called something else, another rank says"}, context}, slot.sequence);
+    if (why == device::Failure::aborted) return remember({Errc::aborted, {call, own ? " was aborted while it waited for " : " was aborted by a rank that waited for ", who}, context}, slot.sequence);
+    remember({Errc::timeout, {call, own ? " waits for " : " ended: another rank waited in vain for ", who, own ? concat({" after ", time_text(context.elapsed)}) : std::string()}, context}, slot.sequence);
+  }
+
+  D* driver_;
+  int n_;
+  Rank me_;
+  int blocks_;
+  Ledger ledger_;
+  Stopwatch watch_;
+  std::byte* abort_memory_ = nullptr;
+  std::vector<std::pair<std::byte*, std::byte*>> memory_;  // the host's and the device's
+  std::deque<Slot> slots_;
+  std::size_t next_ = 0;
+  std::uint64_t sequence_ = 0, failed_ = 0;
+  std::optional<Error> error_;
+  std::array<Report, 256> reports_{};
+};
+
+}  // namespace detail
+
+}  // namespace tally::inline v0

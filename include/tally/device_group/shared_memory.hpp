@@ -1,0 +1,192 @@
+// SPDX-License-Identifier: Apache-2.0
+// Memory on the ranks' devices that all of them can get at: how each rank learns where the others' is, whether they live in its process or
+// not, and when it may go. What goes wrong on one rank goes wrong on all.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "../communicator.hpp"
+#include "../device/driver.hpp"
+#include "../device/window.hpp"
+
+namespace tally::inline v0::detail {
+
+/// As much on each rank's device; where each rank's is, as this one sees it.
+struct SharedBlock {
+  std::vector<std::byte*> memory;
+  std::vector<device::Handle> handles;
+  std::size_t bytes = 0;
+  bool released = false;  // by this rank
+};
+
+template <device::Driver D>
+class SharedMemory {
+ public:
+  static constexpr std::size_t most_segments = 64;
+
+  /// `link`: between the hosts of these ranks, and nobody else's.
+  SharedMemory(Communicator& link, D& driver) : link_(link), driver_(driver) {}
+  SharedMemory(const SharedMemory&) = delete;
+
+  /// All ranks live in one process, so any memory of theirs is known by its address.
+  bool one_address_space() const { return one_address_space_; }
+  const SharedBlock& window() const { return window_; }
+  /// For kernels.
+  std::byte* const* windows() const { return reinterpret_cast<std::byte* const*>(tables_); }
+  const std::uint64_t* segments() const { return reinterpret_cast<const std::uint64_t*>(tables_ + ranks() * sizeof(std::byte*)); }
+  std::uint32_t segment_count() const { return static_cast<std::uint32_t>(segments_.size()); }
+
+  /// Collective, first of all.
+  void open_window(std::size_t bytes) {
+    window_ = exchange(bytes, "its window");
+    const std::size_t table = ranks() * sizeof(std::byte*) + most_segments * ranks() * sizeof(std::uint64_t);
+    tables_ = driver_.allocate(table);
+    agree(tables_ ? std::string() : concat({"the device has no ", table, " bytes left"}), "its tables");
+    driver_.upload(tables_, window_.memory.data(), window_.memory.size() * sizeof(std::byte*));
+    link_.barrier();
+  }
+  /// Collective. `idle()` returns when nothing of this rank's runs.
+  template <class Idle>
+  std::byte* allocate(std::size_t bytes, Idle&& idle) {
+    reclaim(idle);
+    auto free = std::ranges::find_if(segments_, [](const SharedBlock& each) { return each.memory.empty(); });
+    if (free == segments_.end() && segments_.size() == most_segments) throw Error(Errc::no_resources, {"allocate: a device communicator has at most ", most_segments, " allocations at a time"});
+    SharedBlock made = exchange(std::max<std::size_t>((bytes + 255) / 256 * 256, 256), "allocate");
+    if (free == segments_.end()) free = segments_.emplace(free);
+    *free = std::move(made);
+    std::vector<std::uint64_t> addresses;
+    for (const std::byte* each : free->memory) addresses.push_back(reinterpret_cast<std::uintptr_t>(each));
+    const auto index = static_cast<std::size_t>(free - segments_.begin());
+    driver_.upload(tables_ + ranks() * sizeof(std::byte*) + index * ranks() * sizeof(std::uint64_t), addresses.data(), addresses.size() * sizeof(std::uint64_t));
+    link_.barrier();
+    return free->memory[mine()];
+  }
+  /// It goes when all ranks have released theirs: with the next allocation, or with the communicator.
+  void release(const std::byte* memory) {
+    for (SharedBlock& each : segments_)
+      if (!each.memory.empty() && each.memory[mine()] == memory) each.released = true;
+  }
+  /// How a place of this rank's is named to the others; false if they cannot get at it.
+  bool name(const void* data, std::size_t bytes, device::Place& place) const {
+    const auto address = reinterpret_cast<std::uintptr_t>(data);
+    place = {};
+    if (bytes == 0) return true;
+    if (one_address_space_) return place.offset = address, true;
+    for (std::size_t i = 0; i < segments_.size(); ++i) {
+      if (segments_[i].memory.empty()) continue;
+      const auto begin = reinterpret_cast<std::uintptr_t>(segments_[i].memory[mine()]);
+      if (address < begin || address - begin > segments_[i].bytes || bytes > segments_[i].bytes - (address - begin)) continue;
+      place = {address - begin, static_cast<std::uint32_t>(i + 1)};
+      return true;
+    }
+    return false;
+  }
+  /// When nothing of this rank's runs. Waits for the others, for ten seconds at most: their kernels may be at work in this rank's memory. If
+  /// they do not come it stays until the process ends.
+  void close() noexcept {
+    try {
+      if (tables_) driver_.release(tables_);
+      link_.set_timeout(std::chrono::seconds(10));
+      link_.barrier();
+      for (const SharedBlock& each : segments_) close(each);
+      close(window_);
+      link_.barrier();
+      for (const SharedBlock& each : segments_)
+        if (!each.memory.empty()) driver_.release(each.memory[mine()]);
+      if (!window_.memory.empty()) driver_.release(window_.memory[mine()]);
+    } catch (...) {
+    }
+  }
+
+ private:
+  std::size_t ranks() const { return static_cast<std::size_t>(link_.size()); }
+  std::size_t mine() const { return static_cast<std::size_t>(link_.rank()); }
+  bool is_near(const device::Handle& handle) const { return handle.process == driver_.process(); }
+  void close(const SharedBlock& block) {
+    for (std::size_t r = 0; r < block.memory.size(); ++r)
+      if (r != mine() && block.memory[r] && !is_near(block.handles[r])) driver_.close(block.handles[r], block.memory[r]);
+  }
+  /// An error on all ranks if one of them has a problem.
+  void agree(std::string problem, const char* what) {
+    std::vector<char> fine(ranks());
+    const char mine = problem.empty() ? 1 : 0;
+    link_.all_gather(std::span(&mine, 1), fine);
+    const auto first = std::ranges::find(fine, 0);
+    if (first == fine.end()) return;
+    const auto rank = static_cast<Rank>(first - fine.begin());
+    if (problem.empty()) problem = concat({"rank ", rank, " could not"});
+    throw Error(Errc::no_resources, {"device communicator, ", what, ": ", problem}, {link_.rank(), rank, 0, {}});
+  }
+  SharedBlock exchange(std::size_t bytes, const char* what) {
+    SharedBlock block;
+    block.bytes = bytes;
+    block.memory.resize(ranks());
+    block.handles.resize(ranks());
+    std::vector<std::size_t> sizes(ranks());
+    link_.all_gather(std::span(&bytes, 1), sizes);
+    for (std::size_t r = 0; r < ranks(); ++r)
+      if (sizes[r] != sizes[0]) throw Error(Errc::mismatch, {"device communicator, ", what, ": rank 0 asks for ", sizes[0], " bytes, rank ", r, " for ", sizes[r]}, {link_.rank(), static_cast<Rank>(r), 0, {}});
+    std::byte* const own = driver_.allocate(bytes);
+    const auto attempt = [&](auto&& f) -> std::string {
+      try {
+        f();
+        return {};
+      } catch (const Error& error) {
+        return std::string(error.text());
+      }
+    };
+    try {
+      agree(own ? std::string() : concat({"rank ", link_.rank(), "'s device has no ", bytes, " bytes left"}), what);
+      device::Handle handle;
+      agree(attempt([&] { handle = driver_.handle_of(own, bytes); }), what);
+      link_.all_gather(std::as_bytes(std::span(&handle, 1)), std::as_writable_bytes(std::span(block.handles)));
+      agree(attempt([&] {
+              for (std::size_t r = 0; r < ranks(); ++r) block.memory[r] = r == mine() ? own : is_near(block.handles[r]) ? reinterpret_cast<std::byte*>(block.handles[r].address) : driver_.open(block.handles[r]);
+            }),
+            what);
+    } catch (...) {
+      close(block);
+      link_.barrier();
+      if (own) driver_.release(own);
+      throw;
+    }
+    one_address_space_ = std::ranges::all_of(block.handles, [&](const device::Handle& each) { return each.process == block.handles[0].process; });
+    return block;
+  }
+  /// Collective: what all ranks have let go of.
+  template <class Idle>
+  void reclaim(Idle&& idle) {
+    std::uint64_t released = 0;
+    for (std::size_t i = 0; i < segments_.size(); ++i)
+      if (segments_[i].released) released |= std::uint64_t{1} << i;
+    link_.all_reduce(std::span(&released, 1), band);
+    if (released == 0) return;
+    idle();
+    link_.barrier();
+    const auto each_released = [&](auto&& f) {
+      for (std::size_t i = 0; i < segments_.size(); ++i)
+        if (released >> i & 1) f(segments_[i]);
+    };
+    each_released([&](SharedBlock& block) { close(block); });
+    link_.barrier();
+    each_released([&](SharedBlock& block) {
+      driver_.release(block.memory[mine()]);
+      block = {};
+    });
+  }
+
+  Communicator& link_;
+  D& driver_;
+  SharedBlock window_;
+  std::byte* tables_ = nullptr;  // on the device: all windows, then all segments
+  std::vector<SharedBlock> segments_;
+  bool one_address_space_ = false;
+};
+
+}  // namespace tally::inline v0::detail
