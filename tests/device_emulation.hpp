@@ -105,8 +105,8 @@ class EmulatedDevice {
     for (int r = 0; r < n; ++r) {
       memory_.emplace_back(layout_.bytes() / 128 + 1);
       windows_.push_back(memory_.back().data()->bytes);
-      records_.emplace_back(static_cast<std::size_t>(blocks));
-      totals_.emplace_back(static_cast<std::size_t>(blocks));
+      told_.emplace_back(static_cast<std::size_t>(blocks));
+      kept_.emplace_back(static_cast<std::size_t>(blocks));
       late_.emplace_back(static_cast<std::size_t>(n) * 4);
     }
   }
@@ -114,7 +114,13 @@ class EmulatedDevice {
   int blocks() const { return blocks_; }
   const device::WindowLayout& layout() const { return layout_; }
   device::Epochs& epochs(int rank, int block) { return *reinterpret_cast<device::Epochs*>(windows_[at(rank)] + layout_.epochs(block)); }
-  const std::vector<device::Record>& records(int rank) const { return records_[at(rank)]; }
+  /// Of each block.
+  std::vector<device::Record> records(int rank) const {
+    std::vector<device::Record> all;
+    for (const device::Told& each : told_[at(rank)]) all.push_back(each.record);
+    return all;
+  }
+  std::uint32_t runs(int rank) const { return told_[at(rank)][0].runs; }
   /// Nanoseconds that each rank was waited for, in all operations: until it came, and, n further on, after that.
   const std::uint64_t* late(int rank) const { return &late_[at(rank)][at(2 * n_)]; }
   /// Returns when the blocks of all these ranks, of one thread each, wait for a rank that has not come, and for no other.
@@ -163,7 +169,7 @@ class EmulatedDevice {
   template <class Kernel>
   void launch(int rank, int operation, const Kernel& kernel) {
     device::RankView view{rank, n_, windows_.data(), layout_, &abort_[at(rank)], static_cast<std::uint64_t>(timeout.count())};
-    view.totals = totals_[at(rank)].data(), view.records = records_[at(rank)].data();
+    view.kept = kept_[at(rank)].data(), view.told = told_[at(rank)].data();
     view.late = late_[at(rank)].data(), view.told_late = view.late + 2 * n_;
     if (fingerprint) view.fingerprint = fingerprint(rank, operation);
     std::vector<std::unique_ptr<EmulatedBlock>> states;
@@ -182,8 +188,8 @@ class EmulatedDevice {
   device::WindowLayout layout_;
   std::vector<std::vector<Line>> memory_;
   std::vector<std::byte*> windows_;
-  std::vector<std::vector<device::Record>> records_;
-  std::vector<std::vector<device::Totals>> totals_;
+  std::vector<std::vector<device::Told>> told_;
+  std::vector<std::vector<device::Kept>> kept_;
   std::vector<std::vector<std::uint64_t>> late_;
   std::vector<std::uint32_t> abort_;
   std::vector<std::atomic<std::uint32_t>> pauses_;

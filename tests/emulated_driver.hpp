@@ -111,7 +111,7 @@ class EmulatedStream {
       queue_.pop_front();
       busy_ = true;
       lock.unlock();
-      work();
+      if (problem.empty()) work();
       lock.lock();
       busy_ = false;
       ++ended_count_;

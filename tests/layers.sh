@@ -11,7 +11,7 @@ layers=(
   "text error environment floats grouping types steps plan check algorithms/*"
   "clock wait thread_rule file quiet_thread local_socket figures host memory topology copy operators reduce share kernel_copy objective network/* transport/* energy/* account/* device/*"
   "call staging gate prepared progress run neighbours diagnosis local_steps mailbox share_work engine choose cost group options"
-  "calls operation progress_thread fusion communicator mesh bootstrap launch parameter_server parameter_server/*"
+  "calls operation progress_thread fusion communicator mesh bootstrap launch parameter_server parameter_server/* device_communicator device_group/*"
   "tally carbon_files energy job_account nvtx table_guest tcp ucx mpi verbs pmix tls"
 )
 # Header: what it may include of its own layer. Siblings in algorithms/, transport/ and energy/ stay apart.
@@ -111,6 +111,8 @@ exceptions=(
   "device/packets: device/fold device/session"
   "device/share: device/fold device/session"
   "device/interpreter: device/fold device/session"
+  "device/driver: device/seam"
+  "device/kernels: device/interpreter device/packets device/share"
   "device/cuda_block: device/seam"
   "run: call prepared progress"
   "share_work: call prepared run staging"
@@ -128,6 +130,9 @@ exceptions=(
   "operation: progress_thread"
   "fusion: calls operation"
   "communicator: calls fusion operation"
+  "device_communicator: communicator device_group/engine"
+  "device_group/engine: communicator device_group/plans device_group/results device_group/shared_memory"
+  "device_group/shared_memory: communicator"
   "bootstrap: communicator"
   "mesh: communicator"
   "parameter_server: communicator parameter_server/node parameter_server/snapshot"

@@ -239,7 +239,10 @@ class DeviceCommunicator {
     if (engine_) engine_->results().abort();
   }
   /// Waits for all operations that were launched, but for captured ones. Throws what the first that failed failed with.
-  void wait() { engine().results().finish_all(); }
+  void wait() {
+    engine().results().finish_all();
+    engine().results().refuse_if_over();
+  }
   nanoseconds timeout() const { return engine().link().timeout(); }
   void set_timeout(nanoseconds timeout) { engine().link().set_timeout(timeout); }
 

@@ -14,17 +14,38 @@
 
 namespace tally::inline v0::device {
 
+/// What elements are multiplied by first; of operators that do not, nothing.
+template <class Op>
+struct FactorType {
+  struct None {};
+  using Type = None;
+};
+template <class F>
+struct FactorType<PremultipliedSum<F>> {
+  using Type = F;
+};
+template <class Op>
+using FactorOf = typename FactorType<Op>::Type;
+
 template <class T, class Op>
 struct Folder {
   using Wide = std::conditional_t<Small<T> && is_builtin<Op>, float, T>;
+  static constexpr bool finishes = std::same_as<Op, Mean>, scales = detail::is_premultiplied<Op>;
   Op op;
   int ranks;  // whose mean it is
 
-  TALLY_DEVICE Wide take(const T& x) const {
+  TALLY_DEVICE Wide take(const T& x) const { return static_cast<Wide>(x); }
+  /// Where each rank's elements are multiplied by a factor of its own, before they are folded.
+  using Factor = FactorOf<Op>;
+  TALLY_DEVICE Factor factor() const {
+    if constexpr (scales) return op.factor;
+    else return {};
+  }
+  TALLY_DEVICE T scale(const T& x, const Factor& by) const {
     const Wide wide = static_cast<Wide>(x);
-    if constexpr (!detail::is_premultiplied<Op>) return wide;
-    else if constexpr (Complex<Wide> && !Complex<std::remove_cvref_t<decltype(op.factor)>>) return wide * static_cast<typename Wide::value_type>(op.factor);
-    else return wide * static_cast<Wide>(op.factor);
+    if constexpr (!scales) return x;
+    else if constexpr (Complex<Wide> && !Complex<Factor>) return static_cast<T>(wide * static_cast<typename Wide::value_type>(by));
+    else return static_cast<T>(wide * static_cast<Wide>(by));
   }
   TALLY_DEVICE Wide fold(const Wide& a, const Wide& b) const { return op(a, b); }
   TALLY_DEVICE T give(const Wide& x) const {
@@ -35,13 +56,15 @@ struct Folder {
   /// Two elements, rounded: for algorithms that fold step by step, and finish() at the end.
   TALLY_DEVICE T combine(const T& a, const T& b) const { return static_cast<T>(op(static_cast<Wide>(a), static_cast<Wide>(b))); }
   TALLY_DEVICE T finish(const T& x) const { return give(static_cast<Wide>(x)); }
-  static constexpr bool finishes = std::same_as<Op, Mean>, scales = detail::is_premultiplied<Op>;
 };
 
 /// Of operations that move and fold nothing.
 template <class T>
 struct Mover {
   using Wide = T;
+  struct Factor {};
+  TALLY_DEVICE Factor factor() const { return {}; }
+  TALLY_DEVICE T scale(const T& x, const Factor&) const { return x; }
   TALLY_DEVICE T take(const T& x) const { return x; }
   TALLY_DEVICE T fold(const T& a, const T&) const { return a; }
   TALLY_DEVICE T give(const T& x) const { return x; }

@@ -78,7 +78,7 @@ struct ScaleKernel {
   template <Block B>
   TALLY_DEVICE void operator()(B& block) const {
     const auto threads = static_cast<std::uint64_t>(block.threads()), all = threads * static_cast<std::uint64_t>(block.blocks());
-    for (std::uint64_t i = static_cast<std::uint64_t>(block.index()) * threads + static_cast<std::uint64_t>(block.thread()); i < count; i += all) to[i] = static_cast<T>(folder.take(from[i]));
+    for (std::uint64_t i = static_cast<std::uint64_t>(block.index()) * threads + static_cast<std::uint64_t>(block.thread()); i < count; i += all) to[i] = folder.scale(from[i], folder.factor());
   }
 };
 

@@ -129,7 +129,7 @@ TALLY_DEVICE void run_packets(B& block, const RankView& view, const PacketWork& 
     const int lo = s.to < 0 ? 0 : s.to, hi = s.to < 0 ? view.n : s.to + 1;
     each_unit(s.count, s.first, [&](std::uint64_t at, int valid, std::uint64_t packet) {
       Words<T> unit;
-      for (int k = 0; k < valid; ++k) unit.set(k, from[at + static_cast<std::uint64_t>(k)]);
+      for (int k = 0; k < valid; ++k) unit.set(k, folder.scale(from[at + static_cast<std::uint64_t>(k)], folder.factor()));
       for (int p = 0; p < Unit<T>::packets; ++p)
         for (int t = lo; t < hi; ++t)
           if (t != view.me) session.put(t, packet + static_cast<std::uint64_t>(p), unit.words[p]);
@@ -146,7 +146,7 @@ TALLY_DEVICE void run_packets(B& block, const RankView& view, const PacketWork& 
       for (int q = f.lo; q < f.hi; ++q) {
         T values[width] = {};
         if (q == view.me) {
-          for (int k = 0; k < valid; ++k) values[k] = own[at + static_cast<std::uint64_t>(k)];
+          for (int k = 0; k < valid; ++k) values[k] = folder.scale(own[at + static_cast<std::uint64_t>(k)], folder.factor());
         } else {
           Words<T> unit;
           for (int p = 0; p < Unit<T>::packets; ++p) came = session.get(q, packet + static_cast<std::uint64_t>(p), unit.words[p]) && came;

@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 #include "seam.hpp"
 #include "window.hpp"
@@ -24,7 +25,6 @@ struct Broken {
 /// Sums over all operations that one block has told of in the same place: a graph may be replayed many times before anybody looks.
 struct Totals {
   std::uint64_t elapsed = 0, waited = 0, settled = 0;
-  std::uint32_t runs = 0;  // wraps
 };
 
 /// One block's account of its latest operation; times by the device's clock, in nanoseconds.
@@ -37,7 +37,16 @@ struct Record {
   Failure failure = Failure::none, cause = Failure::none;  // of what another rank gave up for: what that was
   std::uint32_t polls = 0;     // looks in vain, of the wait that was told of last
   std::uint64_t theirs = 0;    // of a mismatch: what the other rank called
-  Totals totals;               // `runs` is written last, after everything else of the operation
+  Totals totals;               // with those before it
+};
+/// What a device keeps of that, and what it tells the host. `runs` wrap, and are told last, after everything else of an operation.
+struct Kept {
+  Totals totals;
+  std::uint32_t runs = 0;
+};
+struct Told {
+  Record record;
+  std::uint32_t runs = 0;
 };
 
 /// What a rank's kernels are told.
@@ -52,8 +61,8 @@ struct RankView {
   std::uint32_t segment_count = 0;
   // The account, by the device for itself and for the host: of each block, and, by the first one, nanoseconds that each rank was waited
   // for, n of `waited` and n of `settled`.
-  Totals* totals = nullptr;
-  Record* records = nullptr;
+  Kept* kept = nullptr;
+  Told* told = nullptr;
   std::uint64_t* late = nullptr;
   std::uint64_t* told_late = nullptr;
 };
@@ -103,9 +112,14 @@ class Session {
     return !block_.any(!came);
   }
   /// The first meeting: all make the same call, and know where the others' buffers are.
-  TALLY_DEVICE bool meet(const Place& input, const Place& output) {
-    for (int r = block_.thread(); r < view_.n; r += block_.threads()) *at<Pad>(r, view_.layout.pad(block_.index(), view_.me)) = {input, output, view_.fingerprint};
+  template <class Factor>
+  TALLY_DEVICE bool meet(const Place& input, const Place& output, const Factor& factor) {
+    static_assert(sizeof factor <= sizeof Pad::factor);
+    Pad mine{input, output, view_.fingerprint, {}};
+    memcpy(mine.factor, &factor, sizeof factor);
+    for (int r = block_.thread(); r < view_.n; r += block_.threads()) *at<Pad>(r, view_.layout.pad(block_.index(), meets_ + 1, view_.me)) = mine;
     if (!meet()) return false;
+    published_ = meets_;
     bool fits = true;
     for (int r = block_.thread(); r < view_.n; r += block_.threads()) {
       const Pad& pad = pad_of(r);
@@ -114,7 +128,7 @@ class Session {
     }
     return !block_.any(!fits);
   }
-  TALLY_DEVICE const Pad& pad_of(int r) const { return *at<Pad>(view_.me, view_.layout.pad(block_.index(), r)); }
+  TALLY_DEVICE const Pad& pad_of(int r) const { return *at<Pad>(view_.me, view_.layout.pad(block_.index(), published_, r)); }
 
   /// A place that rank r told of.
   TALLY_DEVICE std::uint64_t address(int r, const Place& place) const { return place.segment == 0 ? place.offset : view_.segments[(place.segment - 1) * static_cast<std::uint32_t>(view_.n) + static_cast<std::uint32_t>(r)] + place.offset; }
@@ -193,7 +207,8 @@ class Session {
     }
     if (block_.thread() != 0) return;
     *at<Epochs>(view_.me, view_.layout.epochs(block_.index())) = {meets_, packets_};
-    Totals totals = view_.totals[block_.index()];
+    Kept kept = view_.kept[block_.index()];
+    Totals& totals = kept.totals;
     Record r;
     r.failure = static_cast<Failure>(s.failure);
     r.cause = Broken::unpack(s.broken).why;
@@ -213,12 +228,12 @@ class Session {
       totals.waited += r.waited;
       totals.settled += r.settled;
     }
-    r.totals = totals;  // with the runs before this one
-    Record& record = view_.records[block_.index()];
-    record = r;
-    ++totals.runs;
-    view_.totals[block_.index()] = totals;
-    B::store(&record.totals.runs, totals.runs);
+    r.totals = totals;
+    ++kept.runs;
+    view_.kept[block_.index()] = kept;
+    Told& told = view_.told[block_.index()];
+    told.record = r;
+    B::store(&told.runs, kept.runs);
   }
 
  private:
@@ -279,7 +294,7 @@ class Session {
 
   B& block_;
   const RankView& view_;
-  std::uint32_t meets_ = 0, packets_ = 0;
+  std::uint32_t meets_ = 0, packets_ = 0, published_ = 0;  // the meeting before which pads were written
   std::uint64_t closing_ = 0;  // when the last meeting began, if it was not the first
   bool is_over_ = false, is_open_ = false;  // it has met all
 };

@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 #include "../steps.hpp"
 #include "fold.hpp"
@@ -26,7 +27,7 @@ struct ShareWork {
 };
 
 /// A rank's share, as far as one block does it.
-template <class T, int most, class F, Block B, class Source, class Target>
+template <class T, int most, class F, Block B, class Source, class Target, class Factor>
 struct SharePart {
   B& block;
   const Share& share;
@@ -34,6 +35,7 @@ struct SharePart {
   const F& folder;
   const Source& source;  // (rank): its first element
   const Target& target;
+  const Factor& factor;  // (rank): what its elements are multiplied by
 
   /// Sixteen bytes at a time where all buffers lie alike.
   TALLY_DEVICE void run(std::uint64_t begin, std::uint64_t end) const {
@@ -67,7 +69,7 @@ struct SharePart {
     for (int r = 0; r < n; ++r) {
       const bool exclusive = share.way == Share::Way::exclusive_scan;
       if (exclusive && r > 0) stack.fold(folded.values);
-      if (share.reads(r, n)) stack.push(load(r).values);
+      if (share.reads(r, n)) push(stack, load(r), r);
       if (exclusive && r > 0) put(r, folded);
       if (share.way == Share::Way::scan) stack.fold(folded.values), put(r, folded);
     }
@@ -75,6 +77,12 @@ struct SharePart {
     stack.fold(folded.values);
     for (int k = 0; k < n; ++k)  // each rank begins with another one
       if (share.writes((me + k) % n)) put((me + k) % n, folded);
+  }
+  template <class S, class R>
+  TALLY_DEVICE void push(S& stack, R values, int r) const {
+    if constexpr (F::scales)
+      for (auto& each : values.values) each = folder.scale(each, factor(r));
+    stack.push(values.values);
   }
   TALLY_DEVICE int first_source() const { return share.source < 0 ? 0 : share.source; }
   TALLY_DEVICE bool lie_alike() const {
@@ -93,7 +101,7 @@ template <class T, int most, bool timed, class F, Block B>
 TALLY_DEVICE void run_share(B& block, const RankView& view, const ShareWork& work, const F& folder) {
   Session<B, timed> session(block, view);
   if (session.is_over()) return session.end();
-  if (!session.meet(work.input, work.output)) return session.end();
+  if (!session.meet(work.input, work.output, folder.factor())) return session.end();
   const Share& share = work.share;
   const auto address = [&](int r, Buffer which, std::size_t first) {
     const Pad& pad = session.pad_of(r);
@@ -101,12 +109,17 @@ TALLY_DEVICE void run_share(B& block, const RankView& view, const ShareWork& wor
   };
   const auto source = [&](int r) -> const T* { return address(r, share.from.buffer, share.from.first); };
   const auto target = [&](int r) -> T* { return share.way == Share::Way::exchange ? address(view.me, share.to.buffer, share.to_of(r).first) : address(r, share.to.buffer, share.to.first); };
+  const auto factor = [&](int r) {
+    typename F::Factor theirs;
+    memcpy(&theirs, session.pad_of(r).factor, sizeof theirs);
+    return theirs;
+  };
   // In whole rows, so that all parts but the last lie as the first does.
   constexpr auto width = static_cast<std::uint64_t>(row_width<T>);
   const auto blocks = static_cast<std::uint64_t>(block.blocks());
   const std::uint64_t count = share.from.count, part = ((count + blocks - 1) / blocks + width - 1) / width * width;
   const std::uint64_t begin = static_cast<std::uint64_t>(block.index()) * part, end = begin + part;
-  if (begin < count) SharePart<T, most, F, B, decltype(source), decltype(target)>{block, share, view.n, view.me, folder, source, target}.run(begin, end < count ? end : count);
+  if (begin < count) SharePart<T, most, F, B, decltype(source), decltype(target), decltype(factor)>{block, share, view.n, view.me, folder, source, target, factor}.run(begin, end < count ? end : count);
   session.meet();
   session.end();
 }
@@ -115,7 +128,7 @@ TALLY_DEVICE void run_share(B& block, const RankView& view, const ShareWork& wor
 template <bool timed, Block B>
 TALLY_DEVICE void run_barrier(B& block, const RankView& view) {
   Session<B, timed> session(block, view);
-  if (!session.is_over()) session.meet({}, {});
+  if (!session.is_over()) session.meet({}, {}, 0);
   session.end();
 }
 

@@ -20,6 +20,7 @@ struct Place {
 struct Pad {
   Place input, output;
   std::uint64_t fingerprint = 0;  // of the call
+  std::uint64_t factor[2] = {};   // what its elements are multiplied by, as the operator has it
 };
 /// What a block has done so far; its own.
 struct Epochs {
@@ -42,9 +43,10 @@ struct WindowLayout {
   TALLY_DEVICE constexpr std::size_t broken() const { return 0; }
   TALLY_DEVICE constexpr std::size_t epochs(int block) const { return 128 + at(block) * sizeof(Epochs); }
   TALLY_DEVICE constexpr std::size_t flag(int block, int peer) const { return line(epochs(blocks)) + index(block, peer) * sizeof(std::uint32_t); }
-  TALLY_DEVICE constexpr std::size_t pad(int block, int peer) const { return line(flag(blocks, 0)) + index(block, peer) * sizeof(Pad); }
+  /// Twice, in turns by meetings: who comes to the next one has read this one's, if there is none between.
+  TALLY_DEVICE constexpr std::size_t pad(int block, std::uint32_t meeting, int peer) const { return line(flag(blocks, 0)) + (index(block, peer) * 2 + meeting % 2) * sizeof(Pad); }
   /// Twice, in turns: who sends the next operation's has got this one's, so the one before that is read.
-  TALLY_DEVICE constexpr std::size_t slot(int block, std::uint32_t epoch, int peer) const { return line(pad(blocks, 0)) + (index(block, peer) * 2 + epoch % 2) * packets * sizeof(Packet); }
+  TALLY_DEVICE constexpr std::size_t slot(int block, std::uint32_t epoch, int peer) const { return line(pad(blocks, 0, 0)) + (index(block, peer) * 2 + epoch % 2) * packets * sizeof(Packet); }
   TALLY_DEVICE constexpr std::size_t pair(int block, int peer) const { return line(slot(blocks, 0, 0)) + index(block, peer) * sizeof(Pair); }
   /// Frames that a peer has sent; and that it has taken.
   TALLY_DEVICE constexpr std::size_t arrived(int block, int peer) const { return line(pair(blocks, 0)) + index(block, peer) * sizeof(std::uint32_t); }

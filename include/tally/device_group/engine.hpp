@@ -166,25 +166,26 @@ class DeviceEngine {
   /// Sets the call's algorithm, the same on all ranks.
   Way choose(Call& call, const AlgorithmRef& wish) {
     const Collective operation = call.layout.operation;
+    const bool wishes = !wish.name.empty(), wishes_packets = wish.name == packets_name;
     if (operation == Collective::barrier) return call.algorithm = find_algorithm(Collective::all_reduce, ZeroCopy::name), Way::barrier;
     const AlgorithmRef direct = sizes_differ(operation) ? AlgorithmRef() : find_algorithm(operation, ZeroCopy::name);
     const bool in_pairs = operation == Collective::all_to_all && call.layout.in_place;  // ranks would read what others have overwritten
-    if (direct && (wish ? wish.name == packets_name : call.size <= packet_bytes_)) {
+    if (direct && (wishes ? wishes_packets : call.size <= packet_bytes_)) {
       call.algorithm = packets();
       if (packets_of(call).packets <= layout_.packets) return Way::packets;
-      if (wish) throw Error(Errc::unsupported, {name_of(operation), ": there is no room for so many packets; DeviceSettings::packet_bytes is ", packet_bytes_});
-    } else if (wish && wish.name == packets_name) {
+      if (wishes) throw Error(Errc::unsupported, {name_of(operation), ": there is no room for so many packets; DeviceSettings::packet_bytes is ", packet_bytes_});
+    } else if (wishes_packets) {
       throw Error(Errc::unsupported, {name_of(operation), " cannot be done by packets: only its ends know how much they send"});
     }
     device::Place in, out;
     const bool reachable = direct && !in_pairs && memory_.name(call.input, call.input_bytes().size(), in) && memory_.name(call.output, call.output_bytes().size(), out);
-    if (wish ? wish.share != nullptr : reachable) {
+    if (wishes ? wish.share != nullptr : reachable) {
       if (!reachable) throw Error(Errc::unsupported, {wish.name, ": other ranks cannot reach these buffers: use memory from allocate()", in_pairs ? ", and not in place" : ""});
       call.algorithm = direct;
       return Way::shares;
     }
     if (call.grain > layout_.frame_bytes) throw Error(Errc::unsupported, {"elements of ", call.grain, " bytes are longer than DeviceSettings::frame_bytes, ", layout_.frame_bytes});
-    if (wish) {
+    if (wishes) {
       if (!Need::of(call.need).met_by(wish, operation)) throw Error(Errc::invalid_argument, {wish.name, " does not fold in the order that this ", name_of(operation), " needs"});
       call.algorithm = wish;
     } else {

@@ -101,7 +101,7 @@ class DeviceResults final : public AnyDeviceResults {
     slot.exposed = {};
     view.abort = reinterpret_cast<const std::uint32_t*>(abort_memory_);
     view.fingerprint = call.fingerprint;
-    view.records = slot.records, view.told_late = slot.told_late, view.totals = slot.totals, view.late = slot.late;
+    view.told = slot.told, view.told_late = slot.told_late, view.kept = slot.kept, view.late = slot.late;
   }
   std::uint64_t last() const { return sequence_; }
   /// It was not launched after all.
@@ -155,11 +155,11 @@ class DeviceResults final : public AnyDeviceResults {
  private:
   static constexpr std::size_t slots_at_once = 64;
   struct Slot {
-    device::Record* records = nullptr;  // the host's and the device's
+    device::Told* told = nullptr;  // the host's and the device's
     std::uint64_t* told_late = nullptr;
-    device::Totals* totals = nullptr;  // the device's
+    device::Kept* kept = nullptr;  // the device's
     std::uint64_t* late = nullptr;
-    std::vector<device::Totals> known;  // of each block: what was booked
+    std::vector<device::Kept> known;  // of each block: what was booked
     std::vector<std::uint64_t> known_late;
     std::uint64_t sequence = 0;  // 0: not in use
     DeviceCall call;
@@ -174,17 +174,17 @@ class DeviceResults final : public AnyDeviceResults {
   }
   void add_slots() {
     const auto blocks = static_cast<std::size_t>(blocks_), lates = 2 * static_cast<std::size_t>(n_);
-    const std::size_t host_bytes = blocks * sizeof(device::Record) + lates * 8, device_bytes = blocks * sizeof(device::Totals) + lates * 8;
+    const std::size_t host_bytes = blocks * sizeof(device::Told) + lates * 8, device_bytes = blocks * sizeof(device::Kept) + lates * 8;
     std::byte* host = require(driver_->allocate_host(slots_at_once * host_bytes), slots_at_once * host_bytes);
     std::byte* device = driver_->allocate(slots_at_once * device_bytes);
     if (!device) driver_->release_host(host);
     memory_.emplace_back(host, require(device, slots_at_once * device_bytes));
     for (std::size_t i = 0; i < slots_at_once; ++i, host += host_bytes, device += device_bytes) {
       Slot& slot = slots_.emplace_back();
-      slot.records = reinterpret_cast<device::Record*>(host);
-      slot.told_late = reinterpret_cast<std::uint64_t*>(host + blocks * sizeof(device::Record));
-      slot.totals = reinterpret_cast<device::Totals*>(device);
-      slot.late = reinterpret_cast<std::uint64_t*>(device + blocks * sizeof(device::Totals));
+      slot.told = reinterpret_cast<device::Told*>(host);
+      slot.told_late = reinterpret_cast<std::uint64_t*>(host + blocks * sizeof(device::Told));
+      slot.kept = reinterpret_cast<device::Kept*>(device);
+      slot.late = reinterpret_cast<std::uint64_t*>(device + blocks * sizeof(device::Kept));
       slot.known.resize(blocks);
       slot.known_late.resize(lates);
     }
@@ -205,7 +205,7 @@ class DeviceResults final : public AnyDeviceResults {
       if (each.sequence == sequence) return &each;
     return nullptr;
   }
-  static std::uint32_t runs(const Slot& slot, int block) { return std::atomic_ref(slot.records[block].totals.runs).load(std::memory_order_acquire); }
+  static std::uint32_t runs(const Slot& slot, int block) { return std::atomic_ref(slot.told[block].runs).load(std::memory_order_acquire); }
   static bool is_done(const Slot& slot) {
     for (int b = 0; b < slot.call.blocks; ++b)
       if (runs(slot, b) == slot.known[static_cast<std::size_t>(b)].runs) return false;
@@ -241,22 +241,20 @@ class DeviceResults final : public AnyDeviceResults {
 
   /// Since it was booked last.
   void book(Slot& slot) {
-    device::Totals longest;
+    device::Kept longest;
     for (int b = 0; b < slot.call.blocks; ++b) {
-      device::Totals& known = slot.known[static_cast<std::size_t>(b)];
+      device::Kept& known = slot.known[static_cast<std::size_t>(b)];
       const std::uint32_t now_runs = runs(slot, b);
-      const device::Record record = slot.records[b];
-      if (record.failure != device::Failure::none) judge(slot, record);
       if (now_runs == known.runs) continue;
-      const device::Totals since{record.totals.elapsed - known.elapsed, record.totals.waited - known.waited, record.totals.settled - known.settled, now_runs - known.runs};
-      if (since.elapsed >= longest.elapsed) longest.elapsed = since.elapsed, longest.runs = since.runs;
-      known = record.totals;
-      known.runs = now_runs;
+      const device::Record& record = slot.told[b].record;
+      if (record.failure != device::Failure::none) judge(slot, record);
+      if (const std::uint64_t elapsed = record.totals.elapsed - known.totals.elapsed; elapsed >= longest.totals.elapsed) longest = {{elapsed, 0, 0}, now_runs - known.runs};
+      known = {record.totals, now_runs};
     }
     if (longest.runs > 0) account(slot, longest);
     if (!slot.call.captured) slot.sequence = 0;
   }
-  void account(Slot& slot, const device::Totals& since) {
+  void account(Slot& slot, const device::Kept& since) {
     const Clock& clock = Clock::host();
     watch_.start(0);
     std::uint64_t idle = 0;
@@ -264,13 +262,13 @@ class DeviceResults final : public AnyDeviceResults {
     for (Rank r = 0; r < n_; ++r)
       for (const State cause : {State::wait_arrival, State::wait_transfer}) {
         const auto i = static_cast<std::size_t>(cause == State::wait_arrival ? r : n_ + r);
-        const std::uint64_t total = std::atomic_ref(slot.told_late[i]).load(std::memory_order_relaxed), part = std::min(total - slot.known_late[i], since.elapsed - idle);
+        const std::uint64_t total = std::atomic_ref(slot.told_late[i]).load(std::memory_order_relaxed), part = std::min(total - slot.known_late[i], since.totals.elapsed - idle);
         slot.known_late[i] = total;
         idle += part;
         watch_.blame(r, cause, clock.to_ticks(nanoseconds(static_cast<std::int64_t>(part))));
       }
-    last = slot.records[0].last;
-    watch_.book(slot.call.work, clock.to_ticks(nanoseconds(static_cast<std::int64_t>(since.elapsed - idle))));
+    last = slot.told[0].record.last;
+    watch_.book(slot.call.work, clock.to_ticks(nanoseconds(static_cast<std::int64_t>(since.totals.elapsed - idle))));
     Report report = report_of(watch_, clock, last);
     report.exposed = std::min(slot.exposed, report.elapsed);
     report.bytes_sent = slot.call.sent * since.runs, report.bytes_received = slot.call.received * since.runs, report.bytes_wire = report.bytes_sent;
