@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <catch2/catch.hpp>
 
-#include <atomic>
 #include <chrono>
 #include <cstring>
 #include <functional>
@@ -9,7 +8,6 @@
 #include <memory>
 #include <numeric>
 #include <optional>
-#include <stdexcept>
 #include <string>
 #include <thread>
 #include <vector>
@@ -17,37 +15,17 @@
 #include <tally/device_communicator.hpp>
 #include <tally/tally.hpp>
 
+#include "device_suite.hpp"
 #include "emulated_driver.hpp"
 #include "sanitized.hpp"
 
 using namespace std::chrono_literals;
-using tally::Collective, tally::Communicator, tally::DeviceOperation, tally::Errc, tally::Error, tally::Rank, tally::Report, tally::ValueOf;
+using tally::Communicator, tally::DeviceOperation, tally::Errc, tally::Error, tally::Rank, tally::Report;
+using test::Affine, test::at, test::check, test::Compose, test::expect, test::expect_error, test::folded, test::input_of, test::value;
 using test::EmulatedArray, test::EmulatedDevices, test::EmulatedDriver, test::EmulatedStream;
 using Devices = tally::DeviceCommunicator<EmulatedDriver>;
 
 namespace {
-
-/// Not commutative, so a fold out of order is seen.
-struct Affine {
-  std::uint32_t a = 1, b = 0;
-  friend bool operator==(const Affine&, const Affine&) = default;
-};
-struct Compose {
-  constexpr Affine operator()(Affine f, Affine g) const { return {f.a * g.a, g.a * f.b + g.b}; }
-};
-constexpr Affine value(Rank r, std::size_t i) { return {static_cast<std::uint32_t>(static_cast<std::size_t>(r) * 7919 + i * 104'729 + 3) | 1u, static_cast<std::uint32_t>(i * 31 + static_cast<std::size_t>(r))}; }
-std::vector<Affine> input_of(Rank r, std::size_t count) {
-  std::vector<Affine> values;
-  for (std::size_t i = 0; i < count; ++i) values.push_back(value(r, i));
-  return values;
-}
-/// Of element i of ranks lo..hi-1.
-Affine folded(Rank lo, Rank hi, std::size_t i) {
-  Affine all = value(lo, i);
-  for (Rank r = lo + 1; r < hi; ++r) all = Compose{}(all, value(r, i));
-  return all;
-}
-std::size_t at(Rank r) { return static_cast<std::size_t>(r); }
 
 /// Where a test's buffers are, and so by which way ranks get at them.
 enum class Where { one_process, segments, elsewhere };
@@ -67,93 +45,6 @@ class Buffer {
   tally::DeviceSymmetric<Affine> symmetric_;
 };
 
-/// Of a rank, which is a thread: Catch's own checks are for one alone.
-void check(bool fine, const std::string& what = {}, int line = __builtin_LINE()) {
-  if (!fine) throw std::runtime_error("line " + std::to_string(line) + ": " + what);
-}
-void expect(const std::vector<Affine>& got, const std::function<Affine(std::size_t)>& expected, const std::string& what) {
-  for (std::size_t i = 0; i < got.size(); ++i) check(got[i] == expected(i), what + ", element " + std::to_string(i));
-}
-
-/// Each operation once, out of place, and in place where that is another thing.
-void every_operation(Devices& gpu, EmulatedDriver& driver, EmulatedStream& stream, Where where, std::size_t count, const std::string& algorithm, bool steps) {
-  const Rank me = gpu.rank(), n = gpu.size(), root = static_cast<Rank>(count) % n;
-  const auto blocks = count * at(n);
-  const tally::CallOptions options{.algorithm = algorithm};
-  const Compose op;
-  const std::string text = algorithm + " of " + std::to_string(count) + " by " + std::to_string(n) + ", rank " + std::to_string(me);
-  const auto make = [&](const std::vector<Affine>& values) { return Buffer(gpu, driver, where, values); };
-  const auto none = [](std::size_t) { return Affine{1, 0}; };
-  const std::vector<Affine> mine = input_of(me, count), all = input_of(me, blocks), room(count), wide(blocks);
-  // An algorithm of steps is asked for by name where it offers the operation.
-  const auto by = [&](Collective operation) -> tally::CallOptions {
-    if (!steps) return options;
-    for (const std::string_view name : tally::algorithms_for(operation))
-      if (const auto found = tally::find_algorithm(operation, name); found.generate && (!reduces(operation) || found.folding >= tally::Folding::ordered)) return {.algorithm = name};
-    return {};
-  };
-  {
-    const Buffer in = make(mine), out = make(room);
-    gpu.all_reduce(in.span(), out.span(), op, &stream, by(Collective::all_reduce)).wait();
-    expect(out.values(), [&](std::size_t i) { return folded(0, n, i); }, "all_reduce, " + text);
-    expect(in.values(), [&](std::size_t i) { return mine[i]; }, "input of all_reduce, " + text);
-    gpu.all_reduce(in.span(), op, &stream, by(Collective::all_reduce)).wait();
-    expect(in.values(), [&](std::size_t i) { return folded(0, n, i); }, "all_reduce in place, " + text);
-  }
-  {
-    const Buffer in = make(mine), out = make(room);
-    gpu.reduce(in.span(), out.span(), op, root, &stream, by(Collective::reduce)).wait();
-    expect(out.values(), [&](std::size_t i) { return me == root ? folded(0, n, i) : none(i); }, "reduce, " + text);
-    gpu.broadcast(in.span(), root, &stream, by(Collective::broadcast)).wait();
-    expect(in.values(), [&](std::size_t i) { return value(root, i); }, "broadcast, " + text);
-  }
-  {
-    const Buffer in = make(all), out = make(room);
-    gpu.reduce_scatter(in.span(), out.span(), op, &stream, by(Collective::reduce_scatter)).wait();
-    expect(out.values(), [&](std::size_t i) { return folded(0, n, at(me) * count + i); }, "reduce_scatter, " + text);
-    gpu.reduce_scatter(in.span(), in.span().subspan(at(me) * count, count), op, &stream, by(Collective::reduce_scatter)).wait();
-    expect(in.values(), [&](std::size_t i) { return i / std::max<std::size_t>(count, 1) == at(me) ? folded(0, n, i) : all[i]; }, "reduce_scatter in place, " + text);
-  }
-  {
-    const Buffer in = make(mine), out = make(wide);
-    gpu.all_gather(in.span(), out.span(), &stream, by(Collective::all_gather)).wait();
-    expect(out.values(), [&](std::size_t i) { return value(static_cast<Rank>(i / count), i % count); }, "all_gather, " + text);
-    const Buffer gathered = make(wide);
-    gpu.gather(in.span(), gathered.span(), root, &stream, by(Collective::gather)).wait();
-    expect(gathered.values(), [&](std::size_t i) { return me == root ? value(static_cast<Rank>(i / count), i % count) : none(i); }, "gather, " + text);
-  }
-  {
-    const Buffer in = make(all), out = make(room), crossed = make(wide);
-    gpu.scatter(in.span(), out.span(), root, &stream, by(Collective::scatter)).wait();
-    expect(out.values(), [&](std::size_t i) { return value(root, at(me) * count + i); }, "scatter, " + text);
-    gpu.all_to_all(in.span(), crossed.span(), &stream, by(Collective::all_to_all)).wait();
-    expect(crossed.values(), [&](std::size_t i) { return value(static_cast<Rank>(i / count), at(me) * count + i % count); }, "all_to_all, " + text);
-    if (algorithm != "zero_copy") {
-      gpu.all_to_all(in.span(), in.span(), &stream, by(Collective::all_to_all)).wait();
-      expect(in.values(), [&](std::size_t i) { return value(static_cast<Rank>(i / count), at(me) * count + i % count); }, "all_to_all in place, " + text);
-    }
-  }
-  {
-    const Buffer in = make(mine), out = make(room);
-    gpu.scan(in.span(), out.span(), op, &stream, by(Collective::scan)).wait();
-    expect(out.values(), [&](std::size_t i) { return folded(0, me + 1, i); }, "scan, " + text);
-    gpu.exclusive_scan(in.span(), in.span(), op, &stream, by(Collective::exclusive_scan)).wait();
-    expect(in.values(), [&](std::size_t i) { return me == 0 ? mine[i] : folded(0, me, i); }, "exclusive_scan in place, " + text);
-  }
-  gpu.barrier(&stream).wait();
-}
-
-void expect_error(Errc code, const std::string& part, const std::function<void()>& f, int line = __builtin_LINE()) {
-  std::string got = "nothing";
-  bool fine = false;
-  try {
-    f();
-  } catch (const Error& error) {
-    fine = error.errc() == code && std::string(error.what()).find(part) != std::string::npos;
-    got = error.what();
-  }
-  check(fine, "expected '" + part + "', got '" + got + "'", line);
-}
 Errc code_of(const std::function<void()>& f) {
   try {
     f();
@@ -173,12 +64,13 @@ TEST_CASE("every operation, each way, wherever the buffers are") {
         EmulatedStream stream;
         {
           Devices gpu(comm, driver, {.blocks = 2, .threads = 1, .packet_bytes = 1024, .frame_bytes = 256});
+          const auto make = [&](const std::vector<Affine>& values) { return Buffer(gpu, driver, where, values); };
           for (const std::size_t count : {std::size_t{0}, std::size_t{1}, std::size_t{23}, std::size_t{1000}}) {
             if (test::sanitized && count == 1000) continue;
-            every_operation(gpu, driver, stream, where, count, "", false);
-            if (where == Where::elsewhere) every_operation(gpu, driver, stream, where, count, "", true);
-            else every_operation(gpu, driver, stream, where, count, "zero_copy", false);
-            if (count <= 23) every_operation(gpu, driver, stream, where, count, "packets", false);
+            test::every_operation(gpu, &stream, make, count, "", false);
+            if (where == Where::elsewhere) test::every_operation(gpu, &stream, make, count, "", true);
+            else test::every_operation(gpu, &stream, make, count, "zero_copy", false);
+            if (count <= 23) test::every_operation(gpu, &stream, make, count, "packets", false);
           }
         }
         comm.barrier();

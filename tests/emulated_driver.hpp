@@ -145,20 +145,26 @@ class EmulatedDriver {
 
   std::byte* allocate(std::size_t bytes) { return allocate(bytes, false); }
   void release(std::byte* memory) { EmulatedDevices::all().remove(memory); }
+  std::byte* allocate_private(std::size_t bytes) { return allocate(bytes, false); }
+  void release_private(std::byte* memory) { EmulatedDevices::all().remove(memory); }
   std::byte* allocate_host(std::size_t bytes) { return allocate(bytes, true); }
   void release_host(std::byte* memory) { EmulatedDevices::all().remove(memory); }
   device::Handle handle_of(std::byte* memory, std::size_t bytes) {
     const std::lock_guard lock(EmulatedDevices::all().mutex);
-    device::Handle handle{process(), reinterpret_cast<std::uintptr_t>(memory), bytes, {}};
+    device::Handle handle{process(), reinterpret_cast<std::uintptr_t>(memory), bytes, device_, 1, {}};
     std::memcpy(handle.shared.data(), &EmulatedDevices::all().find(memory)->descriptor, sizeof(int));
     return handle;
   }
   std::byte* open(const device::Handle& handle) {
+    if (handle.process == process()) return reinterpret_cast<std::byte*>(handle.address);
     int descriptor = -1;
     std::memcpy(&descriptor, handle.shared.data(), sizeof descriptor);
     return EmulatedDevices::all().add(handle.bytes, dup(descriptor), {0, device_, -1, false, true});
   }
-  void close(const device::Handle&, std::byte* memory) { EmulatedDevices::all().remove(memory); }
+  void close(const device::Handle& handle, std::byte* memory) {
+    if (handle.process != process()) EmulatedDevices::all().remove(memory);
+  }
+  void expect_neighbours(int) {}
   void upload(std::byte* to, const void* from, std::size_t bytes) { std::memcpy(to, from, bytes); }
   device::Memory memory_at(const void* data) const {
     const std::lock_guard lock(EmulatedDevices::all().mutex);

@@ -12,7 +12,7 @@ layers=(
   "clock wait thread_rule file quiet_thread local_socket figures host memory topology copy operators reduce share kernel_copy objective network/* transport/* energy/* account/* device/*"
   "call staging gate prepared progress run neighbours diagnosis local_steps mailbox share_work engine choose cost group options"
   "calls operation progress_thread fusion communicator mesh bootstrap launch parameter_server parameter_server/* device_communicator device_group/*"
-  "tally carbon_files energy job_account nvtx table_guest tcp ucx mpi verbs pmix tls"
+  "tally carbon_files cuda energy job_account nvtx table_guest tcp ucx mpi verbs pmix tls"
 )
 # Header: what it may include of its own layer. Siblings in algorithms/, transport/ and energy/ stay apart.
 exceptions=(
@@ -114,6 +114,7 @@ exceptions=(
   "device/driver: device/seam"
   "device/kernels: device/interpreter device/packets device/share"
   "device/cuda_block: device/seam"
+  "device/cuda_driver: device/cuda_block device/driver host"
   "run: call prepared progress"
   "share_work: call prepared run staging"
   "neighbours: run"

@@ -17,17 +17,18 @@ namespace tally::inline v0::device {
 /// Which device it is, the same for all processes that use it.
 using DeviceId = std::array<std::uint8_t, 16>;
 
-/// What another rank needs to get at memory of this one's: in the same process its address.
+/// What another rank needs to get at memory of this one's.
 struct Handle {
   std::uint64_t process = 0;  // the same for all ranks of a process, and for no others
-  std::uint64_t address = 0, bytes = 0;
-  std::array<std::byte, 64> shared{};  // for other processes
+  std::uint64_t address = 0, bytes = 0;  // for these
+  std::int32_t device = 0, is_shareable = 0;
+  std::array<std::byte, 64> shared{};    // for other processes
 };
 
 /// How one device gets at another one's memory.
-enum class Link : std::uint8_t { same_device, nvlink, pcie, none };
+enum class Link : std::uint8_t { same_device, nvlink, pcie, unknown };
 constexpr std::string_view name_of(Link link) {
-  constexpr std::string_view names[] = {"same device", "NVLink", "PCIe", "no access"};
+  constexpr std::string_view names[] = {"same device", "NVLink", "PCIe", "unknown"};
   return names[static_cast<std::size_t>(link)];
 }
 
@@ -52,16 +53,20 @@ concept Driver = Block<typename D::Block> && requires(D& d, const D& c, typename
   { c.link_to(id) } -> std::same_as<Link>;
   { c.process() } -> std::same_as<std::uint64_t>;
 
-  { d.allocate(bytes) } -> std::same_as<std::byte*>;  // zero, or null where there is not so much
+  // Memory, zero, or null where there is not so much. What is private is had and let go while other ranks' kernels run.
+  { d.allocate(bytes) } -> std::same_as<std::byte*>;
   d.release(memory);
-  { d.allocate_host(bytes) } -> std::same_as<std::byte*>;  // zero; for both, at the same address
+  { d.allocate_private(bytes) } -> std::same_as<std::byte*>;
+  d.release_private(memory);
+  { d.allocate_host(bytes) } -> std::same_as<std::byte*>;  // for both, at the same address
   d.release_host(memory);
-  { d.handle_of(memory, bytes) } -> std::same_as<Handle>;
-  { d.open(handle) } -> std::same_as<std::byte*>;
+  { d.handle_of(memory, bytes) } -> std::same_as<Handle>;  // of what allocate() gave
+  { d.open(handle) } -> std::same_as<std::byte*>;  // of another rank
   d.close(handle, memory);
   d.upload(memory, data, bytes);  // done when it returns; also while a stream is captured
   { c.memory_at(data) } -> std::same_as<Memory>;
 
+  d.expect_neighbours(0);  // so many other ranks of this process use this device
   { c.captures(stream) } -> std::same_as<bool>;  // nothing runs, it becomes part of a graph. Throws where it is no stream of this device's
   { c.problem(stream) } -> std::same_as<std::string>;  // what went wrong on it, if anything did
   d.record(event, stream);

@@ -115,13 +115,14 @@ class DeviceEngine {
 
   struct Hello {
     device::DeviceId device{};
+    std::uint64_t process = 0;
     std::int32_t blocks = 0, threads = 0;
     DeviceSettings settings;
   };
   void meet(const DeviceSettings& settings) {
     const int n = size();
     if (n > device::most_ranks) throw Error(Errc::unsupported, {"a device communicator has at most ", device::most_ranks, " ranks, not ", n});
-    const Hello mine{driver_.id(), driver_.most_blocks(), driver_.most_threads(), settings};
+    const Hello mine{driver_.id(), driver_.process(), driver_.most_blocks(), driver_.most_threads(), settings};
     std::vector<Hello> all(static_cast<std::size_t>(n));
     link_.all_gather(std::as_bytes(std::span(&mine, 1)), std::as_writable_bytes(std::span(all)));
     int blocks = 32, threads = mine.threads;
@@ -135,6 +136,7 @@ class DeviceEngine {
       blocks = std::min(blocks, possible), threads = std::min(threads, each.threads);
       links_.push_back(driver_.link_to(each.device));
     }
+    driver_.expect_neighbours(static_cast<int>(std::ranges::count_if(all, [&](const Hello& other) { return other.device == mine.device && other.process == mine.process; })) - 1);
     if (settings.blocks < 0 || settings.blocks > 1024) throw Error(Errc::invalid_argument, {"device communicator: ", settings.blocks, " blocks; 1 to 1024 are possible, or 0"});
     if (settings.threads < 0 || settings.threads > threads) throw Error(Errc::invalid_argument, {"device communicator: ", settings.threads, " threads in a block; 1 to ", threads, " are possible, or 0"});
     if (settings.blocks > 0) blocks = settings.blocks;

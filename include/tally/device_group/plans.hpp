@@ -43,7 +43,7 @@ class DevicePlans {
   explicit DevicePlans(D& driver) : driver_(driver) {}
   DevicePlans(const DevicePlans&) = delete;
   ~DevicePlans() {
-    for (const auto& [key, plan] : plans_) driver_.release(plan->memory);
+    for (const auto& [key, plan] : plans_) driver_.release_private(plan->memory);
   }
 
   /// The one for this call, whose input is multiplied first or not: make(plan) works it out the first time. `idle()` returns when no kernel
@@ -55,7 +55,7 @@ class DevicePlans {
       idle();
       std::erase_if(plans_, [&](const auto& entry) {
         if (entry.second->captured) return false;
-        driver_.release(entry.second->memory);
+        driver_.release_private(entry.second->memory);
         bytes_ -= entry.second->memory_bytes;
         return true;
       });
@@ -153,7 +153,7 @@ class DevicePlans {
   };
   static constexpr std::size_t most_bytes = std::size_t{256} << 20, most_plans = 4096;
   void allocate(DevicePlan& plan, std::size_t bytes) {
-    plan.memory = driver_.allocate(bytes);
+    plan.memory = driver_.allocate_private(bytes);
     if (!plan.memory) throw Error(Errc::no_resources, {"the device has no ", bytes, " bytes left for the plan of an operation"});
     plan.memory_bytes = bytes;
   }

@@ -132,7 +132,7 @@ class DeviceResults final : public AnyDeviceResults {
     } catch (...) {
     }
     harvest();
-    for (const auto& [host, device] : memory_) driver_->release_host(host), driver_->release(device);
+    for (const auto& [host, device] : memory_) driver_->release_host(host), driver_->release_private(device);
     driver_->release_host(abort_memory_);
     slots_.clear();
     driver_ = nullptr, abort_memory_ = nullptr;
@@ -153,7 +153,7 @@ class DeviceResults final : public AnyDeviceResults {
   }
 
  private:
-  static constexpr std::size_t slots_at_once = 64;
+  static constexpr std::size_t slots_at_once = 256;  // more of them are only needed by who captures more
   struct Slot {
     device::Told* told = nullptr;  // the host's and the device's
     std::uint64_t* told_late = nullptr;
@@ -176,7 +176,7 @@ class DeviceResults final : public AnyDeviceResults {
     const auto blocks = static_cast<std::size_t>(blocks_), lates = 2 * static_cast<std::size_t>(n_);
     const std::size_t host_bytes = blocks * sizeof(device::Told) + lates * 8, device_bytes = blocks * sizeof(device::Kept) + lates * 8;
     std::byte* host = require(driver_->allocate_host(slots_at_once * host_bytes), slots_at_once * host_bytes);
-    std::byte* device = driver_->allocate(slots_at_once * device_bytes);
+    std::byte* device = driver_->allocate_private(slots_at_once * device_bytes);
     if (!device) driver_->release_host(host);
     memory_.emplace_back(host, require(device, slots_at_once * device_bytes));
     for (std::size_t i = 0; i < slots_at_once; ++i, host += host_bytes, device += device_bytes) {

@@ -46,7 +46,7 @@ class SharedMemory {
   void open_window(std::size_t bytes) {
     window_ = exchange(bytes, "its window");
     const std::size_t table = ranks() * sizeof(std::byte*) + most_segments * ranks() * sizeof(std::uint64_t);
-    tables_ = driver_.allocate(table);
+    tables_ = driver_.allocate_private(table);
     agree(tables_ ? std::string() : concat({"the device has no ", table, " bytes left"}), "its tables");
     driver_.upload(tables_, window_.memory.data(), window_.memory.size() * sizeof(std::byte*));
     link_.barrier();
@@ -91,7 +91,7 @@ class SharedMemory {
   /// they do not come it stays until the process ends.
   void close() noexcept {
     try {
-      if (tables_) driver_.release(tables_);
+      if (tables_) driver_.release_private(tables_);
       link_.set_timeout(std::chrono::seconds(10));
       link_.barrier();
       for (const SharedBlock& each : segments_) close(each);
@@ -107,10 +107,9 @@ class SharedMemory {
  private:
   std::size_t ranks() const { return static_cast<std::size_t>(link_.size()); }
   std::size_t mine() const { return static_cast<std::size_t>(link_.rank()); }
-  bool is_near(const device::Handle& handle) const { return handle.process == driver_.process(); }
   void close(const SharedBlock& block) {
     for (std::size_t r = 0; r < block.memory.size(); ++r)
-      if (r != mine() && block.memory[r] && !is_near(block.handles[r])) driver_.close(block.handles[r], block.memory[r]);
+      if (r != mine() && block.memory[r]) driver_.close(block.handles[r], block.memory[r]);
   }
   /// An error on all ranks if one of them has a problem.
   void agree(std::string problem, const char* what) {
@@ -147,7 +146,7 @@ class SharedMemory {
       agree(attempt([&] { handle = driver_.handle_of(own, bytes); }), what);
       link_.all_gather(std::as_bytes(std::span(&handle, 1)), std::as_writable_bytes(std::span(block.handles)));
       agree(attempt([&] {
-              for (std::size_t r = 0; r < ranks(); ++r) block.memory[r] = r == mine() ? own : is_near(block.handles[r]) ? reinterpret_cast<std::byte*>(block.handles[r].address) : driver_.open(block.handles[r]);
+              for (std::size_t r = 0; r < ranks(); ++r) block.memory[r] = r == mine() ? own : driver_.open(block.handles[r]);
             }),
             what);
     } catch (...) {

@@ -1,0 +1,317 @@
+// SPDX-License-Identifier: Apache-2.0
+// NVIDIA GPUs as drivers of devices, by the CUDA runtime. Several ranks may share a GPU, so nothing here waits for kernels of others, which
+// may be waiting for this rank: memory is had from pools, kernels are loaded before any of them runs.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <unistd.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "../error.hpp"
+#include "../host.hpp"
+#include "../types.hpp"
+#include "cuda_block.hpp"
+#include "driver.hpp"
+
+#if CUDART_VERSION < 12000
+#error "tally::cuda needs CUDA 12 or newer"
+#endif
+
+namespace tally::inline v0::device {
+
+namespace cuda {
+
+/// `what`: what was asked for.
+inline void check(cudaError_t result, std::initializer_list<tally::detail::Piece> what) {
+  if (result == cudaSuccess) return;
+  (void)cudaGetLastError();  // the next call is not to find it
+  const Errc code = result == cudaErrorMemoryAllocation ? Errc::no_resources : result == cudaErrorInvalidValue || result == cudaErrorInvalidResourceHandle || result == cudaErrorInvalidDevice ? Errc::invalid_argument : Errc::unsupported;
+  throw Error(code, {tally::detail::concat(what), ": CUDA says ", cudaGetErrorName(result), ", ", cudaGetErrorString(result)});
+}
+inline std::string version_text(int version) { return tally::detail::concat({version / 1000, ".", version % 1000 / 10}); }
+
+/// The calling thread's current device, for as long as this lives.
+class Current {
+ public:
+  explicit Current(int device) {
+    check(cudaGetDevice(&before_), {"the current GPU"});
+    if (before_ != device) check(cudaSetDevice(device), {"GPU ", device});
+    changed_ = before_ != device;
+  }
+  Current(const Current&) = delete;
+  ~Current() {
+    if (changed_) (void)cudaSetDevice(before_);
+  }
+
+ private:
+  int before_ = 0;
+  bool changed_ = false;
+};
+/// What this thread does meanwhile does not disturb streams that are being captured.
+class BesideCapture {
+ public:
+  BesideCapture() { (void)cudaThreadExchangeStreamCaptureMode(&mode_); }
+  BesideCapture(const BesideCapture&) = delete;
+  ~BesideCapture() { (void)cudaThreadExchangeStreamCaptureMode(&mode_); }
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
+/// All kernels that the program may launch: loading one later may wait for those that run.
+class Kernels {
+ public:
+  static Kernels& all() {
+    static Kernels instance;
+    return instance;
+  }
+  bool add(const void* kernel) {
+    const std::lock_guard lock(mutex_);
+    kernels_.push_back(kernel);
+    return true;
+  }
+  /// On the current device.
+  void load() {
+    const std::lock_guard lock(mutex_);
+    for (const void* kernel : kernels_) {
+      cudaFuncAttributes attributes;
+      check(cudaFuncGetAttributes(&attributes, kernel), {"loading a kernel (was the program compiled for this GPU's architecture? See nvcc's -arch)"});
+    }
+  }
+
+ private:
+  std::mutex mutex_;
+  std::vector<const void*> kernels_;
+};
+
+#if defined(__CUDACC__)
+inline constexpr int most_threads = 512;
+template <class K>
+__global__ void __launch_bounds__(most_threads, 1) run(const __grid_constant__ K kernel) {
+  __shared__ BlockShared shared;
+  CudaBlock block(shared, 0, static_cast<int>(gridDim.x));
+  kernel(block);
+}
+template <class K>
+inline const bool is_known = Kernels::all().add(reinterpret_cast<const void*>(&run<K>));
+#endif
+
+}  // namespace cuda
+
+#if defined(__CUDACC__)
+class CudaDriver {
+ public:
+  using Block = CudaBlock;
+  using Stream = cudaStream_t;
+  using Event = std::shared_ptr<CUevent_st>;
+  static constexpr std::string_view name = "cuda";
+
+  /// `device`: as CUDA numbers them; -1: the calling thread's current one. Errc::unsupported where there is none, or the driver is too old.
+  explicit CudaDriver(int device = -1) : device_(device) {
+    int count = 0, driver = 0;
+    const cudaError_t found = cudaGetDeviceCount(&count);
+    (void)cudaDriverGetVersion(&driver);
+    if (driver == 0) throw Error(Errc::unsupported, "there is no NVIDIA driver here (libcuda.so.1), or this container does not see it");
+    if (found == cudaErrorInsufficientDriver || driver / 1000 < CUDART_VERSION / 1000)
+      throw Error(Errc::unsupported, {"the NVIDIA driver is for CUDA ", cuda::version_text(driver), " at most, this program was built with ", cuda::version_text(CUDART_VERSION), ": update the driver, or build with an older CUDA"});
+    cuda::check(found, {"looking for GPUs"});
+    if (count == 0) throw Error(Errc::unsupported, "CUDA finds no GPU: is CUDA_VISIBLE_DEVICES empty?");
+    if (device_ < 0) cuda::check(cudaGetDevice(&device_), {"the current GPU"});
+    if (device_ >= count) throw Error(Errc::invalid_argument, {"there is no GPU ", device_, "; CUDA finds ", count, ", from 0 on"});
+    cudaDeviceProp properties;
+    cuda::check(cudaGetDeviceProperties(&properties, device_), {"the properties of GPU ", device_});
+    if (properties.major < 7) throw Error(Errc::unsupported, {"GPU ", device_, " (", properties.name, ") has compute capability ", properties.major, ".", properties.minor, "; 7.0 is the least that can be used"});
+    std::memcpy(id_.data(), &properties.uuid, id_.size());
+    processors_ = properties.multiProcessorCount;
+    const cuda::Current current(device_);
+    cuda::Kernels::all().load();
+    const cuda::BesideCapture beside;
+    cudaStream_t own = nullptr;
+    cuda::check(cudaStreamCreateWithFlags(&own, cudaStreamNonBlocking), {"a stream of GPU ", device_});
+    own_.reset(own, [](cudaStream_t stream) { (void)cudaStreamDestroy(stream); });
+    // The pool keeps what it has: giving it back to the system would wait for kernels.
+    cudaMemPool_t pool = nullptr;
+    std::uint64_t all = ~std::uint64_t{0};
+    cuda::check(cudaDeviceGetDefaultMemPool(&pool, device_), {"the memory pool of GPU ", device_});
+    cuda::check(cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &all), {"the memory pool of GPU ", device_});
+    process_ = tally::detail::hash_text(tally::detail::concat({tally::detail::sharing_id(), " ", static_cast<std::int64_t>(::getpid())}));
+  }
+
+  int device() const { return device_; }
+  DeviceId id() const { return id_; }
+  int most_blocks() const { return processors_; }
+  int most_threads() const { return cuda::most_threads; }
+  std::uint64_t process() const { return process_; }
+  /// NVLink where there are atomic operations between the two, which PCIe has not.
+  Link link_to(const DeviceId& other) const {
+    if (other == id_) return Link::same_device;
+    int count = 0;
+    if (cudaGetDeviceCount(&count) != cudaSuccess) return Link::unknown;
+    for (int d = 0; d < count; ++d) {
+      cudaDeviceProp properties;
+      if (d == device_ || cudaGetDeviceProperties(&properties, d) != cudaSuccess || std::memcmp(&properties.uuid, other.data(), other.size()) != 0) continue;
+      int atomics = 0, possible = 0;
+      (void)cudaDeviceCanAccessPeer(&possible, device_, d);
+      (void)cudaDeviceGetP2PAttribute(&atomics, cudaDevP2PAttrNativeAtomicSupported, device_, d);
+      return !possible ? Link::unknown : atomics ? Link::nvlink : Link::pcie;
+    }
+    return Link::unknown;
+  }
+
+  std::byte* allocate(std::size_t bytes) {
+    const cuda::Current current(device_);
+    const cuda::BesideCapture beside;
+    void* memory = nullptr;
+    constexpr std::size_t own = std::size_t{2} << 20;  // what is shared is shared whole: smaller allocations lie together
+    const std::size_t rounded = (bytes + own - 1) / own * own;
+    const cudaError_t result = cudaMalloc(&memory, rounded);
+    return zero(result, memory, rounded);
+  }
+  void release(std::byte* memory) {
+    if (memory) (void)cudaFree(memory);
+  }
+  std::byte* allocate_private(std::size_t bytes) {
+    const cuda::Current current(device_);
+    const cuda::BesideCapture beside;
+    void* memory = nullptr;
+    const cudaError_t result = cudaMallocAsync(&memory, bytes, own_.get());
+    return zero(result, memory, bytes);
+  }
+  void release_private(std::byte* memory) {
+    if (memory) (void)cudaFreeAsync(memory, own_.get());
+  }
+  std::byte* allocate_host(std::size_t bytes) {
+    const cuda::Current current(device_);
+    const cuda::BesideCapture beside;
+    void* memory = nullptr;
+    const cudaError_t result = cudaHostAlloc(&memory, bytes, cudaHostAllocMapped | cudaHostAllocPortable);
+    if (result == cudaErrorMemoryAllocation) return (void)cudaGetLastError(), nullptr;
+    cuda::check(result, {bytes, " bytes of the host's memory that GPU ", device_, " can write"});
+    std::memset(memory, 0, bytes);
+    return static_cast<std::byte*>(memory);
+  }
+  void release_host(std::byte* memory) {
+    if (memory) (void)cudaFreeHost(memory);
+  }
+  Handle handle_of(std::byte* memory, std::size_t bytes) {
+    Handle handle{process_, reinterpret_cast<std::uintptr_t>(memory), bytes, device_, 0, {}};
+    cudaIpcMemHandle_t shared;
+    static_assert(sizeof shared == sizeof handle.shared);
+    if (cudaIpcGetMemHandle(&shared, memory) == cudaSuccess) {
+      handle.is_shareable = 1;
+      std::memcpy(handle.shared.data(), &shared, sizeof shared);
+    } else {
+      (void)cudaGetLastError();  // ranks of this process do not need it
+    }
+    return handle;
+  }
+  std::byte* open(const Handle& handle) {
+    const cuda::Current current(device_);
+    if (handle.process == process_) {
+      if (handle.device != device_) {
+        int possible = 0;
+        cuda::check(cudaDeviceCanAccessPeer(&possible, device_, handle.device), {"access of GPU ", device_, " to GPU ", handle.device});
+        if (!possible) throw Error(Errc::unsupported, {"GPU ", device_, " cannot access the memory of GPU ", handle.device, ": they are not connected in a way that allows it"});
+        const cudaError_t result = cudaDeviceEnablePeerAccess(handle.device, 0);
+        if (result == cudaErrorPeerAccessAlreadyEnabled) (void)cudaGetLastError();
+        else cuda::check(result, {"access of GPU ", device_, " to GPU ", handle.device});
+      }
+      return reinterpret_cast<std::byte*>(handle.address);
+    }
+    if (!handle.is_shareable) throw Error(Errc::unsupported, "it cannot be shared between processes there (CUDA IPC)");
+    cudaIpcMemHandle_t shared;
+    std::memcpy(&shared, handle.shared.data(), sizeof shared);
+    void* memory = nullptr;
+    cuda::check(cudaIpcOpenMemHandle(&memory, shared, cudaIpcMemLazyEnablePeerAccess), {"opening another process's memory (CUDA IPC needs the same container, and its GPU to be visible here)"});
+    return static_cast<std::byte*>(memory);
+  }
+  void close(const Handle& handle, std::byte* memory) {
+    if (handle.process != process_) (void)cudaIpcCloseMemHandle(memory);
+  }
+  void upload(std::byte* to, const void* from, std::size_t bytes) {
+    if (bytes == 0) return;
+    const cuda::Current current(device_);
+    const cuda::BesideCapture beside;
+    cuda::check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, own_.get()), {"copying ", bytes, " bytes to GPU ", device_});
+    cuda::check(cudaStreamSynchronize(own_.get()), {"copying ", bytes, " bytes to GPU ", device_});
+  }
+  Memory memory_at(const void* data) const {
+    cudaPointerAttributes attributes;
+    if (cudaPointerGetAttributes(&attributes, data) != cudaSuccess) return (void)cudaGetLastError(), Memory::unknown;
+    switch (attributes.type) {
+      case cudaMemoryTypeManaged: return Memory::device;
+      case cudaMemoryTypeDevice: return attributes.device == device_ ? Memory::device : Memory::other_device;
+      case cudaMemoryTypeHost: return Memory::host;
+      default: return Memory::unknown;
+    }
+  }
+
+  void expect_neighbours(int ranks) { neighbours_ = ranks; }
+  bool captures(Stream stream) const {
+    const cuda::Current current(device_);
+    if (neighbours_ > 0 && (stream == nullptr || stream == cudaStreamLegacy))
+      throw Error(Errc::invalid_argument, {"the default stream of CUDA lets one kernel run after the other, and ", neighbours_ + 1, " ranks of this process share GPU ", device_, ", whose kernels wait for each other: use streams made with cudaStreamNonBlocking"});
+#if CUDART_VERSION >= 12080
+    int where = device_;
+    if (stream != nullptr && stream != cudaStreamLegacy && stream != cudaStreamPerThread) cuda::check(cudaStreamGetDevice(stream, &where), {"the stream"});
+    if (where != device_) throw Error(Errc::invalid_argument, {"the stream is of GPU ", where, ", this communicator of GPU ", device_});
+#endif
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    cuda::check(cudaStreamIsCapturing(stream, &status), {"the stream"});
+    if (status == cudaStreamCaptureStatusInvalidated) throw Error(Errc::invalid_argument, "the capture of this stream has failed before");
+    return status == cudaStreamCaptureStatusActive;
+  }
+  std::string problem(Stream stream) const {
+    const cuda::Current current(device_);
+    const cudaError_t result = cudaStreamQuery(stream);
+    if (result == cudaSuccess || result == cudaErrorNotReady) return {};
+    return tally::detail::concat({"CUDA says ", cudaGetErrorName(result), ", ", cudaGetErrorString(result)});
+  }
+  void record(Event& event, Stream stream) {
+    const cuda::Current current(device_);
+    if (!event) {
+      cudaEvent_t made = nullptr;
+      cuda::check(cudaEventCreateWithFlags(&made, cudaEventDisableTiming), {"an event of GPU ", device_});
+      event.reset(made, [](cudaEvent_t each) { (void)cudaEventDestroy(each); });
+    }
+    cuda::check(cudaEventRecord(event.get(), stream), {"an event of GPU ", device_});
+  }
+  void order_after(Stream stream, Event& event) {
+    const cuda::Current current(device_);
+    cuda::check(cudaStreamWaitEvent(stream, event.get(), 0), {"the order of two streams of GPU ", device_});
+  }
+  template <Kernel<CudaBlock> K>
+  void launch(const K& kernel, int blocks, int threads, Stream stream) {
+    static_assert(sizeof(K) <= 4096, "what a kernel is told has to fit into its parameters: is the operator so large?");
+    (void)cuda::is_known<K>;
+    const cuda::Current current(device_);
+    cuda::run<K><<<static_cast<unsigned>(blocks), static_cast<unsigned>(threads), 0, stream>>>(kernel);
+    cuda::check(cudaGetLastError(), {"launching ", blocks, " blocks of ", threads, " threads on GPU ", device_});
+  }
+
+ private:
+  std::byte* zero(cudaError_t result, void* memory, std::size_t bytes) const {
+    if (result == cudaErrorMemoryAllocation) return (void)cudaGetLastError(), nullptr;
+    cuda::check(result, {bytes, " bytes of GPU ", device_});
+    cuda::check(cudaMemsetAsync(memory, 0, bytes, own_.get()), {bytes, " bytes of GPU ", device_});
+    cuda::check(cudaStreamSynchronize(own_.get()), {bytes, " bytes of GPU ", device_});
+    return static_cast<std::byte*>(memory);
+  }
+  int device_, processors_ = 0, neighbours_ = 0;
+  DeviceId id_{};
+  std::uint64_t process_ = 0;
+  std::shared_ptr<CUstream_st> own_;
+};
+static_assert(Driver<CudaDriver>);
+#endif
+
+}  // namespace tally::inline v0::device
