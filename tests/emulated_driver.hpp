@@ -165,7 +165,9 @@ class EmulatedDriver {
     if (handle.process != process()) EmulatedDevices::all().remove(memory);
   }
   void expect_neighbours(int) {}
-  void upload(std::byte* to, const void* from, std::size_t bytes) { std::memcpy(to, from, bytes); }
+  void upload(std::byte* to, const void* from, std::size_t bytes) {
+    if (bytes > 0) std::memcpy(to, from, bytes);
+  }
   device::Memory memory_at(const void* data) const {
     const std::lock_guard lock(EmulatedDevices::all().mutex);
     const auto* const found = EmulatedDevices::all().find(data);
@@ -221,7 +223,7 @@ template <class T>
 class EmulatedArray {
  public:
   EmulatedArray(EmulatedDriver& driver, std::size_t count) : driver_(driver), memory_(driver.allocate(std::max<std::size_t>(count * sizeof(T), 1))), count_(count) {}
-  EmulatedArray(EmulatedDriver& driver, const std::vector<T>& values) : EmulatedArray(driver, values.size()) { std::memcpy(memory_, values.data(), values.size() * sizeof(T)); }
+  EmulatedArray(EmulatedDriver& driver, const std::vector<T>& values) : EmulatedArray(driver, values.size()) { driver.upload(memory_, values.data(), values.size() * sizeof(T)); }
   EmulatedArray(const EmulatedArray&) = delete;
   ~EmulatedArray() { driver_.release(memory_); }
   T* data() const { return reinterpret_cast<T*>(memory_); }

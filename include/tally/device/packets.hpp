@@ -109,6 +109,10 @@ struct PacketPlan {
   }
 };
 
+/// Of a buffer that this rank may not have.
+template <class Byte>
+TALLY_DEVICE Byte* begin_of(Byte* buffer, std::uint64_t offset) { return buffer ? buffer + offset : nullptr; }
+
 /// The whole operation of one block. `most`: of ranks.
 template <class T, int most, bool timed, class F, Block B>
 TALLY_DEVICE void run_packets(B& block, const RankView& view, const PacketWork& work, const F& folder) {
@@ -125,7 +129,7 @@ TALLY_DEVICE void run_packets(B& block, const RankView& view, const PacketWork& 
   };
   for (int i = 0; i < work.send_count; ++i) {
     const PacketSend& s = work.sends[i];
-    const T* const from = reinterpret_cast<const T*>((s.of_output ? work.output : work.input) + s.from);
+    const T* const from = reinterpret_cast<const T*>(begin_of<const std::byte>(s.of_output ? work.output : work.input, s.from));
     const int lo = s.to < 0 ? 0 : s.to, hi = s.to < 0 ? view.n : s.to + 1;
     each_unit(s.count, s.first, [&](std::uint64_t at, int valid, std::uint64_t packet) {
       Words<T> unit;
@@ -139,8 +143,8 @@ TALLY_DEVICE void run_packets(B& block, const RankView& view, const PacketWork& 
   bool came = session.expect_packets();
   for (int i = 0; i < work.fold_count; ++i) {
     const PacketFold& f = work.folds[i];
-    const T* const own = reinterpret_cast<const T*>((f.of_output ? work.output : work.input) + f.own);
-    T* const to = reinterpret_cast<T*>(work.output + f.to);
+    const T* const own = reinterpret_cast<const T*>(begin_of<const std::byte>(f.of_output ? work.output : work.input, f.own));
+    T* const to = reinterpret_cast<T*>(begin_of(work.output, f.to));
     each_unit(f.count, f.first, [&](std::uint64_t at, int valid, std::uint64_t packet) {
       Stack<F, width, most> stack(folder);
       for (int q = f.lo; q < f.hi; ++q) {
