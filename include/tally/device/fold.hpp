@@ -107,4 +107,38 @@ class Stack {
   Wide level_[levels()][width] = {};
 };
 
+/// Ranks for which kernels are made apart: what is worked out for few is in registers.
+inline constexpr int few_ranks = 8;
+
+/// The same of all ranks' values at once, of few ranks: with the loop unrolled it is known where each lies, so all are registers.
+template <class T, class F, int width, int most>
+TALLY_DEVICE void fold_all(const F& folder, const T (&values)[most][width], int n, T (&out)[width]) {
+  using Wide = typename F::Wide;
+  Wide level[5][width] = {};
+  static_assert(most <= few_ranks && few_ranks <= 8);
+  TALLY_UNROLL
+  for (int r = 0; r < most; ++r) {
+    int depth = (r & 1) + (r >> 1 & 1) + (r >> 2 & 1);  // one level for each power of two in r
+    TALLY_UNROLL
+    for (int k = 0; k < width; ++k) level[depth][k] = folder.take(values[r][k]);
+    TALLY_UNROLL
+    for (int bit = 0; bit < 3; ++bit) {
+      if ((r + 1) % (2 << bit) != 0) break;
+      TALLY_UNROLL
+      for (int k = 0; k < width; ++k) level[depth - 1][k] = folder.fold(level[depth - 1][k], level[depth][k]);
+      --depth;
+    }
+    if (r + 1 < n) continue;
+    TALLY_UNROLL
+    for (int k = 0; k < width; ++k) {
+      Wide all = level[depth][k];
+      TALLY_UNROLL
+      for (int d = 2; d >= 0; --d)
+        if (d < depth) all = folder.fold(level[d][k], all);
+      out[k] = folder.give(all);
+    }
+    return;
+  }
+}
+
 }  // namespace tally::inline v0::device

@@ -12,8 +12,6 @@
 
 namespace tally::inline v0::device {
 
-/// Ranks for which kernels are made: what is worked out for few takes fewer registers.
-inline constexpr int few_ranks = 8;
 /// Sends and folds of packets that travel with the kernel.
 inline constexpr int kept_packets = 16;
 

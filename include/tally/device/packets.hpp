@@ -109,6 +109,27 @@ struct PacketPlan {
   }
 };
 
+/// One unit of every other rank.
+template <class T, int most, class S>
+TALLY_DEVICE void gather_units(S& session, const RankView& view, std::uint64_t packet, T (&values)[most][Unit<T>::elements], bool& came) {
+  Packet looked[most][Unit<T>::packets];
+  TALLY_UNROLL
+  for (int q = 0; q < most; ++q)
+    if (q < view.n && q != view.me) {
+      TALLY_UNROLL
+      for (int p = 0; p < Unit<T>::packets; ++p) looked[q][p] = session.look(q, packet + static_cast<std::uint64_t>(p));
+    }
+  TALLY_UNROLL
+  for (int q = 0; q < most; ++q)
+    if (q < view.n && q != view.me) {
+      Words<T> unit;
+      TALLY_UNROLL
+      for (int p = 0; p < Unit<T>::packets; ++p) came = session.get(q, packet + static_cast<std::uint64_t>(p), looked[q][p], unit.words[p]) && came;
+      TALLY_UNROLL
+      for (int k = 0; k < Unit<T>::elements; ++k) values[q][k] = unit.get(k);
+    }
+}
+
 /// Of a buffer that this rank may not have.
 template <class Byte>
 TALLY_DEVICE Byte* begin_of(Byte* buffer, std::uint64_t offset) { return buffer ? buffer + offset : nullptr; }
@@ -145,6 +166,23 @@ TALLY_DEVICE void run_packets(B& block, const RankView& view, const PacketWork& 
     const PacketFold& f = work.folds[i];
     const T* const own = reinterpret_cast<const T*>(begin_of<const std::byte>(f.of_output ? work.output : work.input, f.own));
     T* const to = reinterpret_cast<T*>(begin_of(work.output, f.to));
+    if constexpr (most <= few_ranks)
+      if (f.lo == 0 && f.hi == view.n && view.n > 1) {  // all are looked at together: they need not wait for each other
+        each_unit(f.count, f.first, [&](std::uint64_t at, int valid, std::uint64_t packet) {
+          T values[most][width] = {}, result[width];
+          gather_units<T, most>(session, view, packet, values, came);
+          TALLY_UNROLL
+          for (int q = 0; q < most; ++q)
+            if (q == view.me)
+              for (int k = 0; k < width; ++k)
+                if (k < valid) values[q][k] = folder.scale(own[at + static_cast<std::uint64_t>(k)], folder.factor());
+          fold_all(folder, values, view.n, result);
+          if (came)
+            for (int k = 0; k < width; ++k)
+              if (k < valid) to[at + static_cast<std::uint64_t>(k)] = result[k];
+        });
+        continue;
+      }
     each_unit(f.count, f.first, [&](std::uint64_t at, int valid, std::uint64_t packet) {
       Stack<F, width, most> stack(folder);
       for (int q = f.lo; q < f.hi; ++q) {

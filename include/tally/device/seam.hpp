@@ -12,6 +12,12 @@
 #else
 #define TALLY_DEVICE
 #endif
+/// Where a loop has to be unrolled for its arrays to be registers.
+#if defined(__CUDA_ARCH__)
+#define TALLY_UNROLL _Pragma("unroll")
+#else
+#define TALLY_UNROLL
+#endif
 
 namespace tally::inline v0::device {
 

@@ -154,7 +154,14 @@ class Session {
     return fits;
   }
   TALLY_DEVICE void put(int to, std::size_t i, std::uint64_t data) { B::store_packet(at<Packet>(to, view_.layout.slot(block_.index(), packets_, view_.me)) + i, Packet::of(data, packets_)); }
-  /// False if it does not come.
+  /// Whatever is there by now.
+  TALLY_DEVICE Packet look(int from, std::size_t i) const { return B::load_packet(at<Packet>(view_.me, view_.layout.slot(block_.index(), packets_, from)) + i); }
+  /// `p`: what was there at the last look. False if it does not come.
+  TALLY_DEVICE bool get(int from, std::size_t i, const Packet& p, std::uint64_t& data) {
+    if (!p.is_of(packets_)) return get(from, i, data);
+    data = p.data();
+    return true;
+  }
   TALLY_DEVICE bool get(int from, std::size_t i, std::uint64_t& data) {
     const Packet* const where = at<Packet>(view_.me, view_.layout.slot(block_.index(), packets_, from)) + i;
     Packet p;

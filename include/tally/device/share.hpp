@@ -64,8 +64,26 @@ struct SharePart {
       for (int k = 0; k < n; ++k) put((me + k) % n, load((me + k) % n));
       return;
     }
-    Stack<F, width, most> stack(folder);
     R folded;
+    if constexpr (most <= few_ranks)
+      if (share.way == Share::Way::fold && share.source < 0) {
+        T values[most][width] = {};
+        TALLY_UNROLL
+        for (int r = 0; r < most; ++r)
+          if (r < n) {
+            const R row = load(r);
+            TALLY_UNROLL
+            for (int k = 0; k < width; ++k) values[r][k] = row.values[k];
+          }
+        if constexpr (F::scales)
+          TALLY_UNROLL
+          for (int r = 0; r < most; ++r)
+            if (r < n)
+              for (T& each : values[r]) each = folder.scale(each, factor(r));
+        fold_all(folder, values, n, folded.values);
+        return put_all(folded, put);
+      }
+    Stack<F, width, most> stack(folder);
     for (int r = 0; r < n; ++r) {
       const bool exclusive = share.way == Share::Way::exclusive_scan;
       if (exclusive && r > 0) stack.fold(folded.values);
@@ -75,6 +93,10 @@ struct SharePart {
     }
     if (share.scans()) return;
     stack.fold(folded.values);
+    put_all(folded, put);
+  }
+  template <class R, class Put>
+  TALLY_DEVICE void put_all(const R& folded, const Put& put) const {
     for (int k = 0; k < n; ++k)  // each rank begins with another one
       if (share.writes((me + k) % n)) put((me + k) % n, folded);
   }
