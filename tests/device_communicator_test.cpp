@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <catch2/catch.hpp>
 
+#include <unistd.h>
+
 #include <chrono>
 #include <cstring>
 #include <functional>
@@ -13,10 +15,12 @@
 #include <vector>
 
 #include <tally/device_communicator.hpp>
+#include <tally/energy.hpp>
 #include <tally/tally.hpp>
 
 #include "device_suite.hpp"
 #include "emulated_driver.hpp"
+#include "fake_meter.hpp"
 #include "sanitized.hpp"
 
 using namespace std::chrono_literals;
@@ -26,6 +30,17 @@ using test::EmulatedArray, test::EmulatedDevices, test::EmulatedDriver, test::Em
 using Devices = tally::DeviceCommunicator<EmulatedDriver>;
 
 namespace {
+
+/// TimedMeter's, of two domains.
+struct TwoTimedMeters {
+  TimedMeter one;
+  std::span<const tally::DomainInfo> domains() const { return one.infos; }
+  tally::SampleResult sample(std::span<tally::MeterSample> out) noexcept {
+    one.sample(out.first(1));
+    out[1] = out[0], out[1].domain = 1;
+    return {2, {}};
+  }
+};
 
 /// Where a test's buffers are, and so by which way ranks get at them.
 enum class Where { one_process, segments, elsewhere };
@@ -238,6 +253,47 @@ TEST_CASE("a rank that comes late is in the others' reports") {
       check(report.algorithm_name() == name);
       check(report.transport_name() == "emulated");
       check(!(report.energy().known()));  // nobody measured it
+    }, tally::threads);
+}
+
+TEST_CASE("joules are the device's, by its meter and the kernels' time; those of waiting apart; unknown where it has none") {
+  tally::MemberOptions options;
+  options.name = tally::detail::concat({"test/", ::getpid(), "/device_communicator_test"});
+  options.find = [] {
+    TimedMeter meter;  // 100 W each
+    meter.infos.push_back(meter.infos[0]);
+    meter.infos[1].kind = tally::Domain::gpu_board, meter.infos[1].key = "gpu-0";
+    tally::FoundMeters found;
+    found.meters.emplace_back(TwoTimedMeters{meter});
+    return found;
+  };
+  options.hub.period = 10ms;
+  auto member = std::make_shared<tally::EnergyMember>(std::move(options));
+  for (const bool has_meter : {true, false})
+    tally::launch(2, [&](Communicator& comm) {
+      EmulatedDriver driver(comm.rank());
+      EmulatedStream stream(comm.rank());
+      const tally::EnergySources meters = [&] { return std::make_unique<tally::HubSeat>(member, has_meter ? "gpu-0" : "gpu-9", true); };
+      Devices gpu(comm, driver, {.blocks = 1}, meters);
+      EmulatedArray<float> x(driver, std::vector<float>(100, 1));
+      Report report;
+      for (int k = 0; k < 10; ++k) {
+        if (comm.rank() == 1) std::this_thread::sleep_for(3ms);
+        report = gpu.all_reduce(x.span(), tally::sum, &stream).wait();
+      }
+      const bool known = gpu.ledger().wait_for_energy(10s);
+      check(known == has_meter, "known");
+      double gross = 0, idle = 0;
+      for (const tally::LedgerRow& row : gpu.ledger().rows()) {
+        const tally::AccountEnergy energy = gpu.ledger().energies(row);
+        check(energy.gross.known() == has_meter, "gross");
+        check(!energy.cpu.known() && !energy.dram.known(), "processors");
+        gross += energy.gross.value, idle += energy.idle.value;
+        if (has_meter) check(energy.gross.provenance == tally::Provenance::prorated && energy.gpu.value == energy.gross.value, "kind");
+      }
+      if (has_meter) check(gross > 0 && idle <= gross && (comm.rank() == 1 || idle > 0), "amounts");
+      check(report.energy().known() == has_meter, "report");
+      comm.barrier();
     }, tally::threads);
 }
 

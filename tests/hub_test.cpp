@@ -172,6 +172,30 @@ TEST_CASE("a device is divided by the time that its ranks are in operations, asl
   CHECK(state.domain[1].unattributed == 3 * joule);
 }
 
+TEST_CASE("times that are a device's own are charged nothing of the processors'") {
+  Bench bench;
+  bench.meter.add(Domain::cpu_package, "package-0");
+  bench.meter.add(Domain::gpu_board, "gpu-a");
+  bench.begin(1);
+  bench.hub->join(1, 10);
+  detail::BoardSlot& thread = bench.take(0, 1);
+  detail::BoardSlot& kernels = bench.take(1, 1);
+  kernels.device = 2;
+  kernels.of_device = 1;
+  bench.pass(100ms);
+  spend(thread, Activity::copy, 100ms);
+  spend(kernels, Activity::reduce, 40ms);
+  spend(kernels, Activity::spin, 40ms);
+  bench.system.world->processes[10] = bench.system.world->host = 100ms;
+  bench.meter.world->totals = {6 * joule, 10 * joule};
+  bench.hub->step();
+  CHECK(charged(thread, PowerKind::cpu) == 6 * joule);
+  CHECK(charged(kernels, PowerKind::cpu) == 0);
+  CHECK(charged(kernels, PowerKind::gpu, Activity::reduce) == 4 * joule);
+  CHECK(charged(kernels, PowerKind::gpu, Activity::spin) == 4 * joule);
+  CHECK(bench.state().domain[1].application == 2 * joule);
+}
+
 TEST_CASE("no thread is charged for more time than has passed, whatever it publishes") {
   Bench bench;
   bench.meter.add(Domain::cpu_package, "package-0");

@@ -109,7 +109,8 @@ class DeviceCommunicator {
   using Stream = typename D::Stream;
 
   /// Collective over the ranks of `host`, which may go afterwards. Errc::no_resources where the ranks' kernels could not run at the same time.
-  explicit DeviceCommunicator(Communicator& host, D driver = D(), const DeviceSettings& settings = {}) : engine_(std::make_shared<Engine>(host, std::move(driver), settings)) {}
+  /// `meters`: device_meters() of tally/energy.hpp; without, joules are unknown.
+  explicit DeviceCommunicator(Communicator& host, D driver = D(), const DeviceSettings& settings = {}, const EnergySources& meters = {}) : engine_(std::make_shared<Engine>(host, std::move(driver), settings, meters)) {}
   DeviceCommunicator(DeviceCommunicator&&) noexcept = default;
   DeviceCommunicator& operator=(DeviceCommunicator&&) noexcept = default;
 

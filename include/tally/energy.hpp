@@ -27,6 +27,7 @@ namespace tally::inline v0 {
 struct HostMeters {
   std::string root = {};                 // of the host's files, for tests; TALLY_HOST_ROOT is for the same
   std::string device = {};               // key of the GPU that this rank uses (see Nvml::key_of): it is charged for its share
+  bool device_alone = false;             // of what is a GPU's own time: see device_meters()
   std::optional<Weights> weights = {};   // to divide joules by; none: what tally_calibrate measured on this machine, if it did, else equal time
   bool learn = true;                     // and better ones from the windows themselves, as soon as they tell any
   nanoseconds period = std::chrono::milliseconds(100);  // between windows
@@ -96,7 +97,14 @@ inline EnergySources host_meters(HostMeters how = {}) {
     plausible(how.weights->application);
     plausible(how.weights->floor_watts);
   }
-  return [how = std::move(how)]() -> std::unique_ptr<EnergySource> { return std::make_unique<HubSeat>(detail::member_of(how), how.device); };
+  return [how = std::move(how)]() -> std::unique_ptr<EnergySource> { return std::make_unique<HubSeat>(detail::member_of(how), how.device, how.device_alone); };
+}
+/// For device communicators: joules of the GPU with this key (CudaDriver::meter_key()), whose kernels tell how long they took. Unknown where
+/// that GPU has no meter.
+inline EnergySources device_meters(std::string key, HostMeters how = {}) {
+  how.device = std::move(key);
+  how.device_alone = true;
+  return host_meters(std::move(how));
 }
 
 }  // namespace tally::inline v0

@@ -63,6 +63,7 @@ struct EnergyAmounts {
     return {value, std::hypot(worth.relative_sigma * value, edges), 0, std::max(static_cast<double>(upper[k]) * 1e-9, value), worth.provenance, worth.split};
   };
   const auto all = [&](auto&& member) {
+    if (reading.device_alone) return figure(PowerKind::gpu, member(amounts.kinds[2]));
     Quantity whole = figure(PowerKind::cpu, member(amounts.kinds[0]));
     for (const PowerKind kind : {PowerKind::dram, PowerKind::gpu})
       if (const Quantity part = figure(kind, member(amounts.kinds[static_cast<std::size_t>(kind)])); part.known() && (kind != PowerKind::gpu || part.value > 0)) whole = whole + part;
@@ -73,10 +74,12 @@ struct EnergyAmounts {
   energy.gross = all([](const Each& part) { return part.total(); });
   energy.net = all([](const Each& part) { return part.net(); });
   energy.idle = all([](const Each& part) { return part.idle(); });
-  energy.idle_avoidable = figure(PowerKind::cpu, amounts.avoidable);
-  energy.cpu = figure(PowerKind::cpu, amounts.kinds[0].total());
-  energy.dram = figure(PowerKind::dram, amounts.kinds[1].total());
-  if (amounts.kinds[2].total() > 0) energy.gpu = figure(PowerKind::gpu, amounts.kinds[2].total());
+  if (!reading.device_alone) {
+    energy.idle_avoidable = figure(PowerKind::cpu, amounts.avoidable);
+    energy.cpu = figure(PowerKind::cpu, amounts.kinds[0].total());
+    energy.dram = figure(PowerKind::dram, amounts.kinds[1].total());
+  }
+  if (reading.device_alone || amounts.kinds[2].total() > 0) energy.gpu = figure(PowerKind::gpu, amounts.kinds[2].total());
   return energy;
 }
 
@@ -97,7 +100,7 @@ class LedgerEnergy {
       for (std::size_t k = 0; k < power_kinds; ++k) at_begin_[k] = reading_.kinds[k].total;
   }
   /// There is a meter: figures come from it and not from the model.
-  bool metered() const { return reading_.kinds[0].provenance != Provenance::none; }
+  bool metered() const { return reading_.kinds[static_cast<std::size_t>(reading_.device_alone ? PowerKind::gpu : PowerKind::cpu)].provenance != Provenance::none; }
   bool has_source() const { return source_ != nullptr; }
   void publish(const ActivityTimes& so_far) const noexcept {
     if (source_) source_->publish(so_far);

@@ -147,6 +147,15 @@ class CudaDriver {
   }
 
   int device() const { return device_; }
+  /// For device_meters() of tally/energy.hpp.
+  std::string meter_key() const {
+    std::string text = "gpu-GPU-";
+    for (std::size_t i = 0; i < id_.size(); ++i) {
+      for (const int half : {id_[i] >> 4, id_[i] & 15}) text += "0123456789abcdef"[half];
+      if (i == 3 || i == 5 || i == 7 || i == 9) text += '-';
+    }
+    return text;
+  }
   DeviceId id() const { return id_; }
   int most_blocks() const { return processors_; }
   int most_threads() const { return cuda::most_threads; }

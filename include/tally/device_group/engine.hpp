@@ -41,10 +41,10 @@ class DeviceEngine {
   using Stream = typename D::Stream;
 
   /// Collective over the ranks of `host`.
-  DeviceEngine(Communicator& host, D driver, const DeviceSettings& settings) : driver_(std::move(driver)), link_(host.duplicate()), memory_(link_, driver_), plans_(driver_) {
+  DeviceEngine(Communicator& host, D driver, const DeviceSettings& settings, const EnergySources& meters) : driver_(std::move(driver)), link_(host.duplicate()), memory_(link_, driver_), plans_(driver_) {
     meet(settings);
     const AccountSettings& theirs = host.ledger().settings();
-    results_ = std::make_shared<DeviceResults<D>>(driver_, size(), rank(), layout_.blocks, AccountSettings(no_model(), {}, theirs.carbon));
+    results_ = std::make_shared<DeviceResults<D>>(driver_, size(), rank(), layout_.blocks, AccountSettings(no_model(), meters, theirs.carbon));
     link_.barrier();
   }
   DeviceEngine(const DeviceEngine&) = delete;

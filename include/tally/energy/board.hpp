@@ -84,6 +84,7 @@ struct BoardSlot {
   alignas(64) std::atomic<std::uint32_t> client{0};  // 0: free
   std::atomic<std::uint32_t> leaving{0};              // the hub charges what it still finds, and frees it
   std::atomic<std::uint32_t> device{0};               // 1 + index of the device it uses in the table of domains, 0: none
+  std::atomic<std::uint32_t> of_device{0};            // not 0: its times are the device's, and no thread's
   std::atomic<std::int64_t> times[activity_count] = {};  // nanoseconds since it was taken
   alignas(64) std::atomic<std::uint64_t> charged[power_kinds][activity_count + 1] = {};  // nanojoules, of the windows in the board's state; the last is the floor's
 

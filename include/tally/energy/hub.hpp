@@ -198,7 +198,7 @@ class EnergyHub {
     for (std::size_t i = 0; i < detail::Board::most_slots; ++i) {
       const detail::BoardSlot& slot = board_.slots[i];
       if (const std::uint32_t client = slot.client.load(std::memory_order_acquire))
-        taken_.push_back({i, client, slot.leaving.load(std::memory_order_acquire) != 0, slot.device.load(std::memory_order_relaxed), slot.read_times()});
+        taken_.push_back({i, client, slot.leaving.load(std::memory_order_acquire) != 0, slot.device.load(std::memory_order_relaxed), slot.of_device.load(std::memory_order_relaxed) != 0, slot.read_times()});
     }
   }
   /// The part of a participant's published times that falls into this window: no thread does more than time passes, so what is too
@@ -218,7 +218,7 @@ class EnergyHub {
     window.duration = now - group.begin;
     window.cores = options_.system.cores;
     std::vector<ActivityTimes> times;
-    for (const Taken& slot : taken_) times.push_back(count(group, slot.index, slot.times, window.duration));
+    for (const Taken& slot : taken_) times.push_back(slot.of_device && !devices ? ActivityTimes{} : count(group, slot.index, slot.times, window.duration));
     window.operations = times;
     if (!devices) look_at_processes(window);
 
@@ -329,6 +329,7 @@ class EnergyHub {
         for (auto& word : kind) word.store(0, std::memory_order_relaxed);
       for (Group& group : groups_) group.counted[taken.index] = {};
       slot.device.store(0, std::memory_order_relaxed);
+      slot.of_device.store(0, std::memory_order_relaxed);
       slot.leaving.store(0, std::memory_order_relaxed);
       slot.client.store(0, std::memory_order_release);
     }
@@ -404,6 +405,7 @@ class EnergyHub {
     std::uint32_t client;
     bool leaving;
     std::uint32_t device;
+    bool of_device;
     ActivityTimes times;
     Charges charges{};  // of the windows that close
   };

@@ -278,8 +278,9 @@ class EnergyMember {
 /// A ledger's side of it. Over the lives of several hubs what was charged adds up.
 class HubSeat final : public EnergySource, private EnergyMember::Guest {
  public:
-  /// `device`: key of the device that this rank uses, e.g. "gpu-GPU-8a1f...", so that a share of it is charged.
-  explicit HubSeat(std::shared_ptr<EnergyMember> member, std::string device = {}) : member_(std::move(member)), device_(std::move(device)) { member_->add(*this); }
+  /// `device`: key of the device that this rank uses, e.g. "gpu-GPU-8a1f...", so that a share of it is charged. `device_alone`: what is
+  /// published are times of that device's, so nothing else is charged.
+  explicit HubSeat(std::shared_ptr<EnergyMember> member, std::string device = {}, bool device_alone = false) : member_(std::move(member)), device_(std::move(device)), device_alone_(device_alone) { member_->add(*this); }
   ~HubSeat() override {
     if (::getpid() != pid_) return;  // a fork's copy: the seat is its parent's
     member_->remove(*this);
@@ -310,6 +311,8 @@ class HubSeat final : public EnergySource, private EnergyMember::Guest {
     reading.charges = together(place->charged_before, charges);
     std::copy(std::begin(state.kinds), std::end(state.kinds), reading.kinds.begin());
     for (std::size_t k = 0; k < power_kinds; ++k) reading.kinds[k].total += place->total_before[k];
+    reading.device_alone = device_alone_;
+    if (device_alone_ && place->seat.slot->device.load(std::memory_order_relaxed) == 0) reading.kinds[static_cast<std::size_t>(PowerKind::gpu)].provenance = Provenance::none;
     return true;
   }
   HostEnergy host() const override {
@@ -386,6 +389,7 @@ class HubSeat final : public EnergySource, private EnergyMember::Guest {
       add_board(*old, before);
       place->domains_before = std::move(before.domains);
     }
+    if (seat.slot && device_alone_) seat.slot->of_device.store(1, std::memory_order_relaxed);
     if (!device_.empty() && seat.slot)
       if (detail::BoardState state{}; (*seat.board)->state.read(state))
         for (std::uint32_t d = 0; d < std::min<std::uint32_t>(state.domains, detail::BoardState::most_domains); ++d)
@@ -397,6 +401,7 @@ class HubSeat final : public EnergySource, private EnergyMember::Guest {
 
   std::shared_ptr<EnergyMember> member_;
   std::string device_;
+  bool device_alone_;
   pid_t pid_ = ::getpid();
   mutable std::mutex mutex_;  // but for what who publishes uses
   std::atomic<Place*> place_{nullptr};

@@ -56,6 +56,7 @@ struct EnergyReading {
   nanoseconds time{};  // of that window's end, of CLOCK_MONOTONIC
   Charges charges{};
   std::array<EnergyKind, power_kinds> kinds{};
+  bool device_alone = false;  // what is charged is a device's, and there is nothing else
 };
 
 /// What is told of the host as a whole.
