@@ -53,6 +53,8 @@ class HostBlock {
   static void store(std::uint32_t* word, std::uint32_t value) { std::atomic_ref(*word).store(value, std::memory_order_release); }
   template <class T>
   static void note(T& word, T value) { std::atomic_ref(word).store(value, std::memory_order_relaxed); }
+  template <class T>
+  static T noted(const T& word) { return std::atomic_ref(const_cast<T&>(word)).load(std::memory_order_relaxed); }
   static device::Packet load_packet(const device::Packet* from) {
     const std::uint64_t low = std::atomic_ref(halves(from)[0]).load(std::memory_order_relaxed), high = std::atomic_ref(halves(from)[1]).load(std::memory_order_relaxed);
     device::Packet p;
@@ -107,7 +109,7 @@ class EmulatedDevice {
       windows_.push_back(memory_.back().data()->bytes);
       told_.emplace_back(static_cast<std::size_t>(blocks));
       kept_.emplace_back(static_cast<std::size_t>(blocks));
-      late_.emplace_back(static_cast<std::size_t>(n) * 4);
+      late_.emplace_back(static_cast<std::size_t>(n) * 6);
     }
   }
   int size() const { return n_; }
@@ -117,12 +119,12 @@ class EmulatedDevice {
   /// Of each block.
   std::vector<device::Record> records(int rank) const {
     std::vector<device::Record> all;
-    for (const device::Told& each : told_[at(rank)]) all.push_back(each.record);
+    for (const device::Told& each : told_[at(rank)]) all.push_back(each.records[each.runs % 2]);
     return all;
   }
   std::uint32_t runs(int rank) const { return told_[at(rank)][0].runs; }
   /// Nanoseconds that each rank was waited for, in all operations: until it came, and, n further on, after that.
-  const std::uint64_t* late(int rank) const { return &late_[at(rank)][at(2 * n_)]; }
+  const std::uint64_t* late(int rank) const { return &late_[at(rank)][at(2 * n_) * (1 + runs(rank) % 2)]; }
   /// Returns when the blocks of all these ranks, of one thread each, wait for a rank that has not come, and for no other.
   void until_they_wait(const std::vector<int>& ranks) const {
     const auto until = [&](std::uint32_t more, const std::vector<std::uint32_t>& before) {

@@ -367,6 +367,30 @@ TEST_CASE("a rank that comes late is seen to be the last, by all others and not 
   }
 }
 
+TEST_CASE("I6: by steps, too, it is the late rank that is blamed, not the neighbour who waited for it") {
+  constexpr int n = 5, late = 2;
+  EmulatedDevice gpu(n, 1, 1, 1, 2, 64);
+  Sum add;
+  const Case c = make_case<float>(Collective::all_reduce, n, 1, 40, Way::steps, false, &add, 0, 0, find_algorithm(Collective::all_reduce, "ring").generate);
+  gpu.run([&](HostBlock& block, const device::RankView& view, int) { c.kernel(block, view); }, 1, [&](int rank, int) {
+    if (rank != late) return;
+    gpu.until_they_wait({0, 1, 3, 4});
+    std::this_thread::sleep_for(20ms);
+  });
+  for (int r = 0; r < n; ++r) {
+    INFO("rank " << r);
+    std::uint64_t all = 0;
+    for (int q = 0; q < n; ++q) all += gpu.late(r)[q];
+    const device::Record record = gpu.records(r)[0];
+    CHECK(all == record.waited);
+    CHECK(gpu.late(r)[r] == 0);
+    CHECK(record.waited + record.settled <= record.ended - record.entered);
+    if (r == late) continue;
+    CHECK(gpu.late(r)[late] >= 20'000'000);
+    CHECK(record.last == late);
+  }
+}
+
 TEST_CASE("who waits for a rank that does not come ends at its deadline, says for whom, and the others hear of it") {
   for (const bool by_packets : {true, false}) {
     constexpr int n = 4;

@@ -31,6 +31,10 @@ class CudaBlock {
   __device__ static void note(T& word, T value) {
     *static_cast<volatile T*>(&word) = value;
   }
+  template <class T>
+  __device__ static T noted(const T& word) {
+    return *static_cast<const volatile T*>(&word);
+  }
   /// As two words of eight bytes: of vectors each element is loaded and stored at once, not the whole.
   __device__ static Packet load_packet(const Packet* from) {
     std::uint64_t low, high;

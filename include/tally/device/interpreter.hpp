@@ -47,7 +47,10 @@ class Interpreter {
   TALLY_DEVICE void run() {
     if (session_.is_over()) return session_.end();
     for (auto i = static_cast<std::uint32_t>(block_.thread()); i < work_.count; i += static_cast<std::uint32_t>(block_.threads())) work_.done[i] = 0;
-    for (int r = block_.thread(); r < view_.n; r += block_.threads()) pair(r).looked_to_send = pair(r).looked_to_receive = 0;
+    for (int r = block_.thread(); r < view_.n; r += block_.threads()) {
+      Pair& p = pair(r);
+      p.looked_to_send = p.looked_to_receive = 0, p.began = p.sent;
+    }
     block_.sync();
     std::uint64_t(&move)[3] = block_.shared().move;
     for (;;) {
@@ -76,11 +79,12 @@ class Interpreter {
     std::uint64_t step, begin, count;  // elements of the step
   };
 
+  TALLY_DEVICE void hear(int peer) { heard_[peer / 64] |= std::uint64_t{1} << peer % 64; }
   TALLY_DEVICE bool has_heard(int peer) const { return (heard_[peer / 64] >> peer % 64 & 1) != 0; }
   TALLY_DEVICE const PlannedStep& step_of(const Move& m) const { return work_.steps[m.step]; }
   TALLY_DEVICE Pair& pair(int peer) const { return *session_.template at<Pair>(view_.me, view_.layout.pair(block_.index(), peer)); }
   TALLY_DEVICE std::uint64_t frame_elements() const { return view_.layout.frame_bytes / sizeof(T); }
-  TALLY_DEVICE std::uint64_t* frame(int owner, int peer, std::uint32_t number) const { return session_.template at<std::uint64_t>(owner, view_.layout.frame(block_.index(), peer, number)); }
+  TALLY_DEVICE FrameHeader* frame(int owner, int peer, std::uint32_t number) const { return session_.template at<FrameHeader>(owner, view_.layout.frame(block_.index(), peer, number)); }
 
   /// The first step that can go on, and how far.
   TALLY_DEVICE void choose(std::uint64_t (&move)[3]) {
@@ -103,11 +107,12 @@ class Interpreter {
           if (step.verb == Verb::send) {
             const std::uint32_t consumed = B::load(session_.template at<std::uint32_t>(view_.me, view_.layout.consumed(block_.index(), step.peer)));
             most = p.sent - consumed < view_.layout.frames ? frame_elements() : 0;
+            if (polls == 0 && static_cast<std::int32_t>(consumed - p.began) > 0) hear(step.peer);
           } else {
             const std::uint32_t arrived = B::load(session_.template at<std::uint32_t>(view_.me, view_.layout.arrived(block_.index(), step.peer)));
-            const std::uint64_t* const next = frame(view_.me, step.peer, p.taken);
-            if (arrived != p.taken && !session_.expect(step.peer, next[1])) return void(move[0] = gave_up);
-            most = arrived != p.taken ? (next[0] < frame_elements() ? next[0] : frame_elements()) - p.used : 0;
+            const FrameHeader* const next = frame(view_.me, step.peer, p.taken);
+            if (arrived != p.taken && !session_.expect(step.peer, next->fingerprint)) return void(move[0] = gave_up);
+            most = arrived != p.taken ? (next->count < frame_elements() ? next->count : frame_elements()) - p.used : 0;
           }
           if (most == 0 && awaited < 0) awaited = step.peer;
         }
@@ -115,9 +120,11 @@ class Interpreter {
         if (count == 0) continue;
         if constexpr (timed)
           if (step.peer >= 0) {
-            const bool first = step.verb != Verb::send && !has_heard(step.peer);
-            if (polls > 0) session_.came(step.peer, since, first, polls);
-            if (first) heard_[step.peer / 64] |= std::uint64_t{1} << step.peer % 64;
+            const std::uint64_t waited = polls > 0 ? B::now() - since : 0;
+            const bool first = !has_heard(step.peer);
+            if (step.verb == Verb::send) session_.made_room(step.peer, waited, first);
+            else session_.came(step.peer, *frame(view_.me, step.peer, pair(step.peer).taken), waited, first);
+            if (step.verb != Verb::send || waited > 0) hear(step.peer);
           }
         move[0] = i, move[1] = begin, move[2] = count;
         return;
@@ -141,11 +148,11 @@ class Interpreter {
     const PlannedStep& step = step_of(m);
     T* data = nullptr;  // in the frame
     if (step.verb == Verb::send) {
-      std::uint64_t* const to = frame(step.peer, view_.me, pair(step.peer).sent);
-      if (block_.thread() == 0) to[0] = m.count, to[1] = view_.fingerprint;
-      data = reinterpret_cast<T*>(to + 2);
+      FrameHeader* const to = frame(step.peer, view_.me, pair(step.peer).sent);
+      if (block_.thread() == 0) *to = session_.header(m.count);
+      data = reinterpret_cast<T*>(to + 1);
     } else if (step.peer >= 0) {
-      data = reinterpret_cast<T*>(frame(view_.me, step.peer, pair(step.peer).taken) + 2) + pair(step.peer).used;
+      data = reinterpret_cast<T*>(frame(view_.me, step.peer, pair(step.peer).taken) + 1) + pair(step.peer).used;
     }
     for (auto i = static_cast<std::uint64_t>(block_.thread()); i < m.count; i += static_cast<std::uint64_t>(block_.threads())) {
       const std::uint64_t at = m.begin + i;
@@ -166,7 +173,7 @@ class Interpreter {
     Pair& p = pair(step.peer);
     if (step.verb == Verb::send) return B::store(session_.template at<std::uint32_t>(step.peer, view_.layout.arrived(block_.index(), view_.me)), ++p.sent);
     p.used += m.count;
-    if (p.used < *frame(view_.me, step.peer, p.taken)) return;
+    if (p.used < frame(view_.me, step.peer, p.taken)->count) return;
     p.used = 0;
     B::store(session_.template at<std::uint32_t>(step.peer, view_.layout.consumed(block_.index(), view_.me)), ++p.taken);
   }

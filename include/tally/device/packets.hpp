@@ -140,13 +140,14 @@ TALLY_DEVICE void run_packets(B& block, const RankView& view, const PacketWork& 
   constexpr int width = Unit<T>::elements;
   Session<B, timed> session(block, view);
   if (session.is_over()) return session.end();
-  session.begin_packets();
+  if (!session.begin_packets()) return session.end();
   const auto b = static_cast<std::uint64_t>(block.index()), blocks = static_cast<std::uint64_t>(block.blocks());
   const auto step = static_cast<std::uint64_t>(block.threads()) * width, begin = static_cast<std::uint64_t>(block.thread()) * width;
+  bool came = true;
   /// f(element of the part, packet) for each unit of this thread's in this block's part of `count` elements; its first one, and its end.
   const auto each_unit = [&](std::uint64_t count, std::uint64_t packet, auto&& f) {
     const std::uint64_t part = (count + blocks - 1) / blocks, first = b * part < count ? b * part : count, end = first + part < count ? first + part : count;
-    for (std::uint64_t at = begin; first + at < end; at += step) f(first + at, static_cast<int>(end - first - at < width ? end - first - at : width), packet + at / width * Unit<T>::packets);
+    for (std::uint64_t at = begin; first + at < end && came; at += step) f(first + at, static_cast<int>(end - first - at < width ? end - first - at : width), packet + at / width * Unit<T>::packets);
   };
   for (int i = 0; i < work.send_count; ++i) {
     const PacketSend& s = work.sends[i];
@@ -161,7 +162,7 @@ TALLY_DEVICE void run_packets(B& block, const RankView& view, const PacketWork& 
     });
   }
   block.sync();  // in place: all is sent that will be written over
-  bool came = session.expect_packets();
+  came = session.expect_packets();
   for (int i = 0; i < work.fold_count; ++i) {
     const PacketFold& f = work.folds[i];
     const T* const own = reinterpret_cast<const T*>(begin_of<const std::byte>(f.of_output ? work.output : work.input, f.own));

@@ -42,6 +42,7 @@ struct BlockShared {
   std::uint64_t seen[most_ranks];     // when each rank was found to be here; 0: nobody had to wait for it
   std::uint64_t arrival[most_ranks];  // what each rank was waited for, where that is added up: until it had come,
   std::uint64_t transfer[most_ranks];  // and after that
+  std::uint64_t heard[most_ranks];     // what each rank had waited for others when it was heard of last
   std::int32_t last, last_to_close;
   std::uint64_t move[3];  // what all threads do next, where one decides
 };
@@ -58,7 +59,8 @@ concept Block = requires(B& b, const B& c, std::uint32_t* word, const std::uint3
   { b.any(true) } -> std::same_as<bool>;  // likewise, and whether any of them said so
   { B::load(read) } -> std::same_as<std::uint32_t>;  // and everything that was written before what it finds
   B::store(word, value);                // after everything that was written before, by this thread or others before a sync()
-  B::note(time, time), B::note(*word, value);  // of the block's shared memory: orders nothing
+  B::note(time, time), B::note(*word, value);  // at once, and orders nothing
+  { B::noted(time) } -> std::same_as<std::uint64_t>;
   { B::load_packet(from) } -> std::same_as<Packet>;  // each half at once; orders nothing
   B::store_packet(to, packet);
   { B::now() } -> std::same_as<std::uint64_t>;       // nanoseconds

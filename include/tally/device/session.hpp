@@ -44,10 +44,12 @@ struct Kept {
   Totals totals;
   std::uint32_t runs = 0;
 };
+/// By parity of the run: who has read a record, and then finds that no two runs have ended since, has read it whole.
 struct Told {
-  Record record;
+  Record records[2];
   std::uint32_t runs = 0;
 };
+static_assert(sizeof(Record) % sizeof(std::uint64_t) == 0);
 
 /// What a rank's kernels are told.
 struct RankView {
@@ -60,7 +62,7 @@ struct RankView {
   const std::uint64_t* segments = nullptr;  // where each rank's part of each segment is, as this device sees it; n of each, from segment 1 on
   std::uint32_t segment_count = 0;
   // The account, by the device for itself and for the host: of each block, and, by the first one, nanoseconds that each rank was waited
-  // for, n of `waited` and n of `settled`.
+  // for, n of `waited` and n of `settled`; what the host is told, by parity of the run, too.
   Kept* kept = nullptr;
   Told* told = nullptr;
   std::uint64_t* late = nullptr;
@@ -74,18 +76,27 @@ class Session {
     const Epochs& mine = *at<Epochs>(view.me, view.layout.epochs(block.index()));
     meets_ = mine.meets;
     packets_ = mine.packets;
+    call_ = mine.calls + 1;
     BlockShared& s = block.shared();
     const std::uint32_t broken = block.thread() == 0 ? B::load(at<std::uint32_t>(view.me, view.layout.broken())) : 0;
+    const bool aborted = block.thread() == 0 && view.abort && B::load(view.abort) != 0;
     if (block.thread() == 0) {
       s.failure = static_cast<std::uint32_t>(broken != 0 ? Failure::broken : Failure::none);
       s.broken = broken;
+      if (broken == 0 && aborted) fail(Failure::aborted, -1);
       s.polls = 0;
       s.theirs = 0;
       s.last = s.last_to_close = -1;
       s.entered = B::now();
     }
-    for (int r = block.thread(); r < view.n; r += block.threads()) s.seen[r] = s.arrival[r] = s.transfer[r] = 0;
-    is_over_ = block.any(broken != 0);
+    for (int r = block.thread(); r < view.n; r += block.threads()) s.seen[r] = s.arrival[r] = s.transfer[r] = s.heard[r] = 0;
+    is_over_ = block.any(broken != 0 || aborted);
+    if (block.index() == 0 && !is_over_)
+      for (int r = block.thread(); r < view.n; r += block.threads()) {
+        CallWord& word = *at<CallWord>(r, view.layout.call(view.me, call_));
+        B::note(word.fingerprint, view.fingerprint);
+        B::store(&word.number, call_);
+      }
   }
   Session(const Session&) = delete;
 
@@ -137,11 +148,13 @@ class Session {
   // each, which WindowLayout::slot() relies on.
 
   static constexpr std::size_t first_packet = 1;
-  TALLY_DEVICE void begin_packets() {
-    ++packets_;
-    if (block_.index() != 0) return;
+  /// False if it is over.
+  TALLY_DEVICE bool begin_packets() {
+    if (++packets_ == 0 && !renew_packets()) return false;
+    if (block_.index() != 0) return true;
     for (int r = block_.thread(); r < view_.n; r += block_.threads())
       if (r != view_.me) put(r, 0, view_.fingerprint);
+    return true;
   }
   /// False if not all make the same call. By threads of the block's end, which have the least to do otherwise.
   TALLY_DEVICE bool expect_packets() {
@@ -185,14 +198,25 @@ class Session {
     B::pause(polls);
     return polls % look_around != 0 || !gives_up(peer);
   }
-  /// It has waited since then, and something came from there, for the first time in this operation or not.
-  TALLY_DEVICE void came(int peer, std::uint64_t since, bool first, std::uint32_t polls) {
+  /// It has waited for so long, and something came from there, for the first time in this operation or not. As far as that rank has
+  /// waited itself meanwhile, whom it waited for is who was late.
+  TALLY_DEVICE void came(int peer, const FrameHeader& header, std::uint64_t waited, bool first) {
     BlockShared& s = block_.shared();
-    const std::uint64_t waited = B::now() - since;
-    (first ? s.arrival : s.transfer)[peer] += waited;
-    s.polls = polls;
-    if (first) s.last = peer;
+    const std::uint64_t since = header.waited - s.heard[peer], inherited = header.origin >= 0 && header.origin < view_.n && header.origin != view_.me ? (since < waited ? since : waited) : 0;
+    s.heard[peer] = header.waited;
+    if (inherited > 0) blame(static_cast<int>(header.origin), inherited);
+    if (waited == inherited) return;
+    if (first) blame(peer, waited - inherited);
+    else s.transfer[peer] += waited - inherited;
   }
+  /// There was no room there for so long; `first`: nothing had been heard of it.
+  TALLY_DEVICE void made_room(int peer, std::uint64_t waited, bool first) {
+    if (waited == 0) return;
+    if (first) blame(peer, waited);
+    else block_.shared().transfer[peer] += waited;
+  }
+  /// For who hears of this rank next.
+  TALLY_DEVICE FrameHeader header(std::uint64_t count) const { return {count, view_.fingerprint, blamed_, block_.shared().last}; }
 
   /// By all threads of the block, when its part is done or it has failed.
   TALLY_DEVICE void end() {
@@ -206,14 +230,15 @@ class Session {
       block_.sync();
       if (block_.index() == 0) {
         for (int r = block_.thread(); r < view_.n; r += block_.threads()) {
-          view_.told_late[r] = view_.late[r] += s.arrival[r];
-          view_.told_late[view_.n + r] = view_.late[view_.n + r] += s.transfer[r];
+          std::uint64_t* const told = view_.told_late + ((view_.kept[0].runs + 1) % 2) * 2 * static_cast<std::uint32_t>(view_.n);
+          B::note(told[r], view_.late[r] += s.arrival[r]);
+          B::note(told[view_.n + r], view_.late[view_.n + r] += s.transfer[r]);
         }
         block_.sync();
       }
     }
     if (block_.thread() != 0) return;
-    *at<Epochs>(view_.me, view_.layout.epochs(block_.index())) = {meets_, packets_};
+    *at<Epochs>(view_.me, view_.layout.epochs(block_.index())) = {meets_, packets_, call_};
     Kept kept = view_.kept[block_.index()];
     Totals& totals = kept.totals;
     Record r;
@@ -239,7 +264,10 @@ class Session {
     ++kept.runs;
     view_.kept[block_.index()] = kept;
     Told& told = view_.told[block_.index()];
-    told.record = r;
+    std::uint64_t words[sizeof r / sizeof(std::uint64_t)];
+    memcpy(words, &r, sizeof r);
+    auto* const to = reinterpret_cast<std::uint64_t*>(&told.records[kept.runs % 2]);
+    for (std::size_t i = 0; i < sizeof r / sizeof(std::uint64_t); ++i) B::note(to[i], words[i]);
     B::store(&told.runs, kept.runs);
   }
 
@@ -258,6 +286,16 @@ class Session {
       }
       if (polls % look_around == 0 && gives_up(peer)) return false;
     }
+  }
+  /// Numbers of packets begin anew: what lies in slots from the last time round must not be taken for what is to come. All ranks come here in
+  /// the same operation.
+  TALLY_DEVICE bool renew_packets() {
+    packets_ = 1;
+    if (!meet()) return false;
+    for (std::uint32_t half = 0; half < 2; ++half)
+      for (int r = 0; r < view_.n; ++r)
+        for (auto i = static_cast<std::size_t>(block_.thread()); i < view_.layout.packets; i += static_cast<std::size_t>(block_.threads())) B::store_packet(at<Packet>(view_.me, view_.layout.slot(block_.index(), half, r)) + i, {});
+    return meet();
   }
   /// Of several threads that waited for the same rank one's word is kept: they came within a packet of each other.
   TALLY_DEVICE void note(int peer, std::uint32_t polls) {
@@ -283,9 +321,18 @@ class Session {
     const std::uint32_t broken = B::load(at<std::uint32_t>(view_.me, view_.layout.broken()));
     if (view_.abort && B::load(view_.abort) != 0) fail(Failure::aborted, peer);  // which may be why another block broke off
     else if (broken != 0) give_up(Failure::broken, broken);
+    else if (std::uint64_t theirs = 0; is_elsewhere(peer, theirs)) fail(Failure::mismatch, peer, theirs);
     else if (B::now() - block_.shared().entered > view_.timeout) fail(Failure::timed_out, peer);
     else return false;
     return true;
+  }
+  /// It has made another call instead of this one.
+  TALLY_DEVICE bool is_elsewhere(int peer, std::uint64_t& theirs) const {
+    if (peer < 0) return false;
+    const CallWord& word = *at<CallWord>(view_.me, view_.layout.call(peer, call_));
+    if (B::load(&word.number) != call_) return false;
+    theirs = B::noted(word.fingerprint);
+    return theirs != view_.fingerprint && B::load(&word.number) == call_;
   }
   /// All ranks are to know.
   TALLY_DEVICE void fail(Failure why, std::int32_t missing, std::uint64_t theirs = 0) {
@@ -299,9 +346,16 @@ class Session {
     B::store(&block_.shared().failure, static_cast<std::uint32_t>(why));
   }
 
+  TALLY_DEVICE void blame(int r, std::uint64_t waited) {
+    block_.shared().arrival[r] += waited;
+    block_.shared().last = r;
+    blamed_ += waited;
+  }
+
   B& block_;
   const RankView& view_;
-  std::uint32_t meets_ = 0, packets_ = 0, published_ = 0;  // the meeting before which pads were written
+  std::uint64_t blamed_ = 0;  // all of arrival
+  std::uint32_t meets_ = 0, packets_ = 0, call_ = 0, published_ = 0;  // the meeting before which pads were written
   std::uint64_t closing_ = 0;  // when the last meeting began, if it was not the first
   bool is_over_ = false, is_open_ = false;  // it has met all
 };

@@ -46,7 +46,8 @@ struct SharePart {
     };
     if (width == 1 || !lie_alike()) return one_by_one(begin, end);
     std::uint64_t first = begin;
-    while (first < end && reinterpret_cast<std::uintptr_t>(source(first_source()) + first) % 16 != 0) ++first;
+    while (first < end && first < begin + width && reinterpret_cast<std::uintptr_t>(source(first_source()) + first) % 16 != 0) ++first;
+    if (first == begin + width) return one_by_one(begin, end);  // elements never lie on a row's begin
     const std::uint64_t last = first + (end - first) / width * width;
     one_by_one(begin, first);
     for (std::uint64_t i = first + thread * width; i < last; i += threads * width) row<width>(i);

@@ -24,14 +24,27 @@ struct Pad {
 };
 /// What a block has done so far; its own.
 struct Epochs {
-  std::uint32_t meets = 0, packets = 0;
+  std::uint32_t meets = 0, packets = 0, calls = 0;
+};
+/// Which call a rank is in: the number is written last, and the same words again four calls later.
+struct CallWord {
+  std::uint64_t fingerprint = 0;
+  std::uint32_t number = 0;
 };
 
 /// What a block has sent to another rank's, and taken from it, in frames; its own.
 struct Pair {
   std::uint32_t sent = 0, taken = 0;
   std::uint64_t used = 0;                           // elements of the next frame to be taken
+  std::uint32_t began = 0;                          // sent before this operation
   std::uint32_t looked_to_send = 0, looked_to_receive = 0;  // in this look at all steps: only the first message of a pair may move
+};
+
+struct FrameHeader {
+  std::uint64_t count = 0;        // elements
+  std::uint64_t fingerprint = 0;  // of the call
+  std::uint64_t waited = 0;       // nanoseconds that the sender has waited for late ranks in it
+  std::int64_t origin = -1;       // the one that it waited for last
 };
 
 /// In bytes from a window's begin. `blocks`: the most that an operation uses; `packets`: those that one sender may send to one block at once;
@@ -42,7 +55,8 @@ struct WindowLayout {
 
   TALLY_DEVICE constexpr std::size_t broken() const { return 0; }
   TALLY_DEVICE constexpr std::size_t epochs(int block) const { return 128 + at(block) * sizeof(Epochs); }
-  TALLY_DEVICE constexpr std::size_t flag(int block, int peer) const { return line(epochs(blocks)) + index(block, peer) * sizeof(std::uint32_t); }
+  TALLY_DEVICE constexpr std::size_t call(int peer, std::uint32_t number) const { return line(epochs(blocks)) + (at(peer) * 4 + number % 4) * sizeof(CallWord); }
+  TALLY_DEVICE constexpr std::size_t flag(int block, int peer) const { return line(call(ranks, 0)) + index(block, peer) * sizeof(std::uint32_t); }
   /// Twice, in turns by meetings: who comes to the next one has read this one's, if there is none between.
   TALLY_DEVICE constexpr std::size_t pad(int block, std::uint32_t meeting, int peer) const { return line(flag(blocks, 0)) + (index(block, peer) * 2 + meeting % 2) * sizeof(Pad); }
   /// Twice, in turns: who sends the next operation's has got this one's, so the one before that is read.
@@ -51,8 +65,8 @@ struct WindowLayout {
   /// Frames that a peer has sent; and that it has taken.
   TALLY_DEVICE constexpr std::size_t arrived(int block, int peer) const { return line(pair(blocks, 0)) + index(block, peer) * sizeof(std::uint32_t); }
   TALLY_DEVICE constexpr std::size_t consumed(int block, int peer) const { return line(arrived(blocks, 0)) + index(block, peer) * sizeof(std::uint32_t); }
-  /// A frame: how many elements it has, of which call, and they.
-  TALLY_DEVICE constexpr std::size_t frame(int block, int peer, std::uint32_t number) const { return line(consumed(blocks, 0)) + (index(block, peer) * frames + (frames > 0 ? number % frames : 0)) * (frame_bytes + 16); }
+  /// A frame: its header, and its elements.
+  TALLY_DEVICE constexpr std::size_t frame(int block, int peer, std::uint32_t number) const { return line(consumed(blocks, 0)) + (index(block, peer) * frames + (frames > 0 ? number % frames : 0)) * (frame_bytes + sizeof(FrameHeader)); }
   TALLY_DEVICE constexpr std::size_t bytes() const { return line(frame(blocks, 0, 0)); }
 
  private:
