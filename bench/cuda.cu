@@ -176,6 +176,7 @@ void run(const Settings& settings) {
 }  // namespace
 
 int main(int argc, char** argv) {
+  setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", 0);  // many ranks' streams; CUDA reads it when it begins
   Settings settings;
   CLI::App app("Measures all_reduce of ranks that share one GPU, beside a copy of as many bytes and the least that a kernel takes.", "cuda");
   app.add_option("--ranks", settings.ranks, "how many ranks share it; several are measured one after the other")->capture_default_str();

@@ -333,6 +333,24 @@ TEST_CASE("numbers of operations wrap") {
   }
 }
 
+TEST_CASE("where numbers of packets wrap, what was never written is not taken for data") {
+  EmulatedDevice gpu(2, 2, 2, 256);
+  for (int r = 0; r < 2; ++r) {
+    gpu.set_flags(r, 5);
+    for (int b = 0; b < 2; ++b) gpu.epochs(r, b) = {5, 0xffff'fffe, 7};
+  }
+  std::vector<Case> cases;
+  Sum add;
+  for (const std::size_t count : {1u, 1u, 300u, 2u, 300u}) cases.push_back(make_case<std::uint32_t, Sum>(Collective::all_reduce, 2, 2, count, Way::packets, false, &add, 0, 0));
+  for (int turn = 0; turn < 20; ++turn) {
+    run_all(gpu, {cases[0]}, [&](int rank, int) {
+      if (rank == turn % 2) std::this_thread::sleep_for(1ms);
+    });
+    if (turn == 0) run_all(gpu, cases);
+  }
+  CHECK(gpu.epochs(0, 0).packets == 24);
+}
+
 TEST_CASE("a rank that comes late is seen to be the last, by all others and not by itself") {
   for (const bool by_packets : {true, false}) {
     constexpr int n = 4, late = 2;

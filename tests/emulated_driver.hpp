@@ -98,10 +98,15 @@ class EmulatedStream {
     for (const auto& each : graph) push(each);
   }
   const int device;
+  const std::uint64_t number = next_number().fetch_add(1);
   bool capturing = false;
   std::string problem;  // what the driver says of it
 
  private:
+  static std::atomic<std::uint64_t>& next_number() {
+    static std::atomic<std::uint64_t> next{1};
+    return next;
+  }
   void run() {
     std::unique_lock lock(mutex_);
     for (;;) {
@@ -145,9 +150,14 @@ class EmulatedDriver {
 
   std::byte* allocate(std::size_t bytes) { return allocate(bytes, false); }
   void release(std::byte* memory) { EmulatedDevices::all().remove(memory); }
-  std::byte* allocate_private(std::size_t bytes) { return allocate(bytes, false); }
+  std::byte* allocate_private(std::size_t bytes) {
+    if (!works) throw tally::Error(tally::Errc::unsupported, "nothing works here");
+    return allocate(bytes, false);
+  }
+  bool works = true;
   void release_private(std::byte* memory) { EmulatedDevices::all().remove(memory); }
-  std::byte* allocate_host(std::size_t bytes) { return allocate(bytes, true); }
+  std::byte* allocate_host(std::size_t bytes) { return has_host_memory ? allocate(bytes, true) : nullptr; }
+  bool has_host_memory = true;
   void release_host(std::byte* memory) { EmulatedDevices::all().remove(memory); }
   device::Handle handle_of(std::byte* memory, std::size_t bytes) {
     const std::lock_guard lock(EmulatedDevices::all().mutex);
@@ -177,6 +187,8 @@ class EmulatedDriver {
     if (!stream || stream->device != device_) throw tally::Error(tally::Errc::invalid_argument, "the stream is none of this device's");
     return stream->capturing;
   }
+  std::uint64_t identity(Stream stream) const { return stream->number; }
+  void post(std::byte* to, std::uint32_t word) { std::atomic_ref(*reinterpret_cast<std::uint32_t*>(to)).store(word, std::memory_order_release); }
   std::string problem(Stream stream) const { return stream->problem; }
   void record(Event& event, Stream stream) {
     event = std::make_shared<std::atomic<bool>>(false);

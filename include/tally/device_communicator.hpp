@@ -78,7 +78,8 @@ struct OnDevice {
 template <>
 inline constexpr bool is_commutative<detail::OnDevice<true>> = true;
 
-/// Memory that all ranks' devices can get at: collectives on it copy nothing. It goes when all ranks have destroyed theirs.
+/// Memory that all ranks' devices can get at: collectives on it copy nothing. It goes when all ranks have destroyed theirs, and with the
+/// communicator.
 template <Element T>
 class DeviceSymmetric {
  public:
@@ -237,7 +238,7 @@ class DeviceCommunicator {
 
   /// What waits in a kernel gives up, on all ranks, and so do all further operations. From any thread; never waits.
   void abort() {
-    if (engine_) engine_->results().abort();
+    if (engine_) engine_->abort();
   }
   /// Waits for all operations that were launched, but for captured ones. Throws what the first that failed failed with.
   void wait() {

@@ -225,6 +225,7 @@ void ranks(Communicator& comm, const std::shared_ptr<Group>& group, bool in_one_
 }  // namespace
 
 int main(int argc, char** argv) {
+  setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", 0);  // many ranks' streams; CUDA reads it when it begins
   const std::string way = argc > 1 ? argv[1] : "";
   const int n = argc > 2 ? std::atoi(argv[2]) : 3;
   if ((way != "groups" && way != "threads" && way != "processes") || n < 2) return std::fputs("usage: cuda_test groups|threads|processes [RANKS, at least 2]\n", stderr), 2;

@@ -6,8 +6,11 @@
 #include <cuda_runtime.h>
 #include <unistd.h>
 
+#include <algorithm>
+#include <charconv>
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <mutex>
@@ -137,12 +140,8 @@ class CudaDriver {
     const cuda::BesideCapture beside;
     cudaStream_t own = nullptr;
     cuda::check(cudaStreamCreateWithFlags(&own, cudaStreamNonBlocking), {"a stream of GPU ", device_});
-    own_.reset(own, [](cudaStream_t stream) { (void)cudaStreamDestroy(stream); });
-    // The pool keeps what it has: giving it back to the system would wait for kernels.
-    cudaMemPool_t pool = nullptr;
-    std::uint64_t all = ~std::uint64_t{0};
-    cuda::check(cudaDeviceGetDefaultMemPool(&pool, device_), {"the memory pool of GPU ", device_});
-    cuda::check(cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &all), {"the memory pool of GPU ", device_});
+    own_.reset(own, [](cudaStream_t stream) { ignore(cudaStreamDestroy(stream)); });
+    make_pool();
     process_ = tally::detail::hash_text(tally::detail::concat({tally::detail::sharing_id(), " ", static_cast<std::int64_t>(::getpid())}));
   }
 
@@ -186,17 +185,19 @@ class CudaDriver {
     return zero(result, memory, rounded);
   }
   void release(std::byte* memory) {
-    if (memory) (void)cudaFree(memory);
+    const cuda::BesideCapture beside;
+    if (memory) ignore(cudaFree(memory));
   }
   std::byte* allocate_private(std::size_t bytes) {
     const cuda::Current current(device_);
     const cuda::BesideCapture beside;
     void* memory = nullptr;
-    const cudaError_t result = cudaMallocAsync(&memory, bytes, own_.get());
+    const cudaError_t result = cudaMallocFromPoolAsync(&memory, bytes, pool_.get(), own_.get());
     return zero(result, memory, bytes);
   }
   void release_private(std::byte* memory) {
-    if (memory) (void)cudaFreeAsync(memory, own_.get());
+    const cuda::BesideCapture beside;
+    if (memory) ignore(cudaFreeAsync(memory, own_.get()));
   }
   std::byte* allocate_host(std::size_t bytes) {
     const cuda::Current current(device_);
@@ -209,9 +210,12 @@ class CudaDriver {
     return static_cast<std::byte*>(memory);
   }
   void release_host(std::byte* memory) {
-    if (memory) (void)cudaFreeHost(memory);
+    const cuda::BesideCapture beside;
+    if (memory) ignore(cudaFreeHost(memory));
   }
   Handle handle_of(std::byte* memory, std::size_t bytes) {
+    const cuda::Current current(device_);
+    const cuda::BesideCapture beside;
     Handle handle{process_, reinterpret_cast<std::uintptr_t>(memory), bytes, device_, 0, {}};
     cudaIpcMemHandle_t shared;
     static_assert(sizeof shared == sizeof handle.shared);
@@ -225,6 +229,7 @@ class CudaDriver {
   }
   std::byte* open(const Handle& handle) {
     const cuda::Current current(device_);
+    const cuda::BesideCapture beside;
     if (handle.process == process_) {
       if (handle.device != device_) {
         int possible = 0;
@@ -244,7 +249,9 @@ class CudaDriver {
     return static_cast<std::byte*>(memory);
   }
   void close(const Handle& handle, std::byte* memory) {
-    if (handle.process != process_) (void)cudaIpcCloseMemHandle(memory);
+    const cuda::Current current(device_);
+    const cuda::BesideCapture beside;
+    if (handle.process != process_) ignore(cudaIpcCloseMemHandle(memory));
   }
   void upload(std::byte* to, const void* from, std::size_t bytes) {
     if (bytes == 0) return;
@@ -264,24 +271,49 @@ class CudaDriver {
     }
   }
 
-  void expect_neighbours(int ranks) { neighbours_ = ranks; }
+  /// Streams beyond CUDA_DEVICE_MAX_CONNECTIONS share queues of the GPU, in which one kernel keeps back another that it waits for.
+  void expect_neighbours(int ranks) {
+    neighbours_ = ranks;
+    constexpr int per_rank = 2;  // the caller's and own_
+    if (const int queues = connections(); ranks > 0 && per_rank * (ranks + 1) > queues)
+      throw Error(Errc::no_resources, {ranks + 1, " ranks of this process share GPU ", device_, ", with ", per_rank, " streams each, and CUDA has ", queues, " queues for them, in which kernels would be kept back that others wait for: set CUDA_DEVICE_MAX_CONNECTIONS to at least ", per_rank * (ranks + 1), " (32 at most) before the program starts, or let ranks be processes"});
+  }
   bool captures(Stream stream) const {
     const cuda::Current current(device_);
-    if (neighbours_ > 0 && (stream == nullptr || stream == cudaStreamLegacy))
-      throw Error(Errc::invalid_argument, {"the default stream of CUDA lets one kernel run after the other, and ", neighbours_ + 1, " ranks of this process share GPU ", device_, ", whose kernels wait for each other: use streams made with cudaStreamNonBlocking"});
-#if CUDART_VERSION >= 12080
-    int where = device_;
-    if (stream != nullptr && stream != cudaStreamLegacy && stream != cudaStreamPerThread) cuda::check(cudaStreamGetDevice(stream, &where), {"the stream"});
-    if (where != device_) throw Error(Errc::invalid_argument, {"the stream is of GPU ", where, ", this communicator of GPU ", device_});
-#endif
     cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
     cuda::check(cudaStreamIsCapturing(stream, &status), {"the stream"});
     if (status == cudaStreamCaptureStatusInvalidated) throw Error(Errc::invalid_argument, "the capture of this stream has failed before");
-    return status == cudaStreamCaptureStatusActive;
+    if (status == cudaStreamCaptureStatusActive) return true;  // the graph may be launched on any stream
+#if CUDART_VERSION >= 12080
+    int where = device_;
+    cuda::check(cudaStreamGetDevice(stream, &where), {"the stream"});
+    if (where != device_) throw Error(Errc::invalid_argument, {"the stream is of GPU ", where, ", this communicator of GPU ", device_});
+#endif
+    unsigned flags = cudaStreamNonBlocking;
+    if (neighbours_ > 0) cuda::check(cudaStreamGetFlags(stream, &flags), {"the stream"});
+    if (!(flags & cudaStreamNonBlocking)) throw Error(Errc::invalid_argument, {"this stream and the default stream of CUDA let one kernel run after the other, and ", neighbours_ + 1, " ranks of this process share GPU ", device_, ", whose kernels wait for each other: use streams made with cudaStreamNonBlocking"});
+    return false;
+  }
+  std::uint64_t identity(Stream stream) const {
+    const cuda::Current current(device_);
+    unsigned long long id = 0;
+    cuda::check(cudaStreamGetId(stream, &id), {"the stream"});
+    return id;
+  }
+  /// Copies out of ordinary memory have read it when they return.
+  void post(std::byte* to, std::uint32_t word) {
+    const cuda::Current current(device_);
+    const cuda::BesideCapture beside;
+    cuda::check(cudaMemcpyAsync(to, &word, sizeof word, cudaMemcpyHostToDevice, own_.get()), {"telling of an abort by GPU ", device_});
   }
   std::string problem(Stream stream) const {
     const cuda::Current current(device_);
-    const cudaError_t result = cudaStreamQuery(stream);
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    cudaError_t result = cudaStreamIsCapturing(stream, &status);
+    if (result == cudaSuccess && status != cudaStreamCaptureStatusNone) return {};  // asking would end the capture
+    const cuda::BesideCapture beside;
+    if (result == cudaSuccess) result = cudaStreamQuery(stream);
+    ignore(result);
     if (result == cudaSuccess || result == cudaErrorNotReady) return {};
     return tally::detail::concat({"CUDA says ", cudaGetErrorName(result), ", ", cudaGetErrorString(result)});
   }
@@ -290,7 +322,7 @@ class CudaDriver {
     if (!event) {
       cudaEvent_t made = nullptr;
       cuda::check(cudaEventCreateWithFlags(&made, cudaEventDisableTiming), {"an event of GPU ", device_});
-      event.reset(made, [](cudaEvent_t each) { (void)cudaEventDestroy(each); });
+      event.reset(made, [](cudaEvent_t each) { ignore(cudaEventDestroy(each)); });
     }
     cuda::check(cudaEventRecord(event.get(), stream), {"an event of GPU ", device_});
   }
@@ -303,11 +335,34 @@ class CudaDriver {
     static_assert(sizeof(K) <= 4096, "what a kernel is told has to fit into its parameters: is the operator so large?");
     (void)cuda::is_known<K>;
     const cuda::Current current(device_);
-    cuda::run<K><<<static_cast<unsigned>(blocks), static_cast<unsigned>(threads), 0, stream>>>(kernel);
-    cuda::check(cudaGetLastError(), {"launching ", blocks, " blocks of ", threads, " threads on GPU ", device_});
+    void* arguments[] = {const_cast<K*>(&kernel)};
+    cuda::check(cudaLaunchKernel(reinterpret_cast<const void*>(&cuda::run<K>), dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(threads)), arguments, 0, stream), {"launching ", blocks, " blocks of ", threads, " threads on GPU ", device_});
   }
 
  private:
+  /// What CUDA says to this is of no use to anybody, nor is the next call to find it.
+  static void ignore(cudaError_t result) {
+    if (result != cudaSuccess) (void)cudaGetLastError();
+  }
+  static int connections() {
+    int many = 8;
+    if (const char* const text = std::getenv("CUDA_DEVICE_MAX_CONNECTIONS")) (void)std::from_chars(text, text + std::strlen(text), many);
+    return std::clamp(many, 1, 32);
+  }
+  /// It keeps what it has: giving memory back to the system would wait for kernels. What is free in it waits for none either.
+  void make_pool() {
+    cudaMemPoolProps properties = {};
+    properties.allocType = cudaMemAllocationTypePinned;
+    properties.location.type = cudaMemLocationTypeDevice;
+    properties.location.id = device_;
+    cudaMemPool_t pool = nullptr;
+    cuda::check(cudaMemPoolCreate(&pool, &properties), {"a pool of GPU ", device_, "'s memory"});
+    pool_.reset(pool, [](cudaMemPool_t each) { ignore(cudaMemPoolDestroy(each)); });
+    std::uint64_t all = ~std::uint64_t{0};
+    int never = 0;
+    cuda::check(cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &all), {"a pool of GPU ", device_, "'s memory"});
+    cuda::check(cudaMemPoolSetAttribute(pool, cudaMemPoolReuseAllowInternalDependencies, &never), {"a pool of GPU ", device_, "'s memory"});
+  }
   std::byte* zero(cudaError_t result, void* memory, std::size_t bytes) const {
     if (result == cudaErrorMemoryAllocation) return (void)cudaGetLastError(), nullptr;
     cuda::check(result, {bytes, " bytes of GPU ", device_});
@@ -318,6 +373,7 @@ class CudaDriver {
   int device_, processors_ = 0, neighbours_ = 0;
   DeviceId id_{};
   std::uint64_t process_ = 0;
+  std::shared_ptr<CUmemPoolHandle_st> pool_;
   std::shared_ptr<CUstream_st> own_;
 };
 static_assert(Driver<CudaDriver>);

@@ -44,13 +44,14 @@ class DeviceEngine {
   DeviceEngine(Communicator& host, D driver, const DeviceSettings& settings, const EnergySources& meters) : driver_(std::move(driver)), link_(host.duplicate()), memory_(link_, driver_), plans_(driver_) {
     meet(settings);
     const AccountSettings& theirs = host.ledger().settings();
-    results_ = std::make_shared<DeviceResults<D>>(driver_, size(), rank(), layout_.blocks, AccountSettings(no_model(), meters, theirs.carbon));
+    memory_.attempt_together("its accounts", [&] { results_ = std::make_shared<DeviceResults<D>>(driver_, size(), rank(), layout_.blocks, AccountSettings(no_model(), meters, theirs.carbon)); });
     link_.barrier();
   }
   DeviceEngine(const DeviceEngine&) = delete;
   ~DeviceEngine() {
-    if (results_) results_->close();
+    results_->finish_all();
     memory_.close();
+    results_->close();  // frees memory of the host's, for which kernels may be waited for: after the others have ended theirs
   }
 
   int size() const { return link_.size(); }
@@ -60,6 +61,11 @@ class DeviceEngine {
   Communicator& link() { return link_; }
   CallMaker& calls() { return link_.calls(); }
   DeviceResults<D>& results() { return *results_; }
+  /// From any thread; waits for nothing.
+  void abort() {
+    results_->abort();
+    for (Rank r = 0; r < size(); ++r) driver_.post(memory_.window().memory[static_cast<std::size_t>(r)] + layout_.broken(), device::Broken{device::Failure::aborted, -1}.pack());
+  }
 
   std::byte* allocate(std::size_t bytes) {
     results_->refuse_if_over();
@@ -100,6 +106,7 @@ class DeviceEngine {
 
  private:
   enum class Way : std::uint8_t { barrier, packets, shares, steps };
+  static constexpr std::size_t most_setting = std::size_t{1} << 28;
   static constexpr std::size_t channel_bytes = std::size_t{64} << 10;  // of steps: what is worth a block
 
   static ModelMeter no_model() {
@@ -136,12 +143,14 @@ class DeviceEngine {
       blocks = std::min(blocks, possible), threads = std::min(threads, each.threads);
       links_.push_back(driver_.link_to(each.device));
     }
-    driver_.expect_neighbours(static_cast<int>(std::ranges::count_if(all, [&](const Hello& other) { return other.device == mine.device && other.process == mine.process; })) - 1);
+    const auto here = std::ranges::count_if(all, [&](const Hello& other) { return other.device == mine.device && other.process == mine.process; });
+    memory_.attempt_together("ranks that share a device", [&] { driver_.expect_neighbours(static_cast<int>(here) - 1); });
     if (settings.blocks < 0 || settings.blocks > 1024) throw Error(Errc::invalid_argument, {"device communicator: ", settings.blocks, " blocks; 1 to 1024 are possible, or 0"});
     if (settings.threads < 0 || settings.threads > threads) throw Error(Errc::invalid_argument, {"device communicator: ", settings.threads, " threads in a block; 1 to ", threads, " are possible, or 0"});
     if (settings.blocks > 0) blocks = settings.blocks;
     threads_ = settings.threads > 0 ? settings.threads : threads;
     packet_bytes_ = settings.packet_bytes;
+    if (settings.packet_bytes > most_setting || settings.frame_bytes > most_setting) throw Error(Errc::invalid_argument, {"device communicator: packets up to ", settings.packet_bytes, " bytes, frames of ", settings.frame_bytes, "; ", most_setting, " are possible"});
     const auto many = static_cast<std::size_t>(blocks);
     const std::size_t packets = settings.packet_bytes / 8 / many + static_cast<std::size_t>(threads_) + static_cast<std::size_t>(n) + 1;
     layout_ = {n, blocks, packets, 2, std::max<std::size_t>(settings.frame_bytes / 16 * 16, 16)};
@@ -181,7 +190,9 @@ class DeviceEngine {
     }
     device::Place in, out;
     const bool reachable = direct && !in_pairs && memory_.name(call.input, call.input_bytes().size(), in) && memory_.name(call.output, call.output_bytes().size(), out);
-    if (wishes ? wish.share != nullptr : reachable) {
+    // Between processes the others do not know whether a root's own buffer can be reached.
+    const bool known_to_all = memory_.one_address_space() || (operation != Collective::reduce && operation != Collective::gather && operation != Collective::scatter);
+    if (wishes ? wish.share != nullptr : reachable && known_to_all) {
       if (!reachable) throw Error(Errc::unsupported, {wish.name, ": other ranks cannot reach these buffers: use memory from allocate()", in_pairs ? ", and not in place" : ""});
       call.algorithm = direct;
       return Way::shares;
@@ -230,17 +241,18 @@ class DeviceEngine {
     results_->begin({call.layout.operation, call.algorithm.name, call.fingerprint, Fingerprint::agreed_count(call), call.size, plan.sent, plan.received, blocks, work, captured}, stream, view);
     try {
       if (!captured) {  // kernels of one communicator run one after the other
-        if (has_run_ && stream != last_stream_) driver_.order_after(stream, ran_);
-        run(std::as_const(view));
-        driver_.record(ran_, stream);
-        has_run_ = true, last_stream_ = stream;
+        if (has_run_ && driver_.identity(stream) != last_stream_) driver_.order_after(stream, ran_);
       } else {
         plan.captured = true;
-        run(std::as_const(view));
       }
+      run(std::as_const(view));
     } catch (...) {
       results_->withdraw();
       throw;
+    }
+    if (!captured) {
+      driver_.record(ran_, stream);
+      has_run_ = true, last_stream_ = driver_.identity(stream);
     }
     return {results_, results_->last()};
   }
@@ -297,7 +309,7 @@ class DeviceEngine {
   int threads_ = 0;
   std::size_t packet_bytes_ = 0;
   typename D::Event ran_{};
-  Stream last_stream_{};
+  std::uint64_t last_stream_ = 0;
   bool has_run_ = false;
 };
 

@@ -3,12 +3,15 @@
 // place for another operation, finds it there, and it is booked. No events, no calls of the driver.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <deque>
+#include <iterator>
 #include <memory>
 #include <optional>
 #include <string>
@@ -79,10 +82,15 @@ struct DeviceCall {
 template <device::Driver D>
 class DeviceResults final : public AnyDeviceResults {
  public:
-  /// `driver` is outlived by close().
+  /// close() comes before the driver goes.
   DeviceResults(D& driver, int n, Rank me, int blocks, const AccountSettings& settings) : driver_(&driver), n_(n), me_(me), blocks_(blocks), ledger_(n, me, D::name, Clock::host(), settings), watch_(n) {
-    abort_memory_ = require(driver.allocate_host(64), 64);
-    add_slots();
+    try {
+      abort_memory_ = require(driver.allocate_host(64), 64);
+      add_slots();
+    } catch (...) {
+      release();
+      throw;
+    }
   }
   ~DeviceResults() override { close(); }
 
@@ -96,6 +104,7 @@ class DeviceResults final : public AnyDeviceResults {
     Slot& slot = free_slot(call.captured);
     slot.call = call;
     slot.sequence = ++sequence_;
+    slot.asked = {};
     slot.stream = stream;
     slot.posted = Clock::host().now();
     slot.exposed = {};
@@ -108,13 +117,15 @@ class DeviceResults final : public AnyDeviceResults {
   void withdraw() {
     if (Slot* const slot = find(sequence_)) slot->sequence = 0;
   }
+  /// From any thread.
   void abort() {
-    if (abort_memory_) std::atomic_ref(*reinterpret_cast<std::uint32_t*>(abort_memory_)).store(1, std::memory_order_release);
+    is_aborted_.store(true, std::memory_order_release);
+    std::atomic_ref(*reinterpret_cast<std::uint32_t*>(abort_memory_)).store(1, std::memory_order_release);
   }
-  /// Nothing of this rank's runs any more; what failed has ended, too.
+  /// Nothing of this rank's runs any more, but what was captured. What failed has ended, too: refuse_if_over() tells.
   void finish_all() {
     for (Slot& each : slots_)
-      if (each.sequence != 0 && !each.call.captured) wait(each, nullptr);
+      if (each.sequence != 0 && !each.call.captured) settle(each, nullptr);
   }
   /// All that is done is booked.
   void harvest() {
@@ -123,23 +134,19 @@ class DeviceResults final : public AnyDeviceResults {
   }
   void refuse_if_over() const {
     if (error_) throw *error_;
+    if (is_aborted_.load(std::memory_order_acquire)) throw Error(Errc::aborted, {"rank ", me_, ": this device communicator was aborted here"}, {me_, me_, sequence_, {}});
     if (!driver_) throw Error(Errc::invalid_argument, "this device communicator is gone");
   }
   void close() {
     if (!driver_) return;
-    try {
-      finish_all();
-    } catch (...) {
-    }
+    finish_all();
     harvest();
-    for (const auto& [host, device] : memory_) driver_->release_host(host), driver_->release_private(device);
-    driver_->release_host(abort_memory_);
-    slots_.clear();
-    driver_ = nullptr, abort_memory_ = nullptr;
+    release();
+    driver_ = nullptr;
   }
 
   bool finish(std::uint64_t sequence, const nanoseconds* at_most) override {
-    if (Slot* const slot = find(sequence)) {
+    if (Slot* const slot = sequence != 0 ? find(sequence) : nullptr) {
       if (slot->call.captured) throw Error(Errc::invalid_argument, {name_of(slot->call.operation), " was captured: it runs whenever its graph does. Wait for the stream that the graph was launched on"});
       return wait(*slot, at_most);
     }
@@ -166,7 +173,14 @@ class DeviceResults final : public AnyDeviceResults {
     typename D::Stream stream{};
     Ticks posted = 0;
     nanoseconds exposed{};
+    std::chrono::steady_clock::time_point asked{};  // when the driver was asked last what became of the stream
   };
+  void release() {
+    for (const auto& [host, device] : memory_) driver_->release_host(host), driver_->release_private(device);
+    driver_->release_host(abort_memory_);
+    memory_.clear(), slots_.clear();
+    abort_memory_ = nullptr;
+  }
 
   std::byte* require(std::byte* memory, std::size_t bytes) const {
     if (!memory) throw Error(Errc::no_resources, {"device communicator: rank ", me_, " cannot have ", bytes, " bytes more for accounts"});
@@ -174,11 +188,10 @@ class DeviceResults final : public AnyDeviceResults {
   }
   void add_slots() {
     const auto blocks = static_cast<std::size_t>(blocks_), lates = 2 * static_cast<std::size_t>(n_);
-    const std::size_t host_bytes = blocks * sizeof(device::Told) + lates * 8, device_bytes = blocks * sizeof(device::Kept) + lates * 8;
+    const std::size_t host_bytes = blocks * sizeof(device::Told) + 2 * lates * 8, device_bytes = blocks * sizeof(device::Kept) + lates * 8;
     std::byte* host = require(driver_->allocate_host(slots_at_once * host_bytes), slots_at_once * host_bytes);
-    std::byte* device = driver_->allocate_private(slots_at_once * device_bytes);
-    if (!device) driver_->release_host(host);
-    memory_.emplace_back(host, require(device, slots_at_once * device_bytes));
+    memory_.emplace_back(host, nullptr);
+    std::byte* device = memory_.back().second = require(driver_->allocate_private(slots_at_once * device_bytes), slots_at_once * device_bytes);
     for (std::size_t i = 0; i < slots_at_once; ++i, host += host_bytes, device += device_bytes) {
       Slot& slot = slots_.emplace_back();
       slot.told = reinterpret_cast<device::Told*>(host);
@@ -196,7 +209,7 @@ class DeviceResults final : public AnyDeviceResults {
       Slot& slot = slots_[next_++ % slots_.size()];
       if (slot.sequence != 0 && slot.call.captured) continue;
       if (slot.sequence != 0 && captured && !is_done(slot)) continue;  // who captures must not wait: what it waits for may be captured, too
-      if (slot.sequence != 0) wait(slot, nullptr);
+      if (slot.sequence != 0) settle(slot, nullptr), refuse_if_over();
       return slot;
     }
   }
@@ -212,26 +225,35 @@ class DeviceResults final : public AnyDeviceResults {
     return true;
   }
   bool wait(Slot& slot, const nanoseconds* at_most) {
+    const std::uint64_t sequence = slot.sequence;
+    if (!settle(slot, at_most)) return false;
+    if (error_ && failed_ <= sequence) throw *error_;
+    return true;
+  }
+  /// Until it is done and booked, or has failed; false if it is not after so long.
+  bool settle(Slot& slot, const nanoseconds* at_most) {
     using Now = std::chrono::steady_clock;
     const auto begin = Now::now();
-    for (std::uint64_t looks = 1; !is_done(slot); ++looks) {
-      if (at_most && Now::now() - begin >= *at_most) return false;
-      if (looks < 4096) {
+    for (std::uint64_t looks = 0; !is_done(slot); ++looks) {
+      if (looks < 4096 && (!at_most || looks == 0)) {
         cpu_pause();
-        continue;
+        if (!at_most) continue;
       }
-      std::this_thread::sleep_for(std::chrono::microseconds(20));
-      if (looks % 512 != 0) continue;
-      if (const std::string problem = driver_->problem(slot.stream); !problem.empty() && !is_done(slot)) {
-        const std::uint64_t sequence = std::exchange(slot.sequence, 0);
-        remember({Errc::aborted, {"rank ", me_, " in ", describe(slot.call.fingerprint, slot.call.count), ": ", problem}, {me_, me_, sequence, {}}}, sequence);
-        throw *error_;
+      const auto now = Now::now();
+      if (slot.asked == Now::time_point{}) slot.asked = now;
+      if (now - slot.asked > std::chrono::milliseconds(20)) {
+        slot.asked = now;
+        if (const std::string problem = driver_->problem(slot.stream); !problem.empty() && !is_done(slot)) {
+          const std::uint64_t sequence = std::exchange(slot.sequence, 0);
+          remember({Errc::aborted, {"rank ", me_, " in ", describe(slot.call.fingerprint, slot.call.count), " #", sequence, ": ", problem}, {me_, me_, sequence, {}}}, sequence);
+          return true;
+        }
       }
+      if (at_most && now - begin >= *at_most) return false;
+      if (looks >= 4096) std::this_thread::sleep_for(std::chrono::microseconds(20));
     }
     slot.exposed += Now::now() - begin;
-    const std::uint64_t sequence = slot.sequence;
     book(slot);
-    if (error_ && failed_ <= sequence) throw *error_;
     return true;
   }
   /// The first failure ends all: no operation after it has a result.
@@ -239,45 +261,71 @@ class DeviceResults final : public AnyDeviceResults {
     if (!error_ || sequence < failed_) error_.emplace(error), failed_ = sequence;
   }
 
-  /// Since it was booked last.
+  /// Since it was booked last: the runs that all blocks have ended.
   void book(Slot& slot) {
-    device::Kept longest;
+    std::uint32_t more = ~std::uint32_t{0};
+    for (int b = 0; b < slot.call.blocks; ++b) more = std::min(more, runs(slot, b) - slot.known[static_cast<std::size_t>(b)].runs);
+    if (more == 0) return;
+    std::uint64_t longest = 0;
     for (int b = 0; b < slot.call.blocks; ++b) {
       device::Kept& known = slot.known[static_cast<std::size_t>(b)];
-      const std::uint32_t now_runs = runs(slot, b);
-      if (now_runs == known.runs) continue;
-      const device::Record& record = slot.told[b].record;
+      const auto [record, now_runs] = read(slot, b);
       if (record.failure != device::Failure::none) judge(slot, record);
-      if (const std::uint64_t elapsed = record.totals.elapsed - known.totals.elapsed; elapsed >= longest.totals.elapsed) longest = {{elapsed, 0, 0}, now_runs - known.runs};
-      known = {record.totals, now_runs};
+      longest = std::max(longest, record.totals.elapsed - known.totals.elapsed);
+      known = {record.totals, slot.call.captured ? known.runs + more : now_runs};
     }
-    if (longest.runs > 0) account(slot, longest);
+    account(slot, longest, more);
     if (!slot.call.captured) slot.sequence = 0;
   }
-  void account(Slot& slot, const device::Kept& since) {
+  /// A block's latest record, whole: a graph's next run may be writing the other one, and the one after that this one.
+  std::pair<device::Record, std::uint32_t> read(const Slot& slot, int block) const {
+    for (;;) {
+      const std::uint32_t before = runs(slot, block);
+      const device::Record record = copy_of(slot.told[block].records[before % 2]);
+      std::atomic_thread_fence(std::memory_order_acquire);
+      if (runs(slot, block) == before) return {record, before};
+    }
+  }
+  static device::Record copy_of(device::Record& shared) {
+    std::uint64_t words[sizeof shared / sizeof(std::uint64_t)];
+    for (std::size_t i = 0; i < std::size(words); ++i) words[i] = std::atomic_ref(reinterpret_cast<std::uint64_t*>(&shared)[i]).load(std::memory_order_relaxed);
+    device::Record record;
+    std::memcpy(static_cast<void*>(&record), words, sizeof record);
+    return record;
+  }
+  /// Nanoseconds that each rank was waited for, likewise.
+  std::vector<std::uint64_t> read_late(const Slot& slot) const {
+    std::vector<std::uint64_t> late(slot.known_late.size());
+    for (;;) {
+      const std::uint32_t before = runs(slot, 0);
+      for (std::size_t i = 0; i < late.size(); ++i) late[i] = std::atomic_ref(slot.told_late[before % 2 * late.size() + i]).load(std::memory_order_relaxed);
+      std::atomic_thread_fence(std::memory_order_acquire);
+      if (runs(slot, 0) == before) return late;
+    }
+  }
+  void account(Slot& slot, std::uint64_t elapsed, std::uint32_t more) {
     const Clock& clock = Clock::host();
+    const auto ticks = [&](std::uint64_t ns) { return clock.to_ticks(nanoseconds(static_cast<std::int64_t>(ns))); };
     watch_.start(0);
     std::uint64_t idle = 0;
-    Rank last = -1;
-    for (Rank r = 0; r < n_; ++r)
-      for (const State cause : {State::wait_arrival, State::wait_transfer}) {
-        const auto i = static_cast<std::size_t>(cause == State::wait_arrival ? r : n_ + r);
-        const std::uint64_t total = std::atomic_ref(slot.told_late[i]).load(std::memory_order_relaxed), part = std::min(total - slot.known_late[i], since.totals.elapsed - idle);
-        slot.known_late[i] = total;
-        idle += part;
-        watch_.blame(r, cause, clock.to_ticks(nanoseconds(static_cast<std::int64_t>(part))));
-      }
-    last = slot.told[0].record.last;
-    watch_.book(slot.call.work, clock.to_ticks(nanoseconds(static_cast<std::int64_t>(since.totals.elapsed - idle))));
-    Report report = report_of(watch_, clock, last);
+    const std::vector<std::uint64_t> late = read_late(slot);
+    for (std::size_t i = 0; i < late.size(); ++i) {
+      const std::uint64_t part = std::min(late[i] - slot.known_late[i], elapsed - idle);
+      slot.known_late[i] = late[i];
+      idle += part;
+      const auto r = static_cast<Rank>(i);
+      watch_.blame(r < n_ ? r : r - n_, r < n_ ? State::wait_arrival : State::wait_transfer, ticks(part));
+    }
+    watch_.book(slot.call.work, ticks(elapsed - idle));
+    Report report = report_of(watch_, clock, read(slot, 0).first.last);
     report.exposed = std::min(slot.exposed, report.elapsed);
-    report.bytes_sent = slot.call.sent * since.runs, report.bytes_received = slot.call.received * since.runs, report.bytes_wire = report.bytes_sent;
+    report.bytes_sent = slot.call.sent * more, report.bytes_received = slot.call.received * more, report.bytes_wire = report.bytes_sent;
     report.ledger = ledger_.handle();
     report.sequence = static_cast<std::uint32_t>(slot.sequence);
     LedgerRow& row = ledger_.row(slot.call.operation, slot.call.bytes, slot.call.algorithm);
-    ledger_.book({&row, slot.call.bytes * since.runs, slot.sequence, slot.posted, &watch_}, report, clock);
+    ledger_.book({&row, slot.call.bytes * more, slot.sequence, slot.posted, &watch_}, report, clock);
     ledger_.settle();  // the stopwatch is used again
-    row.calls += since.runs - 1;
+    row.calls += more - 1;
     report.algorithm = row.algorithm;
     if (!slot.call.captured) reports_[slot.sequence % reports_.size()] = report;
   }
@@ -306,6 +354,7 @@ class DeviceResults final : public AnyDeviceResults {
   std::size_t next_ = 0;
   std::uint64_t sequence_ = 0, failed_ = 0;
   std::optional<Error> error_;
+  std::atomic<bool> is_aborted_{false};
   std::array<Report, 256> reports_{};
 };
 

@@ -33,8 +33,9 @@ class SharedMemory {
   /// `link`: between the hosts of these ranks, and nobody else's.
   SharedMemory(Communicator& link, D& driver) : link_(link), driver_(driver) {}
   SharedMemory(const SharedMemory&) = delete;
+  ~SharedMemory() { close(); }
 
-  /// All ranks live in one process, so any memory of theirs is known by its address.
+  /// All ranks live in one process and share a device, so any memory of theirs is known by its address, and within reach.
   bool one_address_space() const { return one_address_space_; }
   const SharedBlock& window() const { return window_; }
   /// For kernels.
@@ -46,8 +47,7 @@ class SharedMemory {
   void open_window(std::size_t bytes) {
     window_ = exchange(bytes, "its window");
     const std::size_t table = ranks() * sizeof(std::byte*) + most_segments * ranks() * sizeof(std::uint64_t);
-    tables_ = driver_.allocate_private(table);
-    agree(tables_ ? std::string() : concat({"the device has no ", table, " bytes left"}), "its tables");
+    attempt_together("its tables", [&] { tables_ = need(driver_.allocate_private(table), table); });
     driver_.upload(tables_, window_.memory.data(), window_.memory.size() * sizeof(std::byte*));
     link_.barrier();
   }
@@ -90,6 +90,7 @@ class SharedMemory {
   /// When nothing of this rank's runs. Waits for the others, for ten seconds at most: their kernels may be at work in this rank's memory. If
   /// they do not come it stays until the process ends.
   void close() noexcept {
+    if (std::exchange(is_closed_, true)) return;
     try {
       if (tables_) driver_.release_private(tables_);
       link_.set_timeout(std::chrono::seconds(10));
@@ -111,8 +112,21 @@ class SharedMemory {
     for (std::size_t r = 0; r < block.memory.size(); ++r)
       if (r != mine() && block.memory[r]) driver_.close(block.handles[r], block.memory[r]);
   }
-  /// An error on all ranks if one of them has a problem.
-  void agree(std::string problem, const char* what) {
+  std::byte* need(std::byte* memory, std::size_t bytes) const {
+    if (!memory) throw Error(Errc::no_resources, {"rank ", link_.rank(), "'s device has no ", bytes, " bytes left"});
+    return memory;
+  }
+
+ public:
+  /// Collective: f() on each rank, and an error on all ranks if it throws on one.
+  template <class F>
+  void attempt_together(const char* what, F&& f) {
+    std::string problem;
+    try {
+      f();
+    } catch (const Error& error) {
+      problem = error.text();
+    }
     std::vector<char> fine(ranks());
     const char mine = problem.empty() ? 1 : 0;
     link_.all_gather(std::span(&mine, 1), fine);
@@ -122,6 +136,8 @@ class SharedMemory {
     if (problem.empty()) problem = concat({"rank ", rank, " could not"});
     throw Error(Errc::no_resources, {"device communicator, ", what, ": ", problem}, {link_.rank(), rank, 0, {}});
   }
+
+ private:
   SharedBlock exchange(std::size_t bytes, const char* what) {
     SharedBlock block;
     block.bytes = bytes;
@@ -131,31 +147,25 @@ class SharedMemory {
     link_.all_gather(std::span(&bytes, 1), sizes);
     for (std::size_t r = 0; r < ranks(); ++r)
       if (sizes[r] != sizes[0]) throw Error(Errc::mismatch, {"device communicator, ", what, ": rank 0 asks for ", sizes[0], " bytes, rank ", r, " for ", sizes[r]}, {link_.rank(), static_cast<Rank>(r), 0, {}});
-    std::byte* const own = driver_.allocate(bytes);
-    const auto attempt = [&](auto&& f) -> std::string {
-      try {
-        f();
-        return {};
-      } catch (const Error& error) {
-        return std::string(error.text());
-      }
-    };
+    std::byte* own = nullptr;
     try {
-      agree(own ? std::string() : concat({"rank ", link_.rank(), "'s device has no ", bytes, " bytes left"}), what);
       device::Handle handle;
-      agree(attempt([&] { handle = driver_.handle_of(own, bytes); }), what);
+      attempt_together(what, [&] {
+        own = need(driver_.allocate(bytes), bytes);
+        handle = driver_.handle_of(own, bytes);
+      });
       link_.all_gather(std::as_bytes(std::span(&handle, 1)), std::as_writable_bytes(std::span(block.handles)));
-      agree(attempt([&] {
-              for (std::size_t r = 0; r < ranks(); ++r) block.memory[r] = r == mine() ? own : driver_.open(block.handles[r]);
-            }),
-            what);
+      attempt_together(what, [&] {
+        for (std::size_t r = 0; r < ranks(); ++r) block.memory[r] = r == mine() ? own : driver_.open(block.handles[r]);
+      });
     } catch (...) {
       close(block);
       link_.barrier();
       if (own) driver_.release(own);
       throw;
     }
-    one_address_space_ = std::ranges::all_of(block.handles, [&](const device::Handle& each) { return each.process == block.handles[0].process; });
+    const device::Handle& first = block.handles[0];
+    one_address_space_ = std::ranges::all_of(block.handles, [&](const device::Handle& each) { return each.process == first.process && each.device == first.device; });
     return block;
   }
   /// Collective: what all ranks have let go of.
@@ -185,7 +195,7 @@ class SharedMemory {
   SharedBlock window_;
   std::byte* tables_ = nullptr;  // on the device: all windows, then all segments
   std::vector<SharedBlock> segments_;
-  bool one_address_space_ = false;
+  bool one_address_space_ = false, is_closed_ = false;
 };
 
 }  // namespace tally::inline v0::detail
