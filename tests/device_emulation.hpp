@@ -111,6 +111,11 @@ class EmulatedDevice {
       kept_.emplace_back(static_cast<std::size_t>(blocks));
       late_.emplace_back(static_cast<std::size_t>(n) * 6);
     }
+    for (int r = 0; r < n; ++r) {
+      std::vector<std::byte*>& tables = tables_.emplace_back(windows_);
+      for (int peer = 0; peer < n; ++peer) tables.push_back(windows_[at(peer)] + layout_.box(r));
+      for (int peer = 0; peer < n; ++peer) tables.push_back(windows_[at(r)] + layout_.box(peer));
+    }
   }
   int size() const { return n_; }
   int blocks() const { return blocks_; }
@@ -170,7 +175,7 @@ class EmulatedDevice {
   static std::size_t at(int i) { return static_cast<std::size_t>(i); }
   template <class Kernel>
   void launch(int rank, int operation, const Kernel& kernel) {
-    device::RankView view{rank, n_, windows_.data(), layout_, &abort_[at(rank)], static_cast<std::uint64_t>(timeout.count())};
+    device::RankView view{rank, n_, tables_[at(rank)].data(), layout_, &abort_[at(rank)], static_cast<std::uint64_t>(timeout.count())};
     view.kept = kept_[at(rank)].data(), view.told = told_[at(rank)].data();
     view.late = late_[at(rank)].data(), view.told_late = view.late + 2 * n_;
     if (fingerprint) view.fingerprint = fingerprint(rank, operation);
@@ -190,6 +195,7 @@ class EmulatedDevice {
   device::WindowLayout layout_;
   std::vector<std::vector<Line>> memory_;
   std::vector<std::byte*> windows_;
+  std::vector<std::vector<std::byte*>> tables_;  // of each rank: all windows, and boxes
   std::vector<std::vector<device::Told>> told_;
   std::vector<std::vector<device::Kept>> kept_;
   std::vector<std::vector<std::uint64_t>> late_;

@@ -140,13 +140,14 @@ class EmulatedDriver {
   static constexpr std::string_view name = "emulated";
 
   /// `apart`: as if this rank were a process of its own.
-  explicit EmulatedDriver(int device = 0, int process = 0, int blocks = 64) : device_(device), process_(process), blocks_(blocks) {}
+  explicit EmulatedDriver(int device = 0, int process = 0, int blocks = 64, int host = 0) : device_(device), process_(process), blocks_(blocks), host_(host) {}
 
   device::DeviceId id() const { return {static_cast<std::uint8_t>(device_)}; }
   int most_blocks() const { return blocks_; }
   int most_threads() const { return 2; }
   device::Link link_to(const device::DeviceId& other) const { return other == id() ? device::Link::same_device : device::Link::nvlink; }
   std::uint64_t process() const { return static_cast<std::uint64_t>(process_); }
+  std::uint64_t host() const { return static_cast<std::uint64_t>(host_); }
 
   std::byte* allocate(std::size_t bytes) { return allocate(bytes, false); }
   void release(std::byte* memory) { EmulatedDevices::all().remove(memory); }
@@ -226,7 +227,7 @@ class EmulatedDriver {
     if (descriptor < 0 || ftruncate(descriptor, static_cast<off_t>(bytes)) != 0) throw tally::Error(tally::Errc::no_resources, "memfd");
     return all.add(bytes, descriptor, {0, device_, -1, of_host, false});
   }
-  int device_, process_, blocks_;
+  int device_, process_, blocks_, host_;
 };
 static_assert(device::Driver<EmulatedDriver>);
 

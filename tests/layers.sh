@@ -133,7 +133,7 @@ exceptions=(
   "communicator: calls fusion operation"
   "device_communicator: communicator device_group/engine"
   "device_group/engine: communicator device_group/plans device_group/results device_group/shared_memory"
-  "device_group/shared_memory: communicator"
+  "device_group/shared_memory: communicator device_group/relay"
   "bootstrap: communicator"
   "mesh: communicator"
   "parameter_server: communicator parameter_server/node parameter_server/snapshot"

@@ -142,6 +142,7 @@ class CudaDriver {
     cuda::check(cudaStreamCreateWithFlags(&own, cudaStreamNonBlocking), {"a stream of GPU ", device_});
     own_.reset(own, [](cudaStream_t stream) { ignore(cudaStreamDestroy(stream)); });
     make_pool();
+    host_ = tally::detail::hash_text(tally::detail::sharing_id());
     process_ = tally::detail::hash_text(tally::detail::concat({tally::detail::sharing_id(), " ", static_cast<std::int64_t>(::getpid())}));
   }
 
@@ -159,6 +160,7 @@ class CudaDriver {
   int most_blocks() const { return processors_; }
   int most_threads() const { return cuda::most_threads; }
   std::uint64_t process() const { return process_; }
+  std::uint64_t host() const { return host_; }
   /// NVLink where there are atomic operations between the two, which PCIe has not.
   Link link_to(const DeviceId& other) const {
     if (other == id_) return Link::same_device;
@@ -372,7 +374,7 @@ class CudaDriver {
   }
   int device_, processors_ = 0, neighbours_ = 0;
   DeviceId id_{};
-  std::uint64_t process_ = 0;
+  std::uint64_t process_ = 0, host_ = 0;
   std::shared_ptr<CUmemPoolHandle_st> pool_;
   std::shared_ptr<CUstream_st> own_;
 };

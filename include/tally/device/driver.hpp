@@ -26,9 +26,9 @@ struct Handle {
 };
 
 /// How one device gets at another one's memory.
-enum class Link : std::uint8_t { same_device, nvlink, pcie, unknown };
+enum class Link : std::uint8_t { same_device, nvlink, pcie, network, unknown };
 constexpr std::string_view name_of(Link link) {
-  constexpr std::string_view names[] = {"same device", "NVLink", "PCIe", "unknown"};
+  constexpr std::string_view names[] = {"same device", "NVLink", "PCIe", "network", "unknown"};
   return names[static_cast<std::size_t>(link)];
 }
 
@@ -52,6 +52,7 @@ concept Driver = Block<typename D::Block> && requires(D& d, const D& c, typename
   { c.most_threads() } -> std::same_as<int>;
   { c.link_to(id) } -> std::same_as<Link>;
   { c.process() } -> std::same_as<std::uint64_t>;
+  { c.host() } -> std::same_as<std::uint64_t>;  // the same for all ranks whose devices may get at each other's memory
 
   // Memory, zero, or null where there is not so much. What is private is had and let go while other ranks' kernels run.
   { d.allocate(bytes) } -> std::same_as<std::byte*>;

@@ -84,7 +84,8 @@ class Interpreter {
   TALLY_DEVICE const PlannedStep& step_of(const Move& m) const { return work_.steps[m.step]; }
   TALLY_DEVICE Pair& pair(int peer) const { return *session_.template at<Pair>(view_.me, view_.layout.pair(block_.index(), peer)); }
   TALLY_DEVICE std::uint64_t frame_elements() const { return view_.layout.frame_bytes / sizeof(T); }
-  TALLY_DEVICE FrameHeader* frame(int owner, int peer, std::uint32_t number) const { return session_.template at<FrameHeader>(owner, view_.layout.frame(block_.index(), peer, number)); }
+  TALLY_DEVICE FrameHeader* frame(std::byte* box, std::uint32_t number) const { return session_.template in_box<FrameHeader>(box, view_.layout.frame(block_.index(), number)); }
+  TALLY_DEVICE FrameHeader* next_from(int peer) const { return frame(session_.from(peer), pair(peer).taken); }
 
   /// The first step that can go on, and how far.
   TALLY_DEVICE void choose(std::uint64_t (&move)[3]) {
@@ -105,12 +106,12 @@ class Interpreter {
           if (looked == looks_) continue;  // a message before it is not through
           looked = looks_;
           if (step.verb == Verb::send) {
-            const std::uint32_t consumed = B::load(session_.template at<std::uint32_t>(view_.me, view_.layout.consumed(block_.index(), step.peer)));
+            const std::uint32_t consumed = B::load(session_.template in_box<std::uint32_t>(session_.from(step.peer), view_.layout.consumed(block_.index())));
             most = p.sent - consumed < view_.layout.frames ? frame_elements() : 0;
             if (polls == 0 && static_cast<std::int32_t>(consumed - p.began) > 0) hear(step.peer);
           } else {
-            const std::uint32_t arrived = B::load(session_.template at<std::uint32_t>(view_.me, view_.layout.arrived(block_.index(), step.peer)));
-            const FrameHeader* const next = frame(view_.me, step.peer, p.taken);
+            const std::uint32_t arrived = B::load(session_.template in_box<std::uint32_t>(session_.from(step.peer), view_.layout.arrived(block_.index())));
+            const FrameHeader* const next = next_from(step.peer);
             if (arrived != p.taken && !session_.expect(step.peer, next->fingerprint)) return void(move[0] = gave_up);
             most = arrived != p.taken ? (next->count < frame_elements() ? next->count : frame_elements()) - p.used : 0;
           }
@@ -123,7 +124,7 @@ class Interpreter {
             const std::uint64_t waited = polls > 0 ? B::now() - since : 0;
             const bool first = !has_heard(step.peer);
             if (step.verb == Verb::send) session_.made_room(step.peer, waited, first);
-            else session_.came(step.peer, *frame(view_.me, step.peer, pair(step.peer).taken), waited, first);
+            else session_.came(step.peer, *next_from(step.peer), waited, first);
             if (step.verb != Verb::send || waited > 0) hear(step.peer);
           }
         move[0] = i, move[1] = begin, move[2] = count;
@@ -148,11 +149,11 @@ class Interpreter {
     const PlannedStep& step = step_of(m);
     T* data = nullptr;  // in the frame
     if (step.verb == Verb::send) {
-      FrameHeader* const to = frame(step.peer, view_.me, pair(step.peer).sent);
-      if (block_.thread() == 0) *to = session_.header(m.count);
+      FrameHeader* const to = frame(session_.to(step.peer), pair(step.peer).sent);
+      if (block_.thread() == 0) *to = session_.header(m.count, static_cast<std::uint32_t>(m.count * sizeof(T)));
       data = reinterpret_cast<T*>(to + 1);
     } else if (step.peer >= 0) {
-      data = reinterpret_cast<T*>(frame(view_.me, step.peer, pair(step.peer).taken) + 1) + pair(step.peer).used;
+      data = reinterpret_cast<T*>(next_from(step.peer) + 1) + pair(step.peer).used;
     }
     for (auto i = static_cast<std::uint64_t>(block_.thread()); i < m.count; i += static_cast<std::uint64_t>(block_.threads())) {
       const std::uint64_t at = m.begin + i;
@@ -171,11 +172,11 @@ class Interpreter {
     work_.done[m.step] += m.count;
     if (step.peer < 0) return;
     Pair& p = pair(step.peer);
-    if (step.verb == Verb::send) return B::store(session_.template at<std::uint32_t>(step.peer, view_.layout.arrived(block_.index(), view_.me)), ++p.sent);
+    if (step.verb == Verb::send) return B::store(session_.template in_box<std::uint32_t>(session_.to(step.peer), view_.layout.arrived(block_.index())), ++p.sent);
     p.used += m.count;
-    if (p.used < frame(view_.me, step.peer, p.taken)->count) return;
+    if (p.used < next_from(step.peer)->count) return;
     p.used = 0;
-    B::store(session_.template at<std::uint32_t>(step.peer, view_.layout.consumed(block_.index(), view_.me)), ++p.taken);
+    B::store(session_.template in_box<std::uint32_t>(session_.to(step.peer), view_.layout.consumed(block_.index())), ++p.taken);
   }
 
   B& block_;

@@ -12,8 +12,8 @@
 
 namespace tally::inline v0::device {
 
-/// By this rank's host; by waiting; another rank gave up, or this one before; another rank called something else.
-enum class Failure : std::uint32_t { none, aborted, timed_out, broken, mismatch };
+/// By this rank's host; by waiting; another rank gave up, or this one before; another rank called something else; it is gone.
+enum class Failure : std::uint32_t { none, aborted, timed_out, broken, mismatch, lost };
 /// Why it is over, and for whom (-1: nobody knows), in one word.
 struct Broken {
   Failure why = Failure::none;
@@ -54,7 +54,7 @@ static_assert(sizeof(Record) % sizeof(std::uint64_t) == 0);
 /// What a rank's kernels are told.
 struct RankView {
   int me = 0, n = 1;
-  std::byte* const* windows = nullptr;      // of all ranks, as this device sees them
+  std::byte* const* windows = nullptr;      // of all ranks, as this device sees them; then this rank's boxes there, and theirs here
   WindowLayout layout;
   const std::uint32_t* abort = nullptr;     // the host's word: not 0 ends everything
   std::uint64_t timeout = 0;                // nanoseconds
@@ -93,7 +93,7 @@ class Session {
     is_over_ = block.any(broken != 0 || aborted);
     if (block.index() == 0 && !is_over_)
       for (int r = block.thread(); r < view.n; r += block.threads()) {
-        CallWord& word = *at<CallWord>(r, view.layout.call(view.me, call_));
+        CallWord& word = *in_box<CallWord>(to(r), view.layout.call(call_));
         B::note(word.fingerprint, view.fingerprint);
         B::store(&word.number, call_);
       }
@@ -193,6 +193,11 @@ class Session {
 
   template <class T>
   TALLY_DEVICE T* at(int rank, std::size_t offset) const { return reinterpret_cast<T*>(view_.windows[rank] + offset); }
+  /// What this rank sends to another one, and gets from it: their boxes.
+  TALLY_DEVICE std::byte* to(int rank) const { return view_.windows[view_.n + rank]; }
+  TALLY_DEVICE std::byte* from(int rank) const { return view_.windows[2 * view_.n + rank]; }
+  template <class T>
+  TALLY_DEVICE static T* in_box(std::byte* box, std::size_t offset) { return reinterpret_cast<T*>(box + offset); }
   /// It has looked once more in vain for something from that rank. False if it has to give up.
   TALLY_DEVICE bool goes_on(int peer, std::uint32_t polls) {
     B::pause(polls);
@@ -204,7 +209,7 @@ class Session {
     BlockShared& s = block_.shared();
     const std::uint64_t since = header.waited - s.heard[peer], inherited = header.origin >= 0 && header.origin < view_.n && header.origin != view_.me ? (since < waited ? since : waited) : 0;
     s.heard[peer] = header.waited;
-    if (inherited > 0) blame(static_cast<int>(header.origin), inherited);
+    if (inherited > 0) blame(header.origin, inherited);
     if (waited == inherited) return;
     if (first) blame(peer, waited - inherited);
     else s.transfer[peer] += waited - inherited;
@@ -216,7 +221,7 @@ class Session {
     else block_.shared().transfer[peer] += waited;
   }
   /// For who hears of this rank next.
-  TALLY_DEVICE FrameHeader header(std::uint64_t count) const { return {count, view_.fingerprint, blamed_, block_.shared().last}; }
+  TALLY_DEVICE FrameHeader header(std::uint64_t count, std::uint32_t bytes) const { return {count, view_.fingerprint, blamed_, block_.shared().last, bytes}; }
 
   /// By all threads of the block, when its part is done or it has failed.
   TALLY_DEVICE void end() {
@@ -329,7 +334,7 @@ class Session {
   /// It has made another call instead of this one.
   TALLY_DEVICE bool is_elsewhere(int peer, std::uint64_t& theirs) const {
     if (peer < 0) return false;
-    const CallWord& word = *at<CallWord>(view_.me, view_.layout.call(peer, call_));
+    const CallWord& word = *in_box<CallWord>(from(peer), view_.layout.call(call_));
     if (B::load(&word.number) != call_) return false;
     theirs = B::noted(word.fingerprint);
     return theirs != view_.fingerprint && B::load(&word.number) == call_;

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // A rank's window: the memory on its device that all ranks can store to, and how it is laid out. Every word in it has one writer (but that which
 // says that it is over), and what an operation leaves behind nobody has to clear: flags and packets are told from earlier ones by numbers that only grow, and wrap.
+// Part of it are boxes, one for what each rank sends in frames. A rank that cannot store here has its box elsewhere (relay.hpp).
 #pragma once
 
 #include <cstddef>
@@ -44,7 +45,8 @@ struct FrameHeader {
   std::uint64_t count = 0;        // elements
   std::uint64_t fingerprint = 0;  // of the call
   std::uint64_t waited = 0;       // nanoseconds that the sender has waited for late ranks in it
-  std::int64_t origin = -1;       // the one that it waited for last
+  std::int32_t origin = -1;       // the one that it waited for last
+  std::uint32_t bytes = 0;
 };
 
 /// In bytes from a window's begin. `blocks`: the most that an operation uses; `packets`: those that one sender may send to one block at once;
@@ -55,19 +57,25 @@ struct WindowLayout {
 
   TALLY_DEVICE constexpr std::size_t broken() const { return 0; }
   TALLY_DEVICE constexpr std::size_t epochs(int block) const { return 128 + at(block) * sizeof(Epochs); }
-  TALLY_DEVICE constexpr std::size_t call(int peer, std::uint32_t number) const { return line(epochs(blocks)) + (at(peer) * 4 + number % 4) * sizeof(CallWord); }
-  TALLY_DEVICE constexpr std::size_t flag(int block, int peer) const { return line(call(ranks, 0)) + index(block, peer) * sizeof(std::uint32_t); }
+  TALLY_DEVICE constexpr std::size_t flag(int block, int peer) const { return line(epochs(blocks)) + index(block, peer) * sizeof(std::uint32_t); }
   /// Twice, in turns by meetings: who comes to the next one has read this one's, if there is none between.
   TALLY_DEVICE constexpr std::size_t pad(int block, std::uint32_t meeting, int peer) const { return line(flag(blocks, 0)) + (index(block, peer) * 2 + meeting % 2) * sizeof(Pad); }
   /// Twice, in turns: who sends the next operation's has got this one's, so the one before that is read.
   TALLY_DEVICE constexpr std::size_t slot(int block, std::uint32_t epoch, int peer) const { return line(pad(blocks, 0, 0)) + (index(block, peer) * 2 + epoch % 2) * packets * sizeof(Packet); }
   TALLY_DEVICE constexpr std::size_t pair(int block, int peer) const { return line(slot(blocks, 0, 0)) + index(block, peer) * sizeof(Pair); }
-  /// Frames that a peer has sent; and that it has taken.
-  TALLY_DEVICE constexpr std::size_t arrived(int block, int peer) const { return line(pair(blocks, 0)) + index(block, peer) * sizeof(std::uint32_t); }
-  TALLY_DEVICE constexpr std::size_t consumed(int block, int peer) const { return line(arrived(blocks, 0)) + index(block, peer) * sizeof(std::uint32_t); }
+  /// What a peer sends.
+  TALLY_DEVICE constexpr std::size_t box(int peer) const { return line(pair(blocks, 0)) + at(peer) * box_bytes(); }
+  TALLY_DEVICE constexpr std::size_t bytes() const { return box(ranks); }
+
+  // From a box's begin.
+
+  TALLY_DEVICE static constexpr std::size_t call(std::uint32_t number) { return number % 4 * sizeof(CallWord); }
+  /// Frames that it has sent; and that it has taken.
+  TALLY_DEVICE constexpr std::size_t arrived(int block) const { return 128 + at(block) * sizeof(std::uint32_t); }
+  TALLY_DEVICE constexpr std::size_t consumed(int block) const { return line(arrived(blocks)) + at(block) * sizeof(std::uint32_t); }
   /// A frame: its header, and its elements.
-  TALLY_DEVICE constexpr std::size_t frame(int block, int peer, std::uint32_t number) const { return line(consumed(blocks, 0)) + (index(block, peer) * frames + (frames > 0 ? number % frames : 0)) * (frame_bytes + sizeof(FrameHeader)); }
-  TALLY_DEVICE constexpr std::size_t bytes() const { return line(frame(blocks, 0, 0)); }
+  TALLY_DEVICE constexpr std::size_t frame(int block, std::uint32_t number) const { return line(consumed(blocks)) + (at(block) * frames + (frames > 0 ? number % frames : 0)) * (frame_bytes + sizeof(FrameHeader)); }
+  TALLY_DEVICE constexpr std::size_t box_bytes() const { return line(frame(blocks, 0)); }
 
  private:
   TALLY_DEVICE static constexpr std::size_t at(int i) { return static_cast<std::size_t>(i); }

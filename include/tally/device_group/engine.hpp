@@ -25,7 +25,7 @@ namespace tally::inline v0 {
 
 /// The same on all ranks.
 struct DeviceSettings {
-  int blocks = 0;   // of each rank; 0: up to 32, as many as the ranks of a device can have at once
+  int blocks = 0;   // of each rank; 0: up to 32 (8 where ranks are on several hosts), as many as the ranks of a device can have at once
   int threads = 0;  // of a block; 0: as many as the device likes
   std::size_t packet_bytes = std::size_t{64} << 10;  // longest operation that is sent in packets
   std::size_t frame_bytes = std::size_t{32} << 10;   // what algorithms of steps send at a time
@@ -64,7 +64,7 @@ class DeviceEngine {
   /// From any thread; waits for nothing.
   void abort() {
     results_->abort();
-    for (Rank r = 0; r < size(); ++r) driver_.post(memory_.window().memory[static_cast<std::size_t>(r)] + layout_.broken(), device::Broken{device::Failure::aborted, -1}.pack());
+    memory_.tell_all(device::Broken{device::Failure::aborted, -1}.pack());
   }
 
   std::byte* allocate(std::size_t bytes) {
@@ -81,6 +81,7 @@ class DeviceEngine {
     expect_here<T>(call, "in", call.input, call.layout.input_count());
     expect_here<T>(call, "out", call.output, call.layout.output_count());
     call.grain = sizeof(T);
+    if (call.layout.operation == Collective::barrier) call.input = call.output = memory_.token();
     const Way way = choose(call, wish);
     call.fingerprint = Fingerprint::of(call).pack();
     if (way == Way::barrier) {
@@ -122,28 +123,31 @@ class DeviceEngine {
 
   struct Hello {
     device::DeviceId device{};
-    std::uint64_t process = 0;
+    std::uint64_t process = 0, host = 0;
     std::int32_t blocks = 0, threads = 0;
     DeviceSettings settings;
   };
   void meet(const DeviceSettings& settings) {
     const int n = size();
     if (n > device::most_ranks) throw Error(Errc::unsupported, {"a device communicator has at most ", device::most_ranks, " ranks, not ", n});
-    const Hello mine{driver_.id(), driver_.process(), driver_.most_blocks(), driver_.most_threads(), settings};
+    const Hello mine{driver_.id(), driver_.process(), driver_.host(), driver_.most_blocks(), driver_.most_threads(), settings};
     std::vector<Hello> all(static_cast<std::size_t>(n));
     link_.all_gather(std::as_bytes(std::span(&mine, 1)), std::as_writable_bytes(std::span(all)));
-    int blocks = 32, threads = mine.threads;
+    const bool several_hosts = std::ranges::any_of(all, [&](const Hello& each) { return each.host != all[0].host; });
+    int blocks = several_hosts ? 8 : 32, threads = mine.threads;
+    std::vector<Rank> far;
     for (Rank r = 0; r < n; ++r) {
       const Hello& each = all[static_cast<std::size_t>(r)];
       expect_settings(r, each.settings, all[0].settings);
-      const auto sharing = std::ranges::count_if(all, [&](const Hello& other) { return other.device == each.device; });
+      const auto sharing = std::ranges::count_if(all, [&](const Hello& other) { return other.device == each.device && other.host == each.host; });
       const auto possible = static_cast<int>(each.blocks / sharing);
       if (const int least = std::max(1, settings.blocks); possible < least)
         throw Error(Errc::no_resources, {"device communicator: ", sharing, " ranks share rank ", r, "'s device, which runs ", each.blocks, " blocks at the same time, and each is to have ", least, ": kernels would wait for others that cannot run"}, {rank(), r, 0, {}});
       blocks = std::min(blocks, possible), threads = std::min(threads, each.threads);
-      links_.push_back(driver_.link_to(each.device));
+      if (each.host != mine.host) far.push_back(r);
+      links_.push_back(each.host != mine.host ? device::Link::network : driver_.link_to(each.device));
     }
-    const auto here = std::ranges::count_if(all, [&](const Hello& other) { return other.device == mine.device && other.process == mine.process; });
+    const auto here = std::ranges::count_if(all, [&](const Hello& other) { return other.device == mine.device && other.process == mine.process && other.host == mine.host; });
     memory_.attempt_together("ranks that share a device", [&] { driver_.expect_neighbours(static_cast<int>(here) - 1); });
     if (settings.blocks < 0 || settings.blocks > 1024) throw Error(Errc::invalid_argument, {"device communicator: ", settings.blocks, " blocks; 1 to 1024 are possible, or 0"});
     if (settings.threads < 0 || settings.threads > threads) throw Error(Errc::invalid_argument, {"device communicator: ", settings.threads, " threads in a block; 1 to ", threads, " are possible, or 0"});
@@ -154,7 +158,7 @@ class DeviceEngine {
     const auto many = static_cast<std::size_t>(blocks);
     const std::size_t packets = settings.packet_bytes / 8 / many + static_cast<std::size_t>(threads_) + static_cast<std::size_t>(n) + 1;
     layout_ = {n, blocks, packets, 2, std::max<std::size_t>(settings.frame_bytes / 16 * 16, 16)};
-    memory_.open_window(layout_.bytes());
+    memory_.open_window(layout_, std::move(far));
   }
   void expect_settings(Rank r, const DeviceSettings& theirs, const DeviceSettings& first) const {
     const auto text = [](const DeviceSettings& s) { return concat({s.blocks, " blocks of ", s.threads, " threads, packets up to ", s.packet_bytes, " bytes, frames of ", s.frame_bytes}); };
@@ -177,9 +181,10 @@ class DeviceEngine {
   /// Sets the call's algorithm, the same on all ranks.
   Way choose(Call& call, const AlgorithmRef& wish) {
     const Collective operation = call.layout.operation;
-    const bool wishes = !wish.name.empty(), wishes_packets = wish.name == packets_name;
-    if (operation == Collective::barrier) return call.algorithm = find_algorithm(Collective::all_reduce, ZeroCopy::name), Way::barrier;
-    const AlgorithmRef direct = sizes_differ(operation) ? AlgorithmRef() : find_algorithm(operation, ZeroCopy::name);
+    const bool wishes = !wish.name.empty(), wishes_packets = wish.name == packets_name, near = memory_.within_reach();
+    if (!near && (wishes_packets || wish.share)) throw Error(Errc::unsupported, {wish.name, ": ranks are on several hosts, between which there are algorithms of steps only"});
+    if (operation == Collective::barrier && near) return call.algorithm = find_algorithm(Collective::all_reduce, ZeroCopy::name), Way::barrier;
+    const AlgorithmRef direct = !near || sizes_differ(operation) ? AlgorithmRef() : find_algorithm(operation, ZeroCopy::name);
     const bool in_pairs = operation == Collective::all_to_all && call.layout.in_place;  // ranks would read what others have overwritten
     if (direct && (wishes ? wishes_packets : call.size <= packet_bytes_)) {
       call.algorithm = packets();

@@ -339,6 +339,7 @@ class DeviceResults final : public AnyDeviceResults {
     if (why == device::Failure::mismatch && own) return remember({Errc::mismatch, {"operation #", slot.sequence, ": rank ", me_, " called ", describe(slot.call.fingerprint, slot.call.count), ", ", who, " called ", describe(record.theirs, slot.call.count)}, context}, slot.sequence);
     if (why == device::Failure::mismatch) return remember({Errc::mismatch, {call, ": ", who, " called something else, another rank says"}, context}, slot.sequence);
     if (why == device::Failure::aborted) return remember({Errc::aborted, {call, own ? " was aborted while it waited for " : " was aborted by a rank that waited for ", who}, context}, slot.sequence);
+    if (why == device::Failure::lost) return remember({Errc::peer_lost, {call, ": ", who, " is gone"}, context}, slot.sequence);
     remember({Errc::timeout, {call, own ? " waits for " : " ended: another rank waited in vain for ", who, own ? concat({" after ", time_text(context.elapsed)}) : std::string()}, context}, slot.sequence);
   }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Memory on the ranks' devices that all of them can get at: how each rank learns where the others' is, whether they live in its process or
-// not, and when it may go. What goes wrong on one rank goes wrong on all.
+// not, and when it may go; and in its place a relay, for ranks on other hosts. What goes wrong on one rank goes wrong on all.
 #pragma once
 
 #include <algorithm>
@@ -14,10 +14,12 @@
 #include "../communicator.hpp"
 #include "../device/driver.hpp"
 #include "../device/window.hpp"
+#include "../transport/slots.hpp"
+#include "relay.hpp"
 
 namespace tally::inline v0::detail {
 
-/// As much on each rank's device; where each rank's is, as this one sees it.
+/// As much on each rank's device; where each rank's is, as this one sees it. Null: it is on another host.
 struct SharedBlock {
   std::vector<std::byte*> memory;
   std::vector<device::Handle> handles;
@@ -37,18 +39,45 @@ class SharedMemory {
 
   /// All ranks live in one process and share a device, so any memory of theirs is known by its address, and within reach.
   bool one_address_space() const { return one_address_space_; }
-  const SharedBlock& window() const { return window_; }
+  /// All are on one host.
+  bool within_reach() const { return far_.empty(); }
+  /// All kernels are to give up (device::Broken).
+  void tell_all(std::uint32_t broken) {
+    tell_near(broken);
+    for (const Rank r : far_) relay_->tell(r, broken);
+  }
+  /// A byte of this rank's device.
+  std::byte* token() const { return tables_; }
   /// For kernels.
-  std::byte* const* windows() const { return reinterpret_cast<std::byte* const*>(tables_); }
-  const std::uint64_t* segments() const { return reinterpret_cast<const std::uint64_t*>(tables_ + ranks() * sizeof(std::byte*)); }
+  std::byte* const* windows() const { return reinterpret_cast<std::byte* const*>(tables_ + token_bytes); }
+  const std::uint64_t* segments() const { return reinterpret_cast<const std::uint64_t*>(tables_ + segments_at()); }
   std::uint32_t segment_count() const { return static_cast<std::uint32_t>(segments_.size()); }
 
-  /// Collective, first of all.
-  void open_window(std::size_t bytes) {
-    window_ = exchange(bytes, "its window");
-    const std::size_t table = ranks() * sizeof(std::byte*) + most_segments * ranks() * sizeof(std::uint64_t);
-    attempt_together("its tables", [&] { tables_ = need(driver_.allocate_private(table), table); });
-    driver_.upload(tables_, window_.memory.data(), window_.memory.size() * sizeof(std::byte*));
+  /// Collective, first of all. `far`: the ranks that are on other hosts.
+  void open_window(const device::WindowLayout& layout, std::vector<Rank> far) {
+    far_ = std::move(far);
+    window_ = exchange(layout.bytes(), "its window");
+    const std::size_t table = segments_at() + most_segments * ranks() * sizeof(std::uint64_t), boxes = far_.size() * DeviceRelay::bytes_each(layout);
+    attempt_together("its tables", [&] {
+      tables_ = need(driver_.allocate_private(table), table);
+      if (boxes > 0 && !(boxes_ = driver_.allocate_host(boxes))) throw Error(Errc::no_resources, {"rank ", link_.rank(), "'s host has no ", boxes, " bytes that its device can reach"});
+    });
+    if (!within_reach()) {  // which nobody is, then
+      Erasure<SlotTransport>::enable();
+      std::unique_ptr<SymmetricMemory> none;
+      auto transport = link_.open_transport("device relay", 0, none);
+      relay_ = std::make_unique<DeviceRelay>(std::move(transport), layout, far_, boxes_, [this](std::uint32_t broken) { tell_near(broken); });
+    }
+    std::vector<std::byte*> to, from, all;
+    for (Rank r = 0; r < link_.size(); ++r) {
+      std::byte* const theirs = window_.memory[static_cast<std::size_t>(r)];
+      all.push_back(theirs ? theirs : relay_->window(r));
+      to.push_back(theirs ? theirs + layout.box(link_.rank()) : relay_->box_to(r));
+      from.push_back(theirs ? window_.memory[mine()] + layout.box(r) : relay_->box_from(r));
+    }
+    all.insert(all.end(), to.begin(), to.end());
+    all.insert(all.end(), from.begin(), from.end());
+    driver_.upload(tables_ + token_bytes, all.data(), all.size() * sizeof(std::byte*));
     link_.barrier();
   }
   /// Collective. `idle()` returns when nothing of this rank's runs.
@@ -63,7 +92,7 @@ class SharedMemory {
     std::vector<std::uint64_t> addresses;
     for (const std::byte* each : free->memory) addresses.push_back(reinterpret_cast<std::uintptr_t>(each));
     const auto index = static_cast<std::size_t>(free - segments_.begin());
-    driver_.upload(tables_ + ranks() * sizeof(std::byte*) + index * ranks() * sizeof(std::uint64_t), addresses.data(), addresses.size() * sizeof(std::uint64_t));
+    driver_.upload(tables_ + segments_at() + index * ranks() * sizeof(std::uint64_t), addresses.data(), addresses.size() * sizeof(std::uint64_t));
     link_.barrier();
     return free->memory[mine()];
   }
@@ -92,9 +121,12 @@ class SharedMemory {
   void close() noexcept {
     if (std::exchange(is_closed_, true)) return;
     try {
-      if (tables_) driver_.release_private(tables_);
+      if (relay_) relay_->expect_to_close();
       link_.set_timeout(std::chrono::seconds(10));
       link_.barrier();
+      relay_.reset();
+      driver_.release_host(std::exchange(boxes_, nullptr));
+      if (tables_) driver_.release_private(tables_);
       for (const SharedBlock& each : segments_) close(each);
       close(window_);
       link_.barrier();
@@ -102,11 +134,19 @@ class SharedMemory {
         if (!each.memory.empty()) driver_.release(each.memory[mine()]);
       if (!window_.memory.empty()) driver_.release(window_.memory[mine()]);
     } catch (...) {
+      relay_.reset();
     }
   }
 
  private:
+  static constexpr std::size_t token_bytes = 128;
   std::size_t ranks() const { return static_cast<std::size_t>(link_.size()); }
+  std::size_t segments_at() const { return token_bytes + 3 * ranks() * sizeof(std::byte*); }
+  bool is_far(std::size_t r) const { return std::ranges::count(far_, static_cast<Rank>(r)) > 0; }
+  void tell_near(std::uint32_t broken) {
+    for (std::byte* const window : window_.memory)
+      if (window) driver_.post(window, broken);
+  }
   std::size_t mine() const { return static_cast<std::size_t>(link_.rank()); }
   void close(const SharedBlock& block) {
     for (std::size_t r = 0; r < block.memory.size(); ++r)
@@ -156,7 +196,7 @@ class SharedMemory {
       });
       link_.all_gather(std::as_bytes(std::span(&handle, 1)), std::as_writable_bytes(std::span(block.handles)));
       attempt_together(what, [&] {
-        for (std::size_t r = 0; r < ranks(); ++r) block.memory[r] = r == mine() ? own : driver_.open(block.handles[r]);
+        for (std::size_t r = 0; r < ranks(); ++r) block.memory[r] = r == mine() ? own : is_far(r) ? nullptr : driver_.open(block.handles[r]);
       });
     } catch (...) {
       close(block);
@@ -165,7 +205,7 @@ class SharedMemory {
       throw;
     }
     const device::Handle& first = block.handles[0];
-    one_address_space_ = std::ranges::all_of(block.handles, [&](const device::Handle& each) { return each.process == first.process && each.device == first.device; });
+    one_address_space_ = within_reach() && std::ranges::all_of(block.handles, [&](const device::Handle& each) { return each.process == first.process && each.device == first.device; });
     return block;
   }
   /// Collective: what all ranks have let go of.
@@ -193,7 +233,10 @@ class SharedMemory {
   Communicator& link_;
   D& driver_;
   SharedBlock window_;
-  std::byte* tables_ = nullptr;  // on the device: all windows, then all segments
+  std::byte* tables_ = nullptr;  // on the device: a token, all windows and boxes, then all segments
+  std::byte* boxes_ = nullptr;   // the host's
+  std::vector<Rank> far_;
+  std::unique_ptr<DeviceRelay> relay_;
   std::vector<SharedBlock> segments_;
   bool one_address_space_ = false, is_closed_ = false;
 };

@@ -1,0 +1,238 @@
+// SPDX-License-Identifier: Apache-2.0
+// Device communicators whose ranks are on several hosts.
+#include <catch2/catch.hpp>
+
+#include <signal.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <memory>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include <tally/device_communicator.hpp>
+#include <tally/tally.hpp>
+
+#include "device_suite.hpp"
+#include "emulated_driver.hpp"
+#include "processes.hpp"
+#include "sanitized.hpp"
+
+using namespace std::chrono_literals;
+using tally::Communicator, tally::DeviceOperation, tally::Errc, tally::Error, tally::Rank, tally::Report;
+using test::Affine, test::at, test::check, test::Compose, test::expect, test::expect_error, test::folded, test::input_of, test::value;
+using test::EmulatedArray, test::EmulatedDevices, test::EmulatedDriver, test::EmulatedStream;
+using Devices = tally::DeviceCommunicator<EmulatedDriver>;
+
+namespace {
+
+EmulatedDriver on_host(int host, int process = 0) { return EmulatedDriver(0, process, 64, host); }
+
+}  // namespace
+
+TEST_CASE("ranks on several hosts: every operation, by what is chosen and by steps by name") {
+  const std::vector<std::vector<int>> placements{{0, 1}, {0, 0, 1}, {0, 1, 0, 1}, {0, 1, 2}, {0, 0, 1, 1, 1}};
+  for (const std::vector<int>& hosts : placements)
+    tally::launch(static_cast<int>(hosts.size()), [&](Communicator& comm) {
+      EmulatedDriver driver = on_host(hosts[at(comm.rank())], comm.rank());
+      EmulatedStream stream;
+      {
+        Devices gpu(comm, driver, {.blocks = 2, .threads = 1, .packet_bytes = 1024, .frame_bytes = 256});
+        for (Rank r = 0; r < comm.size(); ++r) check(gpu.link_to(r) == (hosts[at(r)] == hosts[at(comm.rank())] ? tally::device::Link::same_device : tally::device::Link::network));
+        const auto make = [&](const std::vector<Affine>& values) {
+          struct Buffer {
+            EmulatedArray<Affine> array;
+            tally::DeviceSpan<Affine> span() const { return array.span(); }
+            std::vector<Affine> values() const { return array.values(); }
+          };
+          return Buffer{{driver, values}};
+        };
+        for (const std::size_t count : {std::size_t{0}, std::size_t{1}, std::size_t{23}, std::size_t{1000}}) {
+          if (test::sanitized && count == 1000) continue;
+          test::every_operation(gpu, &stream, make, count, "", false);
+          test::every_operation(gpu, &stream, make, count, "", true);
+        }
+        auto symmetric = gpu.allocate<std::uint32_t>(100);
+        std::fill_n(symmetric.data(), 100, 1u);
+        gpu.all_reduce(symmetric, tally::sum, &stream).wait();
+        check(symmetric.data()[99] == hosts.size());
+        for (const char* const name : {"packets", "zero_copy"}) expect_error(Errc::unsupported, "on several hosts", [&] { (void)gpu.all_reduce(symmetric, tally::sum, &stream, {.algorithm = name}); });
+      }
+      comm.barrier();
+    }, tally::threads);
+  CHECK(EmulatedDevices::all().count() == 0);
+}
+
+TEST_CASE("between hosts: many frames at once, graphs, blocks of sizes of their own, factors") {
+  constexpr std::size_t count = 20'000;
+  tally::launch(3, [&](Communicator& comm) {
+    EmulatedDriver driver = on_host(comm.rank(), comm.rank());
+    EmulatedStream stream;
+    Devices gpu(comm, driver, {.blocks = 3, .frame_bytes = 512});
+    EmulatedArray<std::uint32_t> x(driver, std::vector<std::uint32_t>(count, 1));
+    std::vector<DeviceOperation> operations;
+    std::uint32_t expected = 1;
+    for (int k = 0; k < 5; ++k, expected *= 3) operations.push_back(gpu.all_reduce(x.span(), tally::sum, &stream));
+    std::uint64_t sent = 0;
+    for (DeviceOperation& each : operations) {
+      const Report report = each.wait();
+      check(report.elapsed == report.busy() + report.idle());
+      sent += report.bytes_sent;
+    }
+    check(sent > 0);
+    check(x.values() == std::vector<std::uint32_t>(count, expected));
+    stream.capturing = true;
+    (void)gpu.all_reduce(x.span(), tally::sum, &stream);
+    (void)gpu.barrier(&stream);
+    const auto graph = stream.end_capture();
+    for (int k = 0; k < 3; ++k) stream.replay(graph), expected *= 3;
+    stream.synchronise();
+    check(x.values() == std::vector<std::uint32_t>(count, expected));
+
+    const EmulatedArray<float> y(driver, std::vector<float>(100, 1));
+    gpu.all_reduce(y.span(), tally::premultiplied_sum(static_cast<float>(comm.rank())), &stream).wait();
+    check(y.values() == std::vector<float>(100, 3));
+    gpu.all_reduce(y.span(), tally::mean, &stream).wait();
+    check(y.values() == std::vector<float>(100, 3));
+
+    const std::vector<std::size_t> counts{2, 0, 500}, firsts{1, 4, 5};
+    const EmulatedArray<Affine> in(driver, input_of(comm.rank(), counts[at(comm.rank())])), out(driver, std::vector<Affine>(505));
+    gpu.all_gather_v(in.span(), out.span(), counts, firsts, &stream).wait();
+    std::vector<Affine> gathered(505);
+    for (Rank r = 0; r < 3; ++r)
+      for (std::size_t i = 0; i < counts[at(r)]; ++i) gathered[firsts[at(r)] + i] = value(r, i);
+    check(out.values() == gathered);
+  }, tally::threads);
+  CHECK(EmulatedDevices::all().count() == 0);
+}
+
+TEST_CASE("waiting for a rank on another host is blamed on it") {
+  tally::launch(3, [&](Communicator& comm) {
+    EmulatedDriver driver = on_host(comm.rank() / 2, comm.rank());
+    EmulatedStream stream;
+    Devices gpu(comm, driver, {.blocks = 1});
+    EmulatedArray<float> x(driver, std::vector<float>(100, 1));
+    gpu.barrier(&stream).wait();
+    comm.barrier();
+    constexpr auto late = 50ms;
+    if (comm.rank() == 2) std::this_thread::sleep_for(late);
+    const Report report = gpu.all_reduce(x.span(), tally::sum, &stream).wait();
+    if (comm.rank() == 2) return;
+    std::chrono::nanoseconds blamed{};
+    for (const tally::Blame& each : report.blame())
+      if (each.rank == 2) blamed += each.arrival;
+    check(blamed >= late / 2, std::to_string(blamed.count()));  // it may have begun to sleep before the others came
+    check(report.elapsed == report.busy() + report.idle());
+  }, tally::threads);
+}
+
+TEST_CASE("between hosts, ranks that call different things, that do not come, that abort: every rank is told, and of whom") {
+  enum class Trouble { other_call, absent, abort };
+  for (const Trouble trouble : {Trouble::other_call, Trouble::absent, Trouble::abort}) {
+    tally::launch(4, [&](Communicator& comm) {
+      EmulatedDriver driver = on_host(comm.rank() / 2, comm.rank());
+      EmulatedStream stream;
+      Devices gpu(comm, driver, {.blocks = 2, .frame_bytes = 64});
+      gpu.set_timeout(trouble == Trouble::absent ? 300ms : 60s);
+      EmulatedArray<float> x(driver, std::vector<float>(100, 1));
+      gpu.barrier(&stream).wait();
+      const bool culprit = comm.rank() == 3;
+      const auto begin = std::chrono::steady_clock::now();
+      if (culprit && trouble == Trouble::abort) {
+        gpu.abort();
+      } else if (!culprit || trouble != Trouble::absent) {
+        const Errc expected = trouble == Trouble::absent ? Errc::timeout : trouble == Trouble::abort ? Errc::aborted : Errc::mismatch;
+        expect_error(expected, "rank", [&] { gpu.all_reduce(x.span().subspan(0, culprit ? 99 : 100), tally::sum, &stream, {.algorithm = "ring"}).wait(); });
+        expect_error(expected, "rank", [&] { (void)gpu.barrier(&stream); });
+      }
+      comm.barrier();
+      check(std::chrono::steady_clock::now() - begin < 30s);
+    }, tally::threads);
+    CHECK(EmulatedDevices::all().count() == 0);
+  }
+}
+
+TEST_CASE("ranks as processes on several hosts; one that dies is named by all", "[processes]") {
+  const test::Outcome outcome = test::outcome_of(4, tally::processes, [&](Communicator& comm) {
+    // What is not far is another process's here, which emulated devices cannot reach: so all are.
+    EmulatedDriver driver = on_host(comm.rank());
+    EmulatedStream stream;
+    Devices gpu(comm, driver, {.blocks = 2});
+    EmulatedArray<std::uint32_t> x(driver, std::vector<std::uint32_t>(10'000, 1));
+    std::uint32_t expected = 1;
+    for (int k = 0; k < 3; ++k) {
+      gpu.all_reduce(x.span(), tally::sum, &stream).wait();
+      expected *= 4;
+      check(x.values() == std::vector<std::uint32_t>(10'000, expected));
+    }
+    if (comm.rank() == 2) ::raise(SIGKILL);
+    gpu.all_reduce(x.span(), tally::sum, &stream).wait();
+  });
+  INFO(outcome);
+  for (const Rank r : {0, 1, 3}) {
+    CHECK(outcome.ranks[at(r)].is(Errc::peer_lost));
+    CHECK(outcome.ranks[at(r)].peer == 2);
+    CHECK_THAT(outcome.ranks[at(r)].text, Catch::Contains("rank 2 is gone"));
+  }
+}
+
+TEST_CASE("a relay believes nothing that cannot be") {
+  using tally::detail::DeviceRelay;
+  const tally::device::WindowLayout layout{2, 2, 16, 2, 64};
+  // As the relay's, which is its own.
+  struct Message {
+    std::uint32_t kind = 0, block = 0, number = 0, unused = 0;
+    tally::device::FrameHeader frame;
+  };
+  const auto frame_of = [](std::uint32_t bytes) { return tally::device::FrameHeader{bytes, 0, 0, -1, bytes}; };
+  struct Case {
+    std::string what;
+    Message message;
+  };
+  const std::vector<Case> cases{
+      {"a block that is none", {0, 2, 0, 0, frame_of(8)}}, {"a frame out of turn", {0, 0, 1, 0, frame_of(8)}}, {"a frame that is too long", {0, 1, 0, 0, frame_of(65)}},
+      {"credit for nothing", {1, 0, 1, 0, {}}},            {"credit that goes back", {1, 0, ~0u, 0, {}}},      {"no kind", {3, 0, 0, 0, {}}},
+  };
+  for (const Case& c : cases) {
+    tally::launch(2, [&](Communicator& comm) {
+      std::unique_ptr<tally::SymmetricMemory> none;
+      auto transport = comm.open_transport("device relay", 0, none);
+      if (comm.rank() == 0) {
+        std::vector<std::byte> memory(DeviceRelay::bytes_each(layout) + 128);
+        void* aligned = memory.data();
+        std::size_t space = memory.size();
+        std::align(128, DeviceRelay::bytes_each(layout), aligned, space);
+        std::atomic<std::uint32_t> told{0};
+        const std::vector<Rank> far{1};
+        DeviceRelay relay(std::move(transport), layout, far, static_cast<std::byte*>(aligned), [&](std::uint32_t word) { told.store(word); });
+        while (told.load() == 0) std::this_thread::yield();
+        const auto broken = tally::device::Broken::unpack(told.load());
+        check(broken.why == tally::device::Failure::lost && broken.missing == 1, c.what);
+      } else {
+        struct Probe {
+          void arrived(tally::Transfer&, const tally::FrameInfo&) {}
+          tally::Transfer* unexpected(Rank, const tally::FrameInfo&) { return nullptr; }
+          void credited(tally::Transfer&, const tally::FrameTimes&) {}
+          void fetched(tally::Transfer&, const tally::FrameTimes&) {}
+          void continued(tally::Transfer&, const tally::FrameTimes&) {}
+          void drained(tally::Transfer&, bool = false) {}
+          void copying(tally::Transfer&) {}
+          void trying(tally::Transfer&) {}
+          void reducing(tally::Transfer&) {}
+          void moved(tally::Transfer&) {}
+          tally::FrameTimes stamp(tally::Transfer&) { return {}; }
+          tally::FrameTimes credit_stamp(const tally::Transfer&) { return {}; }
+        } probe;
+        tally::Transfer t;
+        t.peer = 0, t.is_send = true;
+        t.from = reinterpret_cast<const std::byte*>(&c.message);
+        t.bytes = t.ready = sizeof c.message;
+        transport->post(t, probe);
+        while (t.pending) transport->poll(probe), std::this_thread::yield();
+        transport->flush();
+      }
+      comm.barrier();
+    }, tally::threads);
+  }
+}
