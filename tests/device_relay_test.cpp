@@ -16,6 +16,7 @@
 
 #include "device_suite.hpp"
 #include "emulated_driver.hpp"
+#include "network.hpp"
 #include "processes.hpp"
 #include "sanitized.hpp"
 
@@ -29,38 +30,57 @@ namespace {
 
 EmulatedDriver on_host(int host, int process = 0) { return EmulatedDriver(0, process, 64, host); }
 
+/// All operations on a communicator's ranks, whose devices are on these hosts.
+void all_is_right(Communicator& comm, const std::vector<int>& hosts, const std::string& one_more = {}) {
+  EmulatedDriver driver = on_host(hosts[at(comm.rank())], comm.rank());
+  EmulatedStream stream;
+  {
+    Devices gpu(comm, driver, {.blocks = 2, .threads = 1, .packet_bytes = 1024, .frame_bytes = 256});
+    for (Rank r = 0; r < comm.size(); ++r) check(gpu.link_to(r) == (hosts[at(r)] == hosts[at(comm.rank())] ? tally::device::Link::same_device : tally::device::Link::network));
+    struct Buffer {
+      EmulatedArray<Affine> array;
+      tally::DeviceSpan<Affine> span() const { return array.span(); }
+      std::vector<Affine> values() const { return array.values(); }
+    };
+    const auto make = [&](const std::vector<Affine>& values) { return Buffer{{driver, values}}; };
+    for (const std::size_t count : {std::size_t{0}, std::size_t{1}, std::size_t{23}, std::size_t{1000}}) {
+      if (test::sanitized && count == 1000) continue;
+      test::every_operation(gpu, &stream, make, count, "", false);
+      test::every_operation(gpu, &stream, make, count, "", true);
+    }
+    auto symmetric = gpu.allocate<std::uint32_t>(100);
+    std::fill_n(symmetric.data(), 100, 1u);
+    gpu.all_reduce(symmetric, tally::sum, &stream).wait();
+    check(symmetric.data()[99] == hosts.size());
+    if (!one_more.empty()) {
+      const Report report = gpu.all_reduce(symmetric, tally::max, &stream, {.algorithm = one_more}).wait();
+      check(report.algorithm_name() == one_more);
+      check(symmetric.data()[99] == hosts.size());
+    }
+    for (const char* const name : {"packets", "zero_copy"}) expect_error(Errc::unsupported, "on several hosts", [&] { (void)gpu.all_reduce(symmetric, tally::sum, &stream, {.algorithm = name}); });
+  }
+  comm.barrier();
+}
+
 }  // namespace
 
 TEST_CASE("ranks on several hosts: every operation, by what is chosen and by steps by name") {
   const std::vector<std::vector<int>> placements{{0, 1}, {0, 0, 1}, {0, 1, 0, 1}, {0, 1, 2}, {0, 0, 1, 1, 1}};
   for (const std::vector<int>& hosts : placements)
-    tally::launch(static_cast<int>(hosts.size()), [&](Communicator& comm) {
-      EmulatedDriver driver = on_host(hosts[at(comm.rank())], comm.rank());
-      EmulatedStream stream;
-      {
-        Devices gpu(comm, driver, {.blocks = 2, .threads = 1, .packet_bytes = 1024, .frame_bytes = 256});
-        for (Rank r = 0; r < comm.size(); ++r) check(gpu.link_to(r) == (hosts[at(r)] == hosts[at(comm.rank())] ? tally::device::Link::same_device : tally::device::Link::network));
-        const auto make = [&](const std::vector<Affine>& values) {
-          struct Buffer {
-            EmulatedArray<Affine> array;
-            tally::DeviceSpan<Affine> span() const { return array.span(); }
-            std::vector<Affine> values() const { return array.values(); }
-          };
-          return Buffer{{driver, values}};
-        };
-        for (const std::size_t count : {std::size_t{0}, std::size_t{1}, std::size_t{23}, std::size_t{1000}}) {
-          if (test::sanitized && count == 1000) continue;
-          test::every_operation(gpu, &stream, make, count, "", false);
-          test::every_operation(gpu, &stream, make, count, "", true);
-        }
-        auto symmetric = gpu.allocate<std::uint32_t>(100);
-        std::fill_n(symmetric.data(), 100, 1u);
-        gpu.all_reduce(symmetric, tally::sum, &stream).wait();
-        check(symmetric.data()[99] == hosts.size());
-        for (const char* const name : {"packets", "zero_copy"}) expect_error(Errc::unsupported, "on several hosts", [&] { (void)gpu.all_reduce(symmetric, tally::sum, &stream, {.algorithm = name}); });
-      }
-      comm.barrier();
-    }, tally::threads);
+    tally::launch(static_cast<int>(hosts.size()), [&](Communicator& comm) { all_is_right(comm, hosts); }, tally::threads);
+  CHECK(EmulatedDevices::all().count() == 0);
+}
+
+TEST_CASE("the same over TCP between hosts, also in two levels") {
+  for (const std::vector<int>& hosts : {std::vector<int>{0, 1}, std::vector<int>{0, 0, 1, 1}}) {
+    std::vector<std::uint64_t> places;
+    for (const int host : hosts) places.push_back(static_cast<std::uint64_t>(host + 1));
+    for (const test::Caught& each : test::outcomes(places, test::Way::route, [&](Communicator& comm) { all_is_right(comm, hosts, hosts.size() > 2 ? "hierarchical" : "ring"); })) {
+      INFO(each);
+      CHECK(each.ran);
+      CHECK_FALSE((each.error || each.foreign));
+    }
+  }
   CHECK(EmulatedDevices::all().count() == 0);
 }
 
