@@ -74,9 +74,11 @@ class HostBlock {
   static std::uint64_t now() { return static_cast<std::uint64_t>((std::chrono::steady_clock::now().time_since_epoch() + std::chrono::seconds(ahead().load())).count()); }
   /// All blocks' clocks; what was awaited for that long is overdue.
   static void advance_clock(int seconds) { ahead().fetch_add(seconds); }
-  static void pause(std::uint32_t) {
+  /// As on a device: who has waited for long leaves the processor to others, of which there may be many.
+  static void pause(std::uint32_t polls) {
     pauses()->fetch_add(1);
-    std::this_thread::yield();
+    if (polls < 100) std::this_thread::yield();
+    else std::this_thread::sleep_for(std::chrono::microseconds(20));
   }
 
  private:

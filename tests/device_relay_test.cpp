@@ -5,6 +5,8 @@
 #include <signal.h>
 #include <unistd.h>
 
+#include <array>
+#include <atomic>
 #include <chrono>
 #include <memory>
 #include <string>
@@ -128,21 +130,27 @@ TEST_CASE("between hosts: many frames at once, graphs, blocks of sizes of their 
 }
 
 TEST_CASE("waiting for a rank on another host is blamed on it") {
+  std::array<EmulatedDriver, 3> drivers{on_host(0, 0), on_host(0, 1), on_host(1, 2)};
   tally::launch(3, [&](Communicator& comm) {
-    EmulatedDriver driver = on_host(comm.rank() / 2, comm.rank());
+    EmulatedDriver driver = drivers[at(comm.rank())];
     EmulatedStream stream;
     Devices gpu(comm, driver, {.blocks = 1});
     EmulatedArray<float> x(driver, std::vector<float>(100, 1));
     gpu.barrier(&stream).wait();
-    comm.barrier();
-    constexpr auto late = 50ms;
-    if (comm.rank() == 2) std::this_thread::sleep_for(late);
+    const std::array<std::uint32_t, 2> before{drivers[0].looks_in_vain->load(), drivers[1].looks_in_vain->load()};
+    comm.barrier();  // none of their kernels looks before that
+    constexpr auto late = 20ms;
+    if (comm.rank() == 2) {
+      for (std::size_t r = 0; r < before.size(); ++r)
+        while (drivers[r].looks_in_vain->load() - before[r] < 2) std::this_thread::yield();
+      std::this_thread::sleep_for(late);
+    }
     const Report report = gpu.all_reduce(x.span(), tally::sum, &stream).wait();
     if (comm.rank() == 2) return;
     std::chrono::nanoseconds blamed{};
     for (const tally::Blame& each : report.blame())
       if (each.rank == 2) blamed += each.arrival;
-    check(blamed >= late / 2, std::to_string(blamed.count()));  // it may have begun to sleep before the others came
+    check(blamed >= late / 2, std::to_string(blamed.count()));
     check(report.elapsed == report.busy() + report.idle());
   }, tally::threads);
 }
@@ -154,9 +162,10 @@ TEST_CASE("between hosts, ranks that call different things, that do not come, th
       EmulatedDriver driver = on_host(comm.rank() / 2, comm.rank());
       EmulatedStream stream;
       Devices gpu(comm, driver, {.blocks = 2, .frame_bytes = 64});
-      gpu.set_timeout(trouble == Trouble::absent ? 300ms : 60s);
       EmulatedArray<float> x(driver, std::vector<float>(100, 1));
       gpu.barrier(&stream).wait();
+      comm.barrier();  // it is through everywhere
+      gpu.set_timeout(trouble == Trouble::absent ? 300ms : 60s);
       const bool culprit = comm.rank() == 3;
       const auto begin = std::chrono::steady_clock::now();
       if (culprit && trouble == Trouble::abort) {
@@ -186,6 +195,7 @@ TEST_CASE("ranks as processes on several hosts; one that dies is named by all", 
       expected *= 4;
       check(x.values() == std::vector<std::uint32_t>(10'000, expected));
     }
+    comm.barrier();
     if (comm.rank() == 2) ::raise(SIGKILL);
     gpu.all_reduce(x.span(), tally::sum, &stream).wait();
   });

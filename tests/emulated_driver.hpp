@@ -156,6 +156,7 @@ class EmulatedDriver {
     return allocate(bytes, false);
   }
   bool works = true;
+  std::shared_ptr<std::atomic<std::uint32_t>> looks_in_vain = std::make_shared<std::atomic<std::uint32_t>>(0);  // of all its kernels
   void release_private(std::byte* memory) { EmulatedDevices::all().remove(memory); }
   std::byte* allocate_host(std::size_t bytes) { return has_host_memory ? allocate(bytes, true) : nullptr; }
   bool has_host_memory = true;
@@ -203,12 +204,11 @@ class EmulatedDriver {
   }
   template <device::Kernel<HostBlock> K>
   void launch(const K& kernel, int blocks, int threads, Stream stream) {
-    stream->push([kernel, blocks, threads] {
-      std::atomic<std::uint32_t> pauses{0};
+    stream->push([kernel, blocks, threads, looks = looks_in_vain] {
       std::vector<std::unique_ptr<EmulatedBlock>> states;
       std::vector<std::thread> all;
       for (int b = 0; b < blocks; ++b) {
-        states.push_back(std::make_unique<EmulatedBlock>(threads, false, pauses));
+        states.push_back(std::make_unique<EmulatedBlock>(threads, false, *looks));
         for (int t = 0; t < threads; ++t)
           all.emplace_back([&kernel, state = states.back().get(), b, t, blocks, threads] {
             HostBlock block(*state, t, threads, b, blocks);

@@ -162,6 +162,7 @@ class DeviceRelay {
       }
       peer->is_gone = true;
       forget(*peer);
+      if (std::exchange(is_over_, true)) continue;  // it may have left because of another one that is gone
       const std::uint32_t lost = device::Broken{device::Failure::lost, peer->rank}.pack();
       for (const auto& other : peers_) tell(other->rank, lost);  // ranks of its host see nothing of it
       tell_(lost);
@@ -204,7 +205,7 @@ class DeviceRelay {
       }
     }
     if (const std::uint32_t broken = load(peer.out); broken != peer.told_broken && !peer.broken.under_way()) {
-      peer.told_broken = broken;
+      peer.told_broken = broken, is_over_ = true;
       peer.broken.message = {Kind::broken, 0, broken, 0, {}};
       send(peer, peer.broken);
       moved = true;
@@ -263,7 +264,9 @@ class DeviceRelay {
         std::memcpy(box + layout_.frame(b, m.number), &m.frame, sizeof m.frame);
         return store(box + layout_.arrived(b), ++peer.received[i]);
       case Kind::credit: return store(box + layout_.consumed(b), peer.credited[i] = m.number);
-      case Kind::broken: return tell_(m.number);
+      case Kind::broken:
+        if (!std::exchange(is_over_, true)) tell_(m.number);
+        return;
     }
   }
   void forget(Peer& peer) {
@@ -282,6 +285,7 @@ class DeviceRelay {
   std::vector<Peer*> index_;  // of each rank; null: not far
   std::vector<std::unique_ptr<Peer>> peers_;
   Now::time_point next_watch_{};
+  bool is_over_ = false;  // somebody was told; what comes of that is no news
   std::atomic<bool> stopping_{false}, closing_{false};
   std::thread thread_;
 };
