@@ -13,6 +13,8 @@
 #include <string>
 #include <vector>
 
+#include <tally/device/seam.hpp>
+
 inline constexpr std::size_t context = 8, features = 16, inputs = context * features, hidden = 128, symbols = 256;
 inline constexpr std::size_t chunk = 32;  // samples computed together
 
@@ -139,8 +141,8 @@ struct AdamStep {
   static constexpr float keep_mean = 0.9f, keep_square = 0.99f;
   float mean_scale, square_scale;  // make up for means that begin at 0
   AdamStep() = default;
-  AdamStep(float rate, float steps) : mean_scale(rate / (1 - std::pow(keep_mean, steps))), square_scale(1 / (1 - std::pow(keep_square, steps))) {}
-  float operator()(float value, float gradient, float& mean, float& square) const {
+  TALLY_DEVICE AdamStep(float rate, float steps) : mean_scale(rate / (1 - std::pow(keep_mean, steps))), square_scale(1 / (1 - std::pow(keep_square, steps))) {}
+  TALLY_DEVICE float operator()(float value, float gradient, float& mean, float& square) const {
     mean += (1 - keep_mean) * (gradient - mean);
     square += (1 - keep_square) * (gradient * gradient - square);
     return value - mean_scale * mean / (std::sqrt(square_scale * square) + 1e-8f);

@@ -49,7 +49,7 @@ inline std::string read_text(const std::vector<std::string>& files) {
 }
 
 /// Number i of a sequence of numbers as if drawn by lot: a hash, so that any rank can compute any of them.
-inline std::uint64_t drawn(std::uint64_t i, std::uint64_t seed) {
+constexpr std::uint64_t drawn(std::uint64_t i, std::uint64_t seed) {
   std::uint64_t x = seed * 0xd1342543de82ef95u + i * 0x9e3779b97f4a7c15u;
   x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
   x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;

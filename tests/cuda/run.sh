@@ -22,3 +22,5 @@ fi
 for way in groups threads processes; do
   for ranks in 2 5; do "$work/cuda_test" "$way" "$ranks"; done
 done
+"$nvcc" -std=c++20 --expt-relaxed-constexpr -I"$1" "$here/../../examples/train_cuda.cu" -arch=native -o "$work/train_cuda"
+for options in "" --no-graph; do "$work/train_cuda" --ranks 2 --steps 300 --verify $options; done

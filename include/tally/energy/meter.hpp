@@ -120,7 +120,7 @@ inline nanoseconds monotonic_time() {
 namespace detail {
 
 /// The type ends at 18 GJ: three weeks of a node of 10 kW. A total stays there.
-constexpr Nanojoules in_nanojoules(long double value) { return value < 0x1p64L ? static_cast<Nanojoules>(value) : ~Nanojoules{0}; }
+inline Nanojoules in_nanojoules(long double value) { return value < 0x1p64L ? static_cast<Nanojoules>(value) : ~Nanojoules{0}; }
 
 }  // namespace detail
 
