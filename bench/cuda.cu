@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Collectives of ranks that share one GPU, beside what limits them there, measured in the same run: a kernel that copies as many bytes, the
 // launch of a kernel that does nothing, and a flag that goes there and back. One device has no link: none of these figures is NVLink's.
+// `tally_perf --device cuda` runs this program.
 #include <algorithm>
 #include <barrier>
 #include <cstdio>
@@ -23,10 +24,17 @@ using Devices = tally::DeviceCommunicator<CudaDriver, timed>;
 
 struct Settings {
   std::vector<int> ranks{2, 4, 8};
-  std::size_t least = 8, most = std::size_t{1} << 30, packets = std::size_t{64} << 10;
+  std::size_t least = 8, most = std::size_t{1} << 30, packets = std::size_t{64} << 10, factor = 4;
   int repeats = 11, in_graph = 20, gpu = 0;
-  std::string json;
+  std::string op = "all_reduce", algorithm, json;
+
+  /// What has to be read and written, of all ranks, where each one's larger side has so many bytes.
+  double moved(std::size_t bytes, int n) const {
+    const double all = static_cast<double>(bytes), each = all * n;
+    return op == "all_reduce" || op == "all_to_all" ? 2 * each : op == "broadcast" ? each : each + all;
+  }
 };
+const std::vector<std::string> operations{"all_reduce", "reduce_scatter", "all_gather", "broadcast", "all_to_all"};
 
 struct Stream {
   Stream() { check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), {"a stream"}); }
@@ -116,9 +124,46 @@ double copy_gigabytes(const Settings& settings, std::size_t bytes, int processor
   return 2 * static_cast<double>(bytes) / us * 1e-3;
 }
 
+/// The operation on a rank's buffer; in place, but for all_to_all.
+template <class Devices>
+tally::DeviceOperation call(Devices& gpu, const Settings& settings, tally::DeviceSpan<float> data, tally::DeviceSpan<float> other, cudaStream_t stream, bool sums) {
+  const tally::CallOptions options{.algorithm = settings.algorithm};
+  const std::size_t block = data.size() / static_cast<std::size_t>(gpu.size());
+  const auto own = data.subspan(static_cast<std::size_t>(gpu.rank()) * block, block);
+  if (settings.op == "reduce_scatter") return sums ? gpu.reduce_scatter(data, own, tally::sum, stream, options) : gpu.reduce_scatter(data, own, tally::max, stream, options);
+  if (settings.op == "all_gather") return gpu.all_gather(own, data, stream, options);
+  if (settings.op == "broadcast") return gpu.broadcast(data, 0, stream, options);
+  if (settings.op == "all_to_all") return gpu.all_to_all(data, other, stream, options);
+  return sums ? gpu.all_reduce(data, tally::sum, stream, options) : gpu.all_reduce(data, tally::max, stream, options);
+}
+/// Wrong elements of one call on this rank, of small integers.
+template <class Devices>
+std::size_t wrong(Devices& gpu, const Settings& settings, tally::DeviceSpan<float> data, tally::DeviceSpan<float> other, cudaStream_t stream) {
+  const int n = gpu.size();
+  const std::size_t count = data.size(), block = count / static_cast<std::size_t>(n);
+  const auto value = [](int rank, std::size_t i) { return static_cast<float>(static_cast<std::size_t>(rank + 1) * (i % 7)); };
+  std::vector<float> values(count);
+  const auto copy = [&](void* to, const void* from) { check(cudaMemcpyAsync(to, from, count * sizeof(float), cudaMemcpyDefault, stream), {"values"}), check(cudaStreamSynchronize(stream), {"values"}); };
+  for (std::size_t i = 0; i < count; ++i) values[i] = value(gpu.rank(), i);
+  copy(data.data(), values.data());
+  call(gpu, settings, data, other, stream, true).wait();
+  copy(values.data(), settings.op == "all_to_all" ? other.data() : data.data());
+  std::size_t found = 0;
+  for (std::size_t i = 0; i < count; ++i) {
+    const int from = block > 0 ? static_cast<int>(i / block) : 0;
+    const bool own = from == gpu.rank();
+    const float sum = static_cast<float>(n * (n + 1) / 2) * static_cast<float>(i % 7);
+    const float expected = settings.op == "all_reduce" ? sum : settings.op == "reduce_scatter" ? (own ? sum : value(gpu.rank(), i)) : settings.op == "broadcast" ? value(0, i) : settings.op == "all_gather" ? value(from, i) : value(from, static_cast<std::size_t>(gpu.rank()) * block + i % block);
+    found += values[i] != expected;
+  }
+  for (std::size_t i = 0; i < count; ++i) values[i] = 0;
+  copy(data.data(), values.data());
+  return found;
+}
+
 /// One size: what ranks that share the GPU take, with the account and without.
 struct Row {
-  std::size_t bytes = 0;
+  std::size_t bytes = 0, wrong = 0;
   std::string algorithm;
   double us = 0, us_untimed = 0;
 };
@@ -126,26 +171,35 @@ template <bool timed>
 void measure(Communicator& comm, const Settings& settings, int blocks, std::barrier<>& together, std::vector<Row>& rows) {
   Stream s;
   Devices<timed> gpu(comm, CudaDriver(settings.gpu), {.blocks = blocks, .packet_bytes = settings.packets});
-  auto memory = gpu.template allocate<float>(settings.most / sizeof(float));
+  const auto n = static_cast<std::size_t>(comm.size());
+  auto memory = gpu.template allocate<float>(settings.most / sizeof(float) + n);
+  auto other = gpu.template allocate<float>(settings.op == "all_to_all" ? settings.most / sizeof(float) + n : 0);
   std::size_t row = 0;
-  for (std::size_t bytes = settings.least; bytes <= settings.most; bytes *= 4, ++row) {
-    const auto data = memory.subspan(0, std::max<std::size_t>(bytes / sizeof(float), 1));
-    gpu.all_reduce(data, tally::max, s.stream).wait();
+  for (std::size_t bytes = settings.least; bytes <= settings.most; bytes *= settings.factor, ++row) {
+    std::size_t count = std::max<std::size_t>(bytes / sizeof(float), 1);
+    if (settings.op != "all_reduce" && settings.op != "broadcast") count = (count + n - 1) / n * n;
+    const auto data = memory.subspan(0, count), to = settings.op == "all_to_all" ? other.subspan(0, count) : data;
+    std::size_t bad = wrong(gpu, settings, data, to, s.stream);
+    comm.all_reduce(std::span(&bad, 1), tally::sum);
+    const tally::Report report = call(gpu, settings, data, to, s.stream, false).wait();
     const int operations = bytes >= std::size_t{64} << 20 ? 3 : settings.in_graph;
-    const double us = replayed(s, operations, settings.repeats, &together, [&] { (void)gpu.all_reduce(data, tally::max, s.stream); });
-    std::vector<double> all(static_cast<std::size_t>(comm.size()));
+    const double us = replayed(s, operations, settings.repeats, &together, [&] { (void)call(gpu, settings, data, to, s.stream, false); });
+    std::vector<double> all(n);
     comm.all_gather(std::span(&us, 1), all);
     if (comm.rank() != 0) continue;
     if (rows.size() <= row) rows.emplace_back();
-    rows[row].bytes = bytes;
-    rows[row].algorithm = bytes <= settings.packets ? "packets" : "zero_copy";
+    rows[row].bytes = count * sizeof(float);
+    rows[row].wrong += bad;
+    rows[row].algorithm = report.algorithm_name();
     (timed ? rows[row].us : rows[row].us_untimed) = *std::ranges::max_element(all);
   }
 }
 
-void run(const Settings& settings) {
+/// False if a result was wrong.
+bool run(const Settings& settings) {
+  std::size_t wrong = 0;
+  CudaDriver driver(settings.gpu);  // which says what is missing
   check(cudaSetDevice(settings.gpu), {"GPU ", settings.gpu});
-  CudaDriver driver(settings.gpu);
   cudaDeviceProp properties;
   check(cudaGetDeviceProperties(&properties, settings.gpu), {"GPU ", settings.gpu});
   const Limits least = limits(settings);
@@ -157,20 +211,21 @@ void run(const Settings& settings) {
     const int blocks = driver.most_blocks() / n;
     tally::launch(n, [&](Communicator& comm) { measure<true>(comm, settings, blocks, together, rows); }, tally::threads);
     tally::launch(n, [&](Communicator& comm) { measure<false>(comm, settings, blocks, together, rows); }, tally::threads);
-    std::printf("%d ranks, %d blocks each\n%12s %10s %12s %12s %8s %14s %8s\n", n, blocks, "bytes", "", "us", "no account", "", "copy", "");
+    std::printf("%s of %d ranks, %d blocks each\n%12s %18s %8s %12s %12s %8s %14s %8s\n", settings.op.c_str(), n, blocks, "bytes", "", "#wrong", "us", "no account", "", "moved", "of copy");
     for (const Row& row : rows) {
-      // All ranks read and write all that they have.
-      const double moved = 2 * static_cast<double>(row.bytes) * n, rate = moved / row.us * 1e-3;
+      const double moved = settings.moved(row.bytes, n), rate = moved / row.us * 1e-3;
+      wrong += row.wrong;
       const double copied = row.bytes >= std::size_t{1} << 20 ? copy_gigabytes(settings, row.bytes * static_cast<std::size_t>(n), driver.most_blocks()) : 0;
-      std::printf("%12zu %10s %12.2f %12.2f %+7.1f%%", row.bytes, row.algorithm.c_str(), row.us, row.us_untimed, 100 * (row.us / row.us_untimed - 1));
+      std::printf("%12zu %18s %8zu %12.2f %12.2f %+7.1f%%", row.bytes, row.algorithm.c_str(), row.wrong, row.us, row.us_untimed, 100 * (row.us / row.us_untimed - 1));
       if (copied > 0) std::printf(" %9.0f GB/s %7.1f%%", rate, 100 * rate / copied);
       else std::printf(" %11.2f us, the least", least.launch_us + least.round_trip_us / 2);
       std::printf("\n");
-      json["rows"].push_back({{"ranks", n}, {"bytes", row.bytes}, {"algorithm", row.algorithm}, {"us", row.us}, {"us_without_account", row.us_untimed}, {"gigabytes_per_second", rate}, {"copy_gigabytes_per_second", copied > 0 ? Json(copied) : Json()}});
+      json["rows"].push_back({{"operation", settings.op}, {"ranks", n}, {"bytes", row.bytes}, {"wrong", row.wrong}, {"algorithm", row.algorithm}, {"us", row.us}, {"us_without_account", row.us_untimed}, {"gigabytes_per_second", rate}, {"copy_gigabytes_per_second", copied > 0 ? Json(copied) : Json()}});
     }
     std::printf("\n");
   }
   if (!settings.json.empty()) std::ofstream(settings.json) << json.dump(2) << '\n';
+  return wrong == 0;
 }
 
 }  // namespace
@@ -178,17 +233,20 @@ void run(const Settings& settings) {
 int main(int argc, char** argv) {
   setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", 0);  // many ranks' streams; CUDA reads it when it begins
   Settings settings;
-  CLI::App app("Measures all_reduce of ranks that share one GPU, beside a copy of as many bytes and the least that a kernel takes.", "cuda");
-  app.add_option("--ranks", settings.ranks, "how many ranks share it; several are measured one after the other")->capture_default_str();
+  CLI::App app("Measures a collective of ranks that share one GPU, beside a copy of as many bytes and the least that a kernel takes.", "cuda");
+  app.add_option("--op", settings.op, "what is measured")->check(CLI::IsMember(operations))->capture_default_str();
+  app.add_option("--algorithm", settings.algorithm, "by name; default: what the library chooses");
+  app.add_option("-n,--ranks", settings.ranks, "how many ranks share it; several are measured one after the other")->capture_default_str();
   app.add_option("--gpu", settings.gpu, "as CUDA numbers them")->capture_default_str();
-  app.add_option("--least", settings.least, "bytes of each rank")->check(CLI::Range(std::size_t{4}, std::size_t{1} << 40))->capture_default_str();
-  app.add_option("--most", settings.most, "likewise")->check(CLI::Range(std::size_t{4}, std::size_t{1} << 40))->capture_default_str();
+  app.add_option("-b,--min", settings.least, "smallest size in bytes, of each rank's larger side")->transform(CLI::AsSizeValue(false))->check(CLI::Range(std::size_t{4}, std::size_t{1} << 40))->capture_default_str();
+  app.add_option("-e,--max", settings.most, "largest size")->transform(CLI::AsSizeValue(false))->check(CLI::Range(std::size_t{4}, std::size_t{1} << 40))->capture_default_str();
+  app.add_option("-f,--factor", settings.factor, "from size to size")->check(CLI::Range(2, 1024))->capture_default_str();
   app.add_option("--packets", settings.packets, "bytes up to which operations go in packets")->capture_default_str();
   app.add_option("--repeats", settings.repeats, "replays of each graph; the median counts")->check(CLI::Range(1, 10000))->capture_default_str();
   app.add_option("--json", settings.json, "write the result there, too")->option_text("FILE");
   CLI11_PARSE(app, argc, argv);
   try {
-    run(settings);
+    return run(settings) ? 0 : 1;
   } catch (const std::exception& error) {
     std::fprintf(stderr, "cuda: %s\n", error.what());
     return 1;

@@ -3,9 +3,13 @@
 // Ranks are started here, or by a launcher (mpirun, torchrun, TALLY_RANK). Idle time, waits and joules are the
 // library's own account of the timed calls, so that reading them costs those calls nothing.
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <CLI/CLI.hpp>
 #include <array>
+#include <cerrno>
+#include <cstring>
+#include <filesystem>
 #include <fstream>
 #include <iostream>
 #include <nlohmann/json.hpp>
@@ -27,7 +31,7 @@ constexpr double unknown = std::numeric_limits<double>::quiet_NaN();
 struct Settings {
   int ranks = 2;
   Collective op = Collective::all_reduce;
-  std::string transport = "shm", algorithm = "auto", type = "f32", reduce_name = "sum", json, tune;
+  std::string transport = "shm", algorithm = "auto", type = "f32", reduce_name = "sum", json, tune, device;
   Reduce reduce = Reduce::sum;
   std::size_t least = 8, most = std::size_t{64} << 20, factor = 2;
   int root = 0;
@@ -458,6 +462,7 @@ void parse(int argc, char** argv, CLI::App& app, Settings& s) {
   CLI::Option* pin = app.add_flag("--pin,!--no-pin", s.pin, "keep rank r on the r-th usable core, or not; default: if there are as many cores as ranks and no launcher");
   app.add_option("--json", s.json, "also JSON lines to this file; '-': to stdout, and the table to stderr");
   app.add_option("--tune", s.tune, "instead: measure all algorithms of all operations from -b to -e and write a model for TALLY_MODEL to this file");
+  app.add_option("--device", s.device, "cuda: buffers of ranks that share a GPU; runs `cuda`, which has to be built beside this program and takes -n, --op, --algorithm, -b, -e, -f and --json");
   app.add_flag("--list", s.list, "only list the algorithms of each operation, also of those that are not measured here");
   app.parse(argc, argv);
   if (s.list) return;
@@ -583,6 +588,24 @@ std::uint64_t run(const Settings& s) {
 
 }  // namespace
 
+/// Goes on as the program that measures devices, if that is asked for. Throws where it cannot.
+void measure_device(int argc, char** argv) {
+  std::vector<char*> arguments;
+  std::string device;
+  for (int i = 0; i < argc; ++i) {
+    const std::string_view argument = argv[i];
+    if (argument == "--device" && i + 1 < argc) device = argv[++i];
+    else if (argument.starts_with("--device=")) device = argument.substr(9);
+    else arguments.push_back(argv[i]);
+  }
+  if (device.empty()) return;
+  if (device != "cuda") throw CLI::ValidationError("--device", "'" + device + "' is none; there is cuda");
+  arguments.push_back(nullptr);
+  const std::string program = std::filesystem::read_symlink("/proc/self/exe").replace_filename("cuda");
+  ::execv(program.c_str(), arguments.data());
+  throw std::runtime_error("cannot run " + program + " (" + std::strerror(errno) + "): it is built by nvcc, with -DTALLY_BUILD_CUDA=ON and --target cuda");
+}
+
 int main(int argc, char** argv) {
   CLI::App app{"Measures one collective of tally over a range of sizes: time, bandwidth, correctness, idle time and joules."};
   Settings settings;
@@ -591,6 +614,7 @@ int main(int argc, char** argv) {
     return status;
   };
   try {
+    measure_device(argc, argv);
     parse(argc, argv, app, settings);
     if (settings.list) {
       for (const Collective operation : tally::all_operations) {
