@@ -156,8 +156,8 @@ TEST_CASE("waiting for a rank on another host is blamed on it") {
 }
 
 TEST_CASE("between hosts, ranks that call different things, that do not come, that abort: every rank is told, and of whom") {
-  enum class Trouble { other_call, absent, abort };
-  for (const Trouble trouble : {Trouble::other_call, Trouble::absent, Trouble::abort}) {
+  enum class Trouble { other_call, other_root, absent, abort };
+  for (const Trouble trouble : {Trouble::other_call, Trouble::other_root, Trouble::absent, Trouble::abort}) {
     tally::launch(4, [&](Communicator& comm) {
       EmulatedDriver driver = on_host(comm.rank() / 2, comm.rank());
       EmulatedStream stream;
@@ -170,9 +170,11 @@ TEST_CASE("between hosts, ranks that call different things, that do not come, th
       const auto begin = std::chrono::steady_clock::now();
       if (culprit && trouble == Trouble::abort) {
         gpu.abort();
+      } else if (trouble == Trouble::other_root) {  // each waits for the other: no frame tells them
+        expect_error(Errc::mismatch, "rank", [&] { gpu.broadcast(x.span(), comm.rank() < 2 ? 2 : 0, &stream).wait(); });
       } else if (!culprit || trouble != Trouble::absent) {
         const Errc expected = trouble == Trouble::absent ? Errc::timeout : trouble == Trouble::abort ? Errc::aborted : Errc::mismatch;
-        expect_error(expected, "rank", [&] { gpu.all_reduce(x.span().subspan(0, culprit ? 99 : 100), tally::sum, &stream, {.algorithm = "ring"}).wait(); });
+        expect_error(expected, trouble == Trouble::abort ? "was aborted by rank 3" : "rank", [&] { gpu.all_reduce(x.span().subspan(0, culprit ? 99 : 100), tally::sum, &stream, {.algorithm = "ring"}).wait(); });
         expect_error(expected, "rank", [&] { (void)gpu.barrier(&stream); });
       }
       comm.barrier();
@@ -180,6 +182,23 @@ TEST_CASE("between hosts, ranks that call different things, that do not come, th
     }, tally::threads);
     CHECK(EmulatedDevices::all().count() == 0);
   }
+}
+
+TEST_CASE("a rank that leaves early has sent what others need of it") {
+  if (test::sanitized) return;  // it takes 11 s, and another time tells nothing
+  tally::launch(2, [&](Communicator& comm) {
+    EmulatedDriver driver = on_host(comm.rank(), comm.rank());
+    EmulatedStream stream;
+    EmulatedArray<float> x(driver, std::vector<float>(10, static_cast<float>(comm.rank() + 1)));
+    {
+      Devices gpu(comm, driver, {.blocks = 1});
+      if (comm.rank() == 1) stream.push([] { std::this_thread::sleep_for(11s); });  // for longer than the other one waits for it
+      (void)gpu.broadcast(x.span(), 0, &stream);
+      if (comm.rank() == 1) gpu.wait();
+    }
+    check(x.values() == std::vector<float>(10, 1));
+    comm.barrier();
+  }, tally::threads);
 }
 
 TEST_CASE("ranks as processes on several hosts; one that dies is named by all", "[processes]") {
@@ -207,8 +226,23 @@ TEST_CASE("ranks as processes on several hosts; one that dies is named by all", 
   }
 }
 
+TEST_CASE("a device that cannot be told of an abort does not keep it from others, nor ends the program") {
+  tally::launch(3, [&](Communicator& comm) {
+    EmulatedDriver driver = on_host(comm.rank(), comm.rank());
+    driver.posts = comm.rank() == 2;
+    EmulatedStream stream;
+    Devices gpu(comm, driver, {.blocks = 1});
+    EmulatedArray<float> x(driver, std::vector<float>(10, 1));
+    gpu.barrier(&stream).wait();
+    comm.barrier();
+    if (comm.rank() == 0) gpu.abort();
+    else expect_error(comm.rank() == 1 ? Errc::timeout : Errc::aborted, comm.rank() == 1 ? "" : "by rank 0", [&] { gpu.all_reduce(x.span(), tally::sum, &stream, {.timeout = comm.rank() == 1 ? 500ms : 60s}).wait(); });
+  }, tally::threads);
+}
+
 TEST_CASE("a relay believes nothing that cannot be") {
   using tally::detail::DeviceRelay;
+  tally::detail::Erasure<tally::SlotTransport>::enable();
   const tally::device::WindowLayout layout{2, 2, 16, 2, 64};
   // As the relay's, which is its own.
   struct Message {
@@ -222,7 +256,9 @@ TEST_CASE("a relay believes nothing that cannot be") {
   };
   const std::vector<Case> cases{
       {"a block that is none", {0, 2, 0, 0, frame_of(8)}}, {"a frame out of turn", {0, 0, 1, 0, frame_of(8)}}, {"a frame that is too long", {0, 1, 0, 0, frame_of(65)}},
-      {"credit for nothing", {1, 0, 1, 0, {}}},            {"credit that goes back", {1, 0, ~0u, 0, {}}},      {"no kind", {3, 0, 0, 0, {}}},
+      {"credit for nothing", {1, 0, 1, 0, {}}},            {"credit that goes back", {1, 0, ~0u, 0, {}}},      {"no kind", {4, 0, 0, 0, {}}},
+      {"over for no reason", {2, 0, 0, 0, {}}},            {"over for a rank that is none", {2, 0, 0x2'0003, 0, {}}}, {"a frame of nothing", {0, 0, 0, 0, {}}},
+      {"elements that are cut", {0, 0, 0, 0, {3, 0, 0, -1, 8}}},
   };
   for (const Case& c : cases) {
     tally::launch(2, [&](Communicator& comm) {
@@ -235,10 +271,13 @@ TEST_CASE("a relay believes nothing that cannot be") {
         std::align(128, DeviceRelay::bytes_each(layout), aligned, space);
         std::atomic<std::uint32_t> told{0};
         const std::vector<Rank> far{1};
-        DeviceRelay relay(std::move(transport), layout, far, static_cast<std::byte*>(aligned), [&](std::uint32_t word) { told.store(word); });
+        std::string reason;
+        DeviceRelay relay(std::move(transport), layout, far, static_cast<std::byte*>(aligned), [&](std::uint32_t word, const std::string& why) { reason = why, told.store(word); });
+        relay.start([] {});
         while (told.load() == 0) std::this_thread::yield();
         const auto broken = tally::device::Broken::unpack(told.load());
         check(broken.why == tally::device::Failure::lost && broken.missing == 1, c.what);
+        check(reason.find("rank 1 sent ") != std::string::npos, c.what + ": " + reason);
       } else {
         struct Probe {
           void arrived(tally::Transfer&, const tally::FrameInfo&) {}

@@ -190,7 +190,12 @@ class EmulatedDriver {
     return stream->capturing;
   }
   std::uint64_t identity(Stream stream) const { return stream->number; }
-  void post(std::byte* to, std::uint32_t word) { std::atomic_ref(*reinterpret_cast<std::uint32_t*>(to)).store(word, std::memory_order_release); }
+  static void attach() {}
+  bool posts = true;
+  void post(std::byte* to, std::uint32_t word) {
+    if (!posts) throw tally::Error(tally::Errc::unsupported, "an illegal memory access was encountered");
+    std::atomic_ref(*reinterpret_cast<std::uint32_t*>(to)).store(word, std::memory_order_release);
+  }
   std::string problem(Stream stream) const { return stream->problem; }
   void record(Event& event, Stream stream) {
     event = std::make_shared<std::atomic<bool>>(false);

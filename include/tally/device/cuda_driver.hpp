@@ -302,6 +302,8 @@ class CudaDriver {
     cuda::check(cudaStreamGetId(stream, &id), {"the stream"});
     return id;
   }
+  /// So that what is called from there leaves other devices alone: to go back to one would begin with it.
+  void attach() { cuda::check(cudaSetDevice(device_), {"GPU ", device_}); }
   /// Copies out of ordinary memory have read it when they return.
   void post(std::byte* to, std::uint32_t word) {
     const cuda::Current current(device_);

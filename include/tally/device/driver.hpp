@@ -72,6 +72,7 @@ concept Driver = Block<typename D::Block> && requires(D& d, const D& c, typename
   { c.problem(stream) } -> std::same_as<std::string>;  // what went wrong on it, if anything did
   d.record(event, stream);
   { c.identity(stream) } -> std::same_as<std::uint64_t>;  // no other stream has it, then or later
+  d.attach();  // a thread of the library's own will work for this device alone
   d.post(memory, std::uint32_t{});  // a word of any rank's: it comes to be there while kernels run. From any thread
   d.order_after(stream, event);  // what comes on the stream waits for what was on the other one
 };

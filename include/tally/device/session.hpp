@@ -14,7 +14,7 @@ namespace tally::inline v0::device {
 
 /// By this rank's host; by waiting; another rank gave up, or this one before; another rank called something else; it is gone.
 enum class Failure : std::uint32_t { none, aborted, timed_out, broken, mismatch, lost };
-/// Why it is over, and for whom (-1: nobody knows), in one word.
+/// Why it is over, and for whom (-1: nobody knows) or, of an abort, by whom, in one word.
 struct Broken {
   Failure why = Failure::none;
   std::int32_t missing = -1;
@@ -83,7 +83,7 @@ class Session {
     if (block.thread() == 0) {
       s.failure = static_cast<std::uint32_t>(broken != 0 ? Failure::broken : Failure::none);
       s.broken = broken;
-      if (broken == 0 && aborted) fail(Failure::aborted, -1);
+      if (broken == 0 && aborted) fail(Failure::aborted, view.me);
       s.polls = 0;
       s.theirs = 0;
       s.last = s.last_to_close = -1;
@@ -324,7 +324,7 @@ class Session {
   TALLY_DEVICE bool gives_up(int peer) {
     if (B::load(&block_.shared().failure) != 0) return true;
     const std::uint32_t broken = B::load(at<std::uint32_t>(view_.me, view_.layout.broken()));
-    if (view_.abort && B::load(view_.abort) != 0) fail(Failure::aborted, peer);  // which may be why another block broke off
+    if (view_.abort && B::load(view_.abort) != 0) fail(Failure::aborted, view_.me);  // which may be why another block broke off
     else if (broken != 0) give_up(Failure::broken, broken);
     else if (std::uint64_t theirs = 0; is_elsewhere(peer, theirs)) fail(Failure::mismatch, peer, theirs);
     else if (B::now() - block_.shared().entered > view_.timeout) fail(Failure::timed_out, peer);
@@ -337,7 +337,7 @@ class Session {
     const CallWord& word = *in_box<CallWord>(from(peer), view_.layout.call(call_));
     if (B::load(&word.number) != call_) return false;
     theirs = B::noted(word.fingerprint);
-    return theirs != view_.fingerprint && B::load(&word.number) == call_;
+    return theirs != 0 && theirs != view_.fingerprint && B::load(&word.number) == call_;
   }
   /// All ranks are to know.
   TALLY_DEVICE void fail(Failure why, std::int32_t missing, std::uint64_t theirs = 0) {

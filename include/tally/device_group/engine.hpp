@@ -45,6 +45,7 @@ class DeviceEngine {
     meet(settings);
     const AccountSettings& theirs = host.ledger().settings();
     memory_.attempt_together("its accounts", [&] { results_ = std::make_shared<DeviceResults<D>>(driver_, size(), rank(), layout_.blocks, AccountSettings(no_model(), meters, theirs.carbon)); });
+    results_->set_reason([this] { return memory_.problem(); });
     link_.barrier();
   }
   DeviceEngine(const DeviceEngine&) = delete;
@@ -64,7 +65,7 @@ class DeviceEngine {
   /// From any thread; waits for nothing.
   void abort() {
     results_->abort();
-    memory_.tell_all(device::Broken{device::Failure::aborted, -1}.pack());
+    memory_.tell_all(device::Broken{device::Failure::aborted, rank()}.pack());
   }
 
   std::byte* allocate(std::size_t bytes) {
@@ -256,6 +257,7 @@ class DeviceEngine {
       throw;
     }
     if (!captured) {
+      memory_.launched();
       driver_.record(ran_, stream);
       has_run_ = true, last_stream_ = driver_.identity(stream);
     }

@@ -15,6 +15,7 @@
 #include <functional>
 #include <memory>
 #include <span>
+#include <string>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -32,23 +33,26 @@ class DeviceRelay {
   /// Of the host's memory, zero, that the device reaches, too: so much for each rank that is far.
   static std::size_t bytes_each(const device::WindowLayout& layout) { return 2 * side(layout); }
 
-  /// `far`: the ranks that it is for. `tell(word)`: this rank's kernels, and those of all that are not far, are to give up (device::Broken);
-  /// called by the relay's thread.
-  DeviceRelay(std::unique_ptr<AnyTransport> transport, const device::WindowLayout& layout, const std::vector<Rank>& far, std::byte* memory, std::function<void(std::uint32_t)> tell) : transport_(std::move(transport)), layout_(layout), tell_(std::move(tell)), index_(static_cast<std::size_t>(transport_->size())) {
+  /// `far`: the ranks that it is for. `tell(word, why)`: this rank's kernels, and those of all that are not far, are to give up
+  /// (device::Broken); called by the relay's thread, and does not throw.
+  DeviceRelay(std::unique_ptr<AnyTransport> transport, const device::WindowLayout& layout, const std::vector<Rank>& far, std::byte* memory, std::function<void(std::uint32_t, const std::string&)> tell) : transport_(std::move(transport)), layout_(layout), tell_(std::move(tell)), index_(static_cast<std::size_t>(transport_->size())) {
     for (const Rank r : far) {
       peers_.push_back(std::make_unique<Peer>(r, memory, layout));
       index_[static_cast<std::size_t>(r)] = peers_.back().get();
       memory += bytes_each(layout);
     }
     for (const auto& peer : peers_) listen(*peer);
-    thread_ = quiet_thread([this] { run(); });
   }
   DeviceRelay(const DeviceRelay&) = delete;
+  /// begin() is called by its thread first. Throws std::system_error where there can be none.
+  template <class F>
+  void start(F&& begin) {
+    thread_ = quiet_thread([this, begin] { run(begin); });
+  }
   /// When nothing is on its way to anybody any more, or nobody waits for it.
   ~DeviceRelay() {
     stopping_.store(true);
-    transport_->interrupt();
-    thread_.join();
+    if (thread_.joinable()) transport_->interrupt(), thread_.join();
     for (const auto& peer : peers_) forget(*peer);
     transport_->leave();
   }
@@ -59,6 +63,11 @@ class DeviceRelay {
   std::byte* box_from(Rank far) const { return peer_of(far).in + line; }
   /// That rank's kernels are to give up. By any thread.
   void tell(Rank far, std::uint32_t broken) { store(window(far), broken); }
+  /// This rank's kernels are about to send something. By any thread.
+  void wake() {
+    woken_.store(true);
+    transport_->interrupt();
+  }
   /// From here on a rank may leave without harm to anybody.
   void expect_to_close() { closing_.store(true); }
 
@@ -80,14 +89,15 @@ class DeviceRelay {
 
  private:
   static constexpr std::size_t line = 128;
+  static constexpr std::uint32_t long_idle = 4000;  // turns in vain, about two seconds
   static std::size_t side(const device::WindowLayout& layout) { return line + layout.box_bytes(); }
 
-  enum class Kind : std::uint32_t { frame, credit, broken };
+  enum class Kind : std::uint32_t { frame, credit, broken, call };
   /// What goes over the network; after a frame's its elements.
   struct Message {
     Kind kind{};
     std::uint32_t block = 0;
-    std::uint32_t number = 0;  // of the frame; frames taken; why it is over
+    std::uint32_t number = 0;  // of the frame; frames taken; why it is over; of the call
     std::uint32_t unused = 0;
     device::FrameHeader frame;
   };
@@ -102,71 +112,114 @@ class DeviceRelay {
     std::byte* const out;  // where kernels leave what they send, and find what was sent to them
     std::byte* const in;
     std::vector<Parcel> frames, credits;  // of each block
-    Parcel broken, incoming;
+    Parcel broken, call, incoming;
     bool has_head = false;                // of what comes
-    std::uint32_t told_broken = 0;
+    std::uint32_t told_broken = 0, told_call = 0, sent_call = 0;
     std::vector<std::uint32_t> sent, taken;         // of each block: frames that have left, and those for which credit was given
     std::vector<std::uint32_t> received, credited;  // and what the other side says of itself
-    bool is_gone = false;
+    bool is_gone = false;  // or has left
   };
 
   static std::uint32_t load(const std::byte* word) { return std::atomic_ref(*reinterpret_cast<std::uint32_t*>(const_cast<std::byte*>(word))).load(std::memory_order_acquire); }
   static void store(std::byte* word, std::uint32_t value) { std::atomic_ref(*reinterpret_cast<std::uint32_t*>(word)).store(value, std::memory_order_release); }
   Peer& peer_of(Rank far) const { return *index_[static_cast<std::size_t>(far)]; }
 
-  void run() {
+  template <class F>
+  void run(const F& begin) {
     ::prctl(PR_SET_TIMERSLACK, 1000UL);  // naps are short
     Rank culprit = -1;
+    std::string why;
     try {
+      begin();
       for (std::uint32_t idle = 0; !stopping_.load(std::memory_order_relaxed);) {
-        idle = turn() ? 0 : idle + 1;
-        if (idle == 0) continue;
-        watch();
-        rest(idle);
+        idle = turn() || woken_.exchange(false) ? 0 : idle + 1;
+        watch(idle);
+        if (idle > 0 && rest(idle)) idle = 0;
       }
       for (const auto end = Now::now() + std::chrono::milliseconds(100); (turn() || is_sending() || transport_->has_rest()) && Now::now() < end;) transport_->settle();
       return;
     } catch (const Error& error) {
       culprit = error.context().peer;
-    } catch (const std::exception&) {
+      why = error.text();
+    } catch (const std::exception& error) {
+      why = error.what();
     }
-    tell_(device::Broken{device::Failure::lost, culprit}.pack());
-    transport_->abort({Errc::aborted, transport_->rank(), culprit, "its relay of devices failed"});
+    if (!is_over_) tell_(device::Broken{device::Failure::lost, culprit}.pack(), why);
+    try {
+      transport_->abort({Errc::aborted, transport_->rank(), culprit, why});
+    } catch (const std::exception&) {  // the first reason is the one that counts
+    }
   }
   using Now = std::chrono::steady_clock;
   /// False if there was nothing to do.
   bool turn() {
     bool moved = transport_->poll(*this);
     for (const auto& peer : peers_) {
-      if (peer->is_gone) continue;
+      if (peer->is_gone) {
+        miss(*peer);
+        continue;
+      }
       moved = hear(*peer) || moved;
       moved = speak(*peer) || moved;
     }
     return moved;
   }
-  /// Kernels ring no bell, so it looks again and again; the less has happened, the more seldom.
-  void rest(std::uint32_t idle) {
-    if (idle < (transport_->crowded() ? 4 : 200)) return void(std::this_thread::yield());
-    const nanoseconds nap = std::min<nanoseconds>(std::chrono::microseconds(20) * (1 + idle / 64), std::chrono::microseconds(500));
-    transport_->park(nap, [&] { return stopping_.load(std::memory_order_relaxed) || transport_->aborted() || turn(); });
+  /// Kernels ring no bell, so it looks again and again; the less has happened, and since their launch, the more seldom.
+  /// True if there was something to do after all.
+  bool rest(std::uint32_t idle) {
+    if (idle < (transport_->crowded() ? 4 : 200)) return std::this_thread::yield(), false;
+    const nanoseconds most = idle < long_idle ? std::chrono::microseconds(500) : std::chrono::milliseconds(5);
+    bool moved = false;
+    transport_->park(std::min<nanoseconds>(std::chrono::microseconds(20) * (1 + idle / 64), most), [&] { return (moved = turn()) || stopping_.load(std::memory_order_relaxed) || woken_.load(std::memory_order_relaxed) || transport_->aborted(); });
+    return moved;
   }
-  void watch() {
-    if (Now::now() < next_watch_) return;
-    next_watch_ = Now::now() + std::chrono::milliseconds(20);
-    if (transport_->aborted()) throw Error(Errc::aborted, "another rank's relay failed", {-1, transport_->abort_notice().rank, 0, {}});
+  void watch(std::uint32_t idle) {
+    const auto now = Now::now();
+    if (now < next_watch_) return;
+    next_watch_ = now + std::chrono::milliseconds(idle < long_idle ? 20 : 100);
+    if (transport_->aborted()) {
+      const AbortNotice notice = transport_->abort_notice();
+      throw Error(Errc::aborted, notice.text, {-1, notice.peer < 0 ? notice.rank : notice.peer, 0, {}});
+    }
     for (const auto& peer : peers_) {
       if (peer->is_gone) continue;
-      const Liveness now = transport_->liveness(peer->rank);
-      if (now == Liveness::alive || (now == Liveness::left && closing_.load())) continue;
+      tell_call(*peer);
+      const Liveness liveness = transport_->liveness(peer->rank);
+      if (liveness == Liveness::alive) continue;
       while (turn()) {  // it may have sent everything before it went
       }
       peer->is_gone = true;
       forget(*peer);
-      if (std::exchange(is_over_, true)) continue;  // it may have left because of another one that is gone
-      const std::uint32_t lost = device::Broken{device::Failure::lost, peer->rank}.pack();
-      for (const auto& other : peers_) tell(other->rank, lost);  // ranks of its host see nothing of it
-      tell_(lost);
+      if (liveness == Liveness::dead) lose(*peer);
     }
+  }
+  /// All are to know that a rank is gone, unless something else came before: it may have left for that.
+  void lose(const Peer& peer) {
+    if (std::exchange(is_over_, true)) return;
+    const std::uint32_t lost = device::Broken{device::Failure::lost, peer.rank}.pack();
+    for (const auto& other : peers_) tell(other->rank, lost);  // ranks of its host see nothing of it
+    tell_(lost, {});
+  }
+  /// A rank that has left had sent what it had to send; but what is for it now nobody takes.
+  void miss(const Peer& peer) {
+    if (is_over_ || closing_.load()) return;
+    for (int b = 0; b < layout_.blocks; ++b)
+      if (load(peer.out + line + layout_.arrived(b)) != peer.sent[static_cast<std::size_t>(b)]) return lose(peer);
+  }
+  /// In which call this rank is, so that one that waits for it finds out that it makes another one. Of short calls nobody needs to know.
+  void tell_call(Peer& peer) {
+    if (peer.call.under_way()) return;
+    for (std::uint32_t i = 0; i < 4; ++i) {
+      const auto& word = *reinterpret_cast<const device::CallWord*>(peer.out + line + layout_.call(i));
+      const auto* const number_at = reinterpret_cast<const std::byte*>(&word.number);
+      const std::uint32_t number = load(number_at);
+      const std::uint64_t fingerprint = std::atomic_ref(const_cast<std::uint64_t&>(word.fingerprint)).load(std::memory_order_acquire);
+      if (fingerprint == 0 || static_cast<std::int32_t>(number - peer.told_call) <= 0 || load(number_at) != number) continue;
+      peer.told_call = number;
+      peer.call.message = {Kind::call, 0, number, 0, {}};
+      peer.call.message.frame.fingerprint = fingerprint;
+    }
+    if (peer.call.message.frame.fingerprint != 0 && std::exchange(peer.sent_call, peer.told_call) != peer.told_call) send(peer, peer.call);
   }
 
   void post(Transfer& t, Rank peer, const std::byte* from, std::byte* to, std::size_t bytes) {
@@ -189,7 +242,7 @@ class DeviceRelay {
       const auto i = static_cast<std::size_t>(b);
       for (const std::uint32_t arrived = load(box + layout_.arrived(b)); peer.sent[i] != arrived; moved = true) {
         Parcel& parcel = peer.frames[i * layout_.frames + peer.sent[i] % layout_.frames];
-        if (parcel.under_way()) break;
+        if (parcel.under_way()) break;  // its credit may be here before the network says that it is done
         const std::byte* const frame = box + layout_.frame(b, peer.sent[i]);
         parcel.message = {Kind::frame, static_cast<std::uint32_t>(b), peer.sent[i], 0, {}};
         std::memcpy(&parcel.message.frame, frame, sizeof parcel.message.frame);
@@ -231,7 +284,7 @@ class DeviceRelay {
       if (!peer.has_head) {
         expect(peer, m);
         peer.has_head = true;
-        if (m.kind == Kind::frame && m.frame.bytes > 0) {
+        if (m.kind == Kind::frame) {
           post(peer.incoming.body, peer.rank, nullptr, peer.in + line + layout_.frame(static_cast<int>(m.block), m.number) + sizeof m.frame, m.frame.bytes);
           continue;
         }
@@ -248,10 +301,13 @@ class DeviceRelay {
     if (m.block >= static_cast<std::uint32_t>(layout_.blocks)) refuse("something for a block that is none");
     if (m.kind == Kind::frame) {
       if (m.number != peer.received[i] || m.number - load(peer.out + line + layout_.consumed(static_cast<int>(m.block))) >= layout_.frames) refuse("a frame that has no place");
-      if (m.frame.bytes > layout_.frame_bytes) refuse("a frame that is too long");
+      if (m.frame.bytes == 0 || m.frame.bytes > layout_.frame_bytes || m.frame.count == 0 || m.frame.bytes % m.frame.count != 0) refuse("a frame of a size that cannot be");
     } else if (m.kind == Kind::credit) {
       if (m.number - peer.credited[i] > peer.sent[i] - peer.credited[i]) refuse("credit for frames that were not sent");
-    } else if (m.kind != Kind::broken) {
+    } else if (m.kind == Kind::broken) {
+      const device::Broken broken = device::Broken::unpack(m.number);
+      if (broken.why == device::Failure::none || broken.why > device::Failure::lost || broken.missing >= transport_->size()) refuse("that it is over for no reason");
+    } else if (m.kind != Kind::call) {
       refuse("a message of no kind");
     }
   }
@@ -265,8 +321,13 @@ class DeviceRelay {
         return store(box + layout_.arrived(b), ++peer.received[i]);
       case Kind::credit: return store(box + layout_.consumed(b), peer.credited[i] = m.number);
       case Kind::broken:
-        if (!std::exchange(is_over_, true)) tell_(m.number);
+        if (!std::exchange(is_over_, true)) tell_(m.number, {});
         return;
+      case Kind::call: {
+        auto& word = *reinterpret_cast<device::CallWord*>(box + layout_.call(m.number));
+        std::atomic_ref(word.fingerprint).store(m.frame.fingerprint, std::memory_order_relaxed);
+        return store(reinterpret_cast<std::byte*>(&word.number), m.number);
+      }
     }
   }
   void forget(Peer& peer) {
@@ -276,17 +337,17 @@ class DeviceRelay {
     };
     for (Parcel& each : peer.frames) cancel(each);
     for (Parcel& each : peer.credits) cancel(each);
-    cancel(peer.broken), cancel(peer.incoming);
+    cancel(peer.broken), cancel(peer.call), cancel(peer.incoming);
   }
 
   std::unique_ptr<AnyTransport> transport_;
   const device::WindowLayout layout_;
-  std::function<void(std::uint32_t)> tell_;
+  std::function<void(std::uint32_t, const std::string&)> tell_;
   std::vector<Peer*> index_;  // of each rank; null: not far
   std::vector<std::unique_ptr<Peer>> peers_;
   Now::time_point next_watch_{};
   bool is_over_ = false;  // somebody was told; what comes of that is no news
-  std::atomic<bool> stopping_{false}, closing_{false};
+  std::atomic<bool> stopping_{false}, closing_{false}, woken_{false};
   std::thread thread_;
 };
 

@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <cstring>
 #include <deque>
+#include <functional>
 #include <iterator>
 #include <memory>
 #include <optional>
@@ -113,6 +114,8 @@ class DeviceResults final : public AnyDeviceResults {
     view.told = slot.told, view.told_late = slot.told_late, view.kept = slot.kept, view.late = slot.late;
   }
   std::uint64_t last() const { return sequence_; }
+  /// What tells why a rank is gone, if anybody knows; until close().
+  void set_reason(std::function<std::string()> reason) { reason_ = std::move(reason); }
   /// It was not launched after all.
   void withdraw() {
     if (Slot* const slot = find(sequence_)) slot->sequence = 0;
@@ -143,6 +146,7 @@ class DeviceResults final : public AnyDeviceResults {
     harvest();
     release();
     driver_ = nullptr;
+    reason_ = nullptr;
   }
 
   bool finish(std::uint64_t sequence, const nanoseconds* at_most) override {
@@ -338,8 +342,11 @@ class DeviceResults final : public AnyDeviceResults {
     const ErrorContext context{me_, record.missing, slot.sequence, nanoseconds(static_cast<std::int64_t>(record.ended - record.entered))};
     if (why == device::Failure::mismatch && own) return remember({Errc::mismatch, {"operation #", slot.sequence, ": rank ", me_, " called ", describe(slot.call.fingerprint, slot.call.count), ", ", who, " called ", describe(record.theirs, slot.call.count)}, context}, slot.sequence);
     if (why == device::Failure::mismatch) return remember({Errc::mismatch, {call, ": ", who, " called something else, another rank says"}, context}, slot.sequence);
-    if (why == device::Failure::aborted) return remember({Errc::aborted, {call, own ? " was aborted while it waited for " : " was aborted by a rank that waited for ", who}, context}, slot.sequence);
-    if (why == device::Failure::lost) return remember({Errc::peer_lost, {call, ": ", who, " is gone"}, context}, slot.sequence);
+    if (why == device::Failure::aborted) return remember({Errc::aborted, {call, " was aborted ", own ? "here" : "by ", own ? "" : who}, context}, slot.sequence);
+    if (why == device::Failure::lost) {
+      const std::string reason = reason_ ? reason_() : "";
+      return remember({Errc::peer_lost, {call, ": ", who, " is gone", reason.empty() ? "" : ": ", reason}, context}, slot.sequence);
+    }
     remember({Errc::timeout, {call, own ? " waits for " : " ended: another rank waited in vain for ", who, own ? concat({" after ", time_text(context.elapsed)}) : std::string()}, context}, slot.sequence);
   }
 
@@ -355,6 +362,7 @@ class DeviceResults final : public AnyDeviceResults {
   std::size_t next_ = 0;
   std::uint64_t sequence_ = 0, failed_ = 0;
   std::optional<Error> error_;
+  std::function<std::string()> reason_;
   std::atomic<bool> is_aborted_{false};
   std::array<Report, 256> reports_{};
 };

@@ -6,6 +6,9 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <exception>
+#include <memory>
+#include <mutex>
 #include <span>
 #include <string>
 #include <utility>
@@ -41,10 +44,19 @@ class SharedMemory {
   bool one_address_space() const { return one_address_space_; }
   /// All are on one host.
   bool within_reach() const { return far_.empty(); }
-  /// All kernels are to give up (device::Broken).
+  /// All kernels are to give up (device::Broken). By any thread.
   void tell_all(std::uint32_t broken) {
-    tell_near(broken);
     for (const Rank r : far_) relay_->tell(r, broken);
+    tell_near(broken);
+  }
+  /// What the relay failed with, if it did.
+  std::string problem() const {
+    const std::lock_guard lock(problem_mutex_);
+    return problem_;
+  }
+  /// A kernel of this rank's was launched.
+  void launched() {
+    if (relay_) relay_->wake();
   }
   /// A byte of this rank's device.
   std::byte* token() const { return tables_; }
@@ -66,7 +78,13 @@ class SharedMemory {
       Erasure<SlotTransport>::enable();
       std::unique_ptr<SymmetricMemory> none;
       auto transport = link_.open_transport("device relay", 0, none);
-      relay_ = std::make_unique<DeviceRelay>(std::move(transport), layout, far_, boxes_, [this](std::uint32_t broken) { tell_near(broken); });
+      relay_ = std::make_unique<DeviceRelay>(std::move(transport), layout, far_, boxes_, [this](std::uint32_t broken, const std::string& why) {
+        {
+          const std::lock_guard lock(problem_mutex_);
+          problem_ = why;
+        }
+        tell_near(broken);
+      });
     }
     std::vector<std::byte*> to, from, all;
     for (Rank r = 0; r < link_.size(); ++r) {
@@ -77,7 +95,10 @@ class SharedMemory {
     }
     all.insert(all.end(), to.begin(), to.end());
     all.insert(all.end(), from.begin(), from.end());
-    driver_.upload(tables_ + token_bytes, all.data(), all.size() * sizeof(std::byte*));
+    attempt_together("its tables", [&] {
+      driver_.upload(tables_ + token_bytes, all.data(), all.size() * sizeof(std::byte*));
+      if (relay_) relay_->start([this] { driver_.attach(); });
+    });
     link_.barrier();
   }
   /// Collective. `idle()` returns when nothing of this rank's runs.
@@ -125,7 +146,6 @@ class SharedMemory {
       link_.set_timeout(std::chrono::seconds(10));
       link_.barrier();
       relay_.reset();
-      driver_.release_host(std::exchange(boxes_, nullptr));
       if (tables_) driver_.release_private(tables_);
       for (const SharedBlock& each : segments_) close(each);
       close(window_);
@@ -133,6 +153,7 @@ class SharedMemory {
       for (const SharedBlock& each : segments_)
         if (!each.memory.empty()) driver_.release(each.memory[mine()]);
       if (!window_.memory.empty()) driver_.release(window_.memory[mine()]);
+      driver_.release_host(std::exchange(boxes_, nullptr));
     } catch (...) {
       relay_.reset();
     }
@@ -144,8 +165,13 @@ class SharedMemory {
   std::size_t segments_at() const { return token_bytes + 3 * ranks() * sizeof(std::byte*); }
   bool is_far(std::size_t r) const { return std::ranges::count(far_, static_cast<Rank>(r)) > 0; }
   void tell_near(std::uint32_t broken) {
-    for (std::byte* const window : window_.memory)
-      if (window) driver_.post(window, broken);
+    for (std::byte* const window : window_.memory) {
+      if (!window) continue;
+      try {
+        driver_.post(window, broken);
+      } catch (const Error&) {  // that device is beyond being told, which its own rank finds out
+      }
+    }
   }
   std::size_t mine() const { return static_cast<std::size_t>(link_.rank()); }
   void close(const SharedBlock& block) {
@@ -166,6 +192,8 @@ class SharedMemory {
       f();
     } catch (const Error& error) {
       problem = error.text();
+    } catch (const std::exception& error) {
+      problem = error.what();
     }
     std::vector<char> fine(ranks());
     const char mine = problem.empty() ? 1 : 0;
@@ -236,6 +264,8 @@ class SharedMemory {
   std::byte* tables_ = nullptr;  // on the device: a token, all windows and boxes, then all segments
   std::byte* boxes_ = nullptr;   // the host's
   std::vector<Rank> far_;
+  mutable std::mutex problem_mutex_;
+  std::string problem_;
   std::unique_ptr<DeviceRelay> relay_;
   std::vector<SharedBlock> segments_;
   bool one_address_space_ = false, is_closed_ = false;
