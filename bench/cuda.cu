@@ -168,7 +168,7 @@ struct Row {
   double us = 0, us_untimed = 0;
 };
 template <bool timed>
-void measure(Communicator& comm, const Settings& settings, int blocks, std::barrier<>& together, std::vector<Row>& rows) {
+void measure(Communicator& comm, const Settings& settings, int blocks, std::barrier<>& together, std::vector<Row>& rows, std::size_t& packets_up_to) {
   Stream s;
   Devices<timed> gpu(comm, CudaDriver(settings.gpu), {.blocks = blocks, .packet_bytes = settings.packets});
   const auto n = static_cast<std::size_t>(comm.size());
@@ -193,6 +193,10 @@ void measure(Communicator& comm, const Settings& settings, int blocks, std::barr
     rows[row].algorithm = report.algorithm_name();
     (timed ? rows[row].us : rows[row].us_untimed) = *std::ranges::max_element(all);
   }
+  if constexpr (timed) {
+    const std::size_t up_to = gpu.tune(s.stream);
+    if (comm.rank() == 0) packets_up_to = up_to;
+  }
 }
 
 /// False if a result was wrong.
@@ -207,10 +211,11 @@ bool run(const Settings& settings) {
   Json json{{"gpu", properties.name}, {"launch_us", least.launch_us}, {"round_trip_us", least.round_trip_us}, {"rows", Json::array()}};
   for (const int n : settings.ranks) {
     std::vector<Row> rows;
+    std::size_t packets_up_to = 0;
     std::barrier<> together(n);
     const int blocks = driver.most_blocks() / n;
-    tally::launch(n, [&](Communicator& comm) { measure<true>(comm, settings, blocks, together, rows); }, tally::threads);
-    tally::launch(n, [&](Communicator& comm) { measure<false>(comm, settings, blocks, together, rows); }, tally::threads);
+    tally::launch(n, [&](Communicator& comm) { measure<true>(comm, settings, blocks, together, rows, packets_up_to); }, tally::threads);
+    tally::launch(n, [&](Communicator& comm) { measure<false>(comm, settings, blocks, together, rows, packets_up_to); }, tally::threads);
     std::printf("%s of %d ranks, %d blocks each\n%12s %18s %8s %12s %12s %8s %14s %8s\n", settings.op.c_str(), n, blocks, "bytes", "", "#wrong", "us", "no account", "", "moved", "of copy");
     for (const Row& row : rows) {
       const double moved = settings.moved(row.bytes, n), rate = moved / row.us * 1e-3;
@@ -222,7 +227,8 @@ bool run(const Settings& settings) {
       std::printf("\n");
       json["rows"].push_back({{"operation", settings.op}, {"ranks", n}, {"bytes", row.bytes}, {"wrong", row.wrong}, {"algorithm", row.algorithm}, {"us", row.us}, {"us_without_account", row.us_untimed}, {"gigabytes_per_second", rate}, {"copy_gigabytes_per_second", copied > 0 ? Json(copied) : Json()}});
     }
-    std::printf("\n");
+    std::printf("packets are faster up to %zu bytes, by tune() among sizes up to --packets\n\n", packets_up_to);
+    json["packets_up_to"].push_back({{"ranks", n}, {"bytes", packets_up_to}});
   }
   if (!settings.json.empty()) std::ofstream(settings.json) << json.dump(2) << '\n';
   return wrong == 0;

@@ -3,6 +3,7 @@
 
 #include <unistd.h>
 
+#include <array>
 #include <chrono>
 #include <cstring>
 #include <functional>
@@ -157,6 +158,23 @@ TEST_CASE("floats, means, factors: as sums of small integers they are exact") {
       }
     };
     of_type(float{}), of_type(double{}), of_type(tally::f16{}), of_type(tally::bf16{});
+  }, tally::threads);
+}
+
+TEST_CASE("what is chosen follows what was measured, on all ranks alike") {
+  tally::launch(3, [&](Communicator& comm) {
+    EmulatedDriver driver(0, comm.rank());
+    EmulatedStream stream;
+    Devices gpu(comm, driver, {.blocks = 1, .packet_bytes = 6000});
+    check(gpu.packets_up_to() == 6000);
+    std::array<std::size_t, 3> limits{};
+    const std::size_t mine = gpu.tune(&stream);
+    comm.all_gather(std::span(&mine, 1), limits);
+    check(limits[0] == mine && limits[1] == mine && limits[2] == mine);
+    check(mine == 0 || mine == 1024 || mine == 2048 || mine == 4096 || mine == 6000, std::to_string(mine));
+    const auto x = gpu.allocate<float>(1500);
+    for (const std::size_t count : {std::size_t{1}, std::size_t{256}, std::size_t{512}, std::size_t{1024}, std::size_t{1500}})
+      check(gpu.all_reduce(x.subspan(0, count), tally::sum, &stream).wait().algorithm_name() == (count * 4 <= mine ? "packets" : "zero_copy"));
   }, tally::threads);
 }
 
@@ -522,6 +540,7 @@ TEST_CASE("a graph's account may be read while it runs") {
     };
     while (of_ledger([](const tally::LedgerRow& row) { return row.calls; }) < replays / 2) {
       for (const tally::LedgerRow& row : gpu.ledger().rows()) check(row.elapsed == row.busy() + row.idle());
+      std::this_thread::sleep_for(50us);  // the kernels need the processor, too
     }
     stream.synchronise();
     check(of_ledger([](const tally::LedgerRow& row) { return row.calls; }) == replays + 1);

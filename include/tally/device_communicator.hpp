@@ -3,13 +3,17 @@
 // What a device is, its driver says: see cuda.hpp.
 #pragma once
 
+#include <algorithm>
 #include <concepts>
 #include <cstddef>
+#include <cstdint>
 #include <memory>
 #include <ranges>
+#include <span>
 #include <string_view>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 #include "communicator.hpp"
 #include "device_group/engine.hpp"
@@ -236,6 +240,27 @@ class DeviceCommunicator {
             count};
   }
 
+  /// Operations of so many bytes go in packets.
+  std::size_t packets_up_to() const { return engine().packets_up_to(); }
+  /// Collective. Measures here up to which size packets are faster than loads and stores of memory from allocate(), in steps of a factor of two
+  /// and at most up to DeviceSettings::packet_bytes, and chooses by that from here on. Between hosts there is nothing to choose.
+  std::size_t tune(Stream stream) {
+    static_assert(timed, "what is measured is the kernels' own account");
+    if (!engine().within_reach()) return packets_up_to();
+    constexpr std::size_t first = 1024;
+    const std::size_t most = packets_up_to();
+    const auto memory = allocate<float>(most / sizeof(float) + 1);
+    std::size_t best = 0;
+    for (std::size_t bytes = std::min(first, most); bytes > 0 && bytes <= most; bytes = bytes == most ? most + 1 : std::min(2 * bytes, most)) {
+      nanoseconds taken[2];
+      for (const int way : {0, 1}) taken[way] = median_of(memory.subspan(0, std::max<std::size_t>(bytes / sizeof(float), 1)), way == 0 ? detail::packets_name : std::string_view("zero_copy"), stream);
+      if (taken[0] > taken[1]) break;
+      best = bytes;
+    }
+    engine().use_packets_up_to(best);
+    return best;
+  }
+
   /// What waits in a kernel gives up, on all ranks, and so do all further operations. From any thread; never waits.
   void abort() {
     if (engine_) engine_->abort();
@@ -258,6 +283,17 @@ class DeviceCommunicator {
   template <class Op>
   static constexpr detail::OnDevice<is_commutative<Op>> stand_in{};
 
+  /// Of an all_reduce on the slowest rank, as all ranks know it.
+  nanoseconds median_of(DeviceSpan<float> data, std::string_view algorithm, Stream stream) {
+    std::vector<DeviceOperation> operations;
+    for (int k = 0; k < 25; ++k) operations.push_back(all_reduce(data, max, stream, {.algorithm = algorithm}));
+    std::vector<std::int64_t> times;
+    for (std::size_t k = 4; k < operations.size(); ++k) times.push_back(operations[k].wait().elapsed.count());
+    std::ranges::nth_element(times, times.begin() + static_cast<std::ptrdiff_t>(times.size() / 2));
+    std::int64_t median = times[times.size() / 2];
+    engine().link().all_reduce(std::span(&median, 1), max);
+    return nanoseconds(median);
+  }
   Engine& engine() const {
     if (!engine_) throw Error(Errc::invalid_argument, "this device communicator was moved from");
     return *engine_;

@@ -58,6 +58,10 @@ class DeviceEngine {
   int size() const { return link_.size(); }
   Rank rank() const { return link_.rank(); }
   int blocks() const { return layout_.blocks; }
+  /// Operations that are longer do not go in packets; at most DeviceSettings::packet_bytes.
+  std::size_t packets_up_to() const { return packets_up_to_; }
+  void use_packets_up_to(std::size_t bytes) { packets_up_to_ = std::min(bytes, packet_bytes_); }
+  bool within_reach() const { return memory_.within_reach(); }
   device::Link link_to(Rank r) const { return links_[static_cast<std::size_t>(r)]; }
   Communicator& link() { return link_; }
   CallMaker& calls() { return link_.calls(); }
@@ -154,7 +158,7 @@ class DeviceEngine {
     if (settings.threads < 0 || settings.threads > threads) throw Error(Errc::invalid_argument, {"device communicator: ", settings.threads, " threads in a block; 1 to ", threads, " are possible, or 0"});
     if (settings.blocks > 0) blocks = settings.blocks;
     threads_ = settings.threads > 0 ? settings.threads : threads;
-    packet_bytes_ = settings.packet_bytes;
+    packet_bytes_ = packets_up_to_ = settings.packet_bytes;
     if (settings.packet_bytes > most_setting || settings.frame_bytes > most_setting) throw Error(Errc::invalid_argument, {"device communicator: packets up to ", settings.packet_bytes, " bytes, frames of ", settings.frame_bytes, "; ", most_setting, " are possible"});
     const auto many = static_cast<std::size_t>(blocks);
     const std::size_t packets = settings.packet_bytes / 8 / many + static_cast<std::size_t>(threads_) + static_cast<std::size_t>(n) + 1;
@@ -187,7 +191,7 @@ class DeviceEngine {
     if (operation == Collective::barrier && near) return call.algorithm = find_algorithm(Collective::all_reduce, ZeroCopy::name), Way::barrier;
     const AlgorithmRef direct = !near || sizes_differ(operation) ? AlgorithmRef() : find_algorithm(operation, ZeroCopy::name);
     const bool in_pairs = operation == Collective::all_to_all && call.layout.in_place;  // ranks would read what others have overwritten
-    if (direct && (wishes ? wishes_packets : call.size <= packet_bytes_)) {
+    if (direct && (wishes ? wishes_packets : call.size <= packets_up_to_)) {
       call.algorithm = packets();
       if (packets_of(call).packets <= layout_.packets) return Way::packets;
       if (wishes) throw Error(Errc::unsupported, {name_of(operation), ": there is no room for so many packets; DeviceSettings::packet_bytes is ", packet_bytes_});
@@ -314,7 +318,7 @@ class DeviceEngine {
   device::WindowLayout layout_;
   std::vector<device::Link> links_;
   int threads_ = 0;
-  std::size_t packet_bytes_ = 0;
+  std::size_t packet_bytes_ = 0, packets_up_to_ = 0;
   typename D::Event ran_{};
   std::uint64_t last_stream_ = 0;
   bool has_run_ = false;
